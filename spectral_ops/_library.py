@@ -1,0 +1,119 @@
+"""The ``spectral_ops`` operator namespace and the one helper that defines an operator.
+
+An operator is a schema, a reference in plain torch, a fake (shape) kernel and a cost formula, all given in
+one place: its file in :mod:`spectral_ops.functional`.  Backends only *add* implementations to it:
+
+* ``reference`` -- the plain torch function, on every device (dispatch key CompositeExplicitAutograd);
+* ``cpu``/``cuda`` -- compiled by ``csrc/`` and registered by the extensions themselves on their dispatch key;
+* ``triton``   -- the function of the same name in ``triton_kernels/<stem>.py``, imported on first use.
+
+Besides ``torch.ops.spectral_ops.<name>`` every operator has the overloads ``.reference`` and ``.triton``, which run
+exactly that implementation: that is what a forced backend calls, also under ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "spectral_ops"
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process; owns every registration
+OPERATORS: dict[str, Operator] = {}
+forced_backend: str | None = None  # set by backends.use_backend; process-wide, because autograd runs backward on its own threads
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Arithmetic and traffic of one call: floating-point operations, and the least bytes that must cross memory."""
+
+    flops: int
+    bytes: int
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of every given tensor together; ``None`` counts nothing."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype products are summed in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Operator:
+    """One operator: calling it runs the implementation the dispatcher (or a forced backend) chooses."""
+
+    def __init__(self, schema: str, stem: str, reference: Callable, fake: Callable, cost: Callable[..., Cost]):
+        self.schema = schema
+        self.name = schema.split("(", 1)[0]
+        self.stem = stem
+        self.reference = reference
+        self.fake = fake
+        self.cost = cost
+        arguments = schema.split("(", 1)[1]
+        library.define(schema)
+        library.define(f"{self.name}.reference({arguments}")
+        library.define(f"{self.name}.triton({arguments}")
+        packet = getattr(torch.ops.spectral_ops, self.name)
+        self.default = packet.default
+        self.overloads = {"reference": packet.reference, "triton": packet.triton}
+        library.impl(self.name, reference, "CompositeExplicitAutograd")
+        library.impl(f"{self.name}.reference", reference, "CompositeExplicitAutograd")
+        library.impl(f"{self.name}.triton", self._run_triton, "CompositeExplicitAutograd")
+        for name in (self.name, f"{self.name}.reference", f"{self.name}.triton"):
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: cost(*args).flops)
+        self._triton: Callable | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if forced_backend is None:
+            return self.default(*args)
+        return self.overload_for(forced_backend, args)(*args)
+
+    def overload_for(self, backend: str, args: tuple) -> Any:
+        """The overload that runs ``backend`` on these arguments; raises BackendUnavailable when it cannot."""
+        from spectral_ops import backends
+
+        backends.require(self, backend, args)
+        return self.overloads.get(backend, self.default)
+
+    def triton_function(self) -> Callable:
+        """The launcher in ``triton_kernels/<stem>.py``; imports triton on first use."""
+        if self._triton is None:
+            from spectral_ops import triton_kernels
+
+            self._triton = triton_kernels.launcher(self.stem, self.name)
+        return self._triton
+
+    def _run_triton(self, *args: Any) -> Any:
+        return self.triton_function()(*args)
+
+    def __repr__(self) -> str:
+        return f"<operator {NAMESPACE}::{self.schema}>"
+
+
+def define(schema: str, *, stem: str, fake: Callable, cost: Callable[..., Cost]) -> Callable[[Callable], Operator]:
+    """Decorate the reference implementation of an operator; the decorated name becomes the :class:`Operator`.
+
+    ``fake`` takes the operator's arguments and returns empty outputs of the right shape and dtype; ``cost`` takes the
+    same arguments (real or meta tensors) and returns a :class:`Cost`.
+    """
+
+    def decorate(reference: Callable) -> Operator:
+        operator = Operator(schema, stem, reference, fake, cost)
+        OPERATORS[operator.name] = operator
+        return operator
+
+    return decorate
+
+
+def schema_hash() -> str:
+    """Hash over every schema; a compiled extension carries the one it was built for, and the loader compares them."""
+    return hashlib.sha256("\n".join(sorted(op.schema for op in OPERATORS.values())).encode()).hexdigest()[:16]

@@ -1,0 +1,42 @@
+"""What the fused linear functions share: token flattening, autocast, dropout seeds, and products with a chosen dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_ops._library import accumulate_dtype
+
+__all__ = ["accumulate_dtype", "autocast_arguments", "draw_seed", "mm", "tokens"]
+
+
+def tokens(x: torch.Tensor) -> torch.Tensor:
+    """x [..., k] as [T, k]; a view wherever the strides allow one."""
+    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., n] as [T, n] with unit stride in the last dimension, which is what the kernels read; copies only if needed."""
+    x = tokens(x)
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b in ``dtype``: on CUDA a float32 result of half-precision factors is not rounded on the way."""
+    if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def draw_seed(x: torch.Tensor, dropout_p: float, training: bool) -> torch.Tensor | None:
+    """A seed [1] int64 on x's device, from torch's generator for that device; None, and nothing drawn, without dropout."""
+    if not training or dropout_p == 0.0:
+        return None
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
+
+
+def autocast_arguments(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Under autocast, x, weight and bias in autocast's dtype (adapter parameters keep theirs); unchanged otherwise."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return tuple(t if t is None else t.to(dtype) for t in (x, *others))
+    return (x, *others)
