@@ -1,9 +1,8 @@
 """Fused adapter operators for parameter-efficient fine-tuning. The README is the way in."""
 
-from spectral_ops import functional
-from spectral_ops.functional import *  # noqa: F403  (the public operators, as functional.__all__ lists them)
-from spectral_ops import _loader, backends
+from spectral_ops import _loader, backends, functional
 from spectral_ops.backends import BackendUnavailable, explain, use_backend
+from spectral_ops.functional import *
 
 _loader.load()
 backends.activate()

@@ -26,7 +26,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process; owns every registration
 OPERATORS: dict[str, Operator] = {}
-forced_backend: str | None = None  # set by backends.use_backend; process-wide, because autograd runs backward on its own threads
+forced_backend: str | None = (
+    None  # set by backends.use_backend; process-wide, because autograd runs backward on its own threads
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Operator:
         packet = getattr(torch.ops.spectral_ops, self.name)
         self.default = packet.default
         self.overloads = {"reference": packet.reference, "triton": packet.triton}
-        library.impl(self.name, reference, "CompositeExplicitAutograd")
-        library.impl(f"{self.name}.reference", reference, "CompositeExplicitAutograd")
+        for name in (self.name, f"{self.name}.reference"):
+            library.impl(name, self._run_reference, "CompositeExplicitAutograd")
         library.impl(f"{self.name}.triton", self._run_triton, "CompositeExplicitAutograd")
         for name in (self.name, f"{self.name}.reference", f"{self.name}.triton"):
             torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
@@ -91,6 +93,13 @@ class Operator:
 
             self._triton = triton_kernels.launcher(self.stem, self.name)
         return self._triton
+
+    def _run_reference(self, *args: Any) -> Any:
+        device_type = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return self.reference(*args)
+        with torch.autocast(device_type, enabled=False):  # else autocast would round its float32 products
+            return self.reference(*args)
 
     def _run_triton(self, *args: Any) -> Any:
         return self.triton_function()(*args)

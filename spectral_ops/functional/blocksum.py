@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, random
-from spectral_ops.functional.common import autocast_arguments, draw_seed, mm, rows, tokens
+from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, mm, overwritable, rows, tokens
 
 __all__ = ["block_sum", "bone_linear", "bone_update", "disha_linear"]
 
@@ -184,7 +184,9 @@ def _check_shards(name: str, shards: str | Sequence[int] | None, features: int, 
     for size in shards:
         checks.integer(name, size, 1, None, "the size of a block")
     if sum(shards) != features:
-        raise ValueError(f"{name}: got block sizes that sum to {sum(shards)}, wanted {features} (the features they split)")
+        raise ValueError(
+            f"{name}: got block sizes that sum to {sum(shards)}, wanted {features} (the features they split)"
+        )
     if len(shards) != count:
         raise ValueError(f"{name}: got {len(shards)} blocks, wanted {count} (that dimension of D)")
 
@@ -240,21 +242,21 @@ def bone_linear(x, weight, bone, bias=None, *, dropout_p=0.0, training=False):
     _check_bone(bone, x, weight.shape[0])
     checks.probability("dropout_p", dropout_p)
     seed = draw_seed(x, dropout_p, training)
-    return ShardLinearFunction.apply(x, weight, bone, bias, seed, dropout_p, None, None)
+    return apply(ShardLinearFunction, x.device.type, x, weight, bone, bias, seed, dropout_p, None, None)
 
 
 def bone_update(base_out, x, bone, *, dropout_p=0.0, training=False):
     """base_out + block_sum(drop(x), r) D, in place on ``base_out`` [..., d]: Bone over any base layer (bitsandbytes, GPTQ).
 
-    ``base_out`` must be a fresh result of the base layer (not a view, not a leaf that requires grad): it is overwritten
-    and returned. ``bone`` [r, d] or mini [r, q]; x [..., k]. METHODS 1.3.
+    ``base_out`` = base(x) must be a fresh result nobody else reads: it is overwritten and returned (a view or a trained
+    leaf is copied first). ``bone`` [r, d] or mini [r, q]; x [..., k], cast to base_out's dtype. METHODS 1.3.
     """
-    checks.tensor("base_out", base_out, "[..., out_features]")
-    checks.tensor("x", x, "[..., in_features]")
+    checks.base(base_out, x)
+    x = x.to(base_out.dtype)
     _check_bone(bone, x, base_out.shape[-1])
     checks.probability("dropout_p", dropout_p)
-    x = x.to(base_out.dtype)
-    return ShardUpdateFunction.apply(base_out, x, bone, draw_seed(x, dropout_p, training), dropout_p)
+    seed = draw_seed(x, dropout_p, training)
+    return apply(ShardUpdateFunction, x.device.type, overwritable(base_out), x, bone, seed, dropout_p)
 
 
 def disha_linear(x, weight, D, in_shards, out_shards=None, bias=None):
@@ -285,4 +287,4 @@ def disha_linear(x, weight, D, in_shards, out_shards=None, bias=None):
     if out_shards is None:
         checks.size("D", D, 1, out_features, "out_features, as out_shards is None")
     in_offsets, out_offsets = _offsets(in_shards, x.device), _offsets(out_shards, x.device)
-    return ShardLinearFunction.apply(x, weight, D, bias, None, 0.0, in_offsets, out_offsets)
+    return apply(ShardLinearFunction, x.device.type, x, weight, D, bias, None, 0.0, in_offsets, out_offsets)

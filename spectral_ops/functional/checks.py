@@ -111,6 +111,15 @@ def linear(x: Any, weight: Any, bias: Any) -> None:
     frozen(weight=weight)
 
 
+def base(base_out: Any, x: Any) -> None:
+    """base_out [..., d], the result of a base layer on x [..., k]."""
+    tensor("base_out", base_out, "[..., out_features]")
+    tensor("x", x, "[..., in_features]")
+    if base_out.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"base_out: got {describe(base_out)}, wanted the leading dimensions of x {list(x.shape[:-1])}")
+    device("x", x, base_out=base_out)
+
+
 def low_rank(x: torch.Tensor, out_features: int, lora_A: Any, lora_B: Any) -> None:
     """lora_A [r, k] and lora_B [d, r] that fit x [..., k] and ``out_features``."""
     tensor("lora_A", lora_A, "[r, in_features]", 2)

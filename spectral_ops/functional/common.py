@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from spectral_ops._library import accumulate_dtype
-
-__all__ = ["accumulate_dtype", "autocast_arguments", "draw_seed", "mm", "tokens"]
-
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
     """x [..., k] as [T, k]; a view wherever the strides allow one."""
@@ -40,3 +36,20 @@ def autocast_arguments(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[t
         dtype = torch.get_autocast_dtype(x.device.type)
         return tuple(t if t is None else t.to(dtype) for t in (x, *others))
     return (x, *others)
+
+
+def apply(function: type[torch.autograd.Function], device_type: str, *args):
+    """``function.apply(*args)`` with autocast off: its arguments already have the dtypes they are computed in."""
+    if not torch.is_autocast_enabled(device_type):
+        return function.apply(*args)
+    with torch.autocast(device_type, enabled=False):
+        return function.apply(*args)
+
+
+def overwritable(base_out: torch.Tensor) -> torch.Tensor:
+    """``base_out`` where autograd lets it be overwritten in place, a copy where it does not (a view, or a trained leaf)."""
+    if torch.compiler.is_compiling():  # the compiler decides by itself whether the copy is needed
+        return base_out.clone(memory_format=torch.contiguous_format)
+    if (base_out.requires_grad and base_out.is_leaf) or base_out._is_view() or not base_out.is_contiguous():
+        return base_out.clone(memory_format=torch.contiguous_format)
+    return base_out
