@@ -1,5 +1,5 @@
-// What csrc/cuda/*.cu define and bindings_cuda.cpp calls: raw pointers in, an error code out, no torch header.
-// Pointers are device pointers (offsets and seed included); a launch only enqueues on the stream.
+// What csrc/cuda/*.cu define and bindings_cuda.cpp calls, one line a kernel: raw pointers in, an error code out, no torch
+// header. Pointers are device pointers (offsets and seed included); a launch only enqueues on the stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,12 @@
 
 namespace spectral_ops::cuda {
 
-cudaError_t block_sum(const BlockSum& arguments, cudaStream_t stream);
-cudaError_t block_tile(const BlockTile& arguments, cudaStream_t stream);
+// Declares cudaError_t name(const Arguments&, cudaStream_t), and launch(...) for these arguments.
+#define SPECTRAL_OPS_CUDA_KERNEL(name, Arguments)           \
+  cudaError_t name(const Arguments&, cudaStream_t stream);  \
+  inline cudaError_t launch(const Arguments& arguments, cudaStream_t stream) { return name(arguments, stream); }
+
+SPECTRAL_OPS_CUDA_KERNEL(block_sum, BlockSum)
+SPECTRAL_OPS_CUDA_KERNEL(block_tile, BlockTile)
 
 }  // namespace spectral_ops::cuda

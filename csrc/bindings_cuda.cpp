@@ -1,0 +1,54 @@
+// spectral_ops._C_cuda: the CUDA kernels.
+#include <cuda_runtime_api.h>
+
+#include "module.h"
+
+#include "cuda/launch.h"
+#include "ops/blocksum.h"
+
+namespace spectral_ops {
+
+namespace {
+
+struct Cuda {
+  // Enqueues the kernel of these arguments on the current stream of the device that `like` is on.
+  template <class Arguments> static void launch(const Arguments& a, const Tensor& like) {
+    const int32_t device = like.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    const cudaError_t error = cuda::launch(a, static_cast<cudaStream_t>(stream));
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA kernel launch failed: ", cudaGetErrorString(error));
+  }
+};
+
+const Binding kBindings[] = {
+    {"block_sum", TORCH_BOX(&block_sum<Cuda>)},
+    {"block_tile_", TORCH_BOX(&block_tile_<Cuda>)},
+};
+
+PyObject* do_register(PyObject*, PyObject*) {
+  return none_or_error([] { register_bindings(kBindings, "CUDA"); });
+}
+
+PyMethodDef kMethods[] = {
+    {"register", do_register, METH_NOARGS, "Enter the kernels into torch's dispatcher; once."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels of spectral_ops.", -1, kMethods,
+                       nullptr,               nullptr,   nullptr,                          nullptr};
+
+}  // namespace
+
+}  // namespace spectral_ops
+
+PyMODINIT_FUNC PyInit__C_cuda() {
+  using namespace spectral_ops;
+  PyObject* module = PyModule_Create(&kModule);
+  if (module && !add_attributes(module, kBindings, SPECTRAL_OPS_BUILD_INFO)) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}

@@ -1,0 +1,41 @@
+// Every CPU kernel, one line each: it works on rows [begin, end) of its arguments, in one thread.
+#pragma once
+
+#include <cstdint>
+
+#include "../arguments.h"
+#include "isa.h"
+
+namespace spectral_ops::cpu {
+
+template <class Arguments>
+using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
+
+#ifdef SPECTRAL_OPS_X86
+#define SPECTRAL_OPS_CPU_KERNEL(name, Arguments)                                      \
+  namespace baseline { void name(const Arguments&, int64_t, int64_t); }               \
+  namespace avx2 { void name(const Arguments&, int64_t, int64_t); }                   \
+  namespace avx512 { void name(const Arguments&, int64_t, int64_t); }                 \
+  inline Kernel<Arguments> kernel_for(const Arguments&) {                             \
+    const Kernel<Arguments> compiled[] = {baseline::name, avx2::name, avx512::name};  \
+    return compiled[static_cast<int>(active_isa())];                                  \
+  }
+#else
+#define SPECTRAL_OPS_CPU_KERNEL(name, Arguments)                                      \
+  namespace baseline { void name(const Arguments&, int64_t, int64_t); }               \
+  inline Kernel<Arguments> kernel_for(const Arguments&) { return baseline::name; }
+#endif
+
+// The dropout words of elements [first, first + count): keep[e] is all ones where element e is kept, else zero.
+struct KeepMask {
+  uint32_t* keep;  // [rows, columns]
+  int64_t rows, columns;
+  int64_t seed;
+  double p;
+};
+
+SPECTRAL_OPS_CPU_KERNEL(block_sum, BlockSum)
+SPECTRAL_OPS_CPU_KERNEL(block_tile, BlockTile)
+SPECTRAL_OPS_CPU_KERNEL(keep_mask, KeepMask)  // the tests' view of the generator
+
+}  // namespace spectral_ops::cpu

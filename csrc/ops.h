@@ -1,0 +1,74 @@
+// What the host side of every operator (csrc/ops/) needs: torch's stable tensors, and checks that say what they got.
+// The Python functions have checked already; these guard the kernels against direct calls of torch.ops.spectral_ops.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "arguments.h"
+
+namespace spectral_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// One row of a binding's table: an operator's name and TORCH_BOX(&its function).
+struct Binding {
+  const char* name;
+  void (*function)(StableIValue*, uint64_t, uint64_t);
+};
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Half: return DType::float16;
+    default: STD_TORCH_CHECK(false, name, ": got scalar type ", static_cast<int>(t.scalar_type()),
+                             ", wanted float64, float32, bfloat16 or float16");
+  }
+}
+
+inline void check_matrix(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": got ", t.dim(), " dimensions, wanted a matrix");
+}
+
+inline void check_size(const char* name, const Tensor& t, int64_t dim, int64_t wanted, const char* what) {
+  STD_TORCH_CHECK(t.size(dim) == wanted, name, ": got size ", t.size(dim), " in dimension ", dim, ", wanted ", wanted,
+                  " (", what, ")");
+}
+
+inline void check_same_device(const char* name, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
+                  ": is on another device than the first argument");
+}
+
+// The data of a contiguous 1-D index tensor of `length` elements on the device of like; null for None.
+template <class T>
+const T* index_data(const char* name, const std::optional<Tensor>& t, int64_t length, const Tensor& like) {
+  if (!t) return nullptr;
+  constexpr ScalarType wanted = sizeof(T) == 4 ? ScalarType::Int : ScalarType::Long;
+  STD_TORCH_CHECK(t->scalar_type() == wanted, name, ": wanted int", 8 * sizeof(T));
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == length && t->is_contiguous(), name, ": got ", t->numel(),
+                  " elements in ", t->dim(), " dimensions, wanted a contiguous vector of ", length);
+  check_same_device(name, *t, like);
+  return static_cast<const T*>(t->data_ptr());
+}
+
+inline bool unit_inner_stride(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
+
+// t [rows, columns] with unit inner stride: itself, or a contiguous copy.
+inline Tensor rows_of(const Tensor& t) { return unit_inner_stride(t) ? t : torch::stable::contiguous(t); }
+
+inline void check_written_once(const char* name, const Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    STD_TORCH_CHECK(t.stride(d) != 0 || t.size(d) <= 1, name, ": is expanded in dimension ", d,
+                    ", so several of its elements share memory; it cannot be written");
+}
+
+}  // namespace spectral_ops

@@ -1,0 +1,65 @@
+// The host side of block_sum and block_tile_ for any device: checks, output, and the kernel's arguments.
+#pragma once
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+inline const int32_t* checked_offsets(const std::optional<Tensor>& offsets, int64_t r, int64_t columns, const Tensor& x) {
+  const int32_t* data = index_data<int32_t>("offsets", offsets, r + 1, x);
+  if (!data || !x.is_cpu()) return data;  // on a GPU reading them would wait for it
+  STD_TORCH_CHECK(data[0] == 0 && data[r] == columns, "offsets: got a range of ", data[0], " to ", data[r],
+                  ", wanted 0 to ", columns);
+  for (int64_t p = 0; p < r; ++p)
+    STD_TORCH_CHECK(data[p] <= data[p + 1], "offsets: decreases after element ", p);
+  return data;
+}
+
+template <class Device>
+Tensor block_sum(Tensor x, int64_t r, std::optional<Tensor> offsets, std::optional<Tensor> seed, double p) {
+  check_matrix("x", x);
+  STD_TORCH_CHECK(r >= 1, "r: got ", r, ", wanted at least 1");
+  const DType dtype = dtype_of("x", x);
+  x = rows_of(x);
+  const int64_t rows = x.size(0), columns = x.size(1);
+  Tensor h = torch::stable::new_empty(x, {rows, r});
+  BlockSum a{};
+  a.x = x.data_ptr();
+  a.h = h.data_ptr();
+  a.offsets = checked_offsets(offsets, r, columns, x);
+  a.seed = index_data<int64_t>("seed", seed, 1, x);
+  a.p = p;
+  a.rows = rows, a.columns = columns, a.r = r;
+  a.x_stride = x.stride(0), a.h_stride = r;
+  a.dtype = dtype;
+  Device::launch(a, x);
+  return h;
+}
+
+template <class Device>
+void block_tile_(Tensor out, Tensor s, std::optional<Tensor> offsets, std::optional<Tensor> seed, double p,
+                 bool accumulate) {
+  check_matrix("out", out);
+  check_matrix("s", s);
+  check_size("s", s, 0, out.size(0), "the rows of out");
+  check_same_device("s", s, out);
+  check_written_once("out", out);
+  const int64_t rows = out.size(0), columns = out.size(1), r = s.size(1);
+  STD_TORCH_CHECK(r >= 1, "s: got no columns, wanted at least 1");
+  s = rows_of(s);
+  Tensor target = rows_of(out);
+  BlockTile a{};
+  a.out = target.data_ptr();
+  a.s = s.data_ptr();
+  a.offsets = checked_offsets(offsets, r, columns, out);
+  a.seed = index_data<int64_t>("seed", seed, 1, out);
+  a.p = p;
+  a.rows = rows, a.columns = columns, a.r = r;
+  a.out_stride = target.stride(0), a.s_stride = s.stride(0);
+  a.dtype = dtype_of("out", out), a.s_dtype = dtype_of("s", s);
+  a.accumulate = accumulate;
+  Device::launch(a, out);
+  if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
+}
+
+}  // namespace spectral_ops

@@ -1,0 +1,108 @@
+"""Thin driver: setuptools packages, CMake and Ninja build. Everything else is in pyproject.toml and CMakeLists.txt.
+
+Environment: SPECTRAL_OPS_SKIP_BUILD=1 (pure Python, no compiler), SPECTRAL_OPS_SKIP_CUDA_BUILD=1, FORCE_CUDA=1 (build
+_C_cuda although this torch has no CUDA), TORCH_CUDA_ARCH_LIST, MAX_JOBS, SPECTRAL_OPS_SANITIZE=address,undefined.
+"""
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def tool(name: str) -> str:
+    """A build tool: the one installed beside this Python, or the one on PATH."""
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if path is None:
+        raise SystemExit(f"spectral_ops: {name} was not found (pip install {name}); SPECTRAL_OPS_SKIP_BUILD=1 needs none")
+    return path
+
+
+def torch_folder() -> Path:
+    spec = importlib.util.find_spec("torch")  # finds it without the seconds that importing it takes
+    if spec is None:
+        raise SystemExit("spectral_ops: torch was not found; install it and use `pip install --no-build-isolation`")
+    return Path(spec.submodule_search_locations[0])
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) or shutil.which("nvcc")
+
+
+def want_cuda() -> bool:
+    if flag("SPECTRAL_OPS_SKIP_CUDA_BUILD"):
+        return False
+    if flag("FORCE_CUDA"):
+        return True  # CMake says what is missing if there is no nvcc
+    return nvcc() is not None and (torch_folder() / "lib" / "libtorch_cuda.so").exists()
+
+
+def cmake_build(targets: list[str]) -> Path:
+    """Configure once, build what is out of date, and return the build folder, which persists between calls."""
+    sanitize = os.environ.get("SPECTRAL_OPS_SANITIZE", "")
+    folder = ROOT / "build" / ("cmake-sanitize" if sanitize else "cmake")
+    folder.mkdir(parents=True, exist_ok=True)
+    cmake = tool("cmake")
+    configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, "-Wno-dev", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECTRAL_OPS_TORCH_DIR={torch_folder()}"]
+    configure += [f"-DSPECTRAL_OPS_CUDA={'ON' if '_C_cuda' in targets else 'OFF'}", f"-DSPECTRAL_OPS_SANITIZE={sanitize}"]
+    configure += [f"-DSPECTRAL_OPS_CUDA_ARCHS={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}"]
+    build = [cmake, "--build", folder, "--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ninja does not guard a folder against a second ninja
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*build, "--target", *targets], check=True)
+    return folder
+
+
+class CMakeBuild(build_ext):
+    def build_extensions(self):
+        names = [extension.name.rpartition(".")[2] for extension in self.extensions]
+        folder = cmake_build(names)
+        for extension, name in zip(self.extensions, names, strict=True):
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(".partial")  # never truncate a library that a running process has mapped
+            shutil.copyfile(folder / f"{name}.abi3.so", partial)
+            os.replace(partial, target)
+
+    def copy_extensions_to_source(self):
+        build = self.get_finalized_command("build_py")
+        for extension in self.extensions:
+            inplace, regular = self._get_inplace_equivalent(build, extension)
+            partial = f"{inplace}.partial"
+            shutil.copyfile(regular, partial)
+            os.replace(partial, inplace)
+
+
+class FreshBuildPy(build_py):
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # or modules deleted since the last build would be packed
+        super().run()
+
+
+extensions = []
+if not flag("SPECTRAL_OPS_SKIP_BUILD"):
+    extensions = [Extension(f"spectral_ops.{n}", [], py_limited_api=True) for n in ("_C", *["_C_cuda"] * want_cuda())]
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+)
