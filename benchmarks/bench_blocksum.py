@@ -1,0 +1,16 @@
+"""Bone: the layer's tax over the frozen layer beside PEFT's, and the time of each operator of the row."""
+
+import pytest
+
+from benchmarks import harness
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("float32", 1.09), ("bfloat16", 1.13)])
+def test_tax(benchmark, record, dtype, target):
+    harness.tax(benchmark, record, "bone", dtype, target)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("name", harness.operators("blocksum"))
+def test_operator(benchmark, name, dtype):
+    harness.operator(benchmark, name, dtype)

@@ -1,0 +1,16 @@
+"""DoRA: the layer's tax over the frozen layer beside PEFT's, and the time of each operator of the row."""
+
+import pytest
+
+from benchmarks import harness
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("float32", 1.12), ("bfloat16", 1.20)])
+def test_tax(benchmark, record, dtype, target):
+    harness.tax(benchmark, record, "dora", dtype, target)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("name", harness.operators("dora"))
+def test_operator(benchmark, name, dtype):
+    harness.operator(benchmark, name, dtype)

@@ -1,0 +1,16 @@
+"""LoRA: the layer's tax over the frozen layer beside PEFT's, and the time of each operator of the row."""
+
+import pytest
+
+from benchmarks import harness
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("float32", 1.06), ("bfloat16", 1.10)])
+def test_tax(benchmark, record, dtype, target):
+    harness.tax(benchmark, record, "lora", dtype, target)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("name", harness.operators("lowrank"))
+def test_operator(benchmark, name, dtype):
+    harness.operator(benchmark, name, dtype)

@@ -1,0 +1,19 @@
+"""Collects the tax table of every benchmark and prints it once, at the end."""
+
+import pytest
+
+from spectral_ops.cli.bench import format_measurements
+
+results = []
+
+
+@pytest.fixture
+def record():
+    """Add measurements to the table printed at the end of the run."""
+    return results.extend
+
+
+def pytest_terminal_summary(terminalreporter):
+    if results:
+        terminalreporter.section("adapter tax (medians of interleaved turns, one run)")
+        terminalreporter.write_line(format_measurements(results))

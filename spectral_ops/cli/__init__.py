@@ -1,0 +1,24 @@
+"""Command line: ``python -m spectral_ops info | check | bench`` (also installed as ``spectral-ops``)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the process' exit status."""
+    from spectral_ops.cli import bench, check, info
+
+    parser = argparse.ArgumentParser(
+        prog="spectral-ops", description="Fused adapter operators: what runs, is it right, how fast."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (info, check, bench):
+        name = module.__name__.rsplit(".", 1)[1]
+        description = module.__doc__ or ""
+        command = commands.add_parser(name, help=description.split("\n")[0], description=description)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)

@@ -1,0 +1,278 @@
+"""Adapter tax of one layer: its forward and backward over those of the same layer frozen, beside PEFT in one run.
+
+The implementations of a method take turns, so that a machine that drifts drifts for all of them; the tax is the median
+over turns of (adapted time / frozen time in the same turn) - 1. Parameters change before every step, outside the timed
+part, so that nothing cached from the weights survives. No time is printed for a result that differs from PEFT's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+import spectral_ops
+from spectral_ops.cli.table import table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SCALE = 2.0  # lora_alpha / r
+METHODS = {"lora": 16, "dora": 16, "bone": 64}  # the method and its usual rank
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, outputs and gradients against PEFT's
+
+
+@dataclass
+class Measurement:
+    """One implementation of one method at one shape."""
+
+    method: str
+    implementation: str
+    dtype: str
+    device: str
+    tokens: int
+    out_features: int
+    in_features: int
+    rank: int
+    milliseconds: float
+    tax: float
+    saved_bytes: int
+    error: float | None  # largest relative difference to PEFT over output and gradients; None for PEFT itself
+
+
+@dataclass
+class Layer:
+    """A layer to time: its forward, and the parameters it trains."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    parameters: list[torch.Tensor]
+
+
+def _peft_layer(method: str, weight: torch.Tensor, rank: int, fused: bool) -> Layer:
+    """PEFT's layer over ``weight`` as PEFT builds it, or the same accelerated; adapters set to fixed nonzero values."""
+    import peft
+
+    base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    base.weight.data = weight
+    if method == "bone":
+        config = peft.MissConfig(r=rank, target_modules=["0"], init_weights=True)
+    else:
+        config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"], use_dora=method == "dora")
+    model = peft.get_peft_model(torch.nn.Sequential(base), config, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        if p.dim() > 1:
+            p.data = (torch.randn(p.shape, generator=generator) * 0.02).to(p)
+    if fused:
+        spectral_ops.accelerate(model, strict=True)
+    return Layer(model.base_model.model, parameters)
+
+
+def function_layer(method: str, weight: torch.Tensor, rank: int) -> Layer:
+    """The public function called directly, on parameters of the same values as :func:`_peft_layer` gives PEFT's."""
+    d, k = weight.shape
+    generator = torch.Generator().manual_seed(1)
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.02).to(weight).requires_grad_()
+
+    if method == "bone":
+        bone = parameter(rank, d)
+        return Layer(lambda x: spectral_ops.bone_linear(x, weight, bone), [bone])
+    A, B = parameter(rank, k), parameter(d, rank)
+    if method == "lora":
+        return Layer(lambda x: spectral_ops.lowrank_linear(x, weight, A, B, scale=SCALE), [A, B])
+    m = weight.float().norm(dim=1).to(weight.dtype).requires_grad_()
+    return Layer(lambda x: spectral_ops.dora_linear(x, weight, A, B, m, scale=SCALE), [A, B, m])
+
+
+def saved_bytes(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, constants: list[torch.Tensor]) -> int:
+    """Bytes of the distinct storages held for backward after ``forward(x)``, besides those of x and ``constants``."""
+    known = {t.untyped_storage().data_ptr() for t in (x, *constants)}
+    held: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward(x)  # alive here, so that no address is reused while counting
+    del out
+    return sum(held.values())
+
+
+def _difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return max(
+        float((p.double() - q.double()).norm() / q.double().norm().clamp_min(1e-30)) for p, q in zip(a, b, strict=True)
+    )
+
+
+def step(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    """One forward and backward; returns the output and every gradient."""
+    x.grad = None
+    for p in layer.parameters:
+        p.grad = None
+    y = layer.forward(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters)]
+
+
+def _timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """Seconds of one call: CUDA events on a GPU, the monotonic clock on a CPU."""
+    if device.type != "cuda":
+
+        def host(call: Callable[[], object]) -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return host
+
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # larger than any L2
+
+    def events(call: Callable[[], object]) -> float:
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return events
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]], between: Callable[[str], None], repeats: int, device: torch.device
+):
+    """Seconds per call name and turn: every turn runs all calls once, in an order that rotates."""
+    clock, names = _timer(device), list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-2, repeats):  # two turns of warm-up
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]
+            between(name)
+            seconds = clock(calls[name])
+            if turn >= 0:
+                times[name].append(seconds)
+    return times
+
+
+def measure(
+    method: str,
+    T: int,
+    d: int,
+    k: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    repeats: int = 20,
+    peers: bool = True,
+) -> list[Measurement]:
+    """The frozen layer, our function, and with ``peers`` PEFT's layer before and after ``accelerate``, in one run."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(T, k, generator=generator).to(device, dtype).requires_grad_()
+    dy = torch.randn(T, d, generator=generator).to(device, dtype)
+    weight = (torch.randn(d, k, generator=generator) * k**-0.5).to(device, dtype)
+    peft_layer = _peft_layer(method, weight, rank, fused=False)
+    layers = {
+        "frozen": Layer(lambda x: F.linear(x, weight), []),
+        "spectral_ops": function_layer(method, weight, rank),
+    }
+    if peers:
+        layers |= {"PEFT accelerated": _peft_layer(method, weight, rank, fused=True), "PEFT": peft_layer}
+
+    expected = step(peft_layer, x, dy)
+    errors = {
+        name: _difference(step(layer, x, dy), expected)
+        for name, layer in layers.items()
+        if name not in ("frozen", "PEFT")
+    }
+    saved = {name: saved_bytes(layer.forward, x, [weight, *layer.parameters]) for name, layer in layers.items()}
+
+    def change_parameters(name: str) -> None:
+        with torch.no_grad():
+            for p in layers[name].parameters:
+                p.mul_(1 + 1e-6)
+
+    calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
+    times = interleave(calls, change_parameters, repeats, x.device)
+    results = []
+    for name in layers:
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["frozen"], strict=True))
+        red = errors.get(name, 0.0) > TOLERANCE[dtype]
+        nan = float("nan")
+        results.append(
+            Measurement(
+                method, name, str(dtype).removeprefix("torch."), device, T, d, k, rank,
+                nan if red else statistics.median(times[name]) * 1e3, nan if red else ratio - 1,
+                saved[name], errors.get(name),
+            )
+        )  # fmt: skip
+    return results
+
+
+def format_measurements(results: list[Measurement]) -> str:
+    """The table ``bench`` prints; RED stands where numbers differ from PEFT's, in place of a time."""
+    rows = []
+    for m in results:
+        red = m.milliseconds != m.milliseconds
+        rows.append([
+            m.method, m.dtype, m.implementation,
+            "RED" if red else f"{m.milliseconds:.2f}", "RED" if red else f"{1 + m.tax:.3f}",
+            f"{m.saved_bytes / 2**20:.2f}", "-" if m.error is None else f"{m.error:.1e}",
+        ])  # fmt: skip
+    return table(["method", "dtype", "implementation", "ms/step", "x frozen", "saved MiB", "diff to PEFT"], rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
+    parser.add_argument("--shape", type=int, nargs=2, default=[2048, 2048], metavar=("OUT", "IN"))
+    parser.add_argument("--rank", type=int, help="default: 16 for lora and dora, 64 for bone")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave PEFT's layers out of the timing")
+    parser.add_argument("--json", metavar="FILE", help="also write the measurements, with versions and device, to FILE")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, show each method as it is done, print the table; exit status 1 where a result is red."""
+    results: list[Measurement] = []
+    d, k = arguments.shape
+    try:
+        for method in arguments.methods:
+            for dtype in arguments.dtype:
+                for T in arguments.tokens:
+                    print(f"measuring {method} {dtype} T={T} {d}x{k} ...", flush=True)
+                    rank = arguments.rank or METHODS[method]
+                    results += measure(
+                        method,
+                        T,
+                        d,
+                        k,
+                        rank,
+                        DTYPES[dtype],
+                        arguments.device,
+                        repeats=arguments.repeats,
+                        peers=arguments.peers,
+                    )
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far follows")
+    print("\n" + format_measurements(results))
+    if arguments.json:
+        device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+        meta = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                "spectral_ops": spectral_ops.__version__}  # fmt: skip
+        with open(arguments.json, "w") as file:
+            json.dump({"meta": meta, "measurements": [asdict(m) for m in results]}, file, indent=1)
+    return 1 if any(m.milliseconds != m.milliseconds for m in results) else 0

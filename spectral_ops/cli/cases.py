@@ -1,0 +1,58 @@
+"""Sample arguments for every operator: what ``check`` runs and what tests and benchmarks build on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from spectral_ops._library import accumulate_dtype
+
+P = 0.25  # dropout probability of the samples
+
+
+def arguments(
+    name: str, T: int, d: int, k: int, r: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> Iterator[tuple]:
+    """Argument tuples that exercise operator ``name`` for x [T, k], W [d, k], rank r; optional arguments on and off."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> torch.Tensor:
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, to)
+
+    acc = accumulate_dtype(dtype)
+    x, W, dy, y = randn(T, k), randn(d, k, scale=k**-0.5), randn(T, d), randn(T, d)
+    A, B, h = randn(r, k, scale=k**-0.5), randn(d, r, scale=0.3), randn(T, r)
+    g, bias = 1 + randn(d, scale=0.1, to=acc), randn(d)
+    key = torch.randint(0, 2**62, (1,), generator=generator).to(device)
+    offsets = torch.tensor([0, *range(2, r + 1), k], dtype=torch.int32, device=device)  # uneven blocks
+    square = W.to(acc).square().sum(1)
+    norm = square.sqrt()
+    vanishing = g.clone()
+    vanishing[: d // 2 : 3] = 0
+
+    samples: dict[str, Callable[[], list[tuple]]] = {
+        "block_sum": lambda: [(x, r, None, None, 0.0), (x, r, offsets, None, 0.0), (x, r, None, key, P)],
+        "block_tile_": lambda: [
+            (randn(T, k), h, None, None, 0.0, False),
+            (randn(T, k), h, None, key, P, True),
+            (randn(T, k), h, offsets, None, 0.0, True),
+        ],
+        "dropout_project": lambda: [(x, A, key, P)],
+        "dropout_outer": lambda: [(h, x, key, P)],
+        "dropout_lift_": lambda: [(randn(T, k), h, A, key, P)],
+        "seeded_dropout": lambda: [(x, key, P)],
+        "lowrank_matmul": lambda: [(x, W, h, B, 0.5, None, bias), (x, W, h, B, 0.5, g, None)],
+        "lowrank_update_": lambda: [(randn(T, d), h, B, 0.5, g, bias.to(acc)), (randn(T, d), h, B, 0.5, None, None)],
+        "lowrank_backward": lambda: [
+            (dy, h, B, 0.5, None, None, None, True, True, False, False),
+            (dy, h, B, 0.5, g, y, bias, True, True, True, True),
+        ],
+        "row_square": lambda: [(W,)],
+        "column_norm": lambda: [(W, A, B, 0.5, None), (W, A.to(acc), B.to(acc), 0.5, square)],
+        "column_norm_cached_": lambda: [
+            (torch.empty_like(norm), torch.zeros(2, dtype=torch.int64, device=device), W, A, B, 0.5, square, True)
+        ],
+        "magnitude_grad": lambda: [(randn(d, to=acc), dy, x, h, W, B, 0.5, vanishing, norm, None)],
+    }
+    yield from samples[name]()

@@ -1,0 +1,78 @@
+"""Numerical self-test of every operator on every device, dtype and backend present, against float64."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from spectral_ops import _library, backends
+from spectral_ops.cli.cases import arguments
+from spectral_ops.cli.info import devices
+from spectral_ops.cli.table import table
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# relative error ‖out - ref‖ / ‖ref‖ allowed: a few roundings of the dtype
+BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SHAPE = dict(T=67, d=96, k=130, r=17)  # odd on purpose: ragged in every tile
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="print every line, not only a summary and the failures")
+
+
+def _convert(args: tuple, dtype: torch.dtype, device: str) -> tuple:
+    """A copy of ``args`` with floating tensors in ``dtype`` on ``device``."""
+
+    def one(a):
+        if not isinstance(a, torch.Tensor):
+            return a
+        return a.to(device, dtype, copy=True) if a.is_floating_point() else a.to(device, copy=True)
+
+    return tuple(one(a) for a in args)
+
+
+def outputs(operator: _library.Operator, call, args: tuple) -> list[torch.Tensor]:
+    """What a call computes: its results, or its mutated arguments."""
+    results = call(*args)
+    if results is not None:
+        return list(results) if isinstance(results, (tuple, list)) else [results]
+    mutated = [a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments]
+    return [a for a, m in zip(args, mutated, strict=True) if m and a.is_floating_point()]
+
+
+def relative_error(operator, backend: str, args: tuple) -> float:
+    """Largest ‖out - ref‖ / ‖ref‖ over the outputs, ref being the reference in float64 on the same (rounded) inputs."""
+    exact = outputs(operator, operator.reference, _convert(args, torch.float64, "cpu"))
+    with backends.use_backend(backend):
+        got = outputs(operator, operator, tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args))
+    worst = 0.0
+    for g, e in zip(got, exact, strict=True):
+        if g.shape != e.shape:
+            return float("inf")
+        error = (g.double().cpu() - e).norm() / e.norm().clamp_min(1e-300)
+        worst = max(worst, float(error) if error == error else float("inf"))
+    return worst
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print one line per operator and backend; exit status 1 where anything is red."""
+    rows, red = [], 0
+    for device in devices():
+        for operator in sorted(_library.OPERATORS.values(), key=lambda op: (op.stem, op.name)):
+            for backend in _library.BACKENDS:
+                if backends.unavailable(operator, backend, device):
+                    continue
+                worst = {}
+                for dtype in DTYPES:
+                    samples = arguments(operator.name, **SHAPE, dtype=dtype, device=device)
+                    worst[dtype] = max(relative_error(operator, backend, args) for args in samples)
+                failed = [dtype for dtype, error in worst.items() if not error <= BOUNDS[dtype]]
+                red += bool(failed)
+                cells = [f"{worst[dtype]:.1e}" + ("!" if dtype in failed else "") for dtype in DTYPES]
+                if parsed.verbose or failed or backends.choose(operator, device).backend == backend:
+                    rows.append([device, operator.name, backend, *cells, "RED" if failed else "ok"])
+    print(table(["device", "operator", "backend", "float64", "float32", "bfloat16", "float16", ""], rows))
+    verdict = f"RED: {red} failed" if red else "All operators agree with the float64 reference"
+    print(f"\n{verdict} (relative error; bounds {', '.join(f'{bound:g}' for bound in BOUNDS.values())}).")
+    return 1 if red else 0
