@@ -28,7 +28,7 @@ def tool(name: str) -> str:
     """A build tool: the one installed beside this Python, or the one on PATH."""
     path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if path is None:
-        raise SystemExit(f"spectral_ops: {name} was not found (pip install {name}); SPECTRAL_OPS_SKIP_BUILD=1 needs none")
+        raise SystemExit(f"spectral_ops: {name} was not found (pip install {name}); SPECTRAL_OPS_SKIP_BUILD=1 skips it")
     return path
 
 
@@ -60,7 +60,8 @@ def cmake_build(targets: list[str]) -> Path:
     cmake = tool("cmake")
     configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, "-Wno-dev", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECTRAL_OPS_TORCH_DIR={torch_folder()}"]
-    configure += [f"-DSPECTRAL_OPS_CUDA={'ON' if '_C_cuda' in targets else 'OFF'}", f"-DSPECTRAL_OPS_SANITIZE={sanitize}"]
+    configure += [f"-DSPECTRAL_OPS_CUDA={'ON' if '_C_cuda' in targets else 'OFF'}"]
+    configure += [f"-DSPECTRAL_OPS_SANITIZE={sanitize}"]
     configure += [f"-DSPECTRAL_OPS_CUDA_ARCHS={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}"]
     build = [cmake, "--build", folder, "--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
     with open(folder / ".lock", "w") as lock:

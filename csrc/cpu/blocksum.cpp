@@ -11,6 +11,8 @@ inline int64_t copies_for(int64_t columns, int64_t r, bool dropout) {
 
 // --- sums ---
 
+constexpr int64_t kShortRun = 256;
+
 // acc[i] += drop(x)[i], i < n; first: the element number of x[0].
 template <class T>
 inline void add_segment(acc_t<T>* acc, const T* x, int64_t n, const Dropout* dropout, uint64_t first) {
@@ -44,8 +46,10 @@ void period_sum(acc_t<T>* acc, const T* x, int64_t n, int64_t period, int64_t c0
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
   int64_t base = c0, i = 0;
-  if (!dropout && period <= 256 && n >= period) {  // c0 is 0 here
+  if (!dropout && period <= kMaxTile && n >= period) {  // c0 is 0 here
     const int64_t blocks = n / period;
+    if constexpr (kVectorBytes == 64)  // as many registers as half the file
+      for (; i + 16 * L <= width; i += 16 * L) add_blocks<16>(acc + i, x + i, blocks, period);
     for (; i + 8 * L <= width; i += 8 * L) add_blocks<8>(acc + i, x + i, blocks, period);
     for (; i + 4 * L <= width; i += 4 * L) add_blocks<4>(acc + i, x + i, blocks, period);
     for (; i + L <= width; i += L) add_blocks<1>(acc + i, x + i, blocks, period);
@@ -70,6 +74,28 @@ template <class A> inline void fold(A* acc, int64_t copies, int64_t r) {
   }
 }
 
+// The sum of drop(x) over a short run x [n], in 16 lanes whatever the instruction set.
+template <class T>
+inline acc_t<T> run_sum(const T* x, int64_t n, const Dropout* dropout, uint64_t first) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>, N = 16 / L;
+  uint32_t buffer[kShortRun + kKeepSlack];
+  const uint32_t* keep = dropout ? keep_words(buffer, *dropout, first, n) : nullptr;
+  vec<A> sums[N] = {};
+  A lanes[16];
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int v = 0; v < N; ++v) {
+      const vec<A> loaded = load(x + i + v * L);
+      sums[v] += keep ? masked(loaded, keep + i + v * L) : loaded;
+    }
+  for (int v = 0; v < N; ++v) store(lanes + v * L, sums[v]);
+  for (int l = 0; i < n; ++i, ++l) lanes[l] += !keep || keep[i] ? value(x[i]) : A(0);
+  for (int half = 8; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
+}
+
 // h[p] = sum of drop(x) over i = p mod r, x [n].
 template <class T>
 inline void cyclic_sum(T* h, const T* x, int64_t n, int64_t r, int64_t copies, const Dropout* dropout, uint64_t first) {
@@ -92,6 +118,7 @@ template <class T> void block_sum_rows(const BlockSum& a, int64_t begin, int64_t
   const Dropout drawn(a.seed ? *a.seed : 0, a.p);
   const Dropout* dropout = a.seed ? &drawn : nullptr;
   const int64_t copies = copies_for(a.columns, a.r, dropout);
+  const auto scale = static_cast<acc_t<T>>(dropout ? dropout->scale : 1);
   for (int64_t t = begin; t < end; ++t) {
     const T* x = row<T>(a.x, t, a.x_stride);
     T* h = row<T>(a.h, t, a.h_stride);
@@ -102,7 +129,11 @@ template <class T> void block_sum_rows(const BlockSum& a, int64_t begin, int64_t
     }
     for (int64_t p = 0; p < a.r; ++p) {  // a run is a cyclic sum with period 1
       const int64_t from = a.offsets[p], n = a.offsets[p + 1] - from;
-      cyclic_sum(h + p, x + from, n, 1, copies_for(n, 1, dropout), dropout, first + static_cast<uint64_t>(from));
+      const uint64_t at = first + static_cast<uint64_t>(from);
+      if (n > kShortRun)
+        cyclic_sum(h + p, x + from, n, 1, copies_for(n, 1, dropout), dropout, at);
+      else
+        h[p] = rounded<T>(run_sum(x + from, n, dropout, at) * scale);
     }
   }
 }

@@ -133,11 +133,16 @@ template <class T> inline const T* row(const void* base, int64_t t, int64_t stri
 // --- dropout (random.cpp): the mask of spectral_ops/functional/random.py, bit for bit ---
 
 struct Dropout {
-  uint64_t key;
-  uint32_t threshold;  // an element is kept where the upper 24 bits of its word are at least this
+  uint64_t keys[10][2];  // of the rounds
+  uint32_t threshold;    // an element is kept where the upper 24 bits of its word are at least this
   double scale;
 
-  Dropout(int64_t seed, double p) : key(static_cast<uint64_t>(seed)), scale(p < 1 ? 1 / (1 - p) : 0) {
+  Dropout(int64_t seed, double p) : scale(p < 1 ? 1 / (1 - p) : 0) {
+    uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+    for (auto& key : keys) {
+      key[0] = low, key[1] = high;
+      low += 0x9E3779B9, high += 0xBB67AE85;
+    }
     const double t = p * 16777216.0;
     threshold = static_cast<uint32_t>(t);
     threshold += threshold < t;  // ceil

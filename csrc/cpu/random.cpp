@@ -20,17 +20,15 @@ inline u64_vec multiply(u64_vec a, uint32_t m) {
 }
 
 // Philox4x32-10 at the counters of the lanes: words [4 * kCounters], four to a counter, in order.
-inline void philox(u64_vec counters, uint64_t key, u32_vec words[2]) {
+inline void philox(u64_vec counters, const uint64_t (&keys)[10][2], u32_vec words[2]) {
   u64_vec c0 = counters, c1 = counters >> 32, c2 = {}, c3 = {};
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const u64_vec even = multiply(c0, 0xD2511F53), odd = multiply(c2, 0xCD9E8D57);
-    c0 = (odd >> 32) ^ c1 ^ k0;
-    c2 = (even >> 32) ^ c3 ^ k1;
+    c0 = (odd >> 32) ^ c1 ^ keys[round][0];
+    c2 = (even >> 32) ^ c3 ^ keys[round][1];
     c1 = odd;  // its lower half; the upper one is dropped by the next product or below
     c3 = even;
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
   }
   const u64_vec w01 = (c0 & 0xffffffffu) | (c1 << 32), w23 = (c2 & 0xffffffffu) | (c3 << 32);
 #if defined(__AVX512F__)
@@ -53,7 +51,7 @@ const uint32_t* keep_words(uint32_t* buffer, const Dropout& dropout, uint64_t fi
   for (int l = 0; l < kCounters; ++l) counters[l] = first / 4 + l;
   for (int64_t done = 0; done < skip + count; done += 4 * kCounters, counters += kCounters) {
     u32_vec words[2];
-    philox(counters, dropout.key, words);
+    philox(counters, dropout.keys, words);
     for (int half = 0; half < 2; ++half) {
       const i32_vec fraction = bits_as<i32_vec>(words[half] >> 8);  // 24 bits: a signed comparison is exact
       const i32_vec keep = fraction >= static_cast<int32_t>(dropout.threshold);
