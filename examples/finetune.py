@@ -1,0 +1,228 @@
+"""Fine-tune a real model with Hugging Face `Trainer` + `peft`, then again through spectral_ops' fused operators.
+
+`make demo` runs it. The same adapter, from the same initial weights and the same seed, is trained twice: with PEFT as
+it is, and after `spectral_ops.accelerate(model)`. Then both are timed against each other and against the frozen model,
+and the adapter that spectral_ops trained is loaded into plain PEFT.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device: Trainer would split the batch over several
+
+from demo import data, measure, report, training  # noqa: I001  (first: it switches the hub off)
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+
+import spectral_ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(argv=None) -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=training.METHODS, default="dora")
+    parser.add_argument("--steps", type=int, default=100 if gpu else 16, help="training steps of each run")
+    parser.add_argument("--rounds", type=int, default=9 if gpu else 5, help="timed blocks of each variant")
+    parser.add_argument("--batch", type=int, default=8 if gpu else 1)
+    parser.add_argument("--length", type=int, default=1024 if gpu else 512, help="tokens in a sequence")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bf16"), default="bf16" if gpu else "float32")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs")
+    parser.add_argument("--probe", choices=measure.VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.steps < 1 or options.rounds < 1 or options.batch < 1 or options.length < 2:
+        parser.error("--steps, --rounds and --batch must be at least 1, --length at least 2")
+    options.device = torch.device("cuda" if gpu else "cpu")
+    options.torch_dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    return options
+
+
+def load_base(options):
+    return data.load_base(options.device, options.torch_dtype)
+
+
+def probe(options) -> dict:
+    """What one variant holds in memory, in this process; the parent asks for it with --probe."""
+    model = load_base(options)
+    if options.probe != "frozen":
+        model = training.add_adapter(model, options.method, options.seed, plain_init=True)
+    if options.probe == "spectral_ops":
+        spectral_ops.accelerate(model)
+    model.train()
+    ids = torch.randint(1000, 10000, (options.batch, options.length), device=options.device)
+    return measure.probe(model, ids)
+
+
+def train_twice(model, blocks, options, console) -> tuple[dict[str, list[float]], object]:
+    """Losses of the two runs, and accelerate's report; leaves `model` accelerated, with the second run's weights."""
+    start = training.snapshot(model)
+    losses, accelerated = {}, None
+    for name in ("peft", "spectral_ops"):
+        training.rewind(model, start)
+        if name == "spectral_ops":
+            accelerated = spectral_ops.accelerate(model)
+        with report.progress(console, f"train, {report.LABELS[name]}", options.steps) as advance:
+            losses[name] = training.train(
+                model,
+                blocks,
+                steps=options.steps,
+                batch=options.batch,
+                lr=options.lr,
+                seed=options.seed,
+                on_step=lambda loss, s, advance=advance: advance(f"loss {loss:.3f}  {s:.2f} s/step"),
+            )
+    return losses, accelerated
+
+
+def time_variants(model, frozen, ids, options, console) -> tuple[dict[str, float], int]:
+    """Seconds per step of the three variants, interleaved; `model` is switched between PEFT and spectral_ops."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5)
+    model.train()
+    switch = {"peft": lambda: spectral_ops.restore(model), "spectral_ops": lambda: spectral_ops.accelerate(model)}
+    steps = {
+        "frozen": measure.stepper(frozen.train(), ids),
+        "peft": measure.stepper(model, ids, optimizer),
+        "spectral_ops": measure.stepper(model, ids, optimizer),
+    }
+    with report.progress(console, "time, interleaved", 3 * options.rounds) as advance:
+        return measure.interleave(
+            steps,
+            rounds=options.rounds,
+            enter=lambda name: switch.get(name, lambda: None)(),
+            on_block=lambda name, s: advance(f"{report.LABELS[name]} {s:.2f} s/step"),
+        )
+
+
+def save(model, path: Path, initial: Path | None) -> None:
+    """Save the adapter as PEFT does; PiSSA's as a LoRA of twice the rank, which any base model can load."""
+    conversion = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+    model.save_pretrained(path, **conversion)
+
+
+@torch.no_grad()
+def compare_logits(model, path: Path, ids, options) -> dict[str, float]:
+    """Logits of `model` beside those of the adapter saved at `path`, in plain PEFT on a fresh base model."""
+    base = load_base(options).eval()
+    untuned = base(ids).logits.float()
+    theirs = PeftModel.from_pretrained(base, path).eval()(ids).logits.float()
+    ours = model.eval()(ids).logits.float()
+    return {
+        "difference": (ours - theirs).abs().max().item(),
+        "largest": theirs.abs().max().item(),
+        "argmax_agreement": (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        "moved_by_training": (theirs - untuned).abs().max().item(),
+    }
+
+
+def run(options, console: Console) -> dict:
+    began = time.monotonic()
+    console.print(f"[bold]1/5[/] SmolLM2-135M-Instruct, {options.method}, {options.dtype} on {options.device.type}")
+    blocks = data.token_blocks(data.load_tokenizer(), data.corpus(), options.length)
+    train_blocks, held_out = blocks[:-1], blocks[-1:].to(options.device)
+    model = training.add_adapter(load_base(options), options.method, options.seed)
+    adapted = sum(p.numel() for p in training.trainable(model).values())
+    console.print(f"    {adapted / 1e6:.1f} M trainable weights; {blocks.numel():,} tokens of Python's documentation")
+    initial = None
+    if options.method == "pissa":
+        initial = options.output / "demo-pissa-initial"
+        model.save_pretrained(initial)
+
+    console.print(f"[bold]2/5[/] two runs of {options.steps} steps, {options.batch}×{options.length} tokens each")
+    losses, accelerated = train_twice(model, train_blocks, options, console)
+    console.print(str(accelerated), markup=False, highlight=False)
+
+    console.print("[bold]3/5[/] the saved adapter in plain PEFT")
+    adapter = options.output / f"demo-{options.method}-adapter"
+    save(model, adapter, initial)
+    logits = compare_logits(model, adapter, held_out, options)
+
+    console.print("[bold]4/5[/] seconds per step, the three variants taking turns")
+    ids = train_blocks[: options.batch].to(options.device)
+    seconds, block = time_variants(model, load_base(options), ids, options, console)
+    del model
+    console.print("[bold]5/5[/] memory, each variant in a process of its own")
+    probes = {}
+    with report.progress(console, "memory", len(measure.VARIANTS)) as advance:
+        for name in measure.VARIANTS:
+            same = [f"--{key}={getattr(options, key)}" for key in ("method", "batch", "length", "dtype", "seed")]
+            probes[name] = measure.probe_in_subprocess(str(Path(__file__)), [f"--probe={name}", *same])
+            advance(f"{report.LABELS[name]}: peak {report.mib(probes[name]['peak'])}")
+
+    return {
+        "title": f"SmolLM2-135M, {options.method}, {options.dtype}, {options.batch}×{options.length} tokens a step, "
+        + (torch.cuda.get_device_name() if options.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"),
+        "losses": losses,
+        "loss_difference": max(abs(a - b) for a, b in zip(losses["peft"], losses["spectral_ops"], strict=True)),
+        "seconds": seconds,
+        "steps_per_block": block,
+        "rounds": options.rounds,
+        "saved": {name: probes[name]["saved"] for name in probes},
+        "peak": {name: probes[name]["peak"] for name in probes},
+        "logits": logits,
+        "adapter": str(adapter),
+        "total_seconds": time.monotonic() - began,
+    }
+
+
+def show(result: dict, options, console: Console) -> bool:
+    """Print the table and the verdict, write the JSON and the picture; False when the numbers disagree."""
+    stem = options.output / f"demo-{options.method}"
+    console.print()
+    console.print(report.table(result))
+    memory = (
+        "CUDA's allocator"
+        if options.device.type == "cuda"
+        else "resident set of a process of its own, weights included"
+    )
+    console.print(
+        f"time: medians of {result['rounds']} rounds; a round times {result['steps_per_block']} step(s) of every variant in "
+        "rotating order, after a warm-up. frozen: forward and backward to the input embeddings; the others also step "
+        f"AdamW. peak: {memory}. saved: distinct storages autograd holds after the forward pass, parameters excluded.",
+        style="dim",
+        highlight=False,
+    )
+    logits = result["logits"]
+    exact = options.dtype == "float32"
+    agrees = (
+        logits["difference"] <= (1e-3 if exact else 5e-2) * logits["largest"]
+        and logits["argmax_agreement"] >= (0.99 if exact else 0.9)
+        and result["loss_difference"] <= (1e-2 if exact else 1e-1)
+    )
+    console.print(
+        f"plain PEFT with the saved adapter: largest logit difference {logits['difference']:.2g} (of {logits['largest']:.3g}; "
+        f"training moved logits by up to {logits['moved_by_training']:.2g}), argmax agrees on "
+        f"{logits['argmax_agreement']:.1%} of the tokens: {'agrees' if agrees else 'DISAGREES'}",
+        style="green" if agrees else "bold red",
+        highlight=False,
+    )
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    report.picture(result, stem.with_suffix(".png"))
+    console.print(f"adapter {os.path.relpath(result['adapter'])}, picture {os.path.relpath(stem)}.png", highlight=False)
+    console.print(f"done in {result['total_seconds']:.0f} s")
+    return agrees
+
+
+def main(argv=None) -> int:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    options = parse(argv)
+    if options.probe:
+        print(json.dumps(probe(options)))
+        return 0
+    options.output.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    return 0 if show(run(options, console), options, console) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
