@@ -45,5 +45,5 @@ def load() -> None:
             continue
         module.register()  # the kernels enter torch's dispatcher only now, after the check
         extension.operators = frozenset(module.operators)
-        extension.info = module.build_info
+        extension.info = module.build_info + (f", running {module.isa()}" if hasattr(module, "isa") else "")
         extension.error = None

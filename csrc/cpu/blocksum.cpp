@@ -46,7 +46,7 @@ void period_sum(acc_t<T>* acc, const T* x, int64_t n, int64_t period, int64_t c0
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
   int64_t base = c0, i = 0;
-  if (!dropout && period <= kMaxTile && n >= period) {  // c0 is 0 here
+  if (!dropout && period <= 256 && n >= period) {  // c0 is 0; longer periods lose to reading x in order
     const int64_t blocks = n / period;
     if constexpr (kVectorBytes == 64)  // as many registers as half the file
       for (; i + 16 * L <= width; i += 16 * L) add_blocks<16>(acc + i, x + i, blocks, period);
@@ -164,11 +164,13 @@ inline void put_segment(T* out, const acc_t<T>* tile, int64_t n, bool accumulate
 template <class T>
 void put_tile(T* out, const acc_t<T>* tile, int64_t n, int64_t period, int64_t c0, int64_t width,
                      bool accumulate, const Dropout* dropout, uint64_t first) {
-  if (!accumulate && !dropout) {  // converted once, then copied
-    T copy[kMaxTile];
-    put_segment(copy, tile, width, false, nullptr, 0);
-    for (int64_t base = c0; base < n; base += period)
-      std::memcpy(out + base, copy, (n - base < width ? n - base : width) * sizeof(T));
+  if (!accumulate && !dropout && width == period) {  // converted once, then copied, each time twice as much
+    int64_t done = n < width ? n : width;
+    put_segment(out, tile, done, false, nullptr, 0);
+    for (int64_t more = done; done < n; done += more) {
+      more = n - done < done ? n - done : done;
+      std::memcpy(out + done, out, more * sizeof(T));
+    }
     return;
   }
   for (int64_t base = c0; base < n; base += period)
@@ -192,7 +194,7 @@ template <class T> void block_tile_rows(const BlockTile& a, int64_t begin, int64
   const Dropout drawn(a.seed ? *a.seed : 0, a.p);
   const Dropout* dropout = a.seed ? &drawn : nullptr;
   const A scale = dropout ? static_cast<A>(dropout->scale) : A(1);
-  const int64_t period = a.r * period_copies(a.columns, a.r, 256);
+  const int64_t period = a.r * period_copies(a.columns, a.r, dropout || a.accumulate ? 256 : 64);
   A tile[kMaxTile];
   for (int64_t t = begin; t < end; ++t) {
     T* out = row<T>(a.out, t, a.out_stride);

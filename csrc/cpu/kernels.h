@@ -26,16 +26,22 @@ using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
   inline Kernel<Arguments> kernel_for(const Arguments&) { return baseline::name; }
 #endif
 
-// The dropout words of elements [first, first + count): keep[e] is all ones where element e is kept, else zero.
+// The tests' view of the dropout generator: rows of its mask, all ones where an element is kept, else zero; and its words.
 struct KeepMask {
   uint32_t* keep;  // [rows, columns]
   int64_t rows, columns;
   int64_t seed;
   double p;
 };
+struct PhiloxWords {
+  uint32_t* words;  // [count]: of elements [first, first + count)
+  int64_t count, first;
+  int64_t seed;
+};
 
 SPECTRAL_OPS_CPU_KERNEL(block_sum, BlockSum)
 SPECTRAL_OPS_CPU_KERNEL(block_tile, BlockTile)
-SPECTRAL_OPS_CPU_KERNEL(keep_mask, KeepMask)  // the tests' view of the generator
+SPECTRAL_OPS_CPU_KERNEL(keep_mask, KeepMask)
+SPECTRAL_OPS_CPU_KERNEL(philox_words, PhiloxWords)
 
 }  // namespace spectral_ops::cpu

@@ -43,22 +43,29 @@ inline void philox(u64_vec counters, const uint64_t (&keys)[10][2], u32_vec word
 #endif
 }
 
+// Calls put(n, words) for the words of elements 4 * (first / 4) + n, a vector of them at a time, up to first + count.
+template <class F>
+inline void for_words(const Dropout& dropout, uint64_t first, int64_t count, const F& put) {
+  u64_vec counters;
+  for (int l = 0; l < kCounters; ++l) counters[l] = first / 4 + l;
+  const int64_t end = static_cast<int64_t>(first % 4) + count;
+  for (int64_t n = 0; n < end; n += 4 * kCounters, counters += kCounters) {
+    u32_vec words[2];
+    philox(counters, dropout.keys, words);
+    put(n, words[0]);
+    put(n + kF, words[1]);
+  }
+}
+
 }  // namespace
 
 const uint32_t* keep_words(uint32_t* buffer, const Dropout& dropout, uint64_t first, int64_t count) {
-  const int64_t skip = static_cast<int64_t>(first % 4);
-  u64_vec counters;
-  for (int l = 0; l < kCounters; ++l) counters[l] = first / 4 + l;
-  for (int64_t done = 0; done < skip + count; done += 4 * kCounters, counters += kCounters) {
-    u32_vec words[2];
-    philox(counters, dropout.keys, words);
-    for (int half = 0; half < 2; ++half) {
-      const i32_vec fraction = bits_as<i32_vec>(words[half] >> 8);  // 24 bits: a signed comparison is exact
-      const i32_vec keep = fraction >= static_cast<int32_t>(dropout.threshold);
-      std::memcpy(buffer + done + half * kF, &keep, sizeof keep);
-    }
-  }
-  return buffer + skip;
+  for_words(dropout, first, count, [&](int64_t n, u32_vec words) {
+    const i32_vec fraction = bits_as<i32_vec>(words >> 8);  // 24 bits: a signed comparison is exact
+    const i32_vec keep = fraction >= static_cast<int32_t>(dropout.threshold);
+    std::memcpy(buffer + n, &keep, sizeof keep);
+  });
+  return buffer + first % 4;
 }
 
 void keep_mask(const KeepMask& a, int64_t begin, int64_t end) {
@@ -68,6 +75,14 @@ void keep_mask(const KeepMask& a, int64_t begin, int64_t end) {
     const int64_t left = end * a.columns - e, count = left < kMaxTile ? left : kMaxTile;
     std::memcpy(a.keep + e, keep_words(buffer, dropout, static_cast<uint64_t>(e), count), count * sizeof *a.keep);
   }
+}
+
+void philox_words(const PhiloxWords& a, int64_t, int64_t) {
+  const int64_t skip = a.first % 4;
+  for_words(Dropout(a.seed, 0), static_cast<uint64_t>(a.first), a.count, [&](int64_t n, u32_vec words) {
+    for (int l = 0; l < kF; ++l)
+      if (n + l >= skip && n + l < skip + a.count) a.words[n + l - skip] = words[l];
+  });
 }
 
 }  // namespace spectral_ops::cpu::SPECTRAL_OPS_ISA

@@ -1,0 +1,72 @@
+// The tests' view of host-side internals. pybind11 excludes Python's stable ABI, so this module stays out of the wheel.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cpu/kernels.h"
+#include "../cpu/tiling.h"
+
+namespace py = pybind11;
+using namespace spectral_ops::cpu;
+
+namespace {
+
+// One kernel as compiled for an instruction set, whichever is active; throws where that does not run here.
+#ifdef SPECTRAL_OPS_X86
+#define ON(name, isa) pick(isa, {baseline::name, avx2::name, avx512::name})
+#else
+#define ON(name, isa) pick(isa, {baseline::name})
+#endif
+
+template <class Arguments>
+Kernel<Arguments> pick(const std::string& isa, std::initializer_list<void (*)(const Arguments&, int64_t, int64_t)> compiled) {
+  for (int i = 0; i <= static_cast<int>(active_isa()); ++i)
+    if (isa == isa_name(static_cast<Isa>(i))) return compiled.begin()[i];
+  throw py::value_error("isa: " + isa + " does not run here");
+}
+
+std::vector<std::vector<bool>> keep(int64_t rows, int64_t columns, int64_t seed, double p, const std::string& isa,
+                                    int64_t begin, int64_t end) {
+  std::vector<uint32_t> words(static_cast<size_t>(rows * columns), 0x5a5a5a5a);  // rows outside [begin, end) keep this
+  ON(keep_mask, isa)(KeepMask{words.data(), rows, columns, seed, p}, begin, end);
+  std::vector<std::vector<bool>> mask;
+  for (int64_t t = begin; t < end; ++t) {
+    mask.emplace_back();
+    for (int64_t i = 0; i < columns; ++i) {
+      const uint32_t word = words[static_cast<size_t>(t * columns + i)];
+      if (word != 0 && word != 0xffffffff) throw std::runtime_error("keep_mask: a word is neither all ones nor zero");
+      mask.back().push_back(word != 0);
+    }
+  }
+  for (int64_t e = 0; e < rows * columns; ++e)
+    if ((e < begin * columns || e >= end * columns) && words[static_cast<size_t>(e)] != 0x5a5a5a5a)
+      throw std::runtime_error("keep_mask: wrote outside its rows");
+  return mask;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i <= static_cast<int>(active_isa()); ++i) names.emplace_back(isa_name(static_cast<Isa>(i)));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(spectral_ops_native_tests, m) {
+  m.attr("max_tile") = kMaxTile;
+  m.def("isas", &isas, "Instruction sets that run here, the active one last.");
+  m.def("keep_mask", &keep, py::arg("rows"), py::arg("columns"), py::arg("seed"), py::arg("p"), py::arg("isa"),
+        py::arg("begin"), py::arg("end"), "bool rows [begin, end) of the dropout mask [rows, columns].");
+  m.def("philox", [](int64_t first, int64_t count, int64_t seed, const std::string& isa) {
+    std::vector<uint32_t> words(static_cast<size_t>(count));
+    ON(philox_words, isa)(PhiloxWords{words.data(), count, first, seed}, 0, 1);
+    return words;
+  }, py::arg("first"), py::arg("count"), py::arg("seed"), py::arg("isa"), "Words of elements [first, first + count).");
+  m.def("period_copies", &period_copies, py::arg("columns"), py::arg("r"), py::arg("wanted"));
+  m.def("grain_rows", &grain_rows, py::arg("columns"), py::arg("dropout"));
+}
