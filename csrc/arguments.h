@@ -33,4 +33,66 @@ struct BlockTile {
   bool accumulate;
 };
 
+// out [rows, columns] becomes g * (out + scale h Bᵀ) + shift, h [rows, r], B [columns, r]; unit inner strides.
+struct LowRankUpdate {
+  void* out;
+  const void *h, *B;
+  const void *g, *shift;  // [columns] float32 (float64 for float64), or null
+  double scale;
+  int64_t rows, columns, r;
+  int64_t out_stride, h_stride, B_stride;
+  DType dtype;  // of out, h and B
+};
+
+// One pass over dy [rows, columns] (and y, where given); a null output is not wanted. Unit inner strides.
+// u [rows, r] = scale (g * dy) B, gdy [rows, columns] = g * dy, in dtype and contiguous; dB [columns, r] =
+// scale (g * dy)ᵀ h, db [columns] = Σ dy, dyz [columns] = Σ dy * (y - bias), contiguous in float32 (float64 for float64).
+struct LowRankBackward {
+  const void *dy, *h, *B;
+  const void *g, *y, *bias;  // or null
+  void *u, *dB, *db, *dyz, *gdy;
+  void* workspace;  // CUDA: backward_plan(...).bytes of partial sums
+  double scale;
+  int64_t rows, columns, r;
+  int64_t dy_stride, h_stride, B_stride, y_stride;
+  DType dtype, g_dtype, bias_dtype;  // dtype: of dy, h, B and y
+};
+
+// square [rows] = Σ_i weight[o, i]² in float32 (float64 for float64).
+struct RowSquare {
+  const void* weight;
+  void* square;
+  int64_t rows, columns;
+  int64_t row_stride, column_stride;
+  DType dtype;
+};
+
+// norm [rows] = ‖weight_o + scale (B A)_o‖ in float32 (float64 for float64); A [r, columns], B [rows, r].
+struct ColumnNorm {
+  const void *weight, *A, *B;
+  const void* square;  // [rows], in norm's dtype, or null
+  void* norm;
+  int64_t* stamp;  // [2] fingerprint of A and B, or null where nothing is cached
+  void* workspace;  // CUDA: norm_plan(...).bytes
+  double scale;
+  int64_t rows, columns, r;
+  int64_t weight_strides[2], A_strides[2], B_strides[2];
+  DType dtype, A_dtype, B_dtype;  // dtype: of weight
+  bool force;                     // recompute even if the fingerprint is the stamp
+};
+
+// dm [columns] = dyz / (g norm), or where |g| < vanishing_g, or |g| norm < |bias| / vanishing_bias,
+// Σ_t dy (x·weight_o + scale h·B_o) / norm. dy [rows, columns], x [rows, k], h [rows, r], B [columns, r] with unit inner strides.
+struct MagnitudeGrad {
+  const void *dyz, *g, *norm;  // [columns] float32 (float64 for float64)
+  const void *dy, *x, *h, *weight, *B;
+  const void* bias;  // or null
+  void* dm;
+  double scale, vanishing_g, vanishing_bias;
+  int64_t rows, columns, k, r;
+  int64_t dy_stride, x_stride, h_stride, B_stride;
+  int64_t weight_strides[2];
+  DType dtype, bias_dtype;  // dtype: of dy, x, h, weight and B
+};
+
 }  // namespace spectral_ops
