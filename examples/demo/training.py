@@ -13,7 +13,7 @@ METHODS = ("dora", "lora", "rslora", "pissa", "miss")
 
 
 def peft_config(method: str, *, plain_init: bool = False):
-    """The adapter of `method` on all seven projections; `plain_init` skips PiSSA's decomposition of the base weights."""
+    """The adapter of `method` on all seven projections; `plain_init` skips PiSSA's decomposition of the weights."""
     common = {"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     if method == "miss":
         return MissConfig(r=64, **common)
