@@ -1,6 +1,6 @@
 """Write schema_hash.h, the hash of the operator schemas of this source tree, and the files it was read from.
 
-    python csrc/schema_hash.py OUTPUT_HEADER DEPFILE
+python csrc/schema_hash.py OUTPUT_HEADER DEPFILE
 """
 
 import os

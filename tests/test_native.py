@@ -1,0 +1,99 @@
+"""Host-side C++ internals, through the pybind11 module that CMake builds for the tests: generator, tiling, threads."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_ops.functional import random
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "native"
+ISAS = ("default", "avx2", "avx512")
+
+
+def tool(name: str) -> str | None:
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+@pytest.fixture(scope="session")
+def native():
+    missing = [n for n in ("cmake", "ninja") if tool(n) is None]
+    missing += [n for n in ("pybind11",) if importlib.util.find_spec(n) is None]
+    if missing:
+        pytest.skip(f"the native test module needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    configure = [tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", FOLDER, "-DSPECTRAL_OPS_NATIVE_TESTS=ON"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+    with open(FOLDER / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [tool("cmake"), "--build", FOLDER, "--target", "spectral_ops_native_tests"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import spectral_ops_native_tests
+    finally:
+        sys.path.remove(str(FOLDER))
+    return spectral_ops_native_tests
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, native):
+    if request.param not in native.isas():
+        pytest.skip(f"{request.param} does not run on this machine")
+    return request.param
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**61 + 12345, 2**62 - 1])
+@pytest.mark.parametrize("first,count", [(0, 64), (1, 7), (3, 1), (130, 61), (2**34 - 6, 50)])
+def test_philox_words(native, isa, seed, first, count):
+    counters = torch.arange(first // 4, (first + count + 3) // 4)
+    words = random.philox(counters, torch.tensor([seed])).flatten()[first % 4 :][:count]
+    assert native.philox(first, count, seed, isa) == words.tolist()
+
+
+def test_philox_known_answer(native, isa):
+    """The vectors published with Random123 (kat_vectors): counter 0, key 0."""
+    assert native.philox(0, 4, 0, isa) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 5), (2, 2048), (7, 333), (4, 64)])
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 1 - 2**-24, 1 - 2**-30])
+def test_keep_mask(native, isa, rows, columns, p):
+    seed = torch.tensor([123456789012345])
+    wanted = random.keep_mask(rows, columns, seed, p)
+    assert torch.equal(torch.tensor(native.keep_mask(rows, columns, int(seed), p, isa, 0, rows)), wanted)
+    begin, end = rows // 3, rows // 2 + 1  # a thread's share of the rows; it throws if anything else is written
+    assert torch.equal(torch.tensor(native.keep_mask(rows, columns, int(seed), p, isa, begin, end)), wanted[begin:end])
+
+
+@pytest.mark.parametrize("wanted", [64, 256])
+@pytest.mark.parametrize("columns", [1, 48, 2048, 11008])
+def test_period_copies(native, columns, wanted):
+    for r in range(1, columns + 1) if columns <= 2048 else (1, 7, 64, 100, 1000, 1024, 1025, 11008):
+        copies = native.period_copies(columns, r, wanted)
+        assert copies >= 1
+        assert copies == 1 or r * copies <= min(columns, native.max_tile)
+        if r * 16 <= min(columns, native.max_tile):  # room enough: whole vectors, and at least half the period wanted
+            assert r * copies % 8 == 0 and 2 * r * copies >= min(wanted, columns)
+
+
+def test_grain_rows(native):
+    for columns in (0, 1, 64, 4096, 10**6):
+        assert native.grain_rows(columns, True) >= 1
+        assert native.grain_rows(columns, False) >= native.grain_rows(columns, True)
+    assert native.grain_rows(64, False) * 64 == 32768
+
+
+def test_unknown_isa(native):
+    with pytest.raises(ValueError, match="neon does not run here"):
+        native.philox(0, 4, 0, "neon")
