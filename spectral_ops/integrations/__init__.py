@@ -1,0 +1,50 @@
+"""Fused operators inside models that somebody else built. Importing it needs torch alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from spectral_ops.integrations.report import Report
+
+__all__ = ["accelerate", "restore"]
+
+
+def accelerate(model: torch.nn.Module, *, strict: bool = False) -> Report:
+    """Let the adapter layers of a PEFT model compute with the fused operators, in place.
+
+    Parameters, state_dict, optimizer and numbers stay what they are (the same up to rounding; DoRA's column norm is
+    kept in float32 where PEFT rounds it to the weight's dtype). At dropout p = 0 nothing is drawn from torch's
+    generator; at p > 0 the mask comes from one seed drawn there, so it is another mask than PEFT's, with the same law.
+
+    Covered: LoRA, rsLoRA, PiSSA, DoRA on ``nn.Linear`` and transformers' ``Conv1D``, MiSS (and mini) on ``nn.Linear``,
+    and the same over bitsandbytes 4-bit and 8-bit layers, whose own forward is called. Every other adapter layer, and
+    every single call of a covered one that the fast path does not fit, runs PEFT's own forward; the report says which
+    and why. Calling it again is fine: it also takes in the layers that ``add_adapter`` has created since.
+
+    Args:
+        model: a PeftModel, or any module that PEFT has injected adapter layers into.
+        strict: raise a RuntimeError that lists the layers left to PEFT, now (and change nothing) or at the call that
+            would fall back, instead of only reporting them.
+
+    Returns a :class:`~spectral_ops.integrations.report.Report`: ``print(report)`` shows what runs where;
+    ``report.fallbacks()`` what fell back since, and why.
+    Raises TypeError for something that is not a module, ValueError for a module without PEFT layers, ImportError
+    without PEFT.
+    """
+    return _peft().accelerate(model, strict=strict)
+
+
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo :func:`accelerate` in place: every layer is PEFT's own class again. Returns ``model``."""
+    return _peft().restore(model)
+
+
+def _peft():
+    try:
+        from spectral_ops.integrations import peft
+    except ImportError as error:
+        raise ImportError(f"accelerate needs PEFT 0.21 or later (pip install -U peft): {error}") from error
+    return peft
