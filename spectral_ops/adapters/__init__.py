@@ -1,0 +1,38 @@
+"""Adapters: thin modules that hold parameters and call one operator; one file per method."""
+
+from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
+from spectral_ops.adapters.bone import BoneConfig, BoneLinear
+from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
+from spectral_ops.adapters.io import load_adapter, save_adapter
+from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
+from spectral_ops.adapters.model import (
+    adapter_configs,
+    adapter_layers,
+    attach,
+    detach,
+    disabled,
+    merge,
+    set_adapter,
+    unmerge,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterLinear",
+    "BoneConfig",
+    "BoneLinear",
+    "DoRAConfig",
+    "DoRALinear",
+    "LoRAConfig",
+    "LoRALinear",
+    "adapter_configs",
+    "adapter_layers",
+    "attach",
+    "detach",
+    "disabled",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_adapter",
+    "unmerge",
+]

@@ -1,0 +1,425 @@
+"""What every method shares: the common config fields, and a linear layer holding named adapters over a frozen base.
+
+A method is one file: a config (PEFT's field names) and a subclass of :class:`AdapterLinear` that states its tensors
+(``tensor_keys``, ``shapes``), how they start (``reset``), the one operator it calls (``adapted``) and what a merge does
+(``merged_weight``, ``unmerged_weight``). :mod:`spectral_ops.adapters.methods` lists it; nothing else knows it by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from spectral_ops._library import accumulate_dtype
+from spectral_ops.functional import checks
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AdapterConfig:
+    """Fields every method has, under PEFT's names.
+
+    r: rank or block size. target_modules: names that end a module's path, a regular expression for the whole path, or
+    "all-linear" (every linear layer but the output head). exclude_modules: the same, left out. layers_to_transform: the
+    layer indices to keep, with layers_pattern the name before the index. bias: which base biases train ("none", "all",
+    or those of the adapted layers). modules_to_save: modules trained whole in a copy of their own. task_type: for PEFT.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    task_type: str | None = None
+
+    peft_type: ClassVar[str]
+    peft_flags: ClassVar[dict[str, Any]] = {}  # fields of PEFT's config that tell this method from its siblings
+    bias_choices: ClassVar[tuple[str, ...]] = ("none", "all")
+
+    def __post_init__(self) -> None:
+        checks.integer(self._field("r"), self.r, 1, None, "rank or block size")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            self._check_names(name)
+        self.layers_pattern = self.layers_pattern or None
+        layers = self.layers_to_transform = None if self.layers_to_transform == [] else self.layers_to_transform
+        for layer in [layers] if isinstance(layers, int) else layers or []:
+            checks.integer(self._field("layers_to_transform"), layer, 0, None, "the index of a layer")
+        if isinstance(self.target_modules, str) and (layers is not None or self.layers_pattern):
+            self.wrong("layers_to_transform", layers, "None where target_modules is a string (put the index into it)")
+        if self.layers_pattern and layers is None:
+            self.wrong("layers_to_transform", None, "layer indices, as layers_pattern is given")
+        if self.bias not in self.bias_choices:
+            self.wrong("bias", self.bias, f"one of {', '.join(map(repr, self.bias_choices))}")
+
+    def _field(self, name: str) -> str:
+        return f"{type(self).__name__}.{name}"
+
+    def wrong(self, name: str, value: Any, wanted: str) -> None:
+        """Raise the ValueError of a field."""
+        raise ValueError(f"{self._field(name)}: got {value!r}, wanted {wanted}")
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None or (isinstance(value, str) and value and name != "modules_to_save"):
+            return
+        if isinstance(value, (set, frozenset)):
+            value = sorted(value)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in value):
+            self.wrong(name, value, "a list of module names")
+        setattr(self, name, list(value))
+
+    @property
+    def dropout(self) -> float:
+        """Dropout probability on the adapter branch."""
+        return 0.0
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the initialisation moves a part of the base weight into the adapter."""
+        return False
+
+    @property
+    def slow_init(self) -> bool:
+        """Whether the initialisation of a whole model is worth a progress line."""
+        return self.changes_base
+
+    def for_layer(self, path: str) -> AdapterConfig:
+        """This config as it applies to the layer at ``path`` (rank and alpha patterns resolved)."""
+        return self
+
+    def for_file(self, plain: bool) -> AdapterConfig:
+        """The config that describes :meth:`AdapterLinear.file_tensors`."""
+        return self
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> AdapterConfig:
+        """The config from those fields of an adapter_config.json that this class has."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in names})
+
+    def to_peft(self) -> dict[str, Any]:
+        """The content of PEFT's adapter_config.json."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"peft_type": self.peft_type, **self.peft_flags, **fields}
+
+
+# --- base layers -----------------------------------------------------------------------------------------------------
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored transposed, [in_features, out_features]."""
+    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can be adapted: nn.Linear, its (quantised) subclasses, and Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def why_not_dense(base: nn.Module) -> str | None:
+    """Why the fused operator must not read this layer's weight itself, or None where it may."""
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return f"{type(base).__name__} computes its own product"
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return "the base layer carries hooks"
+    if "forward" in base.__dict__:
+        return "the base layer's forward was replaced"
+    if base.weight.requires_grad and torch.is_grad_enabled():
+        return "the base weight is being trained"
+    return None
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+class AdapterLinear(nn.Module):
+    """A frozen linear layer and its named adapters, one of them active.
+
+    ``base_layer`` is the layer as it was; each name in ``tensor_keys`` is an ``nn.ParameterDict`` from adapter names to
+    that tensor. ``settings[name]`` is the adapter's config as it applies here, ``configs[name]`` as it was attached.
+    """
+
+    config_type: ClassVar[type[AdapterConfig]]
+    tensor_keys: ClassVar[dict[str, str]]  # ParameterDict -> what follows the module's path in PEFT's file
+    initial_keys: ClassVar[dict[str, str]] = {}  # frozen tensors that undo an initialisation which changed the base
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        if not is_linear(base_layer):
+            raise TypeError(f"linear: got {type(base_layer).__name__}, wanted nn.Linear or Conv1D")
+        self.base_layer = base_layer
+        self.transposed = is_conv1d(base_layer)
+        if self.transposed:
+            self.in_features, self.out_features = base_layer.weight.shape
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        for name in (*self.tensor_keys, *self.initial_keys):
+            setattr(self, name, nn.ParameterDict())
+        self.configs: dict[str, AdapterConfig] = {}
+        self.settings: dict[str, AdapterConfig] = {}
+        self.active: str | None = None
+        self.merged: str | None = None
+        self._undo: tuple[torch.Tensor, ...] | None = None
+        self._snapshot: torch.Tensor | None = None
+        self._disabled = 0
+        self.train(base_layer.training)
+
+    @classmethod
+    def from_linear(cls, linear, config, adapter_name="default", *, autocast_adapter_dtype=True):
+        """An adapted copy of ``linear`` (nn.Linear or Conv1D, shared, not copied; its parameters are frozen).
+
+        ``config`` is this method's config; adapter parameters are float32 over a bf16/fp16 base unless
+        ``autocast_adapter_dtype`` is False, float64 over float64. PiSSA and MiLoRA change ``linear``'s weight.
+        """
+        if not isinstance(config, cls.config_type):
+            raise TypeError(f"config: got {type(config).__name__}, wanted {cls.config_type.__name__}")
+        layer = cls(linear)
+        layer.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        linear.requires_grad_(False)
+        layer.commit(adapter_name)
+        layer.set_active(adapter_name)
+        return layer
+
+    # what a method states
+
+    @classmethod
+    def shapes(cls, config: AdapterConfig, d: int, k: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of ``tensor_keys`` on a layer [d, k]; ValueError where ``config`` does not fit."""
+        raise NotImplementedError
+
+    def reset(self, name: str) -> None:
+        """Initialise the tensors of adapter ``name``; must not touch the base (see :meth:`commit`)."""
+        raise NotImplementedError
+
+    def adapted(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The layer's output under adapter ``name``: one operator."""
+        raise NotImplementedError
+
+    def merged_weight(self, weight: torch.Tensor, name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """The adapted weight from ``weight`` [d, k] float32, and what :meth:`unmerged_weight` will need besides.
+
+        None for the latter: it cannot be undone by arithmetic, so a merge keeps a copy of the weight.
+        """
+        raise NotImplementedError
+
+    def unmerged_weight(self, weight: torch.Tensor, name: str, *undo: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`merged_weight`."""
+        raise NotImplementedError
+
+    # what a method may state
+
+    def admit(self, config: AdapterConfig) -> None:
+        """Raise ValueError where this layer cannot take another adapter of ``config``."""
+
+    def commit(self, name: str) -> None:
+        """Take out of the base weight what the initialisation moved into the adapter."""
+
+    @classmethod
+    def link(cls, layers: dict[str, AdapterLinear], name: str) -> None:
+        """Tie what the layers of a model share under adapter ``name``; called once all of them are built."""
+
+    @classmethod
+    def initial_shapes(cls, config: AdapterConfig, d: int, k: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of ``initial_keys``."""
+        return {}
+
+    def set_initial(self, name: str, *tensors: torch.Tensor) -> None:
+        """Record the tensors of ``initial_keys``."""
+
+    def restore(self) -> None:
+        """Put back what :meth:`commit` took."""
+
+    def original(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output without adapters."""
+        return self.base_layer(x)
+
+    def original_weight(self) -> torch.Tensor:
+        """The weight [d, k] as it was before any adapter, in float32 (float64), merged or not."""
+        weight = self.matrix.to(accumulate_dtype(self.matrix.dtype))
+        if self.merged is None:
+            return weight
+        return self._unmerged(weight)
+
+    def trainable(self, name: str) -> tuple[str, ...]:
+        """Which of ``tensor_keys`` adapter ``name`` trains."""
+        return tuple(self.tensor_keys)
+
+    def file_tensors(self, name: str, plain: bool) -> dict[str, torch.Tensor]:
+        """What a file holds of adapter ``name``, by the key that follows the module's path.
+
+        plain: in a form that another library loads onto the original base; else in the form this class trains.
+        """
+        return {suffix: getattr(self, key)[name].detach() for key, suffix in self.tensor_keys.items()}
+
+    # what all methods do alike
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base layer's weight, as stored."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The base weight as [out_features, in_features]; a view."""
+        weight = self.base_layer.weight
+        return weight.t() if self.transposed else weight
+
+    @property
+    def changed(self) -> bool:
+        """Whether the base weight is not the original one at the moment."""
+        return self.merged is not None or any(config.changes_base for config in self.settings.values())
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters this layer holds."""
+        return list(self.settings)
+
+    def dense_matrix(self, why: str) -> torch.Tensor:
+        """:attr:`matrix`, or a ValueError where the base is quantised."""
+        if self.base_layer.weight.is_floating_point() and self.base_layer.weight.shape.numel() == (
+            self.in_features * self.out_features
+        ):
+            return self.matrix
+        raise ValueError(
+            f"base_layer: got {type(self.base_layer).__name__} with a weight {checks.describe(self.base_layer.weight)},"
+            f" wanted a floating-point weight ({why} reads it)"
+        )
+
+    def add_adapter(self, name, config, path="", *, autocast_adapter_dtype=True, initialise=True):
+        """Give the layer an adapter, not active yet; leaves the base alone. ``path`` resolves the config's patterns."""
+        check_adapter_name(name)
+        if name in self.settings:
+            raise ValueError(f"adapter_name: got {name!r}, wanted a name this layer does not have yet")
+        if self.merged is not None:
+            raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted an unmerged layer")
+        self.admit(config)
+        settings = config.for_layer(path)
+        weight = self.base_layer.weight
+        shapes = self.shapes(settings, self.out_features, self.in_features)
+        dtype = weight.dtype if weight.dtype in checks.FLOATS else torch.float32
+        if autocast_adapter_dtype:
+            dtype = accumulate_dtype(dtype)
+        self.configs[name], self.settings[name] = config, settings
+        try:
+            for key, shape in shapes.items():
+                tensor = torch.empty(shape, dtype=self.parameter_dtype(key, dtype), device=weight.device)
+                getattr(self, key)[name] = nn.Parameter(tensor, requires_grad=False)
+            if initialise:
+                with torch.no_grad():
+                    self.reset(name)
+        except BaseException:
+            self.remove_adapter(name)
+            raise
+
+    def parameter_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype tensor ``key`` is held in, where adapters are in ``dtype``."""
+        return dtype
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget adapter ``name``."""
+        for key in (*self.tensor_keys, *self.initial_keys):
+            getattr(self, key).pop(name, None)
+        self.configs.pop(name, None)
+        self.settings.pop(name, None)
+        self.active = None if self.active == name else self.active
+
+    def set_active(self, name: str) -> None:
+        """Make ``name`` the active adapter and the only one that trains; a layer without it runs its base."""
+        if self.merged not in (None, name):
+            raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted unmerge() first")
+        self.active = name
+        for key in self.tensor_keys:
+            for owner, parameter in getattr(self, key).items():
+                parameter.requires_grad_(owner == name and key in self.trainable(owner))
+        if self.bias is not None and any(config.bias != "none" for config in self.settings.values()):
+            self.bias.requires_grad_(name in self.settings and self.settings[name].bias != "none")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features]."""
+        if self.merged is not None:
+            return self.base_layer(x)
+        if self._disabled or self.active not in self.settings:
+            return self.original(x)
+        return self.adapted(x, self.active)
+
+    @torch.no_grad()
+    def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
+        """What a merge of the adapter (default: the active one) adds to the base weight: [d, k], float32 (float64)."""
+        weight = self.dense_matrix("delta_weight")
+        weight = weight.to(accumulate_dtype(weight.dtype)) if self.merged is None else self.original_weight()
+        return self.merged_weight(weight, self._known(adapter_name))[0] - weight
+
+    @torch.no_grad()
+    def merge(self, *, safe: bool = False, keep_base: bool = False) -> None:
+        """Put the active adapter into the base weight, in float32 and cast once; nothing where there is none to merge.
+
+        safe: raise ValueError, and change nothing, if that would hold a non-finite value. keep_base: hold a copy of the
+        weight, so that :meth:`unmerge` restores it bit for bit; otherwise it restores what the arithmetic allows.
+        """
+        if self.merged is not None or self.active not in self.settings:
+            return
+        new, undo = self.merge_result()
+        if safe and not torch.isfinite(new).all():
+            raise ValueError(f"adapter {self.active!r}: got non-finite merged weights, wanted finite ones (safe=True)")
+        self._snapshot = self.matrix.clone() if keep_base or undo is None else None
+        self.matrix.copy_(new)
+        self.merged, self._undo = self.active, undo
+
+    def merge_result(self):
+        """The weight a merge would write, in the base's dtype, and its undo tensors."""
+        matrix = self.dense_matrix("merge")
+        new, undo = self.merged_weight(matrix.to(accumulate_dtype(matrix.dtype)), self.active)
+        return new.to(matrix.dtype), undo
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged adapter out of the base weight again; nothing where none is merged."""
+        if self.merged is None:
+            return
+        self.matrix.copy_(self._unmerged(self.matrix.to(accumulate_dtype(self.matrix.dtype))))
+        self.merged = self._undo = self._snapshot = None
+
+    def _unmerged(self, weight: torch.Tensor) -> torch.Tensor:
+        if self._snapshot is not None:
+            return self._snapshot.to(weight)
+        return self.unmerged_weight(weight, self.merged, *(t.to(weight.device) for t in self._undo))
+
+    def _known(self, name: str | None) -> str:
+        name = self.active if name is None else name
+        if name not in self.settings:
+            raise ValueError(f"adapter_name: got {name!r}, wanted one of {self.adapter_names}")
+        return name
+
+    def describe_adapter(self, name: str) -> str:
+        """The adapter's settings for ``repr``."""
+        return f"r={self.settings[name].r}"
+
+    def extra_repr(self) -> str:
+        """in_features, out_features, every adapter, and whether one is merged or the base runs by itself."""
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
+        parts += [
+            f"{name}{'*' if name == self.active else ''}: {self.describe_adapter(name)}" for name in self.settings
+        ]
+        parts += [f"merged={self.merged!r}"] if self.merged else []
+        reason = why_not_dense(self.base_layer)
+        return ", ".join([*parts, f"base-agnostic ({reason})"] if reason else parts)
+
+
+def check_adapter_name(name: Any) -> None:
+    """An adapter's name: a non-empty string without dots that nn.ParameterDict can hold."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: got {checks.describe(name)}, wanted a string")
+    if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter_name: got {name!r}, wanted a name without dots that no method of a dict has")

@@ -1,0 +1,54 @@
+"""Modules trained whole (``modules_to_save``): a copy per adapter beside the untouched original."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+
+class TrainedCopy(nn.Module):
+    """Runs the active adapter's copy of a module; the original where it has none, or while adapters are disabled."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.copies = nn.ModuleDict()
+        self.active: str | None = None
+        self.merged: str | None = None
+        self._disabled = 0
+        self.train(original.training)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self.copies)
+
+    def add_adapter(self, name: str) -> None:
+        """A copy of the original, trainable once it is active."""
+        self.copies[name] = copy.deepcopy(self.original_module).requires_grad_(False)
+
+    def remove_adapter(self, name: str) -> None:
+        if name in self.copies:
+            del self.copies[name]
+        self.active = None if self.active == name else self.active
+
+    def set_active(self, name: str) -> None:
+        self.active = name
+        for owner, module in self.copies.items():
+            module.requires_grad_(owner == name)
+
+    @property
+    def current(self) -> nn.Module:
+        """The module that runs now."""
+        return self.original_module if self._disabled or self.active not in self.copies else self.copies[self.active]
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what the model reads from the module it put here, such as lm_head.weight
+            if name in ("original_module", "copies"):
+                raise
+            return getattr(self.current, name)
+
+    def forward(self, *args, **kwargs):
+        return self.current(*args, **kwargs)

@@ -1,0 +1,220 @@
+"""LoRA, rsLoRA, PiSSA and MiLoRA: y = x Wᵀ + γ drop(x) Aᵀ Bᵀ + b (METHODS 1.1, 2).
+
+LoRA: arXiv:2106.09685, γ = α/r. rsLoRA: arXiv:2312.03732, γ = α/√r. PiSSA and MiLoRA differ in where A and B start, and
+in what that leaves of W: they keep the starting pair, so that the base can be given back and a file can be plain LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from spectral_ops._library import accumulate_dtype
+from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, why_not_dense
+from spectral_ops.functional import checks, lowrank_linear, lowrank_update
+from spectral_ops.init import svd
+
+
+@dataclass
+class LoRAConfig(AdapterConfig):
+    """LoRA under PEFT's field names; see :class:`AdapterConfig` for the common ones.
+
+    lora_alpha, use_rslora: γ = α/r, or α/√r. lora_dropout: on the adapter branch. init_lora_weights: True (A Kaiming,
+    B zero), False (both Kaiming), "gaussian" (A normal), "pissa", "pissa_niter_N", "milora" or "milora_" with min, mid,
+    max or random. rank_pattern, alpha_pattern: another r or α for the layers whose path ends with a match of the key.
+    """
+
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    peft_type: ClassVar[str] = "LORA"
+    peft_flags: ClassVar[dict[str, Any]] = {"use_dora": False}
+    bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "lora_only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.probability(self._field("lora_dropout"), self.lora_dropout)
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                self.wrong(name, getattr(self, name), "a dict from module names to numbers")
+        for key, r in self.rank_pattern.items():
+            checks.integer(f"{self._field('rank_pattern')}[{key!r}]", r, 1, None, "rank")
+        for key, alpha in {"": self.lora_alpha, **self.alpha_pattern}.items():
+            name = f"{self._field('alpha_pattern')}[{key!r}]" if key else self._field("lora_alpha")
+            checks.number(name, alpha)
+            if alpha <= 0:
+                raise ValueError(f"{name}: got {alpha!r}, wanted a positive number")
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
+            if svd.SpectralInit.parse(self.init_lora_weights) is None:
+                self.wrong("init_lora_weights", self.init_lora_weights, f'True, False, "gaussian", {svd.NAMES}')
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    @property
+    def changes_base(self) -> bool:
+        return svd.SpectralInit.parse(self.init_lora_weights) is not None
+
+    @property
+    def scaling(self) -> float:
+        """γ."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def for_layer(self, path: str) -> LoRAConfig:
+        r = match_pattern(self.rank_pattern, path, self.r)
+        alpha = match_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return self if (r, alpha) == (self.r, self.lora_alpha) else dataclasses.replace(self, r=r, lora_alpha=alpha)
+
+    @classmethod
+    def from_peft(cls, fields: dict[str, Any]) -> LoRAConfig:
+        init = fields.get("init_lora_weights", True)
+        if init in ("eva", "orthogonal", "mica"):  # where A and B started; the base is untouched
+            fields = {**fields, "init_lora_weights": True}
+        elif init in ("olora", "corda", "loftq", "lora_ga"):
+            raise ValueError(
+                f"init_lora_weights: got {init!r}, which changed the base weights, wanted a file converted to plain"
+                " LoRA (PEFT's save_pretrained does that with path_initial_model_for_weight_conversion)"
+            )
+        return super().from_peft(fields)
+
+    def for_file(self, plain: bool) -> LoRAConfig:
+        """Plain, a spectral adapter is A' = [A; A₀], B' = [B, -B₀]: rank 2r, and α such that γ stays what it is."""
+        if not (plain and self.changes_base):
+            return self
+        growth = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            lora_alpha=growth * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: growth * alpha for key, alpha in self.alpha_pattern.items()},
+            init_lora_weights=True,
+        )
+
+
+def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that matches the end of ``path`` (PEFT's rule), or ``default``."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+class LoRALinear(AdapterLinear):
+    """A linear layer with LoRA adapters: ``lora_A`` [r, k] and ``lora_B`` [d, r] per adapter."""
+
+    config_type = LoRAConfig
+    tensor_keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    initial_keys = {"initial_A": "lora_initial_A.weight", "initial_B": "lora_initial_B.weight"}
+
+    @classmethod
+    def shapes(cls, config, d, k):
+        if config.changes_base and config.r > min(d, k):
+            config.wrong("r", config.r, f"at most {min(d, k)} (a weight [{d}, {k}] has no more triplets)")
+        return {"lora_A": (config.r, k), "lora_B": (d, config.r)}
+
+    def admit(self, config):
+        if config.changes_base:
+            self.dense_matrix(config.init_lora_weights)
+        if self.initial_A or (self.settings and config.changes_base):
+            raise ValueError(
+                f"adapter_name: got a second adapter on a layer with {self.adapter_names}, wanted a layer of its own"
+                " for an initialisation that changes the base (save it as plain LoRA and load that beside others)"
+            )
+
+    def reset(self, name):
+        A, B, config = self.lora_A[name], self.lora_B[name], self.settings[name]
+        if spectral := svd.SpectralInit.parse(config.init_lora_weights):
+            self.set_initial(name, *svd.spectral_factors(self.matrix, config.r, config.scaling, spectral))
+            A.copy_(self.initial_A[name])
+            B.copy_(self.initial_B[name])
+            return
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(A, std=1 / config.r)
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(B)
+
+    @classmethod
+    def initial_shapes(cls, config, d, k):
+        return {"initial_A": (config.r, k), "initial_B": (d, config.r)}
+
+    def set_initial(self, name, A, B):
+        """Record the pair whose product γ B A :meth:`commit` takes out of the base."""
+        like = self.lora_A[name]
+        self.initial_A[name] = nn.Parameter(A.to(like).contiguous(), requires_grad=False)
+        self.initial_B[name] = nn.Parameter(B.to(like).contiguous(), requires_grad=False)
+
+    def product(self, A: torch.Tensor, B: torch.Tensor, name: str) -> torch.Tensor:
+        """γ B A [d, k] in at least float32."""
+        acc = accumulate_dtype(A.dtype)
+        return self.settings[name].scaling * (B.detach().to(acc) @ A.detach().to(acc))
+
+    def initial_product(self) -> torch.Tensor | float:
+        """What the base weight lacks: γ B₀ A₀, or 0."""
+        name = next(iter(self.initial_A), None)
+        return 0.0 if name is None else self.product(self.initial_A[name], self.initial_B[name], name)
+
+    @torch.no_grad()
+    def commit(self, name):
+        if name in self.initial_A:
+            self.matrix.copy_(self.matrix.to(accumulate_dtype(self.matrix.dtype)) - self.initial_product())
+
+    @torch.no_grad()
+    def restore(self):
+        if self.initial_A:
+            self.matrix.copy_(self.original_weight())
+
+    def original_weight(self):
+        return super().original_weight() + self.initial_product()
+
+    def original(self, x):
+        for name in self.initial_A:  # at most one: what its initialisation took is added back
+            return self.lowrank(x, self.initial_A[name], self.initial_B[name], name, 0.0)
+        return self.base_layer(x)
+
+    def adapted(self, x, name):
+        return self.lowrank(x, self.lora_A[name], self.lora_B[name], name, self.settings[name].dropout)
+
+    def lowrank(self, x, A, B, name, dropout):
+        """The operator, over our own product where we may read the weight, else over the base layer's output."""
+        options = {"scale": self.settings[name].scaling, "dropout_p": dropout, "training": self.training}
+        if why_not_dense(self.base_layer) is None:
+            return lowrank_linear(x, self.matrix, A, B, self.base_layer.bias, **options)
+        return lowrank_update(self.base_layer(x), x, A, B, **options)
+
+    @torch.no_grad()
+    def delta_weight(self, adapter_name=None):
+        name = self._known(adapter_name)
+        return self.product(self.lora_A[name], self.lora_B[name], name)
+
+    def merged_weight(self, weight, name):
+        return weight + self.product(self.lora_A[name], self.lora_B[name], name), ()
+
+    def unmerged_weight(self, weight, name):
+        return weight - self.product(self.lora_A[name], self.lora_B[name], name)
+
+    def file_tensors(self, name, plain):
+        tensors = super().file_tensors(name, plain)
+        if name in self.initial_A and not plain:
+            return tensors | {suffix: getattr(self, key)[name].detach() for key, suffix in self.initial_keys.items()}
+        if name in self.initial_A:
+            A, B = self.tensor_keys["lora_A"], self.tensor_keys["lora_B"]
+            tensors[A] = torch.cat([tensors[A], self.initial_A[name]])
+            tensors[B] = torch.cat([tensors[B], -self.initial_B[name]], 1)
+        return tensors
+
+    def describe_adapter(self, name):
+        return f"r={self.settings[name].r}, scaling={self.settings[name].scaling:g}"

@@ -1,0 +1,31 @@
+"""The methods there are: a new one is its file and one entry here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
+from spectral_ops.adapters.bone import BoneLinear
+from spectral_ops.adapters.dora import DoRALinear
+from spectral_ops.adapters.lora import LoRALinear
+
+METHODS: tuple[type[AdapterLinear], ...] = (LoRALinear, DoRALinear, BoneLinear)
+
+
+def layer_type(config: Any) -> type[AdapterLinear]:
+    """The layer class of a config."""
+    for method in METHODS:
+        if type(config) is method.config_type:
+            return method
+    known = ", ".join(method.config_type.__name__ for method in METHODS)
+    raise TypeError(f"config: got {type(config).__name__}, wanted one of {known}")
+
+
+def config_type(fields: dict[str, Any]) -> type[AdapterConfig] | None:
+    """The config class that an adapter_config.json with these fields belongs to; None where no method claims it."""
+    for config in (method.config_type for method in METHODS):
+        if fields.get("peft_type") == config.peft_type and all(
+            bool(fields.get(flag)) == bool(value) for flag, value in config.peft_flags.items()
+        ):
+            return config
+    return None
