@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, random
-from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, mm, overwritable, rows, tokens
+from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, mm, overwritable, rows, shaped, tokens
 
 __all__ = ["block_sum", "bone_linear", "bone_update", "disha_linear"]
 
@@ -90,7 +90,7 @@ class BlockSumFunction(Function):
     @staticmethod
     def forward(ctx, x, r, offsets):
         ctx.shape, ctx.offsets = x.shape, offsets
-        return block_sum_op(rows(x), r, offsets, None, 0.0).reshape(*x.shape[:-1], r)
+        return shaped(block_sum_op(rows(x), r, offsets, None, 0.0), x)
 
     @staticmethod
     @once_differentiable
@@ -128,7 +128,7 @@ class ShardLinearFunction(Function):
         _expand_(y, h, D.to(x.dtype), out_offsets)
         ctx.save_for_backward(weight, D, h, seed)
         ctx.p, ctx.in_offsets, ctx.out_offsets, ctx.x_shape = p, in_offsets, out_offsets, x.shape
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+        return shaped(y, x)
 
     @staticmethod
     @once_differentiable

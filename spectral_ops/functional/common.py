@@ -16,6 +16,12 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
+def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y [T, n] with the leading dimensions of x, as a Function's result: like nn.Linear's it is no view to autograd,
+    which would forbid its caller to write into it."""
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])) if x.dim() != 2 else y
+
+
 def mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a @ b in ``dtype``: on CUDA a float32 result of half-precision factors is not rounded on the way."""
     if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:

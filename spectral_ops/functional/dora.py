@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, dropout
-from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, overwritable, rows, tokens
+from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, overwritable, rows, shaped, tokens
 from spectral_ops.functional.lowrank import (
     A_gradient,
     base_input_gradient,
@@ -137,7 +137,7 @@ class DoraFunction(Function):
         h = x2 @ A.to(x.dtype).t()
         g = magnitude.to(norm.dtype) / norm
         y = fused_forward(x2, weight, h, B.to(x.dtype), scale, g, bias)
-        out = y.reshape(*x.shape[:-1], weight.shape[0])
+        out = shaped(y, x)
         need_m = ctx.needs_input_grad[4]
         saved_y = out if need_m and not recompute else None
         ctx.save_for_backward(x, weight, A, B, magnitude, bias, norm.clone() if need_m else None, g, h, saved_y)
@@ -184,7 +184,7 @@ class DoraDropoutFunction(Function):
         need_m = ctx.needs_input_grad[4]
         ctx.save_for_backward(x, weight, A, B, magnitude, norm.clone(), g, h, z if need_m else None, seed)
         ctx.scale, ctx.p = scale, p
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+        return shaped(y, x)
 
     @staticmethod
     @once_differentiable

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from spectral_ops import _library
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, dropout
-from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, mm, overwritable, rows, tokens
+from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, mm, overwritable, rows, shaped, tokens
 
 __all__ = ["lowrank_linear", "lowrank_linear_group", "lowrank_update"]
 
@@ -185,7 +185,7 @@ class LowRankFunction(Function):
         _, _, need_A, need_B, _, need_core = ctx.needs_input_grad[:6]
         ctx.save_for_backward(x if need_A else None, weight, A, B, core, g, h if need_B or need_core else None, seed)
         ctx.scale, ctx.p, ctx.x_shape = scale, p, x.shape
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+        return shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -276,7 +276,7 @@ class LowRankGroupFunction(Function):
         ranks = [A.shape[0] for A in As]
         h = x2 @ torch.cat([A.to(x.dtype) for A in As]).t()
         outputs = [
-            fused_forward(x2, W, part, B.to(x.dtype), scale, None, bias).reshape(*x.shape[:-1], W.shape[0])
+            shaped(fused_forward(x2, W, part, B.to(x.dtype), scale, None, bias), x)
             for W, part, B, bias, scale in zip(weights, h.split(ranks, 1), Bs, biases, scales, strict=True)
         ]
         ctx.save_for_backward(x, h, *weights, *As, *Bs)
