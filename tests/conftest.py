@@ -1,0 +1,48 @@
+"""Settings every test runs under: a fixed seed, no backend forced from outside, no more threads than cores."""
+
+import os
+
+os.environ.pop("SPECTRAL_OPS_BACKEND", None)  # a forced backend would hide the ones under test
+
+import pytest
+import torch
+
+from spectral_ops import _library
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc):
+    """Classes with a ``families`` list run each of their tests that takes ``family`` on every one of them."""
+    if "family" in metafunc.fixturenames and getattr(metafunc.cls, "families", None):
+        metafunc.parametrize("family", metafunc.cls.families, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    yield
+    assert _library.forced_backend is None, "a test left a backend forced"
+    assert torch.is_grad_enabled()
+
+
+@pytest.fixture(params=["default", "reference"])
+def backend(request):
+    """Run the test on the dispatcher's choice (the compiled kernels where they are built) and on the references."""
+    if request.param == "default":
+        yield "default"
+        return
+    from spectral_ops import use_backend
+
+    with use_backend("reference"):
+        yield "reference"
+
+
+@pytest.fixture
+def two_threads():
+    """Two intra-op threads, so that rows are split among threads whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
