@@ -1,6 +1,9 @@
 """Triton implementations, one module per operator stem; installed as ``spectral_ops.triton_kernels``.
 
-Nothing here imports triton until an operator runs.
+Nothing here imports triton until an operator runs. Each module holds its kernels, one table of tile sizes per kernel
+(by architecture and element size), and one launcher per operator with the operator's name and its schema's arguments.
+Launchers use the current stream of the tensors' device, never wait for it, and reduce in a fixed order: two runs give
+the same bits. float64 tensors go to the operator's reference, since tensor cores take float64 on some targets only.
 """
 
 from __future__ import annotations
@@ -9,7 +12,21 @@ import importlib
 from collections.abc import Callable
 
 # operator -> the module that holds its launcher, a function of the operator's name and arguments
-OPERATORS: dict[str, str] = {}
+OPERATORS: dict[str, str] = {
+    "block_sum": "blocksum",
+    "block_tile_": "blocksum",
+    "lowrank_matmul": "lowrank",
+    "lowrank_update_": "lowrank",
+    "lowrank_backward": "lowrank",
+    "row_square": "dora",
+    "column_norm": "dora",
+    "column_norm_cached_": "dora",
+    "magnitude_grad": "dora",
+    "dropout_project": "dropout",
+    "dropout_outer": "dropout",
+    "dropout_lift_": "dropout",
+    "seeded_dropout": "dropout",
+}
 
 
 def launcher(stem: str, name: str) -> Callable:

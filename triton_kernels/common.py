@@ -1,0 +1,194 @@
+"""What the Triton kernels share: devices, tile tables, the dropout mask, products, and the sum of partial results."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from spectral_ops import _library
+
+INTERPRET = tl.constexpr(knobs.runtime.interpret)
+INTERPRETED_PROCESSORS = 4  # what the interpreter pretends to have, so that small tests split their work too
+
+
+def _mend_interpreter() -> None:
+    """Triton's interpreter keeps scalars in arrays of one element, which NumPy 2.4 no longer takes for loop bounds."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = mended
+
+
+if INTERPRET.value:
+    _mend_interpreter()
+_no_guard = contextlib.nullcontext()
+
+
+# --- host side -------------------------------------------------------------------------------------------------------
+
+
+def reference(name: str) -> Callable:
+    """The reference overload of an operator: what runs on float64."""
+    return _library.OPERATORS[name].overloads["reference"]
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make x's device current while kernels are launched; free of cost where it is already."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _no_guard
+    return torch.cuda.device(x.device)
+
+
+@functools.cache
+def _properties(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    tuned = {9: 90, 10: 100}  # 8.x and 12.x share one table: it keeps to the 99 KiB of shared memory the smallest has
+    arch = 80 if torch.version.hip else tuned.get(properties.major, 80)
+    return arch, properties.multi_processor_count
+
+
+def arch(x: torch.Tensor) -> int:
+    """Which column of the tile tables serves x's device: 80 (any GPU), 90 or 100."""
+    return _properties(x.get_device())[0] if x.is_cuda else 80
+
+
+def processors(x: torch.Tensor) -> int:
+    """Streaming multiprocessors of x's device."""
+    return _properties(x.get_device())[1] if x.is_cuda else INTERPRETED_PROCESSORS
+
+
+def tile(table: Mapping[tuple[int, int], Any], x: torch.Tensor) -> Any:
+    """The entry of a tile table, keyed by (architecture, bytes per element), for x."""
+    return table[arch(x), x.element_size()]
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(n: int, low: int, high: int) -> int:
+    """The least power of two that holds n, between low and high."""
+    return max(low, min(high, 1 << max(n - 1, 0).bit_length()))
+
+
+def split(chunks: int, programs: int, wanted: int) -> tuple[int, int]:
+    """(ranges, chunks per range): cut ``chunks`` so that ranges * programs comes near ``wanted``, at least one each."""
+    per_range = cdiv(chunks, max(1, min(chunks, wanted // max(programs, 1))))
+    return cdiv(chunks, per_range), per_range
+
+
+def threshold(p: float) -> int:
+    """A word is kept where its upper 24 bits are at least this: exactly ``bits * 2**-24 >= p``."""
+    return math.ceil(p * 2.0**24)
+
+
+def strides(t: torch.Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else t.stride()
+
+
+# --- device side -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32. The interpreter holds bfloat16 as raw bits, which its product would take for integers."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x rounded to nearest even; the interpreter would truncate to bfloat16."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def kept(seed, start, column, threshold, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which of the elements ``start + column + [0, COLUMNS)`` dropout keeps: ``start`` [..., 1] int64, ``column`` any
+    int that broadcasts with it. One Philox counter serves four elements where 4 divides start and column (ALIGNED);
+    otherwise each element runs its own."""
+    limit = threshold.to(tl.uint32)
+    if ALIGNED and COLUMNS >= 4:
+        first = (start + column) >> 2
+        counter = first + _last_range(first, COLUMNS // 4)
+        w0, w1, w2, w3 = tl.randint4x(seed, counter)
+        k0, k1 = ((w0 >> 8) >= limit).to(tl.int8), ((w1 >> 8) >= limit).to(tl.int8)
+        k2, k3 = ((w2 >> 8) >= limit).to(tl.int8), ((w3 >> 8) >= limit).to(tl.int8)
+        return tl.interleave(tl.interleave(k0, k2), tl.interleave(k1, k3)) != 0
+    else:
+        e = start + column
+        e += _last_range(e, COLUMNS)
+        w0, w1, w2, w3 = tl.randint4x(seed, e >> 2)
+        word = e & 3
+        low, high = tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)
+        return (tl.where(word < 2, low, high) >> 8) >= limit
+
+
+@triton.jit
+def _last_range(like, N: tl.constexpr):
+    """arange(N) shaped to broadcast along the last dimension of ``like`` [a, 1] or [a, b, 1]."""
+    if len(like.shape) == 2:
+        return tl.arange(0, N)[None, :]
+    else:
+        return tl.arange(0, N)[None, None, :]
+
+
+@triton.jit
+def _sum_job(block, partial, out, n, splits, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    s = tl.arange(0, SPLITS)
+    total = tl.zeros([BLOCK], tl.float32)
+    for s0 in range(0, splits, SPLITS):
+        rows = (s0 + s).to(tl.int64)[:, None] * n
+        live = ((s0 + s) < splits)[:, None] & (i < n)[None, :]
+        total += tl.sum(tl.load(partial + rows + i[None, :], mask=live, other=0.0), 0)
+    tl.store(out + i, narrow(total, out.dtype.element_ty), mask=i < n)
+
+
+@triton.jit(do_not_specialize=["e0", "e1", "e2", "e3"])
+def sum_partials_kernel(
+    p0, o0, n0, s0, e0, p1, o1, n1, s1, e1, p2, o2, n2, s2, e2, p3, o3, n3, s3, e3,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Up to four jobs, out [n] = Σ_s partial [s, n]; job j owns the programs from e[j-1] up to e[j]."""
+    block = tl.program_id(0)
+    if block < e0:
+        _sum_job(block, p0, o0, n0, s0, BLOCK, SPLITS)
+    if p1 is not None:
+        if (block >= e0) & (block < e1):
+            _sum_job(block - e0, p1, o1, n1, s1, BLOCK, SPLITS)
+    if p2 is not None:
+        if (block >= e1) & (block < e2):
+            _sum_job(block - e1, p2, o2, n2, s2, BLOCK, SPLITS)
+    if p3 is not None:
+        if block >= e2:
+            _sum_job(block - e2, p3, o3, n3, s3, BLOCK, SPLITS)
+
+
+def sum_partials(jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """out = Σ_s partial[s] for each of at most four (partial [s, ...], contiguous out), in a fixed order."""
+    args, end = [], 0
+    for partial, out in jobs:
+        end += cdiv(out.numel(), 256)
+        args += [partial, out, out.numel(), partial.shape[0], end]
+    if end:
+        args += [None, None, 0, 0, end] * (4 - len(jobs))
+        sum_partials_kernel[(end,)](*args, BLOCK=256, SPLITS=16, num_warps=4)

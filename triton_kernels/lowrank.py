@@ -1,0 +1,275 @@
+"""Low-rank linear: a product with a second K segment, the in-place epilogue, one backward pass over dy (METHODS 1.1).
+
+Bytes moved, for elements of s bytes:
+
+* ``lowrank_update_``: out once in and once out, 2 T d s; h and B come back from L2 for every tile.
+* ``lowrank_backward``: dy (and y) once, T d s each, whatever subset is asked for; gdy once out. A program owns a block
+  of BT tokens and a range of output features. It holds u [BT, r] in registers while it walks the features, and writes
+  the finished dB [BD, r] of its tokens for each step. Partial sums are float32: T r per range of features and d r per
+  block of tokens, written and read once, for the most part in L2 (dy is marked to be evicted first). With T = 8192,
+  d = 4096, r = 16 in bfloat16 on 132 processors: 67 MB of dy from memory (22 us at 3 TB/s), and 10.5 MB of partial sums
+  each way for 32 blocks by 4 ranges. Ranks above 128 read dy again for every further 128.
+* ``lowrank_matmul``: x and W as any product does; h and B add r / k to it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from spectral_ops.triton_kernels.common import (
+    arch,
+    cdiv,
+    dot,
+    narrow,
+    on_device,
+    power_of_2,
+    processors,
+    reference,
+    split,
+    strides,
+    sum_partials,
+    tile,
+)  # fmt: skip
+
+# (architecture, element size): tokens, outputs, inputs per step, tiles of tokens per group, warps, stages
+MATMUL = {
+    (80, 2): (128, 128, 32, 8, 8, 3),
+    (80, 4): (64, 64, 16, 8, 8, 2),
+    (90, 2): (128, 256, 64, 8, 8, 3),
+    (90, 4): (64, 64, 16, 8, 8, 2),
+    (100, 2): (128, 256, 64, 8, 8, 3),
+    (100, 4): (64, 64, 16, 8, 8, 2),
+}
+MATMUL_UNALIGNED = (64, 64, 32, 8, 8, 2)  # rows that cannot be read 16 bytes at a time: an address per element
+# (architecture, element size): tokens, outputs, greatest rank per step, warps
+UPDATE = {
+    (80, 2): (64, 128, 64, 8),
+    (80, 4): (64, 64, 16, 8),
+    (90, 2): (64, 128, 64, 8),
+    (90, 4): (64, 64, 16, 8),
+    (100, 2): (64, 128, 64, 8),
+    (100, 4): (64, 64, 16, 8),
+}
+# (architecture, element size): for each padded rank, tokens, outputs per step, warps, stages
+BACKWARD = {
+    (80, 2): {16: (256, 32, 8, 3), 32: (256, 32, 8, 3), 64: (128, 32, 8, 3), 128: (64, 32, 8, 3)},
+    (80, 4): {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
+    (90, 2): {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
+    (90, 4): {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
+    (100, 2): {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
+    (100, 4): {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
+}
+
+
+@triton.jit(do_not_specialize=["T"])
+def matmul_kernel(
+    x, w, h, B, out, g, bias, scale, T, d, k, r, x_t, x_i, w_o, w_i, h_t, h_p, B_o, B_p,
+    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Tiles in groups of GROUP along the tokens, so that the tiles in flight share x and W in L2."""
+    tiles_t, tiles_d = tl.cdiv(T, BT), tl.cdiv(d, BD)
+    for index in range(tl.program_id(0), tiles_t * tiles_d, tl.num_programs(0)):
+        group = index // (GROUP * tiles_d)
+        height = tl.minimum(tiles_t - group * GROUP, GROUP)
+        within = index % (GROUP * tiles_d)
+        t = ((group * GROUP + within % height).to(tl.int64)) * BT + tl.arange(0, BT)
+        o = (within // height) * BD + tl.arange(0, BD)
+        t_in = tl.where(t < T, t, 0)  # rows past the end read row 0: no masks in the loop, and none of it is stored
+        o_in = tl.where(o < d, o, 0).to(tl.int64)
+        total = tl.zeros([BT, BD], tl.float32)
+        for p0 in range(0, r, R):  # first the rank, so that scale multiplies it alone, unrounded
+            p = p0 + tl.arange(0, R)
+            a = tl.load(h + t_in[:, None] * h_t + p[None, :] * h_p, mask=(p < r)[None, :], other=0.0)
+            b = tl.load(B + o_in[None, :] * B_o + p[:, None] * B_p, mask=(p < r)[:, None], other=0.0)
+            total = dot(a, b, total, "ieee")
+        total *= scale
+        i = tl.arange(0, BK)
+        left = x + t_in[:, None] * x_t + i[None, :].to(tl.int64) * x_i
+        right = w + o_in[None, :] * w_o + i[:, None].to(tl.int64) * w_i
+        for i0 in range(0, k, BK):
+            if EVEN:
+                a = tl.load(left)
+                b = tl.load(right)
+            else:
+                a = tl.load(left, mask=(i0 + i < k)[None, :], other=0.0)
+                b = tl.load(right, mask=(i0 + i < k)[:, None], other=0.0)
+            total = dot(a, b, total, "ieee")
+            left += BK * x_i
+            right += BK * w_i
+        if g is not None:
+            total *= tl.load(g + o_in).to(tl.float32)[None, :]
+        if bias is not None:
+            total += tl.load(bias + o_in).to(tl.float32)[None, :]
+        target = out + t[:, None] * d + o[None, :]
+        tl.store(target, narrow(total, out.dtype.element_ty), mask=(t < T)[:, None] & (o < d)[None, :])
+
+
+def lowrank_matmul(x, weight, h, B, scale: float, g, bias):
+    if x.dtype == torch.float64:
+        return reference("lowrank_matmul")(x, weight, h, B, scale, g, bias)
+    (T, k), (d, r) = x.shape, B.shape
+    y = x.new_empty(T, d)
+    if y.numel() == 0:
+        return y
+    BT, BD, BK, group, warps, stages = tile(MATMUL, x)
+    R = power_of_2(r, 16, BK)
+    operands = (x, weight) if r <= 16 else (x, weight, h, B)
+    if not (k % BK == 0 and all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in operands)):
+        BT, BD, BK, group, warps, stages = MATMUL_UNALIGNED
+        R = power_of_2(r, 16, 32)
+    programs = min(cdiv(T, BT) * cdiv(d, BD), processors(x))
+    with on_device(x):
+        matmul_kernel[(programs,)](
+            x, weight, h, B, y, g, bias, scale, T, d, k, r,
+            *x.stride(), *weight.stride(), *h.stride(), *B.stride(),
+            BT=BT, BD=BD, BK=BK, R=R, GROUP=group, EVEN=k % BK == 0,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit(do_not_specialize=["T"])
+def update_kernel(
+    out, h, B, g, shift, scale, T, d, r, out_t, out_o, h_t, h_p, B_o, B_p,
+    BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    o = tl.program_id(0) * BD + tl.arange(0, BD)
+    target = out + t[:, None] * out_t + o[None, :].to(tl.int64) * out_o
+    live = (t < T)[:, None] & (o < d)[None, :]
+    base = tl.load(target, mask=live, other=0.0)
+    update = tl.zeros([BT, BD], tl.float32)
+    for p0 in range(0, r, R):
+        p = p0 + tl.arange(0, R)
+        a = tl.load(h + t[:, None] * h_t + p[None, :] * h_p, mask=(t < T)[:, None] & (p < r)[None, :], other=0.0)
+        b = tl.load(B + o[None, :].to(tl.int64) * B_o + p[:, None] * B_p, mask=(o < d)[None, :] & (p < r)[:, None],
+                    other=0.0)  # fmt: skip
+        update = dot(a, b, update, "ieee")
+    value = base.to(tl.float32) + scale * update
+    if g is not None:
+        value *= tl.load(g + o, mask=o < d, other=0.0).to(tl.float32)[None, :]
+    if shift is not None:
+        value += tl.load(shift + o, mask=o < d, other=0.0).to(tl.float32)[None, :]
+    tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
+
+
+def lowrank_update_(out, h, B, scale: float, g, shift) -> None:
+    if out.dtype == torch.float64:
+        return reference("lowrank_update_")(out, h, B, scale, g, shift)
+    T, (d, r) = out.shape[0], B.shape
+    if out.numel() == 0:
+        return None
+    BT, BD, R, warps = tile(UPDATE, out)
+    with on_device(out):
+        update_kernel[(cdiv(d, BD), cdiv(T, BT))](
+            out, h, B, g, shift, scale, T, d, r, *out.stride(), *h.stride(), *B.stride(),
+            BT=BT, BD=BD, R=power_of_2(r, 16, R), num_warps=warps, num_stages=1,
+        )  # fmt: skip
+    return None
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_kernel(
+    dy, h, B, g, y, bias, u, dB, db, dyz, gdy, scale, T, d, r, span,
+    dy_t, dy_o, h_t, h_p, B_o, B_p, y_t, y_o,
+    BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """Writes u [ranges, T, r], dB [blocks, d, r], db and dyz [blocks, d], gdy [T, d]; None where nobody needs one."""
+    block, part, p0 = tl.program_id(0), tl.program_id(1), tl.program_id(2) * R
+    t = block.to(tl.int64) * BT + tl.arange(0, BT)
+    p = p0 + tl.arange(0, R)
+    first = part * span
+    last = tl.minimum(first + span, d)
+    dtype: tl.constexpr = dy.dtype.element_ty
+    if dB is not None:
+        tokens = tl.load(h + t[:, None] * h_t + p[None, :] * h_p, mask=(t < T)[:, None] & (p < r)[None, :], other=0.0)
+    lifted = tl.zeros([BT, R], tl.float32)
+    for o0 in tl.range(first, last, BD, num_stages=STAGES):
+        o = o0 + tl.arange(0, BD)
+        o_in = o < last
+        live = (t < T)[:, None] & o_in[None, :]
+        source = dy + t[:, None] * dy_t + o[None, :].to(tl.int64) * dy_o
+        step = tl.load(source, mask=live, other=0.0, eviction_policy="evict_first")  # [BT, BD]
+        if u is not None:
+            b = tl.load(B + o[:, None].to(tl.int64) * B_o + p[None, :] * B_p, mask=o_in[:, None] & (p < r)[None, :],
+                        other=0.0)  # fmt: skip
+            if g is None:
+                lifted = dot(step, b, lifted, "ieee")
+            else:  # g B in two terms of the working dtype: g - 1 must not round away
+                scaled = b.to(tl.float32) * tl.load(g + o, mask=o_in, other=0.0).to(tl.float32)[:, None]
+                high = narrow(scaled, dtype)
+                lifted = dot(step, high, lifted, "ieee")
+                if dtype != tl.float32:
+                    lifted = dot(step, narrow(scaled - high.to(tl.float32), dtype), lifted, "ieee")
+        if dB is not None:
+            if FLIP:  # where products read registers, both then take dy's tile as it lies in shared memory
+                outer = tl.trans(dot(tl.trans(tokens), step, tl.zeros([R, BD], tl.float32), "ieee")) * scale
+            else:
+                outer = dot(tl.trans(step), tokens, tl.zeros([BD, R], tl.float32), "ieee") * scale
+            if g is not None:
+                outer *= tl.load(g + o, mask=o_in, other=0.0).to(tl.float32)[:, None]
+            target = dB + (block * d + o[:, None]).to(tl.int64) * r + p[None, :]
+            tl.store(target, outer, mask=o_in[:, None] & (p < r)[None, :])
+        if p0 == 0:
+            if db is not None:
+                tl.store(db + block * d + o, tl.sum(step.to(tl.float32), 0), mask=o_in)
+            if dyz is not None:
+                z = tl.load(y + t[:, None] * y_t + o[None, :].to(tl.int64) * y_o, mask=live, other=0.0,
+                            eviction_policy="evict_first").to(tl.float32)  # fmt: skip
+                if bias is not None:
+                    z -= tl.load(bias + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
+                tl.store(dyz + block * d + o, tl.sum(step.to(tl.float32) * z, 0), mask=o_in)
+            if gdy is not None:
+                value = step.to(tl.float32)
+                if g is not None:
+                    value *= tl.load(g + o, mask=o_in, other=0.0).to(tl.float32)[None, :]
+                tl.store(gdy + t[:, None] * d + o[None, :], narrow(value, dtype), mask=live)
+    if u is not None:
+        target = u + (part * T + t[:, None]) * r + p[None, :]
+        tl.store(target, narrow(lifted * scale, u.dtype.element_ty), mask=(t < T)[:, None] & (p < r)[None, :])
+
+
+def lowrank_backward(dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_db, need_gdy):
+    if dy.dtype == torch.float64:
+        return reference("lowrank_backward")(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, need_gdy)
+    (T, d), r = dy.shape, B.shape[1]
+    wide = {"dtype": torch.float32, "device": dy.device}
+    empty = dy.numel() == 0
+    make = torch.zeros if empty else torch.empty
+    u = make((T, r) if need_u else 0, dtype=dy.dtype, device=dy.device)
+    dB = make((d, r) if need_dB else 0, **wide)
+    db = make(d if need_db else 0, **wide)
+    dyz = make(0 if y is None else d, **wide)
+    gdy = make((T, d) if need_gdy else 0, dtype=dy.dtype, device=dy.device)
+    if empty or not (u.numel() or dB.numel() or need_db or need_gdy or y is not None):
+        return u, dB, db, dyz, gdy
+    R = power_of_2(r, 16, 128)
+    BT, BD, warps, stages = tile(BACKWARD, dy)[R]
+    heavy = y is not None or need_gdy  # twice the registers per token: half the tokens, two programs per processor
+    BT = BT // 2 if heavy else BT
+    blocks = cdiv(T, BT)
+    ranges, steps = split(cdiv(d, BD), blocks * cdiv(max(r, 1), R), processors(dy) * (1 + heavy))
+    jobs = []
+
+    def partial(out: torch.Tensor, wanted: bool, parts: int) -> torch.Tensor | None:
+        """Where the kernel writes: out itself where there is one part of it, else float32 [parts, *out.shape]."""
+        if not wanted or out.numel() == 0:
+            return None
+        if parts == 1:
+            return out
+        jobs.append((torch.empty((parts, *out.shape), **wide), out))
+        return jobs[-1][0]
+
+    with on_device(dy):
+        backward_kernel[(blocks, ranges, cdiv(r, R) or 1)](
+            dy, h, B, g, y, bias,
+            partial(u, need_u, ranges), partial(dB, need_dB, blocks), partial(db, need_db, blocks),
+            partial(dyz, y is not None, blocks), gdy if need_gdy else None,
+            scale, T, d, r, steps * BD, *dy.stride(), *h.stride(), *B.stride(), *strides(y),
+            BT=BT, BD=BD, R=R, STAGES=stages, FLIP=arch(dy) < 90, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if jobs:
+            sum_partials(jobs)
+    return u, dB, db, dyz, gdy
