@@ -58,7 +58,7 @@ def cmake_build(targets: list[str]) -> Path:
     folder = ROOT / "build" / ("cmake-sanitize" if sanitize else "cmake")
     folder.mkdir(parents=True, exist_ok=True)
     cmake = tool("cmake")
-    configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, "-Wno-dev", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECTRAL_OPS_TORCH_DIR={torch_folder()}"]
     configure += [f"-DSPECTRAL_OPS_CUDA={'ON' if '_C_cuda' in targets else 'OFF'}"]
     configure += [f"-DSPECTRAL_OPS_SANITIZE={sanitize}"]
