@@ -48,7 +48,7 @@ def vector(name: str, value: Any, length: int, why: str) -> None:
 def device(reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Every other tensor is on the device of the first."""
     for name, value in others.items():
-        if value is not None and value.device != reference.device:
+        if isinstance(value, torch.Tensor) and value.device != reference.device:
             raise ValueError(f"{name}: got a tensor on {value.device}, wanted {reference.device} as {reference_name}")
 
 
@@ -126,6 +126,8 @@ def low_rank(x: torch.Tensor, out_features: int, lora_A: Any, lora_B: Any) -> No
     tensor("lora_B", lora_B, "[out_features, r]", 2)
     size("lora_A", lora_A, 1, x.shape[-1], "in_features, the last dimension of x")
     size("lora_B", lora_B, 0, out_features, "out_features")
+    if lora_A.shape[0] < 1:
+        raise ValueError(f"lora_A: got {describe(lora_A)}, wanted at least one row (the rank)")
     size("lora_B", lora_B, 1, lora_A.shape[0], "the rank, rows of lora_A")
     device("x", x, lora_A=lora_A, lora_B=lora_B)
     no_narrowing(x, lora_A=lora_A, lora_B=lora_B)

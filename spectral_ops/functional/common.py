@@ -38,10 +38,11 @@ def draw_seed(x: torch.Tensor, dropout_p: float, training: bool) -> torch.Tensor
 
 def autocast_arguments(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under autocast, x, weight and bias in autocast's dtype (adapter parameters keep theirs); unchanged otherwise."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return tuple(t if t is None else t.to(dtype) for t in (x, *others))
-    return (x, *others)
+    tensors = (x, *others)
+    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) else t for t in tensors)
 
 
 def apply(function: type[torch.autograd.Function], device_type: str, *args):

@@ -325,6 +325,7 @@ def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scal
     if bias is not None:
         checks.vector("bias", bias, base_out.shape[-1], "out_features")
     x = x.to(base_out.dtype)
+    checks.vector("norm", norm, base_out.shape[-1], "out_features")
     _check_dora(x, base_out.shape[-1], lora_A, lora_B, magnitude, norm, scale)
     out = overwritable(base_out)
     return apply(

@@ -397,10 +397,12 @@ def lowrank_linear_group(x, layers: Sequence[tuple]):
     """
     if not isinstance(layers, Sequence) or not layers:
         raise ValueError(f"layers: got {type(layers).__name__} of no layers, wanted a non-empty sequence")
+    checks.tensor("x", x, "[..., in_features]")
     flat, scales = [], []
     for i, layer in enumerate(layers):
-        if len(layer) != 5:
-            raise ValueError(f"layers[{i}]: got {len(layer)} entries, wanted (weight, lora_A, lora_B, bias, scale)")
+        if not isinstance(layer, (tuple, list)) or len(layer) != 5:
+            got = f"{len(layer)} entries" if isinstance(layer, (tuple, list)) else type(layer).__name__
+            raise ValueError(f"layers[{i}]: got {got}, wanted (weight, lora_A, lora_B, bias, scale)")
         weight, A, B, bias, scale = layer
         cast, weight, bias = autocast_arguments(x, weight, bias)
         try:
