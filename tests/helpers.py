@@ -551,7 +551,7 @@ def extension_waived() -> str | None:
     return None
 
 
-# --- operators: representative arguments, for every overload and device ------------------------------------------------
+# --- operators: representative arguments, for every overload and device ---------------------------------------------
 
 
 def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) -> dict[str, list[tuple]]:

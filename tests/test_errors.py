@@ -1,0 +1,239 @@
+"""Bad input: the error's type, and a last line that names the argument, what came and what was wanted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import fresh_python
+
+import spectral_ops
+from spectral_ops import BackendUnavailable, use_backend
+
+T, k, d, r = 3, 8, 6, 2
+
+
+def t(*shape, dtype=torch.float32, device="cpu", trained=False):
+    return torch.ones(shape, dtype=dtype, device=device, requires_grad=trained)
+
+
+def arguments(function: str) -> dict:
+    """Good arguments of a public function; a test replaces one."""
+    low_rank = {"lora_A": t(r, k), "lora_B": t(d, r)}
+    linear = {"x": t(T, k), "weight": t(d, k)}
+    update = {"base_out": t(T, d), "x": t(T, k)}
+    return {
+        "lowrank_linear": {**linear, **low_rank, "bias": t(d)},
+        "lowrank_update": {**update, **low_rank},
+        "lowrank_linear_group": {"x": t(T, k), "layers": [(t(d, k), t(r, k), t(d, r), None, 1.0)]},
+        "column_norm": {"weight": t(d, k), **low_rank},
+        "dora_linear": {**linear, **low_rank, "magnitude": t(d), "bias": t(d)},
+        "dora_update": {**update, **low_rank, "magnitude": t(d), "norm": t(d)},
+        "block_sum": {"x": t(T, k), "r": r},
+        "bone_linear": {**linear, "bone": t(r, d), "bias": t(d)},
+        "bone_update": {**update, "bone": t(r, d)},
+        "disha_linear": {**linear, "D": t(r, 3), "in_shards": "cyclic", "out_shards": [1, 2, 3], "bias": t(d)},
+    }[function]
+
+
+FUNCTIONS = [
+    "lowrank_linear", "lowrank_update", "lowrank_linear_group", "column_norm", "dora_linear", "dora_update", "block_sum",
+    "bone_linear", "bone_update", "disha_linear",
+]  # fmt: skip
+DENSE = ["lowrank_linear", "dora_linear", "bone_linear", "disha_linear"]
+UPDATES = ["lowrank_update", "dora_update", "bone_update"]
+LOWRANK = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_update", "column_norm"]
+DROPOUT = ["lowrank_linear", "lowrank_update", "dora_linear", "bone_linear", "bone_update"]
+SCALED = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_update", "column_norm"]
+
+NAN, INF = float("nan"), float("inf")
+# functions, the argument, the bad value (made on use), the error, what the message says of it, and what it wants
+TABLE = [
+    # kinds
+    *[(DENSE + UPDATES + ["block_sum", "lowrank_linear_group"], "x", lambda v=v: v, TypeError, what, "a tensor")
+      for v, what in (("text", "'text'"), (None, "None"), (3, "3 (int)"), ([1.0], "list"))],
+    (DENSE + ["column_norm"], "weight", lambda: "W", TypeError, "'W'", "a tensor"),
+    (DENSE + ["column_norm"], "weight", lambda: None, TypeError, "None", "a tensor"),
+    (UPDATES, "base_out", lambda: True, TypeError, "True", "a tensor"),
+    (LOWRANK, "lora_A", lambda: True, TypeError, "True", "a tensor"),
+    (LOWRANK, "lora_B", lambda: 0.5, TypeError, "0.5", "a tensor"),
+    (DENSE, "bias", lambda: "none", TypeError, "'none'", "a tensor"),
+    (["lowrank_update", "dora_update"], "bias", lambda: "none", TypeError, "'none'", "a tensor"),
+    (["dora_linear", "dora_update"], "magnitude", lambda: None, TypeError, "None", "a tensor"),
+    (["dora_linear", "dora_update"], "norm", lambda: "c", TypeError, "'c'", "a tensor"),
+    (["dora_update"], "norm", lambda: None, TypeError, "None", "a tensor"),
+    (["bone_linear", "bone_update"], "bone", lambda: 4, TypeError, "4", "a tensor"),
+    (["disha_linear"], "D", lambda: "cyclic", TypeError, "'cyclic'", "a tensor"),
+    (["lowrank_linear", "lowrank_update"], "core", lambda: True, TypeError, "True", "a tensor"),
+    (["lowrank_linear", "lowrank_update"], "out_scale", lambda: 2.0, TypeError, "2.0", "a tensor"),
+    # dtypes
+    (DENSE + UPDATES + ["block_sum"], "x", lambda: t(T, k, dtype=torch.int64), TypeError, "int64", "float64, float32"),
+    (["block_sum"], "x", lambda: t(T, k, dtype=torch.complex64), TypeError, "complex64", "float64, float32"),
+    (["block_sum"], "x", lambda: t(T, k, dtype=torch.bool), TypeError, "bool", "float64, float32"),
+    (DENSE, "weight", lambda: t(d, k, dtype=torch.int8), TypeError, "int8", "float64, float32"),
+    (DENSE, "weight", lambda: t(d, k, dtype=torch.bfloat16), TypeError, "bfloat16", "float32 as x"),
+    (DENSE, "bias", lambda: t(d, dtype=torch.float16), TypeError, "float16", "float32 as x"),
+    (LOWRANK, "lora_A", lambda: t(r, k, dtype=torch.float64), TypeError, "float64", "exactly where x"),
+    (LOWRANK, "lora_B", lambda: t(d, r, dtype=torch.float64), TypeError, "float64", "exactly where x"),
+    (["dora_linear", "dora_update"], "magnitude", lambda: t(d, dtype=torch.float64), TypeError, "float64", "where x"),
+    (["dora_linear", "dora_update"], "norm", lambda: t(d, dtype=torch.bfloat16), TypeError, "bfloat16", "float32"),
+    (["bone_linear", "bone_update"], "bone", lambda: t(r, d, dtype=torch.float64), TypeError, "float64", "where x"),
+    (["disha_linear"], "D", lambda: t(r, 3, dtype=torch.float64), TypeError, "float64", "exactly where x"),
+    # ranks and shapes
+    (DENSE + ["block_sum"], "x", lambda: t(), ValueError, "[] float32", "at least one dimension"),
+    (DENSE, "x", lambda: t(T, k + 1), ValueError, f"[{T}, {k + 1}] float32 on cpu", f"size {k} in dimension -1"),
+    (["lowrank_linear_group"], "x", lambda: t(T, k + 1), ValueError, f"[{T}, {k + 1}]", f"size {k}"),
+    (DENSE + ["column_norm"], "weight", lambda: t(d, k, 1), ValueError, f"[{d}, {k}, 1]", "2 dimensions"),
+    (DENSE, "bias", lambda: t(d + 1), ValueError, f"[{d + 1}]", f"size {d}"),
+    (DENSE, "bias", lambda: t(d, 1), ValueError, f"[{d}, 1]", "1 dimensions"),
+    (UPDATES, "base_out", lambda: t(T + 1, d), ValueError, f"[{T + 1}, {d}]", f"the leading dimensions of x [{T}]"),
+    (UPDATES, "base_out", lambda: t(1, T, d), ValueError, f"[1, {T}, {d}]", "the leading dimensions of x"),
+    (["lowrank_update"], "base_out", lambda: t(T, d + 1), ValueError, f"[{d}, {r}]", f"size {d + 1}", "lora_B"),
+    (["dora_update"], "base_out", lambda: t(T, d + 1), ValueError, f"[{d}]", f"size {d + 1}", "norm"),
+    (["bone_update"], "base_out", lambda: t(T, d + 1), ValueError, f"[{r}, {d}]", f"out_features ({d + 1})", "bone"),
+    (LOWRANK, "lora_A", lambda: t(r, k + 1), ValueError, f"[{r}, {k + 1}]", f"size {k} in dimension 1"),
+    (LOWRANK, "lora_A", lambda: t(k), ValueError, f"[{k}]", "2 dimensions"),
+    (LOWRANK, "lora_B", lambda: t(d + 1, r), ValueError, f"[{d + 1}, {r}]", f"size {d} in dimension 0"),
+    (LOWRANK, "lora_B", lambda: t(d, r + 1), ValueError, f"[{d}, {r + 1}]", f"size {r} in dimension 1 (the rank"),
+    (LOWRANK, "lora_A", lambda: t(0, k), ValueError, f"[0, {k}]", "at least one row"),
+    (["dora_linear", "dora_update"], "magnitude", lambda: t(d, 1), ValueError, f"[{d}, 1]", "1 dimensions"),
+    (["dora_linear", "dora_update"], "magnitude", lambda: t(k), ValueError, f"[{k}]", f"size {d}"),
+    (["dora_linear", "dora_update"], "norm", lambda: t(k), ValueError, f"[{k}]", f"size {d}"),
+    (["lowrank_linear", "lowrank_update"], "core", lambda: t(r + 1), ValueError, f"[{r + 1}]", f"[{r}] or [{r}, {r}]"),
+    (["lowrank_linear", "lowrank_update"], "core", lambda: t(r, r, r), ValueError, f"[{r}, {r}, {r}]", f"[{r}, {r}]"),
+    (["lowrank_linear", "lowrank_update"], "out_scale", lambda: t(k), ValueError, f"[{k}]", f"size {d}"),
+    (["bone_linear", "bone_update"], "bone", lambda: t(d), ValueError, f"[{d}]", "2 dimensions"),
+    (["bone_linear", "bone_update"], "bone", lambda: t(r, 4), ValueError, f"[{r}, 4]", f"out_features ({d})"),
+    (["bone_linear", "bone_update"], "bone", lambda: t(r, 0), ValueError, f"[{r}, 0]", "q dividing"),
+    (["bone_linear", "bone_update"], "bone", lambda: t(0, d), ValueError, "0", f"at least 1 and at most {k}"),
+    (["bone_linear", "bone_update"], "bone", lambda: t(k + 1, d), ValueError, f"{k + 1}", f"at most {k}"),
+    (["disha_linear"], "D", lambda: t(r, 4), ValueError, "3 blocks", "4", "out_shards"),
+    (["disha_linear"], "D", lambda: t(k + 1, 3), ValueError, f"{k + 1}", f"at most {k}"),
+    (["disha_linear"], "D", lambda: t(0, 3), ValueError, "0", "at least 1"),
+    # devices and layouts
+    (DENSE, "weight", lambda: t(d, k, device="meta"), ValueError, "meta", "cpu as x"),
+    (DENSE, "bias", lambda: t(d, device="meta"), ValueError, "meta", "cpu as x"),
+    (LOWRANK, "lora_A", lambda: t(r, k, device="meta"), ValueError, "meta", "cpu"),
+    (LOWRANK, "lora_B", lambda: t(d, r, device="meta"), ValueError, "meta", "cpu"),
+    (UPDATES, "base_out", lambda: t(T, d, device="meta"), ValueError, "meta", "cpu as x"),
+    (["dora_linear", "dora_update"], "magnitude", lambda: t(d, device="meta"), ValueError, "meta", "cpu as x"),
+    (["dora_linear", "dora_update"], "norm", lambda: t(d, device="meta"), ValueError, "meta", "cpu as x"),
+    (["bone_linear", "bone_update"], "bone", lambda: t(r, d, device="meta"), ValueError, "meta", "cpu as x"),
+    (["disha_linear"], "D", lambda: t(r, 3, device="meta"), ValueError, "meta", "cpu as x"),
+    (["lowrank_linear", "lowrank_update"], "core", lambda: t(r, device="meta"), ValueError, "meta", "cpu as x"),
+    (DENSE + UPDATES + ["block_sum"], "x", lambda: t(T, k).to_sparse(), ValueError, "sparse_coo", "strided"),
+    (DENSE + ["column_norm"], "weight", lambda: t(d, k).to_sparse_csr(), ValueError, "sparse_csr", "strided"),
+    (LOWRANK, "lora_B", lambda: t(d, r).to_sparse(), ValueError, "sparse_coo", "strided"),
+    # numbers
+    *[(DROPOUT, "dropout_p", lambda v=v: v, ValueError, what, "[0, 1)")
+      for v, what in ((1.0, "1.0"), (-0.1, "-0.1"), (1.5, "1.5"), (NAN, "nan"), (INF, "inf"))],
+    *[(DROPOUT, "dropout_p", lambda v=v: v, TypeError, what, "a number in [0, 1)")
+      for v, what in ((True, "True"), ("0.1", "'0.1'"), (None, "None"))],
+    (DROPOUT, "dropout_p", lambda: torch.tensor(0.1), TypeError, "", "a number in [0, 1)"),
+    *[(SCALED, "scale", lambda v=v: v, ValueError, what, "a finite number")
+      for v, what in ((NAN, "nan"), (INF, "inf"), (-INF, "-inf"))],
+    *[(SCALED, "scale", lambda v=v: v, TypeError, what, "a number")
+      for v, what in ((True, "True"), ("2", "'2'"), (None, "None"), (1j, "1j"))],
+    *[(["block_sum"], "r", lambda v=v: v, ValueError, str(v), f"at least 1 and at most {k}") for v in (0, -1, k + 1)],
+    *[(["block_sum"], "r", lambda v=v: v, TypeError, str(v), "an integer") for v in (True, 2.0, "2", None)],
+    # a gradient that the fused operators do not compute
+    (DENSE, "weight", lambda: t(d, k, trained=True), ValueError, "requires_grad=True", "frozen"),
+    (["lowrank_linear", "lowrank_update"], "out_scale", lambda: t(d, trained=True), ValueError, "requires_grad=True", ""),
+    # shard maps
+    (["disha_linear"], "in_shards", lambda: [3, 4], ValueError, "sum to 7", f"{k}"),
+    (["disha_linear"], "in_shards", lambda: [k], ValueError, "1 blocks", f"{r}"),
+    (["disha_linear"], "in_shards", lambda: [k + 1, -1], ValueError, "-1", "at least 1"),
+    (["disha_linear"], "in_shards", lambda: [k, 0], ValueError, "0", "at least 1"),
+    (["disha_linear"], "in_shards", lambda: [k - 1, True], TypeError, "True", "an integer"),
+    (["disha_linear"], "in_shards", lambda: [4.0, 4.0], TypeError, "4.0", "an integer"),
+    (["disha_linear"], "in_shards", lambda: "runs", TypeError, "'runs'", '"cyclic"'),
+    (["disha_linear"], "in_shards", lambda: 4, TypeError, "4", '"cyclic"'),
+    (["disha_linear"], "in_shards", lambda: None, TypeError, "None", '"cyclic"'),
+    (["disha_linear"], "out_shards", lambda: [1, 2, 4], ValueError, "sum to 7", f"{d}"),
+    (["disha_linear"], "out_shards", lambda: [3, 3], ValueError, "2 blocks", "3"),
+    (["disha_linear"], "out_shards", lambda: None, ValueError, f"[{r}, 3]", f"size {d}", "D"),
+    # groups
+    (["lowrank_linear_group"], "layers", lambda: [], ValueError, "no layers", "a non-empty sequence"),
+    (["lowrank_linear_group"], "layers", lambda: 3, ValueError, "int", "a non-empty sequence"),
+    (["lowrank_linear_group"], "layers", lambda: [3], ValueError, "int", "(weight, lora_A", "layers[0]"),
+    (["lowrank_linear_group"], "layers", lambda: [(t(d, k), t(r, k))], ValueError, "2 entries", "", "layers[0]"),
+    (["lowrank_linear_group"], "layers", lambda: [(t(d, k), t(r, k), t(d, r + 1), None, 1.0)], ValueError,
+     f"[{d}, {r + 1}]", f"size {r}", "layers[0]: lora_B"),
+    (["lowrank_linear_group"], "layers",
+     lambda: [arguments("lowrank_linear_group")["layers"][0], (t(d, k), t(r, k), t(d, r), None, NAN)], ValueError,
+     "nan", "a finite number", "layers[1]: scale"),
+]  # fmt: skip
+
+
+def cases():
+    for functions, argument, value, error, got, wanted, *named in TABLE:
+        for function in functions:
+            name = f"{function}-{argument}-{got or wanted}"
+            yield pytest.param(function, argument, value, error, got, wanted, (named or [argument])[0], id=name)
+
+
+@pytest.mark.parametrize(("function", "argument", "value", "error", "got", "wanted", "named"), list(cases()))
+def test_message(function, argument, value, error, got, wanted, named):
+    call = getattr(spectral_ops, function)
+    bad = {**arguments(function), argument: value()}
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with pytest.raises(error) as raised:
+        call(**bad)
+    assert type(raised.value) is error
+    last = str(raised.value).splitlines()[-1]
+    prefix = r"(layers\[0\]: )?" if function == "lowrank_linear_group" else ""
+    pattern = rf"^{prefix}{re.escape(named)}: got .*{re.escape(got)}.*, wanted .*{re.escape(wanted)}"
+    assert re.search(pattern, last), f"{last!r} does not match {pattern!r}"
+    assert torch.equal(torch.get_rng_state(), state), "a refused call drew from the generator"
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_good_arguments_pass(function):
+    """The table's starting point is not itself an error."""
+    getattr(spectral_ops, function)(**arguments(function))
+
+
+@pytest.mark.parametrize("function", DENSE + UPDATES)
+def test_the_same_errors_under_autocast(function):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for bad in ("text", None):
+            with pytest.raises(TypeError, match="^x: got .*, wanted a tensor"):
+                getattr(spectral_ops, function)(**{**arguments(function), "x": bad})
+        if "weight" in arguments(function):
+            with pytest.raises(TypeError, match="^weight: got .*, wanted a tensor"):
+                getattr(spectral_ops, function)(**{**arguments(function), "weight": 3})
+            getattr(spectral_ops, function)(**{**arguments(function), "weight": t(d, k, dtype=torch.float16)})
+
+
+@pytest.mark.parametrize("function", ["lowrank_linear", "dora_linear", "bone_linear", "disha_linear"])
+def test_a_trained_weight_is_allowed_where_no_gradient_is_taken(function):
+    """Evaluating a model whose base layers still require grad is no error."""
+    with torch.no_grad():
+        getattr(spectral_ops, function)(**{**arguments(function), "weight": t(d, k, trained=True)})
+
+
+def test_backend_names():
+    for bad in ("gpu", "", "Reference"):
+        with pytest.raises(
+            ValueError, match=rf"^backend: got {bad!r}, wanted one of 'reference', 'cpu', 'triton', 'cu"
+        ):
+            with use_backend(bad):
+                pass
+    with pytest.raises(ValueError, match="^op: got 'nonsense', wanted one of .*block_sum"):
+        spectral_ops.explain("nonsense")
+    with pytest.raises(ValueError, match="^tensors: got tensors on cpu, meta, wanted one device"):
+        spectral_ops.explain("block_sum", t(2), t(2, device="meta"))
+
+
+def test_a_wrong_environment_variable_is_named_at_import():
+    done = fresh_python("import spectral_ops", SPECTRAL_OPS_BACKEND="fast")
+    assert done.returncode != 0
+    assert "backend: got 'fast', wanted one of 'reference', 'cpu', 'triton', 'cuda'" in done.stderr.splitlines()[-1]
+
+
+def test_backend_unavailable_is_a_runtime_error():
+    assert issubclass(BackendUnavailable, RuntimeError)
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda' was forced, but cannot run block_sum: "):
+        spectral_ops.block_sum(t(T, k), r)
