@@ -95,4 +95,48 @@ struct MagnitudeGrad {
   DType dtype, bias_dtype;  // dtype: of dy, x, h, weight and B
 };
 
+// Products with drop(x), unit inner strides; x, A [r, columns], u and out in dtype.
+// h [rows, r] = drop(x) Aᵀ, contiguous in dtype.
+struct DropoutProject {
+  const void *x, *A;
+  void* h;
+  const int64_t* seed;
+  double p;
+  int64_t rows, columns, r;
+  int64_t x_stride, A_stride;
+  DType dtype;
+};
+
+// dA [r, columns] = uᵀ drop(x), u [rows, r]; contiguous in float32 (float64 for float64).
+struct DropoutOuter {
+  const void *u, *x;
+  void* dA;
+  const int64_t* seed;
+  double p;
+  int64_t rows, columns, r;
+  int64_t u_stride, x_stride;
+  DType dtype;
+};
+
+// out [rows, columns] += drop(u A)
+struct DropoutLift {
+  void* out;
+  const void *u, *A;
+  const int64_t* seed;
+  double p;
+  int64_t rows, columns, r;
+  int64_t out_stride, u_stride, A_stride;
+  DType dtype;
+};
+
+// out [rows, columns] = drop(x), contiguous.
+struct SeededDropout {
+  const void* x;
+  void* out;
+  const int64_t* seed;
+  double p;
+  int64_t rows, columns, x_stride;
+  DType dtype;
+};
+
 }  // namespace spectral_ops

@@ -2,25 +2,34 @@
 #include "module.h"
 
 #include "cpu/kernels.h"
+#include "cpu/run.h"
 #include "cpu/tiling.h"
 #include "ops/blocksum.h"
+#include "ops/dora.h"
+#include "ops/dropout.h"
+#include "ops/lowrank.h"
 
 namespace spectral_ops {
 
 namespace {
 
 struct Cpu {
-  // Runs the kernel of these arguments over its rows, split among torch's threads.
-  template <class Arguments> static void launch(const Arguments& a, const Tensor&) {
-    const auto kernel = cpu::kernel_for(a);
-    torch::stable::parallel_for(0, a.rows, cpu::grain_rows(a.columns, a.seed != nullptr),
-                                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  }
+  template <class Arguments> static void launch(const Arguments& a, const Tensor& like) { cpu::run(a, like); }
 };
 
 const Binding kBindings[] = {
     {"block_sum", TORCH_BOX(&block_sum<Cpu>)},
     {"block_tile_", TORCH_BOX(&block_tile_<Cpu>)},
+    {"lowrank_update_", TORCH_BOX(&lowrank_update_<Cpu>)},
+    {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cpu>)},
+    {"row_square", TORCH_BOX(&row_square<Cpu>)},
+    {"column_norm", TORCH_BOX(&column_norm<Cpu>)},
+    {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cpu>)},
+    {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cpu>)},
+    {"dropout_project", TORCH_BOX(&dropout_project<Cpu>)},
+    {"dropout_outer", TORCH_BOX(&dropout_outer<Cpu>)},
+    {"dropout_lift_", TORCH_BOX(&dropout_lift_<Cpu>)},
+    {"seeded_dropout", TORCH_BOX(&seeded_dropout<Cpu>)},
 };
 
 PyObject* do_register(PyObject*, PyObject*) {

@@ -65,6 +65,37 @@ inline bool unit_inner_stride(const Tensor& t) { return t.size(1) <= 1 || t.stri
 // t [rows, columns] with unit inner stride: itself, or a contiguous copy.
 inline Tensor rows_of(const Tensor& t) { return unit_inner_stride(t) ? t : torch::stable::contiguous(t); }
 
+// The data of a floating vector [length] with unit stride, in any dtype (put into dtype); null for None.
+inline const void* vector_data(const char* name, std::optional<Tensor>& t, int64_t length, const Tensor& like, DType& dtype) {
+  if (!t) return nullptr;
+  dtype = dtype_of(name, *t);
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == length, name, ": got ", t->numel(), " elements in ", t->dim(),
+                  " dimensions, wanted a vector of ", length);
+  check_same_device(name, *t, like);
+  if (!t->is_contiguous()) t = torch::stable::contiguous(*t);
+  return t->data_ptr();
+}
+
+inline ScalarType accumulate_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_dtype(const char* name, const Tensor& t, DType wanted, const char* what) {
+  STD_TORCH_CHECK(dtype_of(name, t) == wanted, name, ": got scalar type ", static_cast<int>(t.scalar_type()),
+                  ", wanted that of ", what);
+}
+
+// A factor [rows, columns] in the dtype of `like`, with unit inner stride.
+inline Tensor checked_factor(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& like,
+                             const char* like_name) {
+  check_matrix(name, t);
+  check_size(name, t, 0, rows, like_name);
+  check_size(name, t, 1, columns, like_name);
+  check_same_device(name, t, like);
+  check_dtype(name, t, dtype_of(like_name, like), like_name);
+  return rows_of(t);
+}
+
 inline void check_written_once(const char* name, const Tensor& t) {
   for (int64_t d = 0; d < t.dim(); ++d)
     STD_TORCH_CHECK(t.stride(d) != 0 || t.size(d) <= 1, name, ": is expanded in dimension ", d,

@@ -5,6 +5,7 @@
 
 #include "../arguments.h"
 #include "isa.h"
+#include "skinny.h"
 
 namespace spectral_ops::cpu {
 
@@ -43,5 +44,16 @@ SPECTRAL_OPS_CPU_KERNEL(block_sum, BlockSum)
 SPECTRAL_OPS_CPU_KERNEL(block_tile, BlockTile)
 SPECTRAL_OPS_CPU_KERNEL(keep_mask, KeepMask)
 SPECTRAL_OPS_CPU_KERNEL(philox_words, PhiloxWords)
+SPECTRAL_OPS_CPU_KERNEL(pass_pack, PassPack)
+SPECTRAL_OPS_CPU_KERNEL(pass_tiles, PassTiles)
+SPECTRAL_OPS_CPU_KERNEL(pass_finish, PassFinish)
+SPECTRAL_OPS_CPU_KERNEL(lift_pack, LiftPack)
+SPECTRAL_OPS_CPU_KERNEL(lift_tiles, LiftTiles)
+SPECTRAL_OPS_CPU_KERNEL(square_finish, SquareFinish)
+SPECTRAL_OPS_CPU_KERNEL(norm_finish, NormFinish)
+SPECTRAL_OPS_CPU_KERNEL(fingerprint, Fingerprint)
+SPECTRAL_OPS_CPU_KERNEL(magnitude_divide, MagnitudeDivide)
+SPECTRAL_OPS_CPU_KERNEL(magnitude_exact, MagnitudeExact)
+SPECTRAL_OPS_CPU_KERNEL(seeded_dropout, SeededDropout)
 
 }  // namespace spectral_ops::cpu

@@ -1,0 +1,124 @@
+// The micro-kernel of every skinny product: c [n, width] += x m, with a block of c in registers.
+#pragma once
+
+#include "common.h"
+#include "skinny.h"
+
+namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
+
+// Vectors of c that stay in registers: enough to hide the latency of the multiply-adds, and one row of m feeds several.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 16;
+#else
+constexpr int kAccumulators = 8;
+#endif
+
+// Lines of the next tile, fetched while this one is worked on.
+struct Ahead {
+  const char* base = nullptr;
+  int64_t stride = 0;  // bytes between rows
+  int64_t lines = 0;   // of a row, left to fetch
+
+  const char* next() {
+    const char* line = base;
+    if (lines > 0) --lines, base += 64;
+    else stride = 0;
+    return line;
+  }
+};
+
+template <class A, int L> struct Lanes { typedef A type __attribute__((vector_size(L * sizeof(A)))); };
+
+// c[i] += sum over k of x[i * si + k * sk] * m[k], i < N, each row of c and m V vectors of L lanes.
+template <int L, int N, int V, int si, int sk, class A>
+inline void product_block(A* c, int64_t c_stride, const A* x, const A* m, int64_t m_stride, int64_t count, Ahead& ahead) {
+  using Vec = typename Lanes<A, L>::type;
+  const char* line = ahead.next();
+  const int64_t step = ahead.stride;
+  Vec sums[N][V];
+  for (int i = 0; i < N; ++i) std::memcpy(sums[i], c + i * c_stride, sizeof sums[i]);
+  for (int64_t k = 0; k < count; ++k, line += step) {
+    __builtin_prefetch(line);
+    Vec row[V];
+    std::memcpy(row, m + k * m_stride, sizeof row);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      for (int v = 0; v < V; ++v) sums[i][v] += row[v] * x[i * si + k * sk];
+  }
+  for (int i = 0; i < N; ++i) std::memcpy(c + i * c_stride, sums[i], sizeof sums[i]);
+}
+
+template <int L, int V, int si, int sk, class A>
+inline void product_rows(A* c, int64_t c_stride, const A* x, const A* m, int64_t m_stride, int64_t n, int64_t count,
+                         Ahead& ahead) {
+  constexpr int N = kAccumulators / V, some = N > 4 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) product_block<L, N, V, si, sk>(c + i * c_stride, c_stride, x + i * si, m, m_stride, count, ahead);
+  for (; i + some <= n; i += some)
+    product_block<L, some, V, si, sk>(c + i * c_stride, c_stride, x + i * si, m, m_stride, count, ahead);
+  for (; i < n; ++i) product_block<L, 1, V, si, sk>(c + i * c_stride, c_stride, x + i * si, m, m_stride, count, ahead);
+}
+
+// c [n, width] += x m, x(i, k) = x[i * si + k * sk], m [count, width]; width: a padded_rank.
+template <int si, int sk, class A>
+inline void product(A* c, int64_t width, const A* x, const A* m, int64_t m_stride, int64_t n, int64_t count, Ahead ahead) {
+  constexpr int L = kLanes<A>;
+  int64_t v = 0;
+  if constexpr (kAccumulators == 16)
+    for (; v + 4 * L <= width; v += 4 * L) product_rows<L, 4, si, sk>(c + v, width, x, m + v, m_stride, n, count, ahead);
+  for (; v + 2 * L <= width; v += 2 * L) product_rows<L, 2, si, sk>(c + v, width, x, m + v, m_stride, n, count, ahead);
+  for (; v + L <= width; v += L) product_rows<L, 1, si, sk>(c + v, width, x, m + v, m_stride, n, count, ahead);
+  if constexpr (L > 8)
+    for (; v + 8 <= width; v += 8) product_rows<8, 1, si, sk>(c + v, width, x, m + v, m_stride, n, count, ahead);
+  if constexpr (L > 4)
+    for (; v + 4 <= width; v += 4) product_rows<4, 1, si, sk>(c + v, width, x, m + v, m_stride, n, count, ahead);
+}
+
+// packed [count, stride] = rows [first, first + count) of a, r columns, zero beyond them.
+template <class A>
+inline void pack_rows(A* packed, int64_t stride, const Matrix& a, int64_t first, int64_t count, int64_t r) {
+  for_dtype(a.dtype, [&](auto* type) {
+    const auto* data = static_cast<decltype(type)>(const_cast<void*>(a.data)) + first * a.row;
+    for (int64_t i = 0; i < count; ++i, data += a.row, packed += stride) {
+      if (a.column == 1 && !a.pick)
+        for (int64_t j = 0; j < r; ++j) packed[j] = static_cast<A>(value(data[j]));
+      else
+        for (int64_t j = 0; j < r; ++j) packed[j] = static_cast<A>(value(data[(a.pick ? a.pick[j] : j) * a.column]));
+      for (int64_t j = r; j < stride; ++j) packed[j] = 0;
+    }
+  });
+}
+
+// a without its first j columns
+inline Matrix from_column(Matrix a, int64_t j) {
+  for_dtype(a.dtype, [&](auto* type) { a.data = static_cast<decltype(type)>(const_cast<void*>(a.data)) + j * a.column; });
+  return a;
+}
+
+// The tile of a [rows, columns] at (t, j), widened to A [kTile, kTile] and zero beyond its last column.
+template <class T>
+inline void load_tile(acc_t<T>* tile, const Matrix& a, int64_t t, int64_t rows, int64_t j, int64_t columns) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  const T* x = static_cast<const T*>(a.data) + t * a.row + j * a.column;
+  for (int64_t i = 0; i < rows; ++i, x += a.row, tile += kTile) {
+    int64_t c = 0;
+    if (a.column == 1) {
+      for (; c + 4 * L <= columns; c += 4 * L)
+        for (int v = 0; v < 4; ++v) store(tile + c + v * L, load(x + c + v * L));
+      for (; c + L <= columns; c += L) store(tile + c, load(x + c));
+    }
+    for (; c < columns; ++c) tile[c] = value(x[c * a.column]);
+    for (; c < kTile; ++c) tile[c] = 0;
+  }
+}
+
+// The dropout mask of kTile elements from `first`, `count` of which are wanted.
+struct KeepTile {
+  uint32_t buffer[kTile + kKeepSlack] = {};
+  const uint32_t* words(const Dropout& dropout, uint64_t first, int64_t count) {
+    return keep_words(buffer, dropout, first, count);
+  }
+};
+
+}  // namespace spectral_ops::cpu::SPECTRAL_OPS_ISA

@@ -1,0 +1,215 @@
+// Runs the CPU kernels of an operator's arguments on torch's threads: the plan, its workspace, its steps in order.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../ops.h"
+#include "kernels.h"
+#include "tiling.h"
+
+namespace spectral_ops::cpu {
+
+template <class Arguments> void in_parallel(const Arguments& a, int64_t tasks, int64_t grain) {
+  const auto kernel = kernel_for(a);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+// Kernels whose tasks are rows.
+template <class Arguments> void run(const Arguments& a, const Tensor&) {
+  in_parallel(a, a.rows, grain_rows(a.columns, a.seed != nullptr));
+}
+
+inline Tensor workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+template <class Plan> Tensor lay_out(Plan& plan, const Tensor& like) {
+  Plan counted = plan;
+  Arena count{nullptr};
+  counted.plan(count);
+  Tensor memory = workspace(like, count.used);
+  Arena arena{static_cast<char*>(memory.data_ptr())};
+  plan.plan(arena);
+  return memory;
+}
+
+// Tasks a thread takes at least, where all of them do `work` multiply-adds: few enough to pay for waking it.
+inline int64_t grain_of(int64_t tasks, int64_t work) {
+  constexpr int64_t kWork = 1 << 18;
+  return work <= kWork ? at_least_one(tasks) : at_least_one(tasks * kWork / work);
+}
+
+inline void pack_and_add(const Pass& pass) {
+  in_parallel(PassPack{pass}, pass.pack_tasks(), 8);
+  in_parallel(PassTiles{pass}, pass.tile_tasks(), grain_of(pass.tile_tasks(), pass.rows * pass.columns * (pass.width + 4)));
+}
+
+inline void finish(const Pass& pass) { in_parallel(PassFinish{pass}, pass.finish_tasks(), 4); }
+
+inline void run(const Lift& lift) {
+  in_parallel(LiftPack{lift}, lift.pack_tasks(), 8);
+  in_parallel(LiftTiles{lift}, lift.tile_tasks(), grain_of(lift.tile_tasks(), lift.rows * lift.columns * (lift.r + 4)));
+}
+
+// --- lowrank ---
+
+inline void run(const LowRankUpdate& a, const Tensor& like) {
+  const DType wide = accumulator(a.dtype);
+  Lift lift;
+  lift.out = a.out, lift.out_stride = a.out_stride, lift.dtype = a.dtype;
+  lift.h = matrix(a.h, a.h_stride, 1, a.dtype), lift.m = matrix(a.B, a.B_stride, 1, a.dtype);
+  lift.g = {a.g, 0, 1, wide}, lift.shift = {a.shift, 0, 1, wide};
+  lift.scale = a.scale;
+  lift.rows = a.rows, lift.columns = a.columns, lift.r = a.r;
+  const Tensor memory = lay_out(lift, like);
+  run(lift);
+}
+
+inline void run(const LowRankBackward& a, const Tensor& like) {
+  Pass pass;
+  pass.x = matrix(a.dy, a.dy_stride, 1, a.dtype);
+  if (a.u) pass.m = matrix(a.B, a.B_stride, 1, a.dtype);
+  if (a.dB) pass.h = matrix(a.h, a.h_stride, 1, a.dtype);
+  if (a.dyz) pass.y = matrix(a.y, a.y_stride, 1, a.dtype), pass.bias = {a.bias, 0, 1, a.bias_dtype};
+  pass.g = {a.g, 0, 1, a.g_dtype};
+  pass.scaled = a.gdy;
+  pass.column_sums = a.db != nullptr;
+  pass.rows = a.rows, pass.columns = a.columns, pass.r = a.r;
+  pass.scale = a.scale;
+  pass.row_product = a.u, pass.row_product_stride = a.r, pass.row_product_dtype = a.dtype;
+  pass.column_product = a.dB, pass.column_product_row = a.r;
+  pass.sums = a.db, pass.y_sums = a.dyz;
+  const Tensor memory = lay_out(pass, like);
+  pack_and_add(pass);
+  finish(pass);
+}
+
+// --- dropout ---
+
+inline double inverse_keep_rate(double p) { return p < 1 ? 1 / (1 - p) : 0; }
+
+inline void run(const DropoutProject& a, const Tensor& like) {
+  Pass pass;
+  pass.x = matrix(a.x, a.x_stride, 1, a.dtype);
+  pass.m = matrix(a.A, 1, a.A_stride, a.dtype);
+  pass.seed = a.seed, pass.p = a.p;
+  pass.rows = a.rows, pass.columns = a.columns, pass.r = a.r;
+  pass.scale = inverse_keep_rate(a.p);
+  pass.row_product = a.h, pass.row_product_stride = a.r, pass.row_product_dtype = a.dtype;
+  const Tensor memory = lay_out(pass, like);
+  pack_and_add(pass);
+  finish(pass);
+}
+
+inline void run(const DropoutOuter& a, const Tensor& like) {
+  Pass pass;
+  pass.x = matrix(a.x, a.x_stride, 1, a.dtype);
+  pass.h = matrix(a.u, a.u_stride, 1, a.dtype);
+  pass.seed = a.seed, pass.p = a.p;
+  pass.rows = a.rows, pass.columns = a.columns, pass.r = a.r;
+  pass.scale = inverse_keep_rate(a.p);
+  pass.column_product = a.dA, pass.column_product_row = 1, pass.column_product_column = a.columns;
+  const Tensor memory = lay_out(pass, like);
+  pack_and_add(pass);
+  finish(pass);
+}
+
+inline void run(const DropoutLift& a, const Tensor& like) {
+  Lift lift;
+  lift.out = a.out, lift.out_stride = a.out_stride, lift.dtype = a.dtype;
+  lift.h = matrix(a.u, a.u_stride, 1, a.dtype), lift.m = matrix(a.A, 1, a.A_stride, a.dtype);
+  lift.seed = a.seed, lift.p = a.p;
+  lift.rows = a.rows, lift.columns = a.columns, lift.r = a.r;
+  const Tensor memory = lay_out(lift, like);
+  run(lift);
+}
+
+// --- dora ---
+
+// A pass over a weight [rows, columns], turned so that it is read along memory: over Wᵀ where W's rows are not contiguous
+// but its columns are. Returns whether it is turned; skinny [columns, r] multiplies W.
+inline bool weight_pass(Pass& pass, const Matrix& weight, int64_t rows, int64_t columns, const Matrix& skinny, int64_t r,
+                        bool squares) {
+  const bool turned = weight.column != 1 && weight.row == 1;
+  pass.x = turned ? weight.transposed() : weight;
+  pass.rows = turned ? columns : rows, pass.columns = turned ? rows : columns, pass.r = r;
+  (turned ? pass.h : pass.m) = skinny;
+  pass.row_squares = squares && !turned;
+  pass.column_sums = pass.square = squares && turned;
+  return turned;
+}
+
+// ‖W_o + scale (B A)_o‖ into a.norm
+inline void compute_norm(const ColumnNorm& a, const Tensor& like) {
+  const DType wide = accumulator(a.dtype);
+  const Matrix A = matrix(a.A, a.A_strides[0], a.A_strides[1], a.A_dtype);
+  const Tensor room = workspace(like, accumulator_size(a.dtype) * a.r * (a.r + a.rows));
+  char* const gram = static_cast<char*>(room.data_ptr());
+
+  Pass small;  // A Aᵀ
+  small.x = A, small.m = A.transposed();
+  small.rows = a.r, small.columns = a.columns, small.r = a.r;
+  small.row_product = gram, small.row_product_stride = a.r, small.row_product_dtype = wide;
+  const Tensor small_memory = lay_out(small, like);
+  pack_and_add(small);
+  finish(small);
+
+  Pass pass;
+  const Matrix weight = matrix(a.weight, a.weight_strides[0], a.weight_strides[1], a.dtype);
+  const bool turned = weight_pass(pass, weight, a.rows, a.columns, A.transposed(), a.r, !a.square);
+  const Tensor memory = lay_out(pass, like);
+  pack_and_add(pass);
+  const NormFinish last{a, pass, turned, gram, gram + accumulator_size(a.dtype) * a.r * a.r};
+  in_parallel(last, NormFinish::tasks(a), 1);
+}
+
+inline void run(const ColumnNorm& a, const Tensor& like) {
+  if (!a.stamp) return compute_norm(a, like);
+  Fingerprint parts[] = {
+      {{a.A, a.A_strides[0], a.A_strides[1], a.A_dtype}, a.r, a.columns, 0, nullptr},
+      {{a.B, a.B_strides[0], a.B_strides[1], a.B_dtype}, a.rows, a.r, a.r * a.columns, nullptr},
+  };
+  uint64_t sums[2] = {};
+  for (Fingerprint& part : parts) {
+    std::vector<uint64_t> shares(static_cast<size_t>(2 * part.tasks()));
+    part.parts = shares.data();
+    in_parallel(part, part.tasks(), 4);
+    for (size_t i = 0; i < shares.size(); ++i) sums[i % 2] += shares[i];
+  }
+  const int64_t print[] = {static_cast<int64_t>(sums[0]), static_cast<int64_t>(sums[1])};
+  if (!a.force && std::equal(print, print + 2, a.stamp)) return;
+  compute_norm(a, like);
+  std::copy(print, print + 2, a.stamp);
+}
+
+inline void run(const RowSquare& a, const Tensor& like) {
+  Pass pass;
+  const Matrix weight = matrix(a.weight, a.row_stride, a.column_stride, a.dtype);
+  const bool turned = weight_pass(pass, weight, a.rows, a.columns, {}, 0, true);
+  const Tensor memory = lay_out(pass, like);
+  pack_and_add(pass);
+  in_parallel(SquareFinish{a, pass, turned}, tiles(a.rows), 8);
+}
+
+inline void run(const MagnitudeGrad& a, const Tensor& like) {
+  std::vector<unsigned char> vanishing(static_cast<size_t>(a.columns));
+  in_parallel(MagnitudeDivide{a, vanishing.data()}, a.columns, 1 << 14);
+  std::vector<int64_t> pick;
+  for (int64_t o = 0; o < a.columns; ++o)
+    if (vanishing[static_cast<size_t>(o)]) pick.push_back(o);
+  const Tensor z = workspace(like, accumulator_size(a.dtype) * a.rows * std::min<int64_t>(kTile, pick.size()));
+  for (size_t first = 0; first < pick.size(); first += kTile) {  // kTile columns' x W_oᵀ at a time
+    Pass pass;
+    pass.x = matrix(a.x, a.x_stride, 1, a.dtype);
+    pass.m = matrix(a.weight, a.weight_strides[1], a.weight_strides[0], a.dtype, pick.data() + first);
+    pass.rows = a.rows, pass.columns = a.k, pass.r = std::min<int64_t>(kTile, pick.size() - first);
+    pass.row_product = z.data_ptr(), pass.row_product_stride = pass.r, pass.row_product_dtype = accumulator(a.dtype);
+    const Tensor memory = lay_out(pass, like);
+    pack_and_add(pass);
+    finish(pass);
+    in_parallel(MagnitudeExact{a, pass.row_product, pick.data() + first, pass.r}, pass.r, 1);
+  }
+}
+
+}  // namespace spectral_ops::cpu

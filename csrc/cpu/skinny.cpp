@@ -1,0 +1,236 @@
+#include "product.h"
+
+namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
+
+namespace {
+
+// --- passes over one tile [kTile, kTile] in cache ---
+
+// sums[j] += sum over the tile's rows of x, or of x².
+template <class A> inline void add_columns(A* sums, const A* x, int64_t rows, bool square) {
+  constexpr int L = kLanes<A>;
+  for (int64_t j = 0; j < kTile; j += 4 * L) {
+    vec<A> s[4];
+    for (int v = 0; v < 4; ++v) s[v] = load(sums + j + v * L);
+    for (int64_t t = 0; t < rows; ++t)
+      for (int v = 0; v < 4; ++v) {
+        const vec<A> value = load(x + t * kTile + j + v * L);
+        s[v] += square ? value * value : value;
+      }
+    for (int v = 0; v < 4; ++v) store(sums + j + v * L, s[v]);
+  }
+}
+
+// sums[j] += sum over the tile's rows of x * (y - bias)
+template <class A> inline void add_products(A* sums, const A* x, const A* y, const A* bias, int64_t rows) {
+  constexpr int L = kLanes<A>;
+  for (int64_t j = 0; j < kTile; j += 4 * L) {
+    vec<A> s[4], b[4] = {};
+    for (int v = 0; v < 4; ++v) s[v] = load(sums + j + v * L);
+    if (bias)
+      for (int v = 0; v < 4; ++v) b[v] = load(bias + j + v * L);
+    for (int64_t t = 0; t < rows; ++t)
+      for (int v = 0; v < 4; ++v) {
+        const int64_t e = t * kTile + j + v * L;
+        s[v] += load(x + e) * (load(y + e) - b[v]);
+      }
+    for (int v = 0; v < 4; ++v) store(sums + j + v * L, s[v]);
+  }
+}
+
+// squares[t] [kSquareLanes] += the squares of row t
+template <class A> inline void add_squares(A* squares, const A* x, int64_t rows) {
+  constexpr int L = kLanes<A>;
+  for (int64_t t = 0; t < rows; ++t, squares += kSquareLanes, x += kTile)
+    for (int64_t l = 0; l < kSquareLanes; l += L) {
+      vec<A> s = load(squares + l);
+      for (int64_t j = l; j < kTile; j += kSquareLanes) s += load(x + j) * load(x + j);
+      store(squares + l, s);
+    }
+}
+
+template <class A> inline void multiply_columns(A* x, const A* g, int64_t rows) {
+  constexpr int L = kLanes<A>;
+  for (int64_t t = 0; t < rows; ++t, x += kTile)
+    for (int64_t j = 0; j < kTile; j += L) store(x + j, load(x + j) * load(g + j));
+}
+
+template <class T>
+inline void store_tile(T* out, int64_t stride, const acc_t<T>* x, int64_t rows, int64_t columns) {
+  constexpr int L = kLanes<acc_t<T>>;
+  for (int64_t t = 0; t < rows; ++t, out += stride, x += kTile) {
+    int64_t j = 0;
+    for (; j + L <= columns; j += L) store(out + j, load(x + j));
+    for (; j < columns; ++j) out[j] = rounded<T>(x[j]);
+  }
+}
+
+template <class A>
+inline void drop_tile(A* x, const Dropout& dropout, uint64_t first, int64_t pitch, int64_t rows, int64_t columns) {
+  constexpr int L = kLanes<A>;
+  KeepTile keep;
+  for (int64_t t = 0; t < rows; ++t, x += kTile, first += static_cast<uint64_t>(pitch)) {
+    const uint32_t* words = keep.words(dropout, first, columns);
+    for (int64_t j = 0; j < kTile; j += L) store(x + j, masked(load(x + j), words + j));
+  }
+}
+
+// --- the pass ---
+
+template <class A> inline A* at(const void* base, int64_t element) {
+  return static_cast<A*>(const_cast<void*>(base)) + element;
+}
+
+template <class A> inline void zero(A* p, int64_t count) {
+  if (count > 0) std::memset(p, 0, count * sizeof(A));
+}
+
+// Task: one chunk of rows by one chunk of columns, whose shares of the sums it owns.
+template <class T> void run_tiles(const Pass& a, int64_t task) {
+  using A = acc_t<T>;
+  const int64_t chunk = task / a.split.columns, column_chunk = task % a.split.columns;
+  const int64_t t_begin = chunk * a.split.row_tiles * kTile, t_end = smaller(t_begin + a.split.row_tiles * kTile, a.rows);
+  const int64_t j_begin = column_chunk * a.split.column_tiles * kTile;
+  const int64_t j_end = smaller(j_begin + a.split.column_tiles * kTile, a.columns);
+  const int64_t j_padded = tiles(j_end) * kTile;
+
+  A* const row_products = at<A>(a.rows_part, column_chunk * a.rows * a.width);
+  A* const squares = at<A>(a.squares_part, column_chunk * a.rows * kSquareLanes);
+  A* const column_products = at<A>(a.columns_part, chunk * a.padded_columns * a.width);
+  A* const sums = at<A>(a.sums_part, chunk * a.padded_columns);
+  A* const y_sums = at<A>(a.y_sums_part, chunk * a.padded_columns);
+  if (a.rows_part) zero(row_products + t_begin * a.width, (t_end - t_begin) * a.width);
+  if (a.squares_part) zero(squares + t_begin * kSquareLanes, (t_end - t_begin) * kSquareLanes);
+  if (a.columns_part) zero(column_products + j_begin * a.width, (j_padded - j_begin) * a.width);
+  if (a.sums_part) zero(sums + j_begin, j_padded - j_begin);
+  if (a.y_sums_part) zero(y_sums + j_begin, j_padded - j_begin);
+
+  const Dropout dropout(a.seed ? *a.seed : 0, a.p);
+  const T* x = static_cast<const T*>(a.x.data);
+  alignas(64) A tile[kTile * kTile], y_tile[kTile * kTile];
+  for (int64_t t = t_begin; t < t_end; t += kTile)
+    for (int64_t j = j_begin; j < j_end; j += kTile) {
+      const int64_t rows = smaller(kTile, t_end - t), columns = smaller(kTile, j_end - j);
+      load_tile<T>(tile, a.x, t, rows, j, columns);
+      if (a.sums_part) add_columns(sums + j, tile, rows, a.square);
+      if (a.squares_part) add_squares(squares + t * kSquareLanes, tile, rows);
+      if (a.y_sums_part) {
+        load_tile<T>(y_tile, a.y, t, rows, j, columns);
+        add_products(y_sums + j, tile, y_tile, a.packed_bias ? at<A>(a.packed_bias, j) : nullptr, rows);
+      }
+      if (a.packed_g) multiply_columns(tile, at<A>(a.packed_g, j), rows);
+      if (a.scaled) store_tile(at<T>(a.scaled, t * a.columns + j), a.columns, tile, rows, columns);
+      if (a.seed) {
+        const uint64_t first = static_cast<uint64_t>(t) * static_cast<uint64_t>(a.columns) + static_cast<uint64_t>(j);
+        drop_tile(tile, dropout, first, a.columns, rows, columns);
+      }
+      Ahead ahead;
+      if (a.x.column == 1) {
+        const T* next = j + kTile < j_end ? x + t * a.x.row + j + kTile
+                        : t + kTile < t_end ? x + (t + kTile) * a.x.row + j_begin : nullptr;
+        if (next) ahead = {reinterpret_cast<const char*>(next), a.x.row * static_cast<int64_t>(sizeof(T)),
+                           static_cast<int64_t>(kTile * sizeof(T) / 64)};
+      }
+      if (a.rows_part)
+        product<kTile, 1>(row_products + t * a.width, a.width, tile, at<A>(a.packed_m, j * a.m_stride), a.m_stride, rows,
+                          columns, ahead);
+      if (a.columns_part)
+        product<1, kTile>(column_products + j * a.width, a.width, tile, at<A>(a.packed_h, t * a.h_stride), a.h_stride,
+                          columns, rows, a.rows_part ? Ahead{} : ahead);
+    }
+}
+
+// part [count] += the other chunks' parts, `pitch` apart
+template <class A> inline void add_parts(A* part, int64_t count, int64_t chunks, int64_t pitch) {
+  constexpr int L = kLanes<A>;
+  for (int64_t c = 1; c < chunks; ++c) {
+    const A* other = part + c * pitch;
+    int64_t i = 0;
+    for (; i + L <= count; i += L) store(part + i, load(part + i) + load(other + i));
+    for (; i < count; ++i) part[i] += other[i];
+  }
+}
+
+template <class U, class A>
+inline void put_rows(U* out, int64_t stride, const A* sums, int64_t width, int64_t rows, int64_t r, A scale) {
+  for (int64_t t = 0; t < rows; ++t, out += stride, sums += width) {
+    int64_t p = 0;
+    if constexpr (std::is_same_v<acc_t<U>, A>)
+      for (; p + kLanes<A> <= r; p += kLanes<A>) store(out + p, load(sums + p) * scale);
+    for (; p < r; ++p) out[p] = rounded<U>(static_cast<acc_t<U>>(sums[p] * scale));
+    for (; p < stride; ++p) out[p] = rounded<U>(acc_t<U>(0));
+  }
+}
+
+template <class A> void finish_rows(const Pass& a, int64_t block) {
+  const int64_t t = block * kTile, rows = smaller(kTile, a.rows - t);
+  A* const sums = at<A>(a.rows_part, t * a.width);
+  add_parts(sums, rows * a.width, a.split.columns, a.rows * a.width);
+  for_dtype(a.row_product_dtype, [&](auto* type) {
+    using U = std::remove_pointer_t<decltype(type)>;
+    U* const out = at<U>(a.row_product, t * a.row_product_stride);
+    put_rows(out, a.row_product_stride, sums, a.width, rows, a.r, static_cast<A>(a.scale));
+  });
+}
+
+template <class A> void finish_columns(const Pass& a, int64_t block) {
+  const int64_t j = block * kTile, columns = smaller(kTile, a.columns - j);
+  if (a.column_product) {
+    const A scale = static_cast<A>(a.scale);
+    A* const sums = at<A>(a.columns_part, j * a.width);
+    add_parts(sums, columns * a.width, a.split.rows, a.padded_columns * a.width);
+    A* const out = at<A>(a.column_product, j * a.column_product_row);
+    if (a.column_product_column == 1)
+      put_rows(out, a.column_product_row, sums, a.width, columns, a.r, scale);
+    else
+      for (int64_t p = 0; p < a.r; ++p)
+        for (int64_t i = 0; i < columns; ++i)
+          out[i * a.column_product_row + p * a.column_product_column] = sums[i * a.width + p] * scale;
+  }
+  if (a.sums) {
+    add_parts(at<A>(a.sums_part, j), kTile, a.split.rows, a.padded_columns);
+    std::memcpy(at<A>(a.sums, j), at<A>(a.sums_part, j), columns * sizeof(A));
+  }
+  if (a.y_sums) {
+    add_parts(at<A>(a.y_sums_part, j), kTile, a.split.rows, a.padded_columns);
+    std::memcpy(at<A>(a.y_sums, j), at<A>(a.y_sums_part, j), columns * sizeof(A));
+  }
+}
+
+template <class A> void pack(const Pass& a, int64_t task) {
+  if (task >= tiles(a.columns)) {
+    const int64_t t = (task - tiles(a.columns)) * kTile;
+    if (a.h.data && a.packed_h != a.h.data)
+      pack_rows(at<A>(a.packed_h, t * a.width), a.width, a.h, t, smaller(kTile, a.rows - t), a.r);
+    return;
+  }
+  const int64_t j = task * kTile, columns = smaller(kTile, a.columns - j);
+  if (a.m.data && a.packed_m != a.m.data) pack_rows(at<A>(a.packed_m, j * a.width), a.width, a.m, j, columns, a.r);
+  if (a.packed_g) pack_rows(at<A>(a.packed_g, j), kTile, from_column(a.g, j), 0, 1, columns);
+  if (a.packed_bias) pack_rows(at<A>(a.packed_bias, j), kTile, from_column(a.bias, j), 0, 1, columns);
+}
+
+}  // namespace
+
+void pass_pack(const PassPack& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i)
+    a.pass.x.dtype == DType::float64 ? pack<double>(a.pass, i) : pack<float>(a.pass, i);
+}
+
+void pass_tiles(const PassTiles& a, int64_t begin, int64_t end) {
+  for_dtype(a.pass.x.dtype, [&](auto* type) {
+    for (int64_t i = begin; i < end; ++i) run_tiles<std::remove_pointer_t<decltype(type)>>(a.pass, i);
+  });
+}
+
+void pass_finish(const PassFinish& a, int64_t begin, int64_t end) {
+  const bool wide = a.pass.x.dtype == DType::float64;
+  const int64_t row_blocks = tiles(a.pass.rows);
+  for (int64_t i = begin; i < end; ++i)
+    if (i >= row_blocks)
+      wide ? finish_columns<double>(a.pass, i - row_blocks) : finish_columns<float>(a.pass, i - row_blocks);
+    else if (a.pass.row_product)
+      wide ? finish_rows<double>(a.pass, i) : finish_rows<float>(a.pass, i);
+}
+
+}  // namespace spectral_ops::cpu::SPECTRAL_OPS_ISA

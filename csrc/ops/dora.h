@@ -1,0 +1,116 @@
+// The host side of row_square, column_norm, column_norm_cached_ and magnitude_grad for any device.
+#pragma once
+
+#include <utility>
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+inline void set_strides(int64_t (&strides)[2], const Tensor& t) {
+  for (int d = 0; d < 2; ++d) strides[d] = t.size(d) <= 1 ? (d == 1 ? 1 : t.size(1)) : t.stride(d);
+}
+
+template <class Device> Tensor row_square(Tensor weight) {
+  check_matrix("weight", weight);
+  Tensor square = torch::stable::new_empty(weight, {weight.size(0)}, accumulate_type(weight));
+  RowSquare a{};
+  a.weight = weight.data_ptr();
+  a.square = square.data_ptr();
+  a.rows = weight.size(0), a.columns = weight.size(1);
+  int64_t strides[2];
+  set_strides(strides, weight);
+  a.row_stride = strides[0], a.column_stride = strides[1];
+  a.dtype = dtype_of("weight", weight);
+  Device::launch(a, weight);
+  return square;
+}
+
+// The arguments of both norms; square and norm are checked against weight.
+inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Tensor& B, double scale,
+                                 std::optional<Tensor>& square, const Tensor& norm) {
+  check_matrix("A", A);
+  check_matrix("B", B);
+  const int64_t rows = weight.size(0), columns = weight.size(1), r = A.size(0);
+  check_size("A", A, 1, columns, "the columns of weight");
+  check_size("B", B, 0, rows, "the rows of weight");
+  check_size("B", B, 1, r, "the rows of A");
+  check_same_device("A", A, weight);
+  check_same_device("B", B, weight);
+  STD_TORCH_CHECK(!square || square->scalar_type() == accumulate_type(weight), "square: wanted float32 (float64 for float64)");
+  ColumnNorm a{};
+  a.weight = weight.data_ptr();
+  a.A = A.data_ptr();
+  a.B = B.data_ptr();
+  DType wide;
+  a.square = vector_data("square", square, rows, weight, wide);
+  a.norm = norm.data_ptr();
+  a.scale = scale;
+  a.rows = rows, a.columns = columns, a.r = r;
+  set_strides(a.weight_strides, weight);
+  set_strides(a.A_strides, A);
+  set_strides(a.B_strides, B);
+  a.dtype = dtype_of("weight", weight), a.A_dtype = dtype_of("A", A), a.B_dtype = dtype_of("B", B);
+  return a;
+}
+
+template <class Device>
+Tensor column_norm(Tensor weight, Tensor A, Tensor B, double scale, std::optional<Tensor> square) {
+  check_matrix("weight", weight);
+  Tensor norm = torch::stable::new_empty(weight, {weight.size(0)}, accumulate_type(weight));
+  ColumnNorm a = norm_arguments(weight, A, B, scale, square, norm);
+  Device::launch(a, weight);
+  return norm;
+}
+
+template <class Device>
+void column_norm_cached_(Tensor norm, Tensor stamp, Tensor weight, Tensor A, Tensor B, double scale, Tensor square, bool force) {
+  check_matrix("weight", weight);
+  STD_TORCH_CHECK(norm.dim() == 1 && norm.size(0) == weight.size(0) && norm.is_contiguous() &&
+                      norm.scalar_type() == accumulate_type(weight),
+                  "norm: wanted a contiguous float32 (float64 for float64) vector of ", weight.size(0));
+  check_same_device("norm", norm, weight);
+  std::optional<Tensor> known = square;
+  ColumnNorm a = norm_arguments(weight, A, B, scale, known, norm);
+  a.stamp = const_cast<int64_t*>(index_data<int64_t>("stamp", stamp, 2, weight));
+  a.force = force;
+  Device::launch(a, weight);
+}
+
+template <class Device>
+Tensor magnitude_grad(Tensor dyz, Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor B, double scale, Tensor g, Tensor norm,
+                      std::optional<Tensor> bias) {
+  check_matrix("dy", dy);
+  check_matrix("x", x);
+  check_matrix("B", B);
+  check_matrix("weight", weight);
+  MagnitudeGrad a{};
+  a.dtype = dtype_of("dy", dy);
+  a.rows = dy.size(0), a.columns = dy.size(1), a.k = x.size(1), a.r = B.size(1);
+  check_size("weight", weight, 0, a.columns, "the columns of dy");
+  check_size("weight", weight, 1, a.k, "the columns of x");
+  check_same_device("weight", weight, dy);
+  check_dtype("weight", weight, a.dtype, "dy");
+  dy = rows_of(dy);
+  x = checked_factor("x", x, a.rows, a.k, dy, "dy");
+  h = checked_factor("h", h, a.rows, a.r, dy, "dy");
+  B = checked_factor("B", B, a.columns, a.r, dy, "dy");
+  DType wide;
+  std::optional<Tensor> vectors[] = {dyz, g, norm};  // each a copy where it is strided, alive until the launch
+  for (const auto& [i, name, data] : {std::tuple{0, "dyz", &a.dyz}, {1, "g", &a.g}, {2, "norm", &a.norm}}) {
+    STD_TORCH_CHECK(vectors[i]->scalar_type() == accumulate_type(dy), name, ": wanted float32 (float64 for float64)");
+    *data = vector_data(name, vectors[i], a.columns, dy, wide);
+  }
+  a.bias = vector_data("bias", bias, a.columns, dy, a.bias_dtype);
+  Tensor dm = torch::stable::new_empty(dy, {a.columns}, accumulate_type(dy));
+  a.dy = dy.data_ptr(), a.x = x.data_ptr(), a.h = h.data_ptr(), a.weight = weight.data_ptr(), a.B = B.data_ptr();
+  a.dm = dm.data_ptr();
+  a.scale = scale;
+  a.vanishing_g = 1.0 / 16384, a.vanishing_bias = 64;  // as in spectral_ops/functional/dora.py
+  a.dy_stride = dy.stride(0), a.x_stride = x.stride(0), a.h_stride = h.stride(0), a.B_stride = B.stride(0);
+  set_strides(a.weight_strides, weight);
+  Device::launch(a, dy);
+  return dm;
+}
+
+}  // namespace spectral_ops

@@ -1,0 +1,75 @@
+// The host side of dropout_project, dropout_outer, dropout_lift_ and seeded_dropout for any device.
+#pragma once
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+template <class Device> Tensor dropout_project(Tensor x, Tensor A, Tensor seed, double p) {
+  check_matrix("x", x);
+  check_matrix("A", A);
+  DropoutProject a{};
+  a.dtype = dtype_of("x", x);
+  a.rows = x.size(0), a.columns = x.size(1), a.r = A.size(0);
+  x = rows_of(x);
+  A = checked_factor("A", A, a.r, a.columns, x, "x");
+  Tensor h = torch::stable::new_empty(x, {a.rows, a.r});
+  a.x = x.data_ptr(), a.A = A.data_ptr(), a.h = h.data_ptr();
+  a.seed = index_data<int64_t>("seed", seed, 1, x);
+  a.p = p;
+  a.x_stride = x.stride(0), a.A_stride = A.stride(0);
+  Device::launch(a, x);
+  return h;
+}
+
+template <class Device> Tensor dropout_outer(Tensor u, Tensor x, Tensor seed, double p) {
+  check_matrix("u", u);
+  check_matrix("x", x);
+  DropoutOuter a{};
+  a.dtype = dtype_of("x", x);
+  a.rows = x.size(0), a.columns = x.size(1), a.r = u.size(1);
+  x = rows_of(x);
+  u = checked_factor("u", u, a.rows, a.r, x, "x");
+  Tensor dA = torch::stable::new_empty(x, {a.r, a.columns}, accumulate_type(x));
+  a.u = u.data_ptr(), a.x = x.data_ptr(), a.dA = dA.data_ptr();
+  a.seed = index_data<int64_t>("seed", seed, 1, x);
+  a.p = p;
+  a.u_stride = u.stride(0), a.x_stride = x.stride(0);
+  Device::launch(a, x);
+  return dA;
+}
+
+template <class Device> void dropout_lift_(Tensor out, Tensor u, Tensor A, Tensor seed, double p) {
+  check_matrix("out", out);
+  check_matrix("u", u);
+  check_written_once("out", out);
+  DropoutLift a{};
+  a.dtype = dtype_of("out", out);
+  a.rows = out.size(0), a.columns = out.size(1), a.r = u.size(1);
+  u = checked_factor("u", u, a.rows, a.r, out, "out");
+  A = checked_factor("A", A, a.r, a.columns, out, "out");
+  Tensor target = rows_of(out);
+  a.out = target.data_ptr(), a.u = u.data_ptr(), a.A = A.data_ptr();
+  a.seed = index_data<int64_t>("seed", seed, 1, out);
+  a.p = p;
+  a.out_stride = target.stride(0), a.u_stride = u.stride(0), a.A_stride = A.stride(0);
+  Device::launch(a, out);
+  if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
+}
+
+template <class Device> Tensor seeded_dropout(Tensor x, Tensor seed, double p) {
+  check_matrix("x", x);
+  SeededDropout a{};
+  a.dtype = dtype_of("x", x);
+  a.rows = x.size(0), a.columns = x.size(1);
+  x = rows_of(x);
+  Tensor out = torch::stable::new_empty(x, {a.rows, a.columns});
+  a.x = x.data_ptr(), a.out = out.data_ptr();
+  a.seed = index_data<int64_t>("seed", seed, 1, x);
+  a.p = p;
+  a.x_stride = x.stride(0);
+  Device::launch(a, x);
+  return out;
+}
+
+}  // namespace spectral_ops

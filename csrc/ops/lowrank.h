@@ -1,0 +1,70 @@
+// The host side of lowrank_update_ and lowrank_backward for any device: checks, outputs, and the kernel's arguments.
+#pragma once
+
+#include <initializer_list>
+#include <tuple>
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+template <class Device>
+void lowrank_update_(Tensor out, Tensor h, Tensor B, double scale, std::optional<Tensor> g, std::optional<Tensor> shift) {
+  check_matrix("out", out);
+  check_matrix("B", B);
+  check_written_once("out", out);
+  LowRankUpdate a{};
+  a.dtype = dtype_of("out", out);
+  a.rows = out.size(0), a.columns = out.size(1), a.r = B.size(1);
+  h = checked_factor("h", h, a.rows, a.r, out, "out");
+  B = checked_factor("B", B, a.columns, a.r, out, "out");
+  for (const std::optional<Tensor>* t : {&g, &shift})
+    STD_TORCH_CHECK(!*t || (*t)->scalar_type() == accumulate_type(out), "g and shift: wanted float32 (float64 for float64)");
+  Tensor target = rows_of(out);
+  a.out = target.data_ptr(), a.h = h.data_ptr(), a.B = B.data_ptr();
+  DType wide;
+  a.g = vector_data("g", g, a.columns, out, wide);
+  a.shift = vector_data("shift", shift, a.columns, out, wide);
+  a.scale = scale;
+  a.out_stride = target.stride(0), a.h_stride = h.stride(0), a.B_stride = B.stride(0);
+  Device::launch(a, out);
+  if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_backward(
+    Tensor dy, Tensor h, Tensor B, double scale, std::optional<Tensor> g, std::optional<Tensor> y,
+    std::optional<Tensor> bias, bool need_u, bool need_dB, bool need_db, bool need_gdy) {
+  check_matrix("dy", dy);
+  check_matrix("B", B);
+  LowRankBackward a{};
+  a.dtype = dtype_of("dy", dy);
+  a.rows = dy.size(0), a.columns = dy.size(1), a.r = B.size(1);
+  dy = rows_of(dy);
+  h = checked_factor("h", h, a.rows, a.r, dy, "dy");
+  B = checked_factor("B", B, a.columns, a.r, dy, "dy");
+  if (y) {
+    y = checked_factor("y", *y, a.rows, a.columns, dy, "dy");
+    a.y = y->data_ptr(), a.y_stride = y->stride(0);
+  }
+  const auto output = [&](bool wanted, std::initializer_list<int64_t> shape, ScalarType type, void*& data) {
+    Tensor t = wanted ? torch::stable::new_empty(dy, shape, type) : torch::stable::new_empty(dy, {0}, type);
+    data = wanted ? t.data_ptr() : nullptr;
+    return t;
+  };
+  const ScalarType sums = accumulate_type(dy);
+  Tensor u = output(need_u, {a.rows, a.r}, dy.scalar_type(), a.u);
+  Tensor dB = output(need_dB, {a.columns, a.r}, sums, a.dB);
+  Tensor db = output(need_db, {a.columns}, sums, a.db);
+  Tensor dyz = output(y.has_value(), {a.columns}, sums, a.dyz);
+  Tensor gdy = output(need_gdy, {a.rows, a.columns}, dy.scalar_type(), a.gdy);
+  a.dy = dy.data_ptr(), a.h = h.data_ptr(), a.B = B.data_ptr();
+  a.g = vector_data("g", g, a.columns, dy, a.g_dtype);
+  a.bias = vector_data("bias", bias, a.columns, dy, a.bias_dtype);
+  a.scale = scale;
+  a.dy_stride = dy.stride(0), a.h_stride = h.stride(0), a.B_stride = B.stride(0);
+  Device::launch(a, dy);
+  return {u, dB, db, dyz, gdy};
+}
+
+}  // namespace spectral_ops
