@@ -7,6 +7,8 @@ optimizer's step (a global hook), and within a step a fingerprint of A and B is 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -22,20 +24,21 @@ def _count_step(*_args) -> None:
     _steps += 1
 
 
-def _must_recompute(weight: torch.Tensor, A: torch.Tensor) -> bool:
+def _must_recompute(*tensors: torch.Tensor) -> bool:
     """While compiling, while capturing a CUDA graph, and for sharded tensors nothing may be reused."""
-    if torch.compiler.is_compiling() or type(weight) not in (torch.Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
         return True
-    return A.is_cuda and torch.cuda.is_current_stream_capturing()
+    return tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class NormCache:
-    """Column norm of one layer. Not part of any state_dict; a copy or pickle of it starts empty."""
+    """Column norm of one layer. Not part of any state_dict; a copy or pickle of it starts empty. Threads may share one."""
 
     def __init__(self) -> None:
         global _hook
         if _hook is None:
             _hook = register_optimizer_step_post_hook(_count_step)
+        self._lock = threading.Lock()
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -45,9 +48,15 @@ class NormCache:
     def get(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
         """c [d] of :func:`column_norm`; a buffer the next call overwrites, so use it before then."""
         weight, A, B = weight.detach(), A.detach(), B.detach()
-        if _must_recompute(weight, A):
+        if _must_recompute(weight, A, B):
             return column_norm_op(weight, A, B, scale, None)
-        weight_key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device)
+        with self._lock:
+            return self._get(weight, A, B, scale)
+
+    def _get(self, weight, A, B, scale):
+        # another stream gets buffers of its own: nothing orders it after the kernels that filled these
+        stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
+        weight_key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device, stream)
         if weight_key != self._weight_key:
             self._weight_key, self._key = weight_key, None
             self._square = row_square_op(weight)
