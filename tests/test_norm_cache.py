@@ -1,0 +1,284 @@
+"""NormCache: DoRA's column norm is reused within one optimizer step, and never beyond (METHODS 1.2, trap 2)."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from helpers import randn, saved_tensors, storage, weight_norm
+
+import spectral_ops
+from spectral_ops import NormCache, explain
+
+d, k, r, SCALE = 24, 16, 3, 0.5
+
+
+@pytest.fixture
+def layer():
+    W = randn(d, k, dtype=torch.float32, fan=k)
+    A = torch.nn.Parameter(randn(r, k, dtype=torch.float32, fan=k))
+    B = torch.nn.Parameter(randn(d, r, dtype=torch.float32))
+    return W, A, B
+
+
+def agrees(norm, W, A, B, scale=SCALE) -> bool:
+    return torch.allclose(norm.double(), weight_norm(W, A.detach(), B.detach(), scale), rtol=1e-5, atol=0)
+
+
+def test_it_is_the_column_norm(layer, backend):
+    cache = NormCache()
+    for _ in range(3):
+        got = cache.get(*layer, SCALE)
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+        assert agrees(got, *layer)
+
+
+def test_reused_within_a_step(layer):
+    """A buffer spoiled behind its back shows whether the second call computed anything."""
+    if explain("column_norm_cached_", layer[0]).backend == "reference":
+        pytest.skip("the reference always recomputes")
+    cache = NormCache()
+    cache.get(*layer, SCALE).fill_(7)
+    assert (cache.get(*layer, SCALE) == 7).all(), "computed again although neither A nor B changed"
+    cache.invalidate()
+    assert agrees(cache.get(*layer, SCALE), *layer)
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.data.mul_(1.5),
+        lambda p: p.data.view(-1)[-1].add_(1.0),  # one number in one corner
+        lambda p: p.data.view(-1)[0].add_(2.0**-10),
+        lambda p: p.data.neg_(),
+        lambda p: p.data.copy_(p.data.flip(0)),  # the same numbers in another order
+        lambda p: p.detach().mul_(2),
+        lambda p: p.data.zero_(),
+        lambda p: torch._foreach_mul_([p.data], 3.0),
+        lambda p: p.data.untyped_storage().copy_((p.data * 2).untyped_storage()),
+        lambda p: torch.from_numpy(p.data.numpy()).mul_(2),  # a write that torch never sees
+    ],
+    ids=["scale", "last", "first", "sign", "order", "detach", "zero", "foreach", "storage", "numpy"],
+)
+def test_writes_within_a_step_are_noticed(layer, write, name, backend):
+    W, A, B = layer
+    cache = NormCache()
+    cache.get(W, A, B, SCALE)
+    before = cache.get(W, A, B, SCALE).clone()
+    with torch.no_grad():
+        write({"A": A, "B": B}[name])
+    got = cache.get(W, A, B, SCALE)
+    assert agrees(got, W, A, B)
+    if name == "B" or not torch.equal(weight_norm(W, A.detach(), B.detach(), SCALE).float(), before):
+        assert not torch.equal(got, before)
+
+
+def test_swapped_values_are_noticed(layer, backend):
+    """Two writes that cancel in a plain sum, and A and B trading a change: a fingerprint must not add them away."""
+    W, A, B = layer
+    cache = NormCache()
+    cache.get(W, A, B, SCALE)
+    A.data[0, 0] += 1
+    A.data[1, 3] -= 1
+    assert agrees(cache.get(W, A, B, SCALE), W, A, B)
+    A.data[0, 0] += 0.5
+    B.data[0, 0] -= 0.5
+    assert agrees(cache.get(W, A, B, SCALE), W, A, B)
+    first = A.data[0].clone()
+    A.data[0] = A.data[1]
+    A.data[1] = first
+    assert agrees(cache.get(W, A, B, SCALE), W, A, B)
+
+
+def test_many_small_writes_are_noticed(layer, backend):
+    W, A, B = layer
+    cache = NormCache()
+    generator = torch.Generator().manual_seed(3)
+    for step in range(60):
+        p = (A, B)[step % 2].data.view(-1)
+        i = int(torch.randint(p.numel(), (1,), generator=generator))
+        p[i] += float(torch.randn((), generator=generator))
+        assert agrees(cache.get(W, A, B, SCALE), W, A, B), f"stale after write {step}"
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}], ids=["fused", "foreach", "plain"])
+def test_reuse_ends_at_an_optimizer_step(layer, options, backend):
+    W, A, B = layer
+    cache = NormCache()
+    optimizer = torch.optim.AdamW([A, B], lr=0.1, **options)
+    for _ in range(3):
+        norm = cache.get(W, A, B, SCALE)
+        (A.sum() + B.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        norm.fill_(7)  # not even an unnoticed change may let this through
+        assert agrees(cache.get(W, A, B, SCALE), W, A, B)
+
+
+def test_any_optimizers_step_ends_reuse(layer):
+    """Even one that holds other parameters, or none of whose gradients is set: the hook counts steps, not changes."""
+    cache = NormCache()
+    cache.get(*layer, SCALE).fill_(7)
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0).step()
+    assert agrees(cache.get(*layer, SCALE), *layer)
+
+
+def test_training_with_the_cache_is_training_without(layer):
+    """20 fused AdamW steps of two micro-batches each, on the same data."""
+    runs = []
+    for cached in (True, False):
+        torch.manual_seed(5)
+        W, A, B = (p.detach().clone() for p in layer)
+        A, B = torch.nn.Parameter(A), torch.nn.Parameter(B)
+        m = torch.nn.Parameter(weight_norm(W, A.detach(), B.detach(), SCALE).float())
+        optimizer = torch.optim.AdamW([A, B, m], lr=0.05, fused=True)
+        cache = NormCache()
+        for _ in range(20):
+            for _ in range(2):
+                x = torch.randn(5, k)
+                norm = cache.get(W, A, B, SCALE) if cached else None
+                spectral_ops.dora_linear(x, W, A, B, m, scale=SCALE, norm=norm).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([p.detach().clone() for p in (A, B, m)])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_another_weight_scale_or_parameter_is_not_reused(layer, backend):
+    W, A, B = layer
+    cache = NormCache()
+    cache.get(W, A, B, SCALE)
+    assert agrees(cache.get(W, A, B, 2.0), W, A, B, 2.0)
+    other = W * 2
+    assert agrees(cache.get(other, A, B, SCALE), other, A, B)
+    assert agrees(cache.get(W, A * 2, B, SCALE), W, A * 2, B)
+    assert agrees(cache.get(W, A[:1], B[:, :1], SCALE), W, A[:1], B[:, :1])
+    assert cache.get(W.double(), A.double(), B.double(), SCALE).dtype == torch.float64
+    assert agrees(cache.get(W.bfloat16(), A, B, SCALE), W.bfloat16(), A, B)
+    smaller = W[: d // 2].clone()
+    assert agrees(cache.get(smaller, A, B[: d // 2], SCALE), smaller, A, B[: d // 2])
+
+
+def test_a_changed_weight(layer, backend):
+    """In place: noticed by its version. Through .data: after invalidate(), as documented."""
+    W, A, B = layer
+    cache = NormCache()
+    cache.get(W, A, B, SCALE)
+    W.mul_(2)
+    assert agrees(cache.get(W, A, B, SCALE), W, A, B)
+    W.data.mul_(2)
+    cache.invalidate()
+    assert agrees(cache.get(W, A, B, SCALE), W, A, B)
+
+
+def test_a_copy_starts_empty(layer):
+    cache = NormCache()
+    ours = cache.get(*layer, SCALE)
+    for other in (copy.deepcopy(cache), copy.copy(cache), pickle.loads(pickle.dumps(cache))):
+        assert isinstance(other, NormCache)
+        ours.fill_(7)
+        got = other.get(*layer, SCALE)
+        assert storage(got) != storage(ours)
+        assert agrees(got, *layer)
+
+
+class Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+        self.norm_cache = NormCache()
+
+
+def test_never_in_a_state_dict(layer):
+    module = Module()
+    module.norm_cache.get(*layer, SCALE)
+    assert list(module.state_dict()) == ["weight"]
+    assert [n for n, _ in module.named_buffers()] == []
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert agrees(loaded.norm_cache.get(*layer, SCALE), *layer)
+    assert agrees(copy.deepcopy(module).norm_cache.get(*layer, SCALE), *layer)
+
+
+def test_the_buffer_is_not_what_backward_reads(layer):
+    W, A, B = layer
+    cache = NormCache()
+    m = torch.nn.Parameter(torch.ones(d))
+    x = torch.randn(4, k)
+    with saved_tensors() as kept:
+        y = spectral_ops.dora_linear(x, W, A, B, m, scale=SCALE, norm=cache.get(W, A, B, SCALE))
+    assert storage(cache.get(W, A, B, SCALE)) not in {storage(t) for t in kept}
+    want = torch.autograd.grad(y, [A, B, m], torch.ones_like(y), retain_graph=True)
+    A.data.mul_(3)
+    cache.get(W, A, B, SCALE)  # the buffer now holds another norm
+    A.data.div_(3)
+    got = torch.autograd.grad(y, [A, B, m], torch.ones_like(y))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_two_threads(layer, monkeypatch):
+    """A second thread that arrives while the first is computing ‖W‖² waits, or computes its own: it never sees None."""
+    from spectral_ops.functional import norm_cache
+
+    inside, proceed = threading.Event(), threading.Event()
+    real = norm_cache.row_square_op
+
+    def slow(weight):
+        inside.set()
+        proceed.wait(1.0)
+        return real(weight)
+
+    monkeypatch.setattr(norm_cache, "row_square_op", slow)
+    cache, results, errors = NormCache(), [], []
+
+    def work():
+        try:
+            results.append(cache.get(*layer, SCALE).clone())
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+
+    first, second = threading.Thread(target=work), threading.Thread(target=work)
+    first.start()
+    assert inside.wait(10)
+    second.start()
+    second.join(0.2)
+    proceed.set()
+    first.join(30)
+    second.join(30)
+    assert not errors
+    assert len(results) == 2
+    assert all(agrees(norm, *layer) for norm in results)
+
+
+def test_compiling_always_recomputes(layer):
+    """Inside torch.compile a cached value would be baked into the graph."""
+    W, A, B = layer
+    cache = NormCache()
+    compiled = torch.compile(lambda: cache.get(W, A, B, SCALE).clone(), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            assert agrees(compiled(), W, A, B)
+            A.data.mul_(1.5)
+
+
+def test_sharded_and_other_tensor_subclasses_always_recompute(layer, monkeypatch):
+    from spectral_ops.functional import norm_cache
+
+    class Sharded(torch.Tensor):
+        pass
+
+    W, A, B = layer
+    monkeypatch.setattr(norm_cache, "column_norm_cached_op", None)  # reuse would call it, and fail
+    cache = NormCache()
+    assert agrees(cache.get(W.as_subclass(Sharded), A, B, SCALE).as_subclass(torch.Tensor), W, A, B)
+    assert agrees(cache.get(W, A.detach().as_subclass(Sharded), B, SCALE).as_subclass(torch.Tensor), W, A, B)
