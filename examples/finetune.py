@@ -128,6 +128,8 @@ def compare_logits(model, path: Path, ids, options) -> dict[str, float]:
 def run(options, console: Console) -> dict:
     began = time.monotonic()
     console.print(f"[bold]1/5[/] SmolLM2-135M-Instruct, {options.method}, {options.dtype} on {options.device.type}")
+    if not data.CACHE.exists():
+        console.print("    unpacking the GGUF to float32: about 20 s, once")
     blocks = data.token_blocks(data.load_tokenizer(), data.corpus(), options.length)
     train_blocks, held_out = blocks[:-1], blocks[-1:].to(options.device)
     model = training.add_adapter(load_base(options), options.method, options.seed)
@@ -140,7 +142,7 @@ def run(options, console: Console) -> dict:
 
     console.print(f"[bold]2/5[/] two runs of {options.steps} steps, {options.batch}×{options.length} tokens each")
     losses, accelerated = train_twice(model, train_blocks, options, console)
-    console.print(str(accelerated), markup=False, highlight=False)
+    console.print(str(accelerated), markup=False, highlight=False, soft_wrap=True)
 
     console.print("[bold]3/5[/] the saved adapter in plain PEFT")
     adapter = options.output / f"demo-{options.method}-adapter"
