@@ -15,5 +15,10 @@ namespace spectral_ops::cuda {
 
 SPECTRAL_OPS_CUDA_KERNEL(block_sum, BlockSum)
 SPECTRAL_OPS_CUDA_KERNEL(block_tile, BlockTile)
+SPECTRAL_OPS_CUDA_KERNEL(lowrank_update, LowRankUpdate)
+SPECTRAL_OPS_CUDA_KERNEL(lowrank_backward, LowRankBackward)
+SPECTRAL_OPS_CUDA_KERNEL(row_square, RowSquare)
+SPECTRAL_OPS_CUDA_KERNEL(column_norm, ColumnNorm)
+SPECTRAL_OPS_CUDA_KERNEL(magnitude_grad, MagnitudeGrad)
 
 }  // namespace spectral_ops::cuda
