@@ -4,17 +4,25 @@
 #include "module.h"
 
 #include "cuda/launch.h"
+#include "cuda/plan.h"
 #include "ops/blocksum.h"
+#include "ops/dora.h"
+#include "ops/lowrank.h"
 
 namespace spectral_ops {
 
 namespace {
 
 struct Cuda {
-  // Enqueues the kernel of these arguments on the current stream of the device that `like` is on.
-  template <class Arguments> static void launch(const Arguments& a, const Tensor& like) {
+  // Enqueues the kernel of these arguments on the current stream of the device that `like` is on, with its workspace.
+  template <class Arguments> static void launch(Arguments a, const Tensor& like) {
     const int32_t device = like.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
+    std::optional<Tensor> workspace;  // the allocator reuses it in stream order, so it may go once the kernel is enqueued
+    if (const int64_t bytes = cuda::workspace_bytes(a)) {
+      workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+      cuda::set_workspace(a, workspace->data_ptr());
+    }
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const cudaError_t error = cuda::launch(a, static_cast<cudaStream_t>(stream));
@@ -25,6 +33,12 @@ struct Cuda {
 const Binding kBindings[] = {
     {"block_sum", TORCH_BOX(&block_sum<Cuda>)},
     {"block_tile_", TORCH_BOX(&block_tile_<Cuda>)},
+    {"lowrank_update_", TORCH_BOX(&lowrank_update_<Cuda>)},
+    {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cuda>)},
+    {"row_square", TORCH_BOX(&row_square<Cuda>)},
+    {"column_norm", TORCH_BOX(&column_norm<Cuda>)},
+    {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cuda>)},
+    {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cuda>)},
 };
 
 PyObject* do_register(PyObject*, PyObject*) {
