@@ -28,6 +28,8 @@ def _must_recompute(*tensors: torch.Tensor) -> bool:
     """While compiling, while capturing a CUDA graph, and for sharded tensors nothing may be reused."""
     if torch.compiler.is_compiling() or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
         return True
+    if any(t.is_inference() for t in tensors):  # no version counter
+        return True
     return tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -59,9 +61,10 @@ class NormCache:
         weight_key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device, stream)
         if weight_key != self._weight_key:
             self._weight_key, self._key = weight_key, None
-            self._square = row_square_op(weight)
-            self._norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
-            self._stamp = torch.zeros(2, dtype=torch.int64, device=weight.device)
+            with torch.inference_mode(False):  # else a later training step could not write into them
+                self._square = row_square_op(weight)
+                self._norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
+                self._stamp = torch.zeros(2, dtype=torch.int64, device=weight.device)
         key = (A.data_ptr(), A._version, B.data_ptr(), B._version, A.dtype, B.dtype, A.shape, scale)
         fresh = key == self._key and self._step == _steps
         column_norm_cached_op(self._norm, self._stamp, weight, A, B, scale, self._square, not fresh)
