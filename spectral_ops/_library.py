@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import addmm_flop, flop_registry, register_flop_formula
 
 NAMESPACE = "spectral_ops"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -29,6 +29,10 @@ OPERATORS: dict[str, Operator] = {}
 forced_backend: str | None = (
     None  # set by backends.use_backend; process-wide, because autograd runs backward on its own threads
 )
+
+
+if torch.ops.aten.addmm_ not in flop_registry:  # torch counts addmm, but not the in-place form that the layers use
+    register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)
 
 
 @dataclass(frozen=True)

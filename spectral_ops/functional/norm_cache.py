@@ -34,7 +34,7 @@ def _must_recompute(*tensors: torch.Tensor) -> bool:
 
 
 class NormCache:
-    """Column norm of one layer. Not part of any state_dict; a copy or pickle of it starts empty. Threads may share one."""
+    """Column norm of one layer. In no state_dict; a copy or pickle of it starts empty. Threads may share one."""
 
     def __init__(self) -> None:
         global _hook
