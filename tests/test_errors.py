@@ -38,8 +38,8 @@ def arguments(function: str) -> dict:
 
 
 FUNCTIONS = [
-    "lowrank_linear", "lowrank_update", "lowrank_linear_group", "column_norm", "dora_linear", "dora_update", "block_sum",
-    "bone_linear", "bone_update", "disha_linear",
+    "lowrank_linear", "lowrank_update", "lowrank_linear_group", "column_norm", "dora_linear", "dora_update",
+    "block_sum", "bone_linear", "bone_update", "disha_linear",
 ]  # fmt: skip
 DENSE = ["lowrank_linear", "dora_linear", "bone_linear", "disha_linear"]
 UPDATES = ["lowrank_update", "dora_update", "bone_update"]
@@ -139,7 +139,7 @@ TABLE = [
     *[(["block_sum"], "r", lambda v=v: v, TypeError, str(v), "an integer") for v in (True, 2.0, "2", None)],
     # a gradient that the fused operators do not compute
     (DENSE, "weight", lambda: t(d, k, trained=True), ValueError, "requires_grad=True", "frozen"),
-    (["lowrank_linear", "lowrank_update"], "out_scale", lambda: t(d, trained=True), ValueError, "requires_grad=True", ""),
+    (["lowrank_linear", "lowrank_update"], "out_scale", lambda: t(d, trained=True), ValueError, "True", "a fixed"),
     # shard maps
     (["disha_linear"], "in_shards", lambda: [3, 4], ValueError, "sum to 7", f"{k}"),
     (["disha_linear"], "in_shards", lambda: [k], ValueError, "1 blocks", f"{r}"),
