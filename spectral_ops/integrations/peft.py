@@ -21,7 +21,7 @@ from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
@@ -286,9 +286,11 @@ def run_lora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRa
 def run_dora(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank) -> torch.Tensor:
     name, A, B, scale, p, _, magnitude = adapter
     if base.weight is None:
+        out = base_result(base, x)  # first: a fresh 8-bit layer completes its state in its own forward
         with torch.no_grad():  # no norm is kept: telling whether it is stale would need the dequantised weight as well
-            norm = column_norm(dequantize_module_weight(base.layer), A, B, scale)
-        return dora_update(base_result(base, x), x, A, B, magnitude, norm, base.bias, scale=scale)
+            weight = dequantize_bnb_weight(base.layer.weight, state=getattr(base.layer, "state", None))
+            norm = column_norm(weight, A, B, scale)
+        return dora_update(out, x, A, B, magnitude, norm, base.bias, scale=scale)
     norm = None
     if not torch.compiler.is_compiling():  # a compiled graph computes it anew each time
         norm = layer._spectral_ops.norm(name, base.weight, A, B, scale)
@@ -395,12 +397,18 @@ def argument_reason(kwargs: dict[str, Any]) -> str:
     return "extra arguments to forward"
 
 
+def tuner_of(layer: BaseTunerLayer) -> str:
+    """The package of PEFT that the layer's class comes from: "lora", "miss", "adalora"."""
+    module = ORIGINALS.get(type(layer), type(layer)).__module__
+    return module.split(".")[2] if module.startswith("peft.tuners.") else module
+
+
 def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
     """The active methods of a layer in their usual spelling."""
     if isinstance(layer, miss.MissLinear):
         return {"mini": "MiSS mini", "bat": "MiSS bat"}.get(layer.miss_fn, "MiSS")
-    if not isinstance(layer, lora.LoraLayer):
-        return type(layer).__module__.split(".")[2]
+    if not isinstance(layer, lora.LoraLayer) or tuner_of(layer) != "lora":
+        return tuner_of(layer)
     methods = []
     for name in layer.active_adapters:
         if name not in layer.r:
@@ -419,12 +427,11 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
 def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_attention: bool) -> Row:
     """The row of one layer: decided from its present state, the input still unknown."""
     original = ORIGINALS.get(type(layer), type(layer))
-    tuner = original.__module__.split(".")[2] if original.__module__.startswith("peft.") else original.__module__
-    head = (name, f"{tuner}.{original.__name__}", method_of(layer, configs))
+    head = (name, f"{tuner_of(layer)}.{original.__name__}", method_of(layer, configs))
     if inside_attention:
         return Row(*head, PEFT, reason="lora.MultiheadAttention uses its weight, not its forward")
     if original not in REPLACEMENTS:
-        return Row(*head, PEFT, reason=f"{original.__name__} layers of the {tuner} tuner are left to PEFT")
+        return Row(*head, PEFT, reason=f"{original.__name__} layers of the {tuner_of(layer)} tuner are left to PEFT")
     is_miss = original is miss.MissLinear
     try:
         base, adapters = miss_plan(layer, None) if is_miss else lora_plan(layer, None)
