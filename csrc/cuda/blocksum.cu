@@ -22,7 +22,7 @@ int active_threads(int64_t r, int lanes, int team) {
 }
 
 template <class T, int V, bool kDropout>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 cyclic_sum(const T* __restrict__ x, T* __restrict__ h, const int64_t* __restrict__ seed, uint32_t threshold, acc_t<T> scale,
            int64_t rows, int columns, int r, int64_t x_stride, int64_t h_stride, int team, int active) {
   using A = acc_t<T>;
@@ -73,7 +73,7 @@ cyclic_sum(const T* __restrict__ x, T* __restrict__ h, const int64_t* __restrict
 
 // Cyclic sum for r beyond a block's team: one thread for each h[t, p], neighbours in p read neighbours in x.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 long_cyclic_sum(const T* __restrict__ x, T* __restrict__ h, const int64_t* __restrict__ seed, uint32_t threshold,
                 acc_t<T> scale, int64_t rows, int columns, int r, int64_t x_stride, int64_t h_stride) {
   const int64_t total = rows * r;
@@ -92,7 +92,7 @@ long_cyclic_sum(const T* __restrict__ x, T* __restrict__ h, const int64_t* __res
 // Sums over the runs of `offsets`: `team` lanes (a power of two <= 32) for each h[t, p]; 16-byte reads reach over both
 // ends of a run, and what lies outside is not added.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 run_sum(const T* __restrict__ x, T* __restrict__ h, const int32_t* __restrict__ offsets, const int64_t* __restrict__ seed,
         uint32_t threshold, acc_t<T> scale, int64_t rows, int columns, int r, int64_t x_stride, int64_t h_stride, int team) {
   using A = acc_t<T>;
@@ -124,7 +124,7 @@ run_sum(const T* __restrict__ x, T* __restrict__ h, const int32_t* __restrict__ 
 
 // out gets, or is increased by, mask * s[:, shard(i)]: `team` threads a row, V elements each at a time.
 template <class T, class S, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 tile(T* __restrict__ out, const S* __restrict__ s, const int32_t* __restrict__ offsets, const int64_t* __restrict__ seed,
      uint32_t threshold, acc_t<T> scale, int64_t rows, int columns, int r, int64_t out_stride, int64_t s_stride,
      bool accumulate, bool whole, int team) {

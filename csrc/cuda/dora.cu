@@ -318,7 +318,7 @@ template <class T, int kRanks> struct PlainShape {
 };
 
 template <class T, int kRanks>
-__global__ void __launch_bounds__(kNormThreads) norm_fma(Norm<T> a) {
+__global__ void __launch_bounds__(kNormThreads, 3) norm_fma(Norm<T> a) {
   using A = acc_t<T>;
   using S = PlainShape<T, kRanks>;
   if (unchanged(a)) return;
@@ -371,7 +371,7 @@ __device__ __forceinline__ double root(double x) { return sqrt(x); }
 template <class A> __device__ __forceinline__ A magnitude(A x) { return x < 0 ? -x : x; }
 
 // c_o from the partial sums, a warp for each row; rows that cancel from V_o itself.
-template <class T> __global__ void __launch_bounds__(kThreads) norm_finish(Norm<T> a) {
+template <class T> __global__ void __launch_bounds__(kThreads, 4) norm_finish(Norm<T> a) {
   using A = acc_t<T>;
   if (a.stamp.parts) {
     if (!a.stamp.parts[2 * kStampBlocks]) return;
@@ -433,8 +433,8 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
   a.gram_side = static_cast<int>(ceil_div(from.r, 16));
   a.wide = aligned_rows(from.weight, a.row_stride, sizeof(T));
   if (from.stamp) {
-    uint64_t* parts = reinterpret_cast<uint64_t*>(static_cast<char*>(from.workspace) + plan.stamp_at);
-    a.stamp = {parts, from.stamp, from.force};
+    a.stamp.parts = reinterpret_cast<uint64_t*>(static_cast<char*>(from.workspace) + plan.stamp_at);
+    a.stamp.previous = from.stamp, a.stamp.force = from.force;
     const cudaError_t error = enqueue(fingerprint, kStampBlocks, kThreads, 0, stream, a.A, a.B, a.stamp);
     if (error != cudaSuccess) return error;
   }

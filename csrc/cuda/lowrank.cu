@@ -56,7 +56,7 @@ constexpr int kUpdateRows = 128, kUpdateColumns = 32 * kWarps;
 // A warp owns 32 columns, 32 rows at a time. Column n of product j is column 8 (n / 2) + 2 j + n % 2 of the 32, which gives
 // lane 4i + q columns 8q .. 8q+7 of rows i and i+8. kSteps: how many 16 ranks of B stay in registers; 0: none, r is large.
 template <class T, int kSteps>
-__global__ void __launch_bounds__(kThreads) update_mma(Update<T> a) {
+__global__ void __launch_bounds__(kThreads, kSteps == 4 ? 1 : 2) update_mma(Update<T> a) {
   const int lane = threadIdx.x % 32, i = lane / 4, q = lane % 4;
   const int tile = static_cast<int>(blockIdx.x) % a.column_tiles;
   const int column0 = tile * kUpdateColumns + threadIdx.x / 32 * 32;
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 2 && kSums == 0 ? 2 : 1) b
     }
   };
 
-#pragma unroll
+#pragma unroll 1
   for (int step = 0; step < S::kStages - 1; ++step) fetch(step);
   if (a.dB) fetch_h(0);
   for (int step = 0; step < steps; ++step) {
