@@ -242,10 +242,7 @@ class AdapterLinear(nn.Module):
 
     def original_weight(self) -> torch.Tensor:
         """The weight [d, k] as it was before any adapter, in float32 (float64), merged or not."""
-        weight = self.matrix.to(accumulate_dtype(self.matrix.dtype))
-        if self.merged is None:
-            return weight
-        return self._unmerged(weight)
+        return self.unmerged()
 
     def trainable(self, name: str) -> tuple[str, ...]:
         """Which of ``tensor_keys`` adapter ``name`` trains."""
@@ -330,7 +327,8 @@ class AdapterLinear(nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Forget adapter ``name``."""
         for key in (*self.tensor_keys, *self.initial_keys):
-            getattr(self, key).pop(name, None)
+            if name in getattr(self, key):
+                del getattr(self, key)[name]
         self.configs.pop(name, None)
         self.settings.pop(name, None)
         self.active = None if self.active == name else self.active
@@ -357,8 +355,8 @@ class AdapterLinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
         """What a merge of the adapter (default: the active one) adds to the base weight: [d, k], float32 (float64)."""
-        weight = self.dense_matrix("delta_weight")
-        weight = weight.to(accumulate_dtype(weight.dtype)) if self.merged is None else self.original_weight()
+        self.dense_matrix("delta_weight")
+        weight = self.unmerged()
         return self.merged_weight(weight, self._known(adapter_name))[0] - weight
 
     @torch.no_grad()
@@ -388,10 +386,15 @@ class AdapterLinear(nn.Module):
         """Take the merged adapter out of the base weight again; nothing where none is merged."""
         if self.merged is None:
             return
-        self.matrix.copy_(self._unmerged(self.matrix.to(accumulate_dtype(self.matrix.dtype))))
+        self.matrix.copy_(self.unmerged())
         self.merged = self._undo = self._snapshot = None
 
-    def _unmerged(self, weight: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def unmerged(self) -> torch.Tensor:
+        """The base weight [d, k] without what is merged into it, in float32 (float64)."""
+        weight = self.matrix.to(accumulate_dtype(self.matrix.dtype))
+        if self.merged is None:
+            return weight
         if self._snapshot is not None:
             return self._snapshot.to(weight)
         return self.unmerged_weight(weight, self.merged, *(t.to(weight.device) for t in self._undo))
