@@ -42,7 +42,7 @@ wheel: $(VENV)/.built
 sanitize: $(VENV)/.built ## the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	SPECTRAL_OPS_SANITIZE=address,undefined $(PIP) install . --no-build-isolation --no-deps --upgrade --target build/sanitize
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize $(VENV)/bin/pytest -m "not slow" $(ARGS)
+	  PYTHONPATH=$(CURDIR)/build/sanitize $(VENV)/bin/pytest -m "not slow" $(ARGS)
 
 clean:
 	rm -rf build dist outputs .cache .pytest_cache .benchmarks .ruff_cache .hypothesis *.egg-info spectral_ops/*.so $(VENV)/.built

@@ -161,9 +161,10 @@ def run(options, console: Console) -> dict:
             probes[name] = measure.probe_in_subprocess(str(Path(__file__)), [f"--probe={name}", *same])
             advance(f"{report.LABELS[name]}: peak {report.mib(probes[name]['peak'])}")
 
+    gpu = options.device.type == "cuda"
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     return {
-        "title": f"SmolLM2-135M, {options.method}, {options.dtype}, {options.batch}×{options.length} tokens a step, "
-        + (torch.cuda.get_device_name() if options.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"),
+        "title": f"SmolLM2-135M, {options.method}, {options.dtype}, {options.batch}×{options.length} tokens, {where}",
         "losses": losses,
         "loss_difference": max(abs(a - b) for a, b in zip(losses["peft"], losses["spectral_ops"], strict=True)),
         "seconds": seconds,
