@@ -168,7 +168,7 @@ def test_extension_attributes():
 
     assert _C.schema_hash == _library.schema_hash()
     assert {"block_sum", "block_tile_"} <= set(_C.operators) <= set(_library.OPERATORS)
-    assert _C.isa() in ("default", "avx2", "avx512")
+    assert _C.isa() in ("default", "avx2", "avx512", "avx512_bf16")
     assert "torch 2." in _C.build_info and _C.build_info in BUILT.info
     _C.register()  # a second time changes nothing
     assert backends.explain("block_sum", torch.ones(1)).backend == "cpu"
@@ -205,7 +205,7 @@ print(_C.isa(), digest.hexdigest())
 @pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits():
     best, wanted = python(DIGEST).split()
-    order = ["default", "avx2", "avx512"]
+    order = ["default", "avx2", "avx512", "avx512_bf16"]
     for isa in order:
         active, digest = python(DIGEST, SPECTRAL_OPS_CPU_ISA=isa).split()
         assert active == order[min(order.index(isa), order.index(best))]  # a cap, not a wish
@@ -216,14 +216,18 @@ def test_every_instruction_set_gives_the_same_bits():
 @pytest.mark.slow
 def test_unknown_instruction_set_is_named():
     code = "import spectral_ops; from spectral_ops import _loader; print(_loader.EXTENSIONS['cpu'].error)"
-    assert "wanted avx512, avx2 or default" in python(code, SPECTRAL_OPS_CPU_ISA="sse9")
+    assert "wanted avx512_bf16, avx512, avx2 or default" in python(code, SPECTRAL_OPS_CPU_ISA="sse9")
 
 
 @needs_build
 @pytest.mark.skipif(tool("nm") is None, reason="needs nm (binutils)")
 def test_kernels_share_no_inline_function_across_instruction_sets():
     """The linker keeps one copy of an inline function: an AVX-512 one would crash an older processor."""
-    objects = [o for isa in ("avx2", "avx512") for o in (ROOT / "build/cmake").glob(f"CMakeFiles/cpu_{isa}.dir/**/*.o")]
+    objects = [
+        o
+        for isa in ("avx2", "avx512", "avx512_bf16")
+        for o in (ROOT / "build/cmake").glob(f"CMakeFiles/cpu_{isa}.dir/**/*.o")
+    ]
     if not objects:
         pytest.skip("no build folder beside this checkout")
     for path in objects:

@@ -17,7 +17,7 @@ from spectral_ops.functional import random
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "native"
-ISAS = ("default", "avx2", "avx512")
+ISAS = ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def tool(name: str) -> str | None:

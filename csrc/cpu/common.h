@@ -16,7 +16,7 @@
 #include "tiling.h"
 
 #ifndef SPECTRAL_OPS_ISA
-#error "SPECTRAL_OPS_ISA: wanted baseline, avx2 or avx512"
+#error "SPECTRAL_OPS_ISA: wanted baseline, avx2, avx512 or avx512_bf16"
 #endif
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {

@@ -11,28 +11,29 @@ template <class A> inline A absolute(A x) { return x < 0 ? -x : x; }
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
 
-// ‖W_o + scale (B A)_o‖² without expanding the square; b [r] is B's row, m [columns, m_stride] is Aᵀ.
-template <class T>
-acc_t<T> exact_square(const ColumnNorm& a, int64_t o, const acc_t<T>* b, const acc_t<T>* m, int64_t m_stride) {
+// ‖W_o + scale (B A)_o‖² without expanding the square; b [r] is B's row.
+template <class T> acc_t<T> exact_square(const ColumnNorm& a, int64_t o, const acc_t<T>* b) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
-  const T* w = static_cast<const T*>(a.weight) + o * a.weight_strides[0];
+  const Matrix w{a.weight, a.weight_strides[0], a.weight_strides[1], a.dtype};
+  const Matrix m{a.A, a.A_strides[0], a.A_strides[1], a.A_dtype};
   const A scale = static_cast<A>(a.scale);
-  A sums[L] = {};
-  for (int64_t j = 0; j < a.columns; ++j, m += m_stride) {
-    A delta = 0;
-    int64_t p = 0;
-    if (a.r >= L) {
-      vec<A> s = {};
-      for (; p + L <= a.r; p += L) s += load(b + p) * load(m + p);
-      for (int l = 0; l < L; ++l) delta += s[l];
+  vec<A> sum = {};
+  for (int64_t j = 0; j < a.columns; j += kTile) {
+    const int64_t n = smaller(kTile, a.columns - j);
+    A row[kTile], delta[kTile] = {};
+    for (int64_t p = 0; p < a.r; ++p) {
+      pack_rows(row, kTile, from_column(m, j), p, 1, n);
+      for (int64_t i = 0; i < kTile; i += L) store(delta + i, load(delta + i) + b[p] * load(row + i));
     }
-    for (; p < a.r; ++p) delta += b[p] * m[p];
-    const A v = static_cast<A>(value(w[j * a.weight_strides[1]])) + scale * delta;
-    sums[j % L] += v * v;
+    pack_rows(row, kTile, from_column(w, j), o, 1, n);
+    for (int64_t i = 0; i < kTile; i += L) {
+      const vec<A> v = load(row + i) + scale * load(delta + i);
+      sum += v * v;
+    }
   }
   A total = 0;
-  for (A s : sums) total += s;
+  for (int l = 0; l < L; ++l) total += sum[l];
   return total;
 }
 
@@ -77,8 +78,7 @@ template <class T> void norms(const NormFinish& f, int64_t task) {
     }
     A c2 = square + cross + own;
     if (c2 < static_cast<A>(kCancellation) * (square + size))
-      c2 = exact_square<T>(a, o, b, static_cast<const A*>(f.by_columns ? pass.packed_h : pass.packed_m),
-                           f.by_columns ? pass.h_stride : pass.m_stride);
+      c2 = exact_square<T>(a, o, b);
     static_cast<A*>(a.norm)[o] = root(c2);
   }
 }

@@ -7,7 +7,7 @@ namespace spectral_ops::cpu {
 
 namespace {
 
-constexpr Isa kAll[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+constexpr Isa kAll[] = {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 Isa best_isa() {
 #ifdef SPECTRAL_OPS_X86
@@ -15,7 +15,7 @@ Isa best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512) return Isa::avx512;
+  if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
@@ -31,12 +31,12 @@ const Isa* cap() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "default";
+  return isa == Isa::avx512_bf16 ? "avx512_bf16" : isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "default";
 }
 
 const char* isa_error() {
   const char* wanted = std::getenv("SPECTRAL_OPS_CPU_ISA");
-  return wanted && *wanted && !cap() ? "SPECTRAL_OPS_CPU_ISA: wanted avx512, avx2 or default" : nullptr;
+  return wanted && *wanted && !cap() ? "SPECTRAL_OPS_CPU_ISA: wanted avx512_bf16, avx512, avx2 or default" : nullptr;
 }
 
 Isa active_isa() {

@@ -7,10 +7,10 @@
 
 namespace spectral_ops::cpu {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 Isa active_isa();               // decided once: the best the CPU has, capped by SPECTRAL_OPS_CPU_ISA
-const char* isa_name(Isa isa);  // "default", "avx2" or "avx512", the values of that variable
+const char* isa_name(Isa isa);  // "default", "avx2", "avx512" or "avx512_bf16", the values of that variable
 const char* isa_error();        // what is wrong with SPECTRAL_OPS_CPU_ISA, or null
 
 }  // namespace spectral_ops::cpu

@@ -17,8 +17,10 @@ using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
   namespace baseline { void name(const Arguments&, int64_t, int64_t); }               \
   namespace avx2 { void name(const Arguments&, int64_t, int64_t); }                   \
   namespace avx512 { void name(const Arguments&, int64_t, int64_t); }                 \
+  namespace avx512_bf16 { void name(const Arguments&, int64_t, int64_t); }            \
   inline Kernel<Arguments> kernel_for(const Arguments&) {                             \
-    const Kernel<Arguments> compiled[] = {baseline::name, avx2::name, avx512::name};  \
+    const Kernel<Arguments> compiled[] = {baseline::name, avx2::name, avx512::name,   \
+                                          avx512_bf16::name};                         \
     return compiled[static_cast<int>(active_isa())];                                  \
   }
 #else

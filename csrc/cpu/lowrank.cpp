@@ -20,10 +20,10 @@ inline vec<A> updated(vec<A> out, vec<A> product, const Epilogue<A>& e, int64_t 
   return out;
 }
 
-// N rows of out, the V vectors from column j of the tile: h [N, r], panel [r, kTile].
+// N rows of out, the V vectors from column j of the tile: h [N, r], panel [r, kTile], r in factors.
 template <class T, int N, int V>
-inline void lift_block(T* out, int64_t out_stride, const acc_t<T>* h, int64_t h_stride, const acc_t<T>* panel, int64_t r,
-                       int64_t j, const Epilogue<acc_t<T>>& epilogue, const uint32_t* const* keep, const T* ahead) {
+inline void lift_block(T* out, int64_t out_stride, const factor_t<T>* h, int64_t h_stride, const factor_t<T>* panel,
+                       int64_t r, int64_t j, const Epilogue<acc_t<T>>& epilogue, const uint32_t* const* keep, const T* ahead) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, lines = V * L * sizeof(T) >= 64 ? V * L * sizeof(T) / 64 : 1;
   vec<A> sums[N][V] = {};
@@ -31,10 +31,10 @@ inline void lift_block(T* out, int64_t out_stride, const acc_t<T>* h, int64_t h_
     if (ahead && p < N * lines)
       __builtin_prefetch(ahead + (p / lines) * out_stride + j + (p % lines) * static_cast<int64_t>(64 / sizeof(T)), 1);
     vec<A> row[V];
-    for (int v = 0; v < V; ++v) row[v] = load(panel + p * kTile + j + v * L);
+    for (int v = 0; v < V; ++v) row[v] = bits_at<vec<A>>(panel + p * kTile + j + v * L);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
-      for (int v = 0; v < V; ++v) sums[i][v] += row[v] * h[i * h_stride + p];
+      for (int v = 0; v < V; ++v) sums[i][v] = multiply_add(sums[i][v], row[v], h[i * h_stride + p]);
   }
   for (int i = 0; i < N; ++i)
     for (int v = 0; v < V; ++v) {
@@ -48,6 +48,7 @@ inline void lift_block(T* out, int64_t out_stride, const acc_t<T>* h, int64_t h_
 template <class T, int N>
 inline void lift_rows(const Lift& a, int64_t t, int64_t panel, const Dropout& dropout) {
   using A = acc_t<T>;
+  using X = factor_t<T>;
   constexpr int L = kLanes<A>, V = kAccumulators / 4;
   const int64_t j = panel * kTile, columns = smaller(kTile, a.columns - j);
   KeepTile tiles[N];
@@ -61,19 +62,20 @@ inline void lift_rows(const Lift& a, int64_t t, int64_t panel, const Dropout& dr
   const A* shift = static_cast<const A*>(a.packed_shift);
   const A scale = static_cast<A>(a.seed ? a.scale * dropout.scale : a.scale);
   const Epilogue<A> epilogue{scale, g ? g + j : nullptr, shift ? shift + j : nullptr};
-  const A* h = static_cast<const A*>(a.packed_h) + t * a.h_stride;
-  const A* m = static_cast<const A*>(a.panels) + panel * a.r * kTile;
+  const int64_t r = factors<X>(a.r), h_stride = factors<X>(a.h_stride);
+  const X* h = static_cast<const X*>(a.packed_h) + t * h_stride;
+  const X* m = static_cast<const X*>(a.panels) + panel * r * kTile;
   T* out = static_cast<T*>(a.out) + t * a.out_stride + j;
   if (columns == kTile) {
     const T* ahead = t + 2 * N <= a.rows ? out + N * a.out_stride : nullptr;
     for (int64_t c = 0; c < kTile; c += V * L)
-      lift_block<T, N, V>(out, a.out_stride, h, a.h_stride, m, a.r, c, epilogue, keep, ahead);
+      lift_block<T, N, V>(out, a.out_stride, h, h_stride, m, r, c, epilogue, keep, ahead);
     return;
   }
   T edge[N * kTile] = {};
   for (int i = 0; i < N; ++i) std::memcpy(edge + i * kTile, out + i * a.out_stride, columns * sizeof(T));
   for (int64_t c = 0; c < kTile; c += V * L)
-    lift_block<T, N, V>(edge, kTile, h, a.h_stride, m, a.r, c, epilogue, keep, nullptr);
+    lift_block<T, N, V>(edge, kTile, h, h_stride, m, r, c, epilogue, keep, nullptr);
   for (int i = 0; i < N; ++i) std::memcpy(out + i * a.out_stride, edge + i * kTile, columns * sizeof(T));
 }
 
@@ -91,15 +93,21 @@ template <class T> void lift(const Lift& a, int64_t task) {
     for (int64_t panel = first; panel < last; ++panel) lift_rows<T, 1>(a, t, panel, dropout);
 }
 
-template <class A> void pack(const Lift& a, int64_t task) {
+template <class T> void pack(const Lift& a, int64_t task) {
+  using A = acc_t<T>;
+  using X = factor_t<T>;
   if (task >= tiles(a.columns)) {
-    const int64_t t = (task - tiles(a.columns)) * kTile;
-    if (a.packed_h != a.h.data)
-      pack_rows(static_cast<A*>(const_cast<void*>(a.packed_h)) + t * a.r, a.r, a.h, t, smaller(kTile, a.rows - t), a.r);
+    const int64_t t = (task - tiles(a.columns)) * kTile, rows = smaller(kTile, a.rows - t);
+    X* const h = static_cast<X*>(const_cast<void*>(a.packed_h)) + t * factors<X>(a.r);
+    if constexpr (std::is_same_v<X, Pair>)
+      for (int64_t i = 0; i < rows; ++i)  // h's row as a column
+        pack_rows(h + i * factors<X>(a.r), 1, Matrix{row<T>(a.h.data, t + i, a.h.row), a.h.column, 0, a.h.dtype}, 0, a.r, 1);
+    else if (a.packed_h != a.h.data)
+      pack_rows(h, a.r, a.h, t, rows, a.r);
     return;
   }
   const int64_t j = task * kTile, columns = smaller(kTile, a.columns - j);
-  pack_rows(static_cast<A*>(a.panels) + j * a.r, kTile, from_column(a.m.transposed(), j), 0, a.r, columns);
+  pack_rows(static_cast<X*>(a.panels) + j * factors<X>(a.r), kTile, from_column(a.m.transposed(), j), 0, a.r, columns);
   if (a.packed_g) pack_rows(static_cast<A*>(a.packed_g) + j, kTile, from_column(a.g, j), 0, 1, columns);
   if (a.packed_shift) pack_rows(static_cast<A*>(a.packed_shift) + j, kTile, from_column(a.shift, j), 0, 1, columns);
 }
@@ -107,8 +115,9 @@ template <class A> void pack(const Lift& a, int64_t task) {
 }  // namespace
 
 void lift_pack(const LiftPack& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    a.lift.dtype == DType::float64 ? pack<double>(a.lift, i) : pack<float>(a.lift, i);
+  for_dtype(a.lift.dtype, [&](auto* type) {
+    for (int64_t i = begin; i < end; ++i) pack<std::remove_pointer_t<decltype(type)>>(a.lift, i);
+  });
 }
 
 void lift_tiles(const LiftTiles& a, int64_t begin, int64_t end) {

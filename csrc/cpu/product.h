@@ -16,40 +16,81 @@ constexpr int kAccumulators = 8;
 // Lines of the next tile, fetched while this one is worked on.
 struct Ahead {
   const char* base = nullptr;
-  int64_t stride = 0;  // bytes between rows
-  int64_t lines = 0;   // of a row, left to fetch
+  int64_t stride = 0, rows = 0, lines = 0;  // bytes between rows; rows, and lines of a row
+  int64_t row = 0;
 
-  const char* next() {
-    const char* line = base;
-    if (lines > 0) --lines, base += 64;
-    else stride = 0;
+  // Where the next `count` rows of a line start.
+  const char* next(int64_t count) {
+    const char* line = base + row * stride;
+    row += count;
+    if (row >= rows) row = 0, base += 64, --lines;
+    if (lines <= 0) stride = 0;
     return line;
   }
 };
 
+// Two neighbouring bf16 values: one instruction multiplies them by two others and adds both products.
+struct Pair { uint32_t bits; };
+
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// What products of T are made of, where they may be made of pairs.
+template <class T> struct Factor { using type = acc_t<T>; };
+template <> struct Factor<bfloat16> { using type = std::conditional_t<kPairs, Pair, float>; };
+template <class T> using factor_t = typename Factor<T>::type;
+template <class X> struct FactorAccumulator { using type = X; };
+template <> struct FactorAccumulator<Pair> { using type = float; };
+template <class X> constexpr int64_t kPerFactor = std::is_same_v<X, Pair> ? 2 : 1;  // values in an X
+template <class X> inline int64_t factors(int64_t values) { return (values + kPerFactor<X> - 1) / kPerFactor<X>; }
+
 template <class A, int L> struct Lanes { typedef A type __attribute__((vector_size(L * sizeof(A)))); };
 
+// One vector at p. An array of vectors must not be copied whole: the compiler would then keep it in memory.
+template <class Vec, class X> inline Vec bits_at(const X* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class Vec, class A> inline Vec multiply_add(Vec sum, Vec row, A x) { return sum + row * x; }
+#ifdef __AVX512BF16__
+template <class Vec> inline Vec multiply_add(Vec sum, Vec row, Pair x) {
+  if constexpr (sizeof(Vec) == 64)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)row, (__m512bh)_mm512_set1_epi32(static_cast<int>(x.bits)));
+  else if constexpr (sizeof(Vec) == 32)
+    return (Vec)_mm256_dpbf16_ps((__m256)sum, (__m256bh)row, (__m256bh)_mm256_set1_epi32(static_cast<int>(x.bits)));
+  else
+    return (Vec)_mm_dpbf16_ps((__m128)sum, (__m128bh)row, (__m128bh)_mm_set1_epi32(static_cast<int>(x.bits)));
+}
+#endif
+
 // c[i] += sum over k of x[i * si + k * sk] * m[k], i < N, each row of c and m V vectors of L lanes.
-template <int L, int N, int V, int si, int sk, class A>
-inline void product_block(A* c, int64_t c_stride, const A* x, const A* m, int64_t m_stride, int64_t count, Ahead& ahead) {
+template <int L, int N, int V, int si, int sk, class A, class X>
+inline void product_block(A* c, int64_t c_stride, const X* x, const X* m, int64_t m_stride, int64_t count, Ahead& ahead) {
   using Vec = typename Lanes<A, L>::type;
-  const char* line = ahead.next();
   const int64_t step = ahead.stride;
+  const char* line = ahead.next(count);
   Vec sums[N][V];
-  for (int i = 0; i < N; ++i) std::memcpy(sums[i], c + i * c_stride, sizeof sums[i]);
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) sums[i][v] = bits_at<Vec>(c + i * c_stride + v * L);
   for (int64_t k = 0; k < count; ++k, line += step) {
     __builtin_prefetch(line);
     Vec row[V];
-    std::memcpy(row, m + k * m_stride, sizeof row);
+    for (int v = 0; v < V; ++v) row[v] = bits_at<Vec>(m + k * m_stride + v * L);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
-      for (int v = 0; v < V; ++v) sums[i][v] += row[v] * x[i * si + k * sk];
+      for (int v = 0; v < V; ++v) sums[i][v] = multiply_add(sums[i][v], row[v], x[i * si + k * sk]);
   }
-  for (int i = 0; i < N; ++i) std::memcpy(c + i * c_stride, sums[i], sizeof sums[i]);
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) std::memcpy(c + i * c_stride + v * L, &sums[i][v], sizeof(Vec));
 }
 
-template <int L, int V, int si, int sk, class A>
-inline void product_rows(A* c, int64_t c_stride, const A* x, const A* m, int64_t m_stride, int64_t n, int64_t count,
+template <int L, int V, int si, int sk, class A, class X>
+inline void product_rows(A* c, int64_t c_stride, const X* x, const X* m, int64_t m_stride, int64_t n, int64_t count,
                          Ahead& ahead) {
   constexpr int N = kAccumulators / V, some = N > 4 ? 4 : 2;
   int64_t i = 0;
@@ -59,9 +100,9 @@ inline void product_rows(A* c, int64_t c_stride, const A* x, const A* m, int64_t
   for (; i < n; ++i) product_block<L, 1, V, si, sk>(c + i * c_stride, c_stride, x + i * si, m, m_stride, count, ahead);
 }
 
-// c [n, width] += x m, x(i, k) = x[i * si + k * sk], m [count, width]; width: a padded_rank.
-template <int si, int sk, class A>
-inline void product(A* c, int64_t width, const A* x, const A* m, int64_t m_stride, int64_t n, int64_t count, Ahead ahead) {
+// c [n, width] += x m, x(i, k) = x[i * si + k * sk], m [count, m_stride]; width: a padded_rank.
+template <int si, int sk, class A, class X>
+inline void product(A* c, int64_t width, const X* x, const X* m, int64_t m_stride, int64_t n, int64_t count, Ahead ahead) {
   constexpr int L = kLanes<A>;
   int64_t v = 0;
   if constexpr (kAccumulators == 16)
@@ -87,6 +128,20 @@ inline void pack_rows(A* packed, int64_t stride, const Matrix& a, int64_t first,
       for (int64_t j = r; j < stride; ++j) packed[j] = 0;
     }
   });
+}
+
+// packed [factors(count), stride] = the same rows of a bf16 matrix, two at a time, zero where there is none.
+inline void pack_rows(Pair* packed, int64_t stride, const Matrix& a, int64_t first, int64_t count, int64_t r) {
+  const bfloat16* data = static_cast<const bfloat16*>(a.data) + first * a.row;
+  for (int64_t i = 0; i < count; i += 2, data += 2 * a.row, packed += stride) {
+    const int64_t second = i + 1 < count ? a.row : 0;
+    const uint32_t kept = i + 1 < count ? 0xffff : 0;
+    for (int64_t j = 0; j < r; ++j) {
+      const bfloat16* at = data + (a.pick ? a.pick[j] : j) * a.column;
+      packed[j] = {uint32_t{at[0].bits} | (at[second].bits & kept) << 16};
+    }
+    for (int64_t j = r; j < stride; ++j) packed[j] = {0};
+  }
 }
 
 // a without its first j columns
@@ -115,7 +170,7 @@ inline void load_tile(acc_t<T>* tile, const Matrix& a, int64_t t, int64_t rows, 
 
 // The dropout mask of kTile elements from `first`, `count` of which are wanted.
 struct KeepTile {
-  uint32_t buffer[kTile + kKeepSlack] = {};
+  uint32_t buffer[kTile + kKeepSlack];
   const uint32_t* words(const Dropout& dropout, uint64_t first, int64_t count) {
     return keep_words(buffer, dropout, first, count);
   }

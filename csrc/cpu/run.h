@@ -147,19 +147,27 @@ inline void compute_norm(const ColumnNorm& a, const Tensor& like) {
   const Tensor room = workspace(like, accumulator_size(a.dtype) * a.r * (a.r + a.rows));
   char* const gram = static_cast<char*>(room.data_ptr());
 
-  Pass small;  // A Aᵀ
-  small.x = A, small.m = A.transposed();
-  small.rows = a.r, small.columns = a.columns, small.r = a.r;
-  small.row_product = gram, small.row_product_stride = a.r, small.row_product_dtype = wide;
-  const Tensor small_memory = lay_out(small, like);
-  pack_and_add(small);
-  finish(small);
-
   Pass pass;
   const Matrix weight = matrix(a.weight, a.weight_strides[0], a.weight_strides[1], a.dtype);
   const bool turned = weight_pass(pass, weight, a.rows, a.columns, A.transposed(), a.r, !a.square);
   const Tensor memory = lay_out(pass, like);
   pack_and_add(pass);
+
+  Pass small;  // A Aᵀ
+  small.r = a.r;
+  if (accumulator_size(a.A_dtype) >= accumulator_size(a.dtype)) {
+    small.x = A, small.m = A.transposed();
+    small.rows = a.r, small.columns = a.columns;
+    small.row_product = gram, small.row_product_stride = a.r, small.row_product_dtype = wide;
+  } else {  // A has been widened by the pass over W
+    small.x = small.h = turned ? matrix(pass.packed_h, pass.h_stride, 1, wide) : matrix(pass.packed_m, pass.m_stride, 1, wide);
+    small.rows = a.columns, small.columns = a.r;
+    small.column_product = gram, small.column_product_row = a.r;
+  }
+  const Tensor small_memory = lay_out(small, like);
+  pack_and_add(small);
+  finish(small);
+
   const NormFinish last{a, pass, turned, gram, gram + accumulator_size(a.dtype) * a.r * a.r};
   in_parallel(last, NormFinish::tasks(a), 1);
 }

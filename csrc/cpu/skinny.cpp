@@ -10,14 +10,13 @@ namespace {
 template <class A> inline void add_columns(A* sums, const A* x, int64_t rows, bool square) {
   constexpr int L = kLanes<A>;
   for (int64_t j = 0; j < kTile; j += 4 * L) {
-    vec<A> s[4];
-    for (int v = 0; v < 4; ++v) s[v] = load(sums + j + v * L);
+    vec<A> s[4] = {};  // of this tile, then added: a chain of additions over all rows would lose digits
     for (int64_t t = 0; t < rows; ++t)
       for (int v = 0; v < 4; ++v) {
         const vec<A> value = load(x + t * kTile + j + v * L);
         s[v] += square ? value * value : value;
       }
-    for (int v = 0; v < 4; ++v) store(sums + j + v * L, s[v]);
+    for (int v = 0; v < 4; ++v) store(sums + j + v * L, load(sums + j + v * L) + s[v]);
   }
 }
 
@@ -25,8 +24,7 @@ template <class A> inline void add_columns(A* sums, const A* x, int64_t rows, bo
 template <class A> inline void add_products(A* sums, const A* x, const A* y, const A* bias, int64_t rows) {
   constexpr int L = kLanes<A>;
   for (int64_t j = 0; j < kTile; j += 4 * L) {
-    vec<A> s[4], b[4] = {};
-    for (int v = 0; v < 4; ++v) s[v] = load(sums + j + v * L);
+    vec<A> s[4] = {}, b[4] = {};
     if (bias)
       for (int v = 0; v < 4; ++v) b[v] = load(bias + j + v * L);
     for (int64_t t = 0; t < rows; ++t)
@@ -34,7 +32,7 @@ template <class A> inline void add_products(A* sums, const A* x, const A* y, con
         const int64_t e = t * kTile + j + v * L;
         s[v] += load(x + e) * (load(y + e) - b[v]);
       }
-    for (int v = 0; v < 4; ++v) store(sums + j + v * L, s[v]);
+    for (int v = 0; v < 4; ++v) store(sums + j + v * L, load(sums + j + v * L) + s[v]);
   }
 }
 
@@ -85,60 +83,172 @@ template <class A> inline void zero(A* p, int64_t count) {
   if (count > 0) std::memset(p, 0, count * sizeof(A));
 }
 
-// Task: one chunk of rows by one chunk of columns, whose shares of the sums it owns.
-template <class T> void run_tiles(const Pass& a, int64_t task) {
+// A task's chunk of rows by chunk of columns, and the sums over it, which only this task adds to.
+template <class A> struct Task {
+  int64_t t_begin, t_end, j_begin, j_end;
+  A *row_products, *squares, *column_products, *sums, *y_sums;
+
+  Task(const Pass& a, int64_t task) {
+    const int64_t chunk = task / a.split.columns, column_chunk = task % a.split.columns;
+    t_begin = chunk * a.split.row_tiles * kTile, t_end = smaller(t_begin + a.split.row_tiles * kTile, a.rows);
+    j_begin = column_chunk * a.split.column_tiles * kTile;
+    j_end = smaller(j_begin + a.split.column_tiles * kTile, a.columns);
+    const int64_t j_padded = tiles(j_end) * kTile;
+    row_products = at<A>(a.rows_part, column_chunk * a.rows * a.width);
+    squares = at<A>(a.squares_part, column_chunk * a.rows * kSquareLanes);
+    column_products = at<A>(a.columns_part, chunk * a.padded_columns * a.width);
+    sums = at<A>(a.sums_part, chunk * a.padded_columns);
+    y_sums = at<A>(a.y_sums_part, chunk * a.padded_columns);
+    if (a.rows_part) zero(row_products + t_begin * a.width, (t_end - t_begin) * a.width);
+    if (a.squares_part) zero(squares + t_begin * kSquareLanes, (t_end - t_begin) * kSquareLanes);
+    if (a.columns_part) zero(column_products + j_begin * a.width, (j_padded - j_begin) * a.width);
+    if (a.sums_part) zero(sums + j_begin, j_padded - j_begin);
+    if (a.y_sums_part) zero(y_sums + j_begin, j_padded - j_begin);
+  }
+
+  // The tile after the one at (t, j).
+  template <class T> Ahead after(const Pass& a, int64_t t, int64_t j) const {
+    if (a.x.column != 1) return {};
+    j += kTile;
+    if (j >= j_end) t += kTile, j = j_begin;
+    if (t >= t_end) return {};
+    const T* next = static_cast<const T*>(a.x.data) + t * a.x.row + j;
+    return {reinterpret_cast<const char*>(next), a.x.row * static_cast<int64_t>(sizeof(T)), smaller(kTile, t_end - t),
+            static_cast<int64_t>(kTile * sizeof(T) / 64)};
+  }
+};
+
+inline uint64_t element(const Pass& a, int64_t t, int64_t j) {
+  return static_cast<uint64_t>(t) * static_cast<uint64_t>(a.columns) + static_cast<uint64_t>(j);
+}
+
+template <class T> void run_tiles(const Pass& a, int64_t number) {
   using A = acc_t<T>;
-  const int64_t chunk = task / a.split.columns, column_chunk = task % a.split.columns;
-  const int64_t t_begin = chunk * a.split.row_tiles * kTile, t_end = smaller(t_begin + a.split.row_tiles * kTile, a.rows);
-  const int64_t j_begin = column_chunk * a.split.column_tiles * kTile;
-  const int64_t j_end = smaller(j_begin + a.split.column_tiles * kTile, a.columns);
-  const int64_t j_padded = tiles(j_end) * kTile;
-
-  A* const row_products = at<A>(a.rows_part, column_chunk * a.rows * a.width);
-  A* const squares = at<A>(a.squares_part, column_chunk * a.rows * kSquareLanes);
-  A* const column_products = at<A>(a.columns_part, chunk * a.padded_columns * a.width);
-  A* const sums = at<A>(a.sums_part, chunk * a.padded_columns);
-  A* const y_sums = at<A>(a.y_sums_part, chunk * a.padded_columns);
-  if (a.rows_part) zero(row_products + t_begin * a.width, (t_end - t_begin) * a.width);
-  if (a.squares_part) zero(squares + t_begin * kSquareLanes, (t_end - t_begin) * kSquareLanes);
-  if (a.columns_part) zero(column_products + j_begin * a.width, (j_padded - j_begin) * a.width);
-  if (a.sums_part) zero(sums + j_begin, j_padded - j_begin);
-  if (a.y_sums_part) zero(y_sums + j_begin, j_padded - j_begin);
-
+  const Task<A> task(a, number);
   const Dropout dropout(a.seed ? *a.seed : 0, a.p);
-  const T* x = static_cast<const T*>(a.x.data);
   alignas(64) A tile[kTile * kTile], y_tile[kTile * kTile];
-  for (int64_t t = t_begin; t < t_end; t += kTile)
-    for (int64_t j = j_begin; j < j_end; j += kTile) {
-      const int64_t rows = smaller(kTile, t_end - t), columns = smaller(kTile, j_end - j);
+  for (int64_t t = task.t_begin; t < task.t_end; t += kTile)
+    for (int64_t j = task.j_begin; j < task.j_end; j += kTile) {
+      const int64_t rows = smaller(kTile, task.t_end - t), columns = smaller(kTile, task.j_end - j);
       load_tile<T>(tile, a.x, t, rows, j, columns);
-      if (a.sums_part) add_columns(sums + j, tile, rows, a.square);
-      if (a.squares_part) add_squares(squares + t * kSquareLanes, tile, rows);
+      if (a.sums_part) add_columns(task.sums + j, tile, rows, a.square);
+      if (a.squares_part) add_squares(task.squares + t * kSquareLanes, tile, rows);
       if (a.y_sums_part) {
         load_tile<T>(y_tile, a.y, t, rows, j, columns);
-        add_products(y_sums + j, tile, y_tile, a.packed_bias ? at<A>(a.packed_bias, j) : nullptr, rows);
+        add_products(task.y_sums + j, tile, y_tile, a.packed_bias ? at<A>(a.packed_bias, j) : nullptr, rows);
       }
       if (a.packed_g) multiply_columns(tile, at<A>(a.packed_g, j), rows);
       if (a.scaled) store_tile(at<T>(a.scaled, t * a.columns + j), a.columns, tile, rows, columns);
-      if (a.seed) {
-        const uint64_t first = static_cast<uint64_t>(t) * static_cast<uint64_t>(a.columns) + static_cast<uint64_t>(j);
-        drop_tile(tile, dropout, first, a.columns, rows, columns);
-      }
-      Ahead ahead;
-      if (a.x.column == 1) {
-        const T* next = j + kTile < j_end ? x + t * a.x.row + j + kTile
-                        : t + kTile < t_end ? x + (t + kTile) * a.x.row + j_begin : nullptr;
-        if (next) ahead = {reinterpret_cast<const char*>(next), a.x.row * static_cast<int64_t>(sizeof(T)),
-                           static_cast<int64_t>(kTile * sizeof(T) / 64)};
-      }
+      if (a.seed) drop_tile(tile, dropout, element(a, t, j), a.columns, rows, columns);
+      const Ahead ahead = task.template after<T>(a, t, j);
       if (a.rows_part)
-        product<kTile, 1>(row_products + t * a.width, a.width, tile, at<A>(a.packed_m, j * a.m_stride), a.m_stride, rows,
-                          columns, ahead);
+        product<kTile, 1>(task.row_products + t * a.width, a.width, tile, at<A>(a.packed_m, j * a.m_stride), a.m_stride,
+                          rows, columns, ahead);
       if (a.columns_part)
-        product<1, kTile>(column_products + j * a.width, a.width, tile, at<A>(a.packed_h, t * a.h_stride), a.h_stride,
+        product<1, kTile>(task.column_products + j * a.width, a.width, tile, at<A>(a.packed_h, t * a.h_stride), a.h_stride,
                           columns, rows, a.rows_part ? Ahead{} : ahead);
     }
 }
+
+// --- the pass over bf16 in pairs, where nothing but products and plain sums is wanted of it ---
+
+inline bool in_pairs(const Pass& a) {
+  return kPairs && a.x.dtype == DType::bfloat16 && a.x.column == 1 && (!a.m.data || a.m.dtype == DType::bfloat16) &&
+         (!a.h.data || a.h.dtype == DType::bfloat16) && !a.g.data && !a.y.data && !a.scaled;
+}
+
+#ifdef __AVX512BF16__
+
+constexpr int64_t kHalf = kTile / 2;
+
+inline __m512i pairs_at(const Pair* p) { return _mm512_loadu_si512(p); }
+
+// The tile of a at (t, j) as it is, [kTile, kTile / 2] pairs along rows, zero beyond the last row and column.
+inline void load_pairs(Pair* tile, const Matrix& a, int64_t t, int64_t rows, int64_t j, int64_t columns) {
+  const bfloat16* x = static_cast<const bfloat16*>(a.data) + t * a.row + j;
+  for (int64_t i = 0; i < rows; ++i, x += a.row, tile += kHalf) {
+    if (columns < kTile) std::memset(tile, 0, kHalf * sizeof(Pair));
+    std::memcpy(tile, x, columns * sizeof(bfloat16));
+  }
+  if (rows % 2) std::memset(tile, 0, kHalf * sizeof(Pair));
+}
+
+// turned [kTile / 2, kTile]: the tile's elements in pairs along columns.
+inline void turn_pairs(Pair* turned, const Pair* tile, int64_t rows) {
+  for (int64_t t = 0; t < rows; t += 2, tile += 2 * kHalf, turned += kTile)
+    for (int64_t j = 0; j < kHalf; j += 8) {
+      const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + j));
+      const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + kHalf + j));
+      const __m512i low = _mm512_cvtepu16_epi32(even), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+      _mm512_storeu_si512(turned + 2 * j, _mm512_or_si512(low, high));
+    }
+}
+
+inline void drop_pairs(Pair* tile, const Dropout& dropout, uint64_t first, int64_t pitch, int64_t rows, int64_t columns) {
+  KeepTile keep;
+  for (int64_t t = 0; t < rows; ++t, tile += kHalf, first += static_cast<uint64_t>(pitch)) {
+    const uint32_t* words = keep.words(dropout, first, columns);
+    for (int64_t j = 0; j < kHalf; j += 8) {
+      const __m256i mask = _mm512_cvtepi32_epi16(_mm512_loadu_si512(words + 2 * j));
+      __m256i* const at = reinterpret_cast<__m256i*>(tile + j);
+      _mm256_storeu_si256(at, _mm256_and_si256(_mm256_loadu_si256(at), mask));
+    }
+  }
+}
+
+// sums[j] += sum over the tile's rows of x, or of x²
+inline void add_columns(float* sums, const Pair* turned, int64_t rows, bool square) {
+  const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+  for (int64_t j = 0; j < kTile; j += 64) {
+    vec<float> s[4] = {};
+    for (int64_t t = 0; t < rows; t += 2)
+      for (int v = 0; v < 4; ++v) {
+        const __m512i x = pairs_at(turned + t / 2 * kTile + j + 16 * v);
+        s[v] = (vec<float>)_mm512_dpbf16_ps((__m512)s[v], (__m512bh)x, (__m512bh)(square ? x : ones));
+      }
+    for (int v = 0; v < 4; ++v) store(sums + j + 16 * v, load(sums + j + 16 * v) + s[v]);
+  }
+}
+
+inline void add_squares(float* squares, const Pair* tile, int64_t rows) {
+  for (int64_t t = 0; t < rows; ++t, squares += kSquareLanes, tile += kHalf) {
+    __m512 s = _mm512_loadu_ps(squares);
+    for (int64_t j = 0; j < kHalf; j += 16) {
+      const __m512i x = pairs_at(tile + j);
+      s = _mm512_dpbf16_ps(s, (__m512bh)x, (__m512bh)x);
+    }
+    _mm512_storeu_ps(squares, s);
+  }
+}
+
+void run_pairs(const Pass& a, int64_t number) {
+  const Task<float> task(a, number);
+  const Dropout dropout(a.seed ? *a.seed : 0, a.p);
+  const bool turn = a.columns_part || a.sums_part;
+  alignas(64) Pair tile[kTile * kHalf], turned[kTile * kHalf];
+  for (int64_t t = task.t_begin; t < task.t_end; t += kTile)
+    for (int64_t j = task.j_begin; j < task.j_end; j += kTile) {
+      const int64_t rows = smaller(kTile, task.t_end - t), columns = smaller(kTile, task.j_end - j);
+      load_pairs(tile, a.x, t, rows, j, columns);
+      if (a.seed) drop_pairs(tile, dropout, element(a, t, j), a.columns, rows, columns);
+      if (turn) turn_pairs(turned, tile, rows);
+      if (a.sums_part) add_columns(task.sums + j, turned, rows, a.square);
+      if (a.squares_part) add_squares(task.squares + t * kSquareLanes, tile, rows);
+      const Ahead ahead = task.after<bfloat16>(a, t, j);
+      if (a.rows_part)
+        product<kHalf, 1>(task.row_products + t * a.width, a.width, tile, at<Pair>(a.packed_m, j / 2 * a.width), a.width,
+                          rows, factors<Pair>(columns), ahead);
+      if (a.columns_part)
+        product<1, kTile>(task.column_products + j * a.width, a.width, turned, at<Pair>(a.packed_h, t / 2 * a.width),
+                          a.width, columns, factors<Pair>(rows), a.rows_part ? Ahead{} : ahead);
+    }
+}
+
+#else
+
+void run_pairs(const Pass&, int64_t) {}
+
+#endif
 
 // part [count] += the other chunks' parts, `pitch` apart
 template <class A> inline void add_parts(A* part, int64_t count, int64_t chunks, int64_t pitch) {
@@ -197,15 +307,17 @@ template <class A> void finish_columns(const Pass& a, int64_t block) {
   }
 }
 
-template <class A> void pack(const Pass& a, int64_t task) {
+template <class X> void pack(const Pass& a, int64_t task) {
+  using A = typename FactorAccumulator<X>::type;
   if (task >= tiles(a.columns)) {
     const int64_t t = (task - tiles(a.columns)) * kTile;
     if (a.h.data && a.packed_h != a.h.data)
-      pack_rows(at<A>(a.packed_h, t * a.width), a.width, a.h, t, smaller(kTile, a.rows - t), a.r);
+      pack_rows(at<X>(a.packed_h, factors<X>(t) * a.width), a.width, a.h, t, smaller(kTile, a.rows - t), a.r);
     return;
   }
   const int64_t j = task * kTile, columns = smaller(kTile, a.columns - j);
-  if (a.m.data && a.packed_m != a.m.data) pack_rows(at<A>(a.packed_m, j * a.width), a.width, a.m, j, columns, a.r);
+  if (a.m.data && a.packed_m != a.m.data)
+    pack_rows(at<X>(a.packed_m, factors<X>(j) * a.width), a.width, a.m, j, columns, a.r);
   if (a.packed_g) pack_rows(at<A>(a.packed_g, j), kTile, from_column(a.g, j), 0, 1, columns);
   if (a.packed_bias) pack_rows(at<A>(a.packed_bias, j), kTile, from_column(a.bias, j), 0, 1, columns);
 }
@@ -214,12 +326,16 @@ template <class A> void pack(const Pass& a, int64_t task) {
 
 void pass_pack(const PassPack& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
-    a.pass.x.dtype == DType::float64 ? pack<double>(a.pass, i) : pack<float>(a.pass, i);
+    if (in_pairs(a.pass)) pack<Pair>(a.pass, i);
+    else if (a.pass.x.dtype == DType::float64) pack<double>(a.pass, i);
+    else pack<float>(a.pass, i);
 }
 
 void pass_tiles(const PassTiles& a, int64_t begin, int64_t end) {
   for_dtype(a.pass.x.dtype, [&](auto* type) {
-    for (int64_t i = begin; i < end; ++i) run_tiles<std::remove_pointer_t<decltype(type)>>(a.pass, i);
+    for (int64_t i = begin; i < end; ++i)
+      if (in_pairs(a.pass)) run_pairs(a.pass, i);
+      else run_tiles<std::remove_pointer_t<decltype(type)>>(a.pass, i);
   });
 }
 

@@ -18,7 +18,7 @@ namespace {
 
 // One kernel as compiled for an instruction set, whichever is active; throws where that does not run here.
 #ifdef SPECTRAL_OPS_X86
-#define ON(name, isa) pick(isa, {baseline::name, avx2::name, avx512::name})
+#define ON(name, isa) pick(isa, {baseline::name, avx2::name, avx512::name, avx512_bf16::name})
 #else
 #define ON(name, isa) pick(isa, {baseline::name})
 #endif

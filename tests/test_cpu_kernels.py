@@ -1,0 +1,297 @@
+"""The C++ CPU kernels of lowrank, dora and dropout against their references in float64, on every instruction set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_ops.functional import dora, dropout, lowrank, random
+
+_C = pytest.importorskip("spectral_ops._C", reason="the CPU extension is not built")
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ISAS = ["default", "avx2", "avx512", "avx512_bf16"]
+SHAPES = [  # rows, columns, r
+    (0, 5, 2), (3, 0, 2), (0, 0, 3), (4, 6, 0), (1, 1, 1), (1, 333, 17), (5, 7, 3), (63, 65, 1), (64, 64, 8),
+    (129, 67, 16), (70, 131, 130), (200, 390, 64), (67, 1100, 5),
+]  # fmt: skip
+
+
+def acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def wide(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def check_close(got, want, name="", units=16):
+    """Within one rounding to the result's dtype, plus ``units`` of float32 (float64) for the order of a sum."""
+    assert got.shape == want.shape, name
+    if not want.numel():
+        return
+    got, want, dtype = got.double(), want.double(), got.dtype
+    noise = units * torch.finfo(acc(dtype)).eps * (1 + want.abs().max().item())
+    bound = 0.5001 * torch.finfo(dtype).eps * want.abs() + noise
+    worst = ((got - want).abs() - bound).max().item()
+    assert worst <= 0, f"{name}: exceeds the bound by {worst}"
+
+
+def check(operator, *args, written=(), units=16):
+    """The kernel on args against the reference on their float64 copies; ``written``: positions of in-place outputs."""
+    mine = [a.clone() if i in written else a for i, a in enumerate(args)]
+    copies = [wide(a).clone() if i in written else wide(a) for i, a in enumerate(args)]
+    got, want = operator.default(*mine), operator.overloads["reference"](*copies)
+    if written:
+        got, want = [mine[i] for i in written], [copies[i] for i in written]
+    elif not isinstance(got, (tuple, list)):
+        got, want = [got], [want]
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        check_close(
+            a, b, f"{operator.name}[{i}] {[tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]}", units
+        )
+
+
+def check_lowrank(T, d, r, dtype):
+    dy, h, B, y = randn(T, d, dtype=dtype), randn(T, r, dtype=dtype), randn(d, r, dtype=dtype), randn(T, d, dtype=dtype)
+    g, b = randn(d, dtype=acc(dtype)), randn(d, dtype=dtype)
+    for needs in [(1, 1, 1, 1), (1, 1, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)]:
+        needs = [bool(n) for n in needs]
+        check(lowrank.lowrank_backward_op, dy, h, B, 0.7, None, None, None, *needs)
+        check(lowrank.lowrank_backward_op, dy, h, B, 0.7, g, y, b, *needs)
+    check(lowrank.lowrank_backward_op, dy, h, B, 0.7, None, y, None, True, True, False, False)
+    for scale, shift in [(None, None), (g, None), (g, b.to(acc(dtype)))]:
+        check(lowrank.lowrank_update_op, y, h, B, -1.3, scale, shift, written=(0,))
+
+
+def check_dropout(T, k, r, dtype):
+    x, out = randn(T, k, dtype=dtype), randn(T, k, dtype=dtype)
+    A, u = randn(r, k, dtype=dtype), randn(T, r, dtype=dtype)
+    seed = torch.tensor([2**61 + 12345])
+    for p in (0.3, 1.0):
+        check(dropout.dropout_project_op, x, A, seed, p)
+        check(dropout.dropout_outer_op, u, x, seed, p)
+        check(dropout.seeded_dropout_op, x, seed, p)
+        check(dropout.dropout_lift_op, out, u, A, seed, p, written=(0,))
+
+
+def check_norm(d, k, r, dtype):
+    for factor in {dtype, torch.float32, torch.bfloat16}:
+        if torch.finfo(factor).bits > torch.finfo(dtype).bits and dtype == torch.float64:
+            continue
+        W, A, B = randn(d, k, dtype=dtype), randn(r, k, dtype=factor), randn(d, r, dtype=factor)
+        for w in (W, W.t().contiguous().t(), randn(d, 2 * k, dtype=dtype)[:, ::2]):
+            check(dora.row_square_op, w)
+            units = 100  # what cancels down to 1/64 loses six bits
+            for a, b in ((A, B), (A.t().contiguous().t(), B.t().contiguous().t())):
+                check(dora.column_norm_op, w, a, b, 0.5, None, units=units)
+                check(dora.column_norm_op, w, a, b, 0.5, dora.row_square_op.default(w), units=units)
+
+
+def sweep():
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            check_lowrank(*shape, dtype)
+            check_dropout(*shape, dtype)
+            check_norm(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestAgainstReference:
+    def test_lowrank(self, shape, dtype):
+        check_lowrank(*shape, dtype)
+
+    def test_dropout(self, shape, dtype):
+        check_dropout(*shape, dtype)
+
+    def test_norm(self, shape, dtype):
+        check_norm(*shape, dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS[: ISAS.index(_C.isa())])
+def test_every_narrower_instruction_set(isa):
+    """A fresh process, as the instruction set is chosen once; the widest one ran above."""
+    code = f"from spectral_ops import _C; assert _C.isa() == {isa!r}; import torch; torch.manual_seed(0)\n"
+    code += "import test_cpu_kernels; test_cpu_kernels.sweep()"
+    env = {**os.environ, "SPECTRAL_OPS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def layouts(rows, columns, dtype):
+    """One matrix's worth of values in other memory layouts, and a row repeated with stride 0."""
+    yield randn(rows, columns + 3, dtype=dtype)[:, 1 : columns + 1]
+    yield randn(2 * rows, columns, dtype=dtype)[::2]
+    yield randn(columns, rows, dtype=dtype).t()
+    yield randn(rows, 2 * columns, dtype=dtype)[:, ::2]
+    yield randn(1, columns, dtype=dtype).expand(rows, columns)
+    yield randn(rows, 1, dtype=dtype).expand(rows, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(dtype):
+    T, n, r = 70, 133, 9
+    seed = torch.tensor([77])
+    for x, h, B in zip(layouts(T, n, dtype), layouts(T, r, dtype), layouts(n, r, dtype), strict=True):
+        check(lowrank.lowrank_backward_op, x, h, B, 1.0, randn(n), x, None, True, True, True, True, units=64)
+        check(lowrank.lowrank_backward_op, x, h, B, 1.0, None, None, None, True, True, True, False, units=64)
+        check(dropout.dropout_project_op, x, B.t(), seed, 0.2, units=64)
+        check(dropout.dropout_outer_op, h, x, seed, 0.2, units=64)
+        check(dropout.seeded_dropout_op, x, seed, 0.2)
+        check(dora.row_square_op, x)
+    for out, h in zip(layouts(T, n, dtype), layouts(T, r, dtype), strict=True):
+        if 0 in out.stride():
+            continue
+        B, before = randn(n, r, dtype=dtype), out.double()
+        mine, want = out.as_strided(out.shape, out.stride()), before.clone()
+        lowrank.lowrank_update_op.default(mine, h, B, 2.0, None, None)
+        lowrank.lowrank_update_op.overloads["reference"](want, h.double(), B.double(), 2.0, None, None)
+        check_close(mine, want)
+        before, want = out.double(), out.double()
+        dropout.dropout_lift_op.default(out, h, B.t(), seed, 0.2)
+        dropout.dropout_lift_op.overloads["reference"](want, h.double(), B.t().double(), seed, 0.2)
+        check_close(out, want)
+
+
+def test_neighbours_of_a_strided_output_are_left_alone():
+    storage = torch.full((40, 90), 7.0)
+    lowrank.lowrank_update_op.default(storage[3:35, 5:80], randn(32, 4), randn(75, 4), 1.0, None, None)
+    storage[3:35, 5:80] = 7
+    assert torch.equal(storage, torch.full((40, 90), 7.0))
+
+
+def test_expanded_outputs_are_refused():
+    with pytest.raises(RuntimeError, match="expanded"):
+        lowrank.lowrank_update_op.default(torch.zeros(1, 8).expand(4, 8), randn(4, 2), randn(8, 2), 1.0, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(dtype):
+    T, n, r = 300, 1000, 16
+    dy, h, B, A = randn(T, n, dtype=dtype), randn(T, r, dtype=dtype), randn(n, r, dtype=dtype), randn(r, n, dtype=dtype)
+    W, g, seed = randn(n, n, dtype=dtype), randn(n), torch.tensor([5])
+
+    def results():
+        norm, stamp = torch.zeros(n), torch.zeros(2, dtype=torch.int64)
+        dora.column_norm_cached_op.default(norm, stamp, W, A, B, 1.0, dora.row_square_op.default(W), True)
+        return [
+            *lowrank.lowrank_backward_op.default(dy, h, B, 1.0, g, dy, g, True, True, True, True),
+            *lowrank.lowrank_backward_op.default(dy, h, B, 1.0, None, None, None, True, True, True, False),
+            dropout.dropout_project_op.default(dy, A, seed, 0.1),
+            dropout.dropout_outer_op.default(h, dy, seed, 0.1),
+            dora.column_norm_op.default(W, A, B, 1.0, None), norm, stamp,
+        ]  # fmt: skip
+
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            runs.append(results())
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_reach_what_they_reach_in_the_reference(bad, dtype):
+    T, n, r = 66, 70, 5
+    dy, h, B, g = randn(T, n, dtype=dtype), randn(T, r, dtype=dtype), randn(n, r, dtype=dtype), randn(n)
+    dy[65, 69] = dy[3, 4] = bad
+    seed = torch.tensor([9])
+    for op, args in [
+        (lowrank.lowrank_backward_op, (dy, h, B, 1.0, None, None, None, True, True, True, False)),
+        (lowrank.lowrank_backward_op, (dy, h, B, 1.0, g, h.new_ones(T, n), None, True, True, True, True)),
+        (dropout.dropout_project_op, (dy, B.t().contiguous(), seed, 0.5)),
+        (dropout.dropout_outer_op, (h, dy, seed, 0.5)),
+        (dropout.seeded_dropout_op, (dy, seed, 0.5)),
+        (dora.column_norm_op, (dy, B.t().contiguous(), h, 1.0, None)),
+    ]:
+        got, want = op.default(*args), op.overloads["reference"](*args)
+        for a, b in zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (got, want)), strict=True):
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf()), op.name
+            assert torch.equal(a.sign()[a.isinf()], b.sign()[b.isinf()]), op.name
+    out = dy.clone()
+    lowrank.lowrank_update_op.default(out, h, B, 1.0, g, None)
+    assert torch.equal(out.isfinite(), dy.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_norm_of_rows_that_cancel(dtype):
+    d, k, r = 90, 150, 6
+    A, B = randn(r, k, dtype=dtype), randn(d, r, dtype=dtype)
+    W = (-(B.double() @ A.double()) + 1e-3 * randn(d, k, dtype=torch.float64)).to(dtype)
+    W[::3] = randn(d, k, dtype=dtype)[::3]
+    for w in (W, W.t().contiguous().t()):
+        got = dora.column_norm_op.default(w, A, B, 1.0, None).double()
+        want = (w.double() + B.double() @ A.double()).norm(dim=1)
+        eps = torch.finfo(acc(dtype)).eps
+        bound = 32 * eps * (want + w.double().norm(dim=1))
+        assert ((got - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cached_norm_is_recomputed_when_a_bit_of_A_or_B_changes(dtype):
+    d, k, r = 33, 65, 4
+    W, A, B = randn(d, k), randn(r, k, dtype=dtype), randn(d, r, dtype=dtype)
+    square, norm, stamp = dora.row_square_op.default(W), torch.zeros(d), torch.zeros(2, dtype=torch.int64)
+
+    def cached(force=False):
+        norm.fill_(-1)
+        dora.column_norm_cached_op.default(norm, stamp, W, A, B, 0.5, square, force)
+        if (norm == -1).all():
+            return False
+        assert torch.equal(norm, dora.column_norm_op.default(W, A, B, 0.5, square))
+        return True
+
+    assert cached(force=True)
+    assert not cached()
+    assert cached(force=True)
+    for change in (
+        lambda: A.data[2, 3].mul_(-1),
+        lambda: A.data[0].copy_(A[0].flip(0)),
+        lambda: B.data[5, 1].mul_(1.5),
+        lambda: A.data[0, 0].zero_(),
+        lambda: A.data[0, 0].mul_(-1),  # -0.0
+    ):
+        change()
+        assert cached()
+        assert not cached()
+    first, second = A[1, 1].item(), A[1, 2].item()
+    A[1, 1], A[1, 2] = second, first
+    assert cached()
+    A, B = A.t().contiguous().t(), B.t().contiguous().t()  # the same values elsewhere in memory
+    assert not cached()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vanishing", [0, 1, 70, 150])
+def test_magnitude_gradient_where_the_magnitude_vanishes(dtype, vanishing):
+    T, k, d, r = 37, 90, 150, 3
+    x, h, W, B = randn(T, k, dtype=dtype), randn(T, r, dtype=dtype), randn(d, k, dtype=dtype), randn(d, r, dtype=dtype)
+    dy, bias = randn(T, d, dtype=dtype), randn(d, dtype=dtype)
+    norm, g = torch.rand(d, dtype=acc(dtype)) + 1, torch.rand(d, dtype=acc(dtype)) + 8
+    g[torch.randperm(d)[:vanishing]] = 0
+    dyz = randn(d, dtype=acc(dtype))
+    for b in (None, bias):
+        for w in (W, W.t().contiguous().t()):
+            check(dora.magnitude_grad_op, dyz, dy, x, h, w, B, 0.5, g, norm, b)
+
+
+def test_masks_are_those_of_the_reference_generator():
+    x = torch.ones(67, 129)
+    for seed in (0, 1, 2**62 - 1, -5):
+        key = torch.tensor([seed])
+        assert torch.equal(dropout.seeded_dropout_op.default(x, key, 0.37) != 0, random.keep_mask(67, 129, key, 0.37))
