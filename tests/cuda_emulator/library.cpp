@@ -1,0 +1,63 @@
+// The CUDA operators on the emulator, as CPU operators of the namespace spectral_ops_emulated: the host side and the
+// kernels are those of spectral_ops._C_cuda, only the stream, the device guard and the GPU are missing.
+#include <torch/csrc/stable/library.h>
+
+#include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/plan.h"
+#include "../../csrc/ops/blocksum.h"
+#include "../../csrc/ops/dora.h"
+#include "../../csrc/ops/lowrank.h"
+
+#include <cstring>
+
+namespace spectral_ops {
+
+namespace {
+
+struct Emulated {
+  template <class Arguments> static void launch(Arguments a, const Tensor& like) {
+    constexpr int64_t kGuard = 4096;
+    const int64_t bytes = cuda::workspace_bytes(a);
+    Tensor workspace = torch::stable::new_empty(like, {bytes + kGuard}, ScalarType::Byte);
+    unsigned char* data = static_cast<unsigned char*>(workspace.data_ptr());
+    std::memset(data, 0xff, static_cast<size_t>(bytes + kGuard));  // NaN: partial sums that nobody wrote show
+    cuda::set_workspace(a, data);
+    const cudaError_t error = cuda::launch(a, nullptr);
+    STD_TORCH_CHECK(error == cudaSuccess, "launch failed with error ", static_cast<int>(error));
+    for (int64_t i = bytes; i < bytes + kGuard; ++i)
+      STD_TORCH_CHECK(data[i] == 0xff, "a kernel wrote ", i - bytes, " bytes beyond its workspace of ", bytes);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
+  m.impl("block_sum", TORCH_BOX(&block_sum<Emulated>));
+  m.impl("block_tile_", TORCH_BOX(&block_tile_<Emulated>));
+  m.impl("lowrank_update_", TORCH_BOX(&lowrank_update_<Emulated>));
+  m.impl("lowrank_backward", TORCH_BOX(&lowrank_backward<Emulated>));
+  m.impl("row_square", TORCH_BOX(&row_square<Emulated>));
+  m.impl("column_norm", TORCH_BOX(&column_norm<Emulated>));
+  m.impl("column_norm_cached_", TORCH_BOX(&column_norm_cached_<Emulated>));
+  m.impl("magnitude_grad", TORCH_BOX(&magnitude_grad<Emulated>));
+}
+
+}  // namespace spectral_ops
+
+// The plans, for tests: fills out and returns how many numbers.
+extern "C" __attribute__((visibility("default"))) int backward_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
+                                                                        int64_t u, int64_t dB, int64_t db, int64_t dyz, int64_t* out) {
+  const auto p = spectral_ops::cuda::backward_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), u, dB, db, dyz);
+  const int64_t values[] = {p.ranks, p.tile_columns, p.chunks, p.split_rows, p.splits, p.dB_at, p.db_at, p.dyz_at, p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
+
+extern "C" __attribute__((visibility("default"))) int norm_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
+                                                                    int64_t unit_columns, int64_t square, int64_t stamp, int64_t* out) {
+  const auto p = spectral_ops::cuda::norm_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), unit_columns, square, stamp);
+  const int64_t values[] = {p.matrix_units, p.ranks,     p.tile_rows, p.row_tiles, p.split_columns,
+                            p.splits,       p.square_at, p.gram_at,   p.stamp_at,  p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}

@@ -1,0 +1,422 @@
+"""The CUDA operators without a GPU: csrc/cuda compiled by the C++ compiler and run on tests/cuda_emulator.
+
+Host side, grids, shared memory, barriers, shuffles, tensor-core fragments and asynchronous copies are the real ones;
+results are compared with the operators' references. Only timing, and what hardware does beyond the programming model,
+is left to `pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_ops._library import OPERATORS
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "tests" / "cuda_emulator"
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALF)
+ROUNDED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # results in dtype
+SEED = torch.tensor([123456789012345])
+
+pytestmark = pytest.mark.slow
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
+    for home in filter(None, [*homes, "/usr/local/cuda"]):
+        if (Path(home) / "include" / "cuda_bf16.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """torch.ops.spectral_ops_emulated: the CUDA operators on CPU tensors."""
+    compiler, headers = shutil.which("g++"), cuda_headers()
+    if compiler is None or headers is None:
+        pytest.skip("needs g++ and the headers of a CUDA toolkit")
+    folder = ROOT / "build" / "emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*"), *ROOT.glob("csrc/*.h")]
+    newest = max(p.stat().st_mtime for p in sources)
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
+    flags += ["-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
+    host = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
+    jobs, objects = [], []
+    for source in [EMULATOR / "library.cpp", *ROOT.glob("csrc/cuda/*.cu")]:
+        target = folder / f"{source.stem}.o"
+        objects.append(target)
+        if target.exists() and target.stat().st_mtime > newest:
+            continue
+        kind = host if source.suffix == ".cpp" else ["-x", "c++"]
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        command = [compiler, *flags, *kind, "-c", source, "-o", partial]
+        jobs.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), partial, target))
+    for job, partial, target in jobs:
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+        partial.replace(target)
+    library = folder / "libspectral_ops_emulated.so"
+    if jobs or not library.exists():
+        partial = folder / f"{os.getpid()}.so"
+        link = [compiler, "-shared", "-o", partial, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        subprocess.run(link, check=True, capture_output=True)
+        partial.replace(library)
+    schemas = torch.library.Library("spectral_ops_emulated", "DEF")
+    for operator in OPERATORS.values():
+        schemas.define(operator.schema)
+    torch.ops.load_library(str(library))
+    torch.ops.spectral_ops_emulated.plans = ctypes.CDLL(str(library))
+    torch.ops.spectral_ops_emulated.schemas = schemas  # alive as long as the operators
+    return torch.ops.spectral_ops_emulated
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["ascending", "descending", "shuffled"])
+def order(request, monkeypatch):
+    """The order in which a block's threads run between barriers: a missing barrier shows in one of them."""
+    monkeypatch.setenv("EMULATOR_ORDER", str(request.param))
+
+
+def accumulate(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matrix(rows, columns, dtype, stride=None):
+    """Normal numbers; with a stride, rows of a wider buffer that is NaN elsewhere."""
+    if stride is None:
+        return torch.randn(rows, columns).to(dtype)
+    wide = torch.full((rows, stride), float("nan"), dtype=dtype)
+    wide[:, :columns] = torch.randn(rows, columns)
+    return wide[:, :columns]
+
+
+def assert_near(got, wanted, tolerance, what=""):
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype, what
+    error = (got.double() - wanted.double()).norm()
+    assert error <= tolerance * wanted.double().norm(), f"{what}: {error / wanted.double().norm():.2e}"
+
+
+def assert_untouched(view, rows, stride):
+    """The padding around an in-place result is still NaN."""
+    if stride is not None:
+        whole = view.as_strided((rows, stride), (stride, 1))
+        assert whole[:, view.shape[1] :].isnan().all()
+
+
+def reference(name):
+    return OPERATORS[name].reference
+
+
+# --- block sum -------------------------------------------------------------------------------------------------------
+
+SUMS = [  # T, k, r, row stride
+    (5, 256, 64, None),
+    (9, 1200, 8, None),  # several steps of a warp
+    (3, 100, 7, None),  # a row is not a multiple of 16 bytes
+    (9, 40, 12, 48),
+    (2, 700, 300, None),  # a block for each row
+    (2, 2100, 1500, None),  # r beyond a block
+    (4, 513, 16, None),
+    (3, 64, 64, 80),
+    (1, 8, 1, None),
+    (0, 16, 4, None),
+]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_sum(emulated, dtype, dropout):
+    seed, p = (SEED, 0.3) if dropout else (None, 0.0)
+    for T, k, r, stride in SUMS:
+        x = matrix(T, k, dtype, stride)
+        got, wanted = (f(x, r, None, seed, p) for f in (emulated.block_sum, reference("block_sum")))
+        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{T, k, r, stride}")
+    for offsets, stride in (((0, 3, 3, 50, 77, 100), 104), ((0, 100), None), ((0, 33, 66, 100), 101)):
+        offsets, x = torch.tensor(offsets, dtype=torch.int32), matrix(3, 100, dtype, stride)
+        r = len(offsets) - 1
+        got, wanted = (f(x, r, offsets, seed, p) for f in (emulated.block_sum, reference("block_sum")))
+        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{offsets}")
+
+
+def test_dropout_keeps_the_very_elements_of_the_reference(emulated):
+    for T, n in ((7, 40), (5, 33), (3, 1)):
+        ones = torch.ones(T, n)
+        for p in (0.0, 0.1, 0.5, 1 - 2.0**-24, 1.0):
+            got = emulated.block_sum(ones, n, None, SEED, p) != 0
+            assert torch.equal(got, reference("block_sum")(ones, n, None, SEED, p) != 0), (T, n, p)
+
+
+def test_block_sum_of_expanded_rows(emulated):
+    x = torch.randn(1, 64).expand(4, 64)
+    assert_near(emulated.block_sum(x, 8, None, None, 0.0), reference("block_sum")(x, 8, None, None, 0.0), 1e-6)
+
+
+@pytest.mark.parametrize("accumulate_", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_tile(emulated, dtype, accumulate_):
+    cases = [
+        (*c, None) for c in ((5, 256, 64, None), (3, 100, 7, None), (9, 40, 12, 48), (2, 700, 3, None), (0, 8, 2, None))
+    ]
+    cases.append((3, 100, 5, 103, torch.tensor([0, 3, 3, 50, 77, 100], dtype=torch.int32)))
+    for T, n, r, stride, offsets in cases:
+        for seed in (None, SEED):
+            for s_dtype in {dtype, torch.float32 if dtype in HALF else dtype}:
+                out, s = matrix(T, n, dtype, stride), matrix(T, r, s_dtype)
+                wanted = out.clone()
+                reference("block_tile_")(wanted, s, offsets, seed, 0.3, accumulate_)
+                emulated.block_tile_(out, s, offsets, seed, 0.3, accumulate_)
+                assert_near(out, wanted, 2 * ROUNDED[dtype], f"{T, n, r, stride, s_dtype}")
+                assert_untouched(out, T, stride)
+
+
+# --- low rank --------------------------------------------------------------------------------------------------------
+
+UPDATES = [  # T, d, r, row stride
+    (5, 256, 16, None),
+    (33, 100, 7, None),
+    (150, 40, 24, 48),
+    (70, 65, 64, None),
+    (40, 300, 70, None),
+    (1, 8, 1, None),
+    (17, 37, 16, None),
+    (6, 24, 0, None),
+    (0, 8, 4, None),
+]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lowrank_update(emulated, dtype, scaled):
+    for T, d, r, stride in UPDATES:
+        out, h, B = matrix(T, d, dtype, stride), matrix(T, r, dtype, r + 3 if r % 2 else None), matrix(d, r, dtype)
+        g, shift = (torch.randn(d, dtype=accumulate(dtype)) if scaled else None for _ in range(2))
+        wanted = out.clone()
+        reference("lowrank_update_")(wanted, h, B, 0.7, g, shift)
+        emulated.lowrank_update_(out, h, B, 0.7, g, shift)
+        assert_near(out, wanted, ROUNDED[dtype], f"{T, d, r, stride}")
+        assert_untouched(out, T, stride)
+
+
+BACKWARDS = [  # T, d, r, row stride
+    (5, 64, 16, None),
+    (100, 100, 7, None),
+    (70, 520, 24, 528),  # two chunks of columns, two splits of rows
+    (40, 65, 64, None),
+    (200, 40, 70, None),  # more ranks than one pass takes
+    (37, 37, 16, None),
+    (300, 24, 8, None),
+    (0, 16, 4, None),
+    (9, 24, 0, None),
+    (9, 0, 4, None),
+]
+WANTED = [  # g, y, bias; need u, dB, db, gdy
+    (False, False, False, True, True, False, False),  # LoRA
+    (True, True, True, True, True, True, True),  # DoRA with everything
+    (True, False, False, True, False, True, True),
+    (True, True, False, False, True, False, False),
+]
+
+
+def backward_case(emulated, dtype, T, d, r, stride, wanted):
+    has_g, has_y, has_bias, *needs = wanted
+    dy, h, B = matrix(T, d, dtype, stride), matrix(T, r, dtype, r + 2), matrix(d, r, dtype)
+    g = torch.randn(d, dtype=accumulate(dtype)) if has_g else None
+    y = matrix(T, d, dtype) if has_y else None
+    bias = matrix(1, d, dtype)[0] if has_bias else None
+    arguments = (dy, h, B, 0.7, g, y, bias, *needs)
+    got, expected = emulated.lowrank_backward(*arguments), reference("lowrank_backward")(*arguments)
+    for name, a, b in zip(("u", "dB", "db", "dyz", "gdy"), got, expected, strict=True):
+        tolerance = ROUNDED[dtype] if name in ("u", "gdy") else ROUNDED[accumulate(dtype)]
+        assert_near(a, b, tolerance, f"{name} of {T, d, r, stride, wanted}")
+    return got
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=["lora", "dora", "no dB", "no u"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lowrank_backward(emulated, dtype, wanted):
+    for T, d, r, stride in BACKWARDS:
+        backward_case(emulated, dtype, T, d, r, stride, wanted)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("r", [16, 24, 64])
+def test_no_result_depends_on_the_order_of_threads(emulated, order, dtype, r):
+    backward_case(emulated, dtype, 80, 72, r, None, WANTED[1])
+    out, h, B = matrix(40, 70, dtype), matrix(40, r, dtype), matrix(70, r, dtype)
+    wanted = out.clone()
+    reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
+    emulated.lowrank_update_(out, h, B, 0.7, None, None)
+    assert_near(out, wanted, ROUNDED[dtype])
+    norm_case(emulated, dtype, dtype, 70, 200, r, False)
+    x = matrix(5, 300, dtype)
+    for shards in (r, 100):
+        assert_near(
+            emulated.block_sum(x, shards, None, None, 0.0), reference("block_sum")(x, shards, None, None, 0.0), 2e-2
+        )
+
+
+def test_rows_beyond_32_bit_offsets(emulated):
+    stride = 2**31 + 64  # elements; untouched pages cost nothing
+    try:
+        memory = torch.empty(stride + 64, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("this machine does not lend 4 GiB of address space")
+    far = memory.as_strided((2, 64), (stride, 1))
+    far.copy_(torch.randn(2, 64))
+    near = far.clone()
+    assert torch.equal(emulated.block_sum(far, 16, None, None, 0.0), emulated.block_sum(near, 16, None, None, 0.0))
+    h, B = matrix(2, 16, torch.bfloat16), matrix(64, 16, torch.bfloat16)
+    for got, wanted in zip(
+        emulated.lowrank_backward(far, h, B, 1.0, None, far, None, True, True, True, True),
+        emulated.lowrank_backward(near, h, B, 1.0, None, near, None, True, True, True, True),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted)
+    assert torch.equal(emulated.row_square(far), emulated.row_square(near))
+    A, D = matrix(4, 64, torch.bfloat16), matrix(2, 4, torch.bfloat16)
+    assert torch.equal(emulated.column_norm(far, A, D, 1.0, None), emulated.column_norm(near, A, D, 1.0, None))
+    for t in (far, near):
+        emulated.lowrank_update_(t, h, B, 1.0, None, None)
+        emulated.block_tile_(t, h, None, None, 0.0, True)
+    assert torch.equal(far, near)
+
+
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+
+def norm_case(emulated, dtype, parameters, d, k, r, transposed):
+    W = matrix(k, d, dtype).t() if transposed else matrix(d, k, dtype)
+    A, B = (0.1 * torch.randn(r, k)).to(parameters), (0.1 * torch.randn(d, r)).to(parameters)
+    if d > 5:  # a row that cancels, up to rounding
+        W[3] = (-1.5 * 1.01 * (B[3].double() @ A.double())).to(dtype)
+    square = reference("row_square")(W)
+    wanted = reference("column_norm")(W.double(), A.double(), B.double(), 1.5, None).to(square.dtype)
+    tolerance = 1e-12 if dtype == parameters == torch.float64 else 2e-6
+    assert_near(emulated.row_square(W), square, tolerance)
+    for known in (None, square):
+        got = emulated.column_norm(W, A, B, 1.5, known)
+        assert_near(got, wanted, tolerance, f"{d, k, r, transposed}")
+        assert ((got - wanted).abs() <= 1e-5 * wanted).all()  # row by row, the cancelling one too
+    return W, A, B, square, wanted
+
+
+NORMS = [  # d, k, r, transposed
+    (10, 100, 16, False),
+    (130, 256, 7, False),  # two tiles of rows
+    (65, 300, 40, True),
+    (33, 515, 70, False),  # more ranks than one pass takes; k odd
+    (5, 64, 1, True),
+    (200, 32, 24, False),
+    (7, 40, 0, False),
+    (4, 0, 3, False),
+    (0, 16, 3, False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_norm(emulated, dtype):
+    for parameters in {torch.float32, dtype}:
+        for case in NORMS:
+            norm_case(emulated, dtype, parameters, *case)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_cached_norm_follows_every_bit_of_A_and_B(emulated, dtype):
+    W, A, B, square, wanted = norm_case(emulated, dtype, torch.float32, 33, 130, 6, False)
+    norm, stamp = torch.zeros_like(square), torch.zeros(2, dtype=torch.int64)
+
+    def cached(force):
+        emulated.column_norm_cached_(norm, stamp, W, A, B, 1.5, square, force)
+
+    cached(True)
+    assert_near(norm, wanted, 2e-6)
+    norm.fill_(7)
+    cached(False)
+    assert (norm == 7).all()  # nothing changed: kept
+    cached(True)
+    assert_near(norm, wanted, 2e-6)
+    for change in (
+        lambda: A.data.view(-1)[5].copy_(torch.nextafter(A.view(-1)[5], torch.tensor(9.0))),
+        lambda: B.data.copy_(B.data.roll(1, 0)),  # the same values elsewhere
+        lambda: B.data[0, 0].neg_(),
+    ):
+        before = stamp.clone()
+        norm.fill_(7)
+        change()
+        cached(False)
+        assert not torch.equal(stamp, before)
+        now = reference("column_norm")(W.double(), A.double(), B.double(), 1.5, None).float()
+        assert_near(norm, now, 2e-6)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_magnitude_grad(emulated, dtype, has_bias):
+    T, d, k, r = 20, 70, 50, 8
+    dy, x, h = matrix(T, d, dtype), matrix(T, k, dtype), matrix(T, r, dtype)
+    W, B = matrix(d, k, dtype), matrix(d, r, dtype)
+    bias = 0.1 * matrix(1, d, dtype)[0] if has_bias else None
+    dyz, g, norm = torch.randn(d), torch.randn(d), torch.rand(d) + 0.5
+    g[5], g[40] = 0, 1e-6  # magnitudes that vanish
+    vectors = [t.to(accumulate(dtype)) for t in (dyz, g, norm)]
+    arguments = (vectors[0], dy, x, h, W, B, 0.7, *vectors[1:], bias)
+    assert_near(emulated.magnitude_grad(*arguments), reference("magnitude_grad")(*arguments), 1e-5)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def plan(function, *arguments):
+    out = (ctypes.c_int64 * 16)()
+    count = function(*map(ctypes.c_int64, arguments), out)
+    return list(out[:count])
+
+
+CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_plan_covers_every_row_and_column_once(emulated, dtype):
+    size = 8 if dtype == torch.float64 else 4
+    for T in (0, 1, 15, 16, 17, 500, 8192, 2**22):
+        for d in (1, 128, 512, 513, 4096, 14336, 100_000):
+            for r in (1, 8, 16, 17, 64, 65, 256):
+                ranks, tile, chunks, split, splits, dB, db, dyz, total = plan(
+                    emulated.plans.backward_plan_of, T, d, r, CODES[dtype], 1, 1, 1, 1
+                )
+                assert (chunks - 1) * tile < d <= chunks * tile
+                assert T == 0 or (splits - 1) * split < T <= splits * split
+                assert split % (16 if dtype in HALF else 32) == 0 and 1 <= ranks <= min(r, 64)
+                assert chunks * splits < 2**31
+                sizes = chunks * T * ranks, splits * d * ranks, splits * d, splits * d
+                assert [dB, db, dyz, total // size] == [sum(sizes[:n]) for n in (1, 2, 3, 4)]
+
+
+def test_backward_partial_sums_stay_far_below_dy(emulated):
+    for d in (4096, 14336):
+        *_, total = plan(emulated.plans.backward_plan_of, 8192, d, 16, CODES[torch.bfloat16], 1, 1, 0, 0)
+        assert total < 0.2 * 8192 * d * 2, total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
+    for d in (1, 127, 128, 129, 4096, 14336, 131072):
+        for k in (0, 1, 127, 128, 129, 4096, 14336):
+            for r in (1, 16, 64, 100):
+                units, ranks, tile, tiles, split, splits, square, gram, stamp, total = plan(
+                    emulated.plans.norm_plan_of, d, k, r, CODES[dtype], 1, 1, 1
+                )
+                assert units == (dtype in HALF) and ranks == min(r, 64)
+                assert (tiles - 1) * tile < d <= tiles * tile
+                assert k == 0 or (splits - 1) * split < k <= splits * split
+                assert square == splits * d * r and gram == square + splits * d
+                assert stamp % 8 == 0 and total == stamp + 8 * 129
