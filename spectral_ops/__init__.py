@@ -10,4 +10,12 @@ _loader.load()
 backends.activate()
 
 __version__ = "0.1.0"
-__all__ = [*adapters.__all__, *functional.__all__, "BackendUnavailable", "accelerate", "explain", "restore", "use_backend"]
+__all__ = [
+    *adapters.__all__,
+    *functional.__all__,
+    "BackendUnavailable",
+    "accelerate",
+    "explain",
+    "restore",
+    "use_backend",
+]

@@ -445,6 +445,19 @@ def test_an_adapter_that_skips_a_layer():
     assert torch.equal(layer(model)(x), layer(model).base_layer(x))
 
 
+@pytest.mark.parametrize("kind", [LoraConfig, MissConfig])
+def test_plain_tensors_in_the_place_of_parameters(kind):
+    """What FSDP1 and DataParallel leave on a module during forward."""
+    plain, ours = pair(net(kind=kind))
+    report = accelerate(ours, strict=True)
+    for module in layer(ours).modules():
+        for name, p in [item for item in module._parameters.items() if item[1] is not None]:
+            del module._parameters[name]
+            module.__dict__[name] = p.detach()
+    torch.testing.assert_close(ours(IDS), plain(IDS))
+    assert not report.fallbacks()
+
+
 def test_scaling_changes_are_seen():
     plain, ours = pair(net(use_dora=True))
     accelerate(ours)

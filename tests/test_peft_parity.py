@@ -297,6 +297,21 @@ def test_saved_for_backward(method):
         assert sizes == [(64, 5)]
 
 
+def test_recompute_saves_no_output_and_allows_overwriting_it():
+    model = adapted("dora")
+    layer = next(m for n, m in model.named_modules() if n.endswith("0.mlp.up_proj"))
+    x = torch.randn(64, 32, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).exp().sum(), list(layer.lora_magnitude_vector.parameters()))[0]
+    fused(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        layer(x).exp_().sum().backward()
+    accelerate(model, strict=True, recompute=True)
+    y, kept = saved(layer, x)
+    assert sorted(tuple(t.shape) for t in kept) == [(48,), (48,), (64, 5)]  # c, g, h
+    y.exp_().sum().backward()
+    torch.testing.assert_close(next(layer.lora_magnitude_vector.parameters()).grad, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "miss"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_autocast_keeps_no_float32_copy_of_x(method, weights):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["accelerate", "restore"]
 
 
-def accelerate(model: torch.nn.Module, *, strict: bool = False) -> Report:
+def accelerate(model: torch.nn.Module, *, strict: bool = False, recompute: bool = False) -> Report:
     """Let the adapter layers of a PEFT model compute with the fused operators, in place.
 
     Parameters, state_dict, optimizer and numbers stay what they are (the same up to rounding; DoRA's column norm is
@@ -28,13 +28,15 @@ def accelerate(model: torch.nn.Module, *, strict: bool = False) -> Report:
         model: a PeftModel, or any module that PEFT has injected adapter layers into.
         strict: raise a RuntimeError that lists the layers left to PEFT, now (and change nothing) or at the call that
             would fall back, instead of only reporting them.
+        recompute: let DoRA layers save no output for backward and compute it again there. Needed where the model
+            overwrites such a layer's output in place, which autograd otherwise refuses; costs a product per layer.
 
     Returns a :class:`~spectral_ops.integrations.report.Report`: ``print(report)`` shows what runs where;
     ``report.fallbacks()`` what fell back since, and why.
     Raises TypeError for something that is not a module, ValueError for a module without PEFT layers, ImportError
     without PEFT.
     """
-    return _peft().accelerate(model, strict=strict)
+    return _peft().accelerate(model, strict=strict, recompute=recompute)
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:

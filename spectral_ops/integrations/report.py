@@ -20,8 +20,8 @@ class LayerState:
     by_key: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
     next_key = 0
 
-    def __init__(self, name: str, strict: bool):
-        self.name, self.strict = name, strict
+    def __init__(self, name: str, strict: bool = False, recompute: bool = False):
+        self.name, self.strict, self.recompute = name, strict, recompute
         self.reasons: dict[str, int] = {}  # why PEFT's forward ran -> how many calls
         self.norms: dict[str, NormCache] = {}  # adapter name -> DoRA's column norm
         self.key = LayerState.next_key
@@ -42,10 +42,10 @@ class LayerState:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def __deepcopy__(self, memo) -> LayerState:
-        return LayerState(self.name, self.strict)
+        return LayerState(self.name, self.strict, self.recompute)
 
     def __reduce__(self):
-        return LayerState, (self.name, self.strict)
+        return LayerState, (self.name, self.strict, self.recompute)
 
 
 @torch.compiler.assume_constant_result
