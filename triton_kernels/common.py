@@ -75,6 +75,13 @@ def tile(table: Mapping[tuple[int, int], Any], x: torch.Tensor) -> Any:
     return table[arch(x), x.element_size()]
 
 
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time. Where not, every element takes an address: use small tiles."""
+    return all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
+    )
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -12,14 +12,25 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_ops.triton_kernels.common import cdiv, dot, on_device, power_of_2, processors, reference, split, tile
+from spectral_ops.triton_kernels.common import (
+    aligned,
+    cdiv,
+    dot,
+    on_device,
+    power_of_2,
+    processors,
+    reference,
+    split,
+    tile,
+)
 
 VANISHING = tl.constexpr(2.0**-14)  # functional/dora.py's, which says why
-PRINTS = 128  # programs per fingerprinted tensor, at most
+MOST_PRINTS = 128  # programs per fingerprinted tensor, at most
 
-# (architecture, element size of W): rows, inputs per step, greatest rank per step (halved where A is float32), warps
+# inputs and ranks per step are halved where A is float32 or rows are not aligned
+# (architecture, element size of W): rows, inputs per step, greatest rank per step, warps
 NORM = {
-    (80, 2): (64, 128, 64, 8),
+    (80, 2): (64, 128, 32, 8),
     (80, 4): (32, 64, 32, 4),
     (90, 2): (64, 128, 64, 8),
     (90, 4): (32, 64, 32, 4),
@@ -156,17 +167,20 @@ def _square_sums(out, root, weight, A, B, scale, stamp=None, force=False) -> Non
     if r == 0 and stamp is None:
         A = B = None
     BM, BK, greatest, warps = tile(NORM, weight)
-    ranges, steps = split(cdiv(k, BK) or 1, cdiv(d, BM), 4 * processors(weight))
     precision = "half"
     if A is not None and (A.dtype != B.dtype or A.dtype == torch.float32):
         precision = "ieee" if weight.dtype == torch.float32 or torch.version.hip else "tf32x3"
-        greatest //= 2
+        greatest, BK = greatest // 2, BK // 2
+    elif A is not None and not aligned(weight, A, B):
+        greatest, BK = greatest // 2, BK // 2
     R = power_of_2(r, 16, greatest)
+    ranges, steps = split(cdiv(k, BK) or 1, cdiv(d, BM), 4 * processors(weight))
     A_strides, B_strides = ((0, 0), (0, 0)) if A is None else (A.stride(), B.stride())
     partial = torch.empty(ranges, d, dtype=torch.float32, device=weight.device)
     with on_device(weight):
-        prints = changed = None
+        prints, changed, PRINTS = None, None, 1
         if stamp is not None:
+            PRINTS = power_of_2(cdiv(max(A.numel(), B.numel()), 1024), 1, MOST_PRINTS)
             prints = torch.empty(2 * PRINTS + 1, dtype=torch.int64, device=weight.device)
             changed = prints[2 * PRINTS :]
             bits = {2: torch.int16, 4: torch.int32}

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from spectral_ops.triton_kernels.common import (
+    aligned,
     cdiv,
     dot,
     kept,
@@ -48,13 +49,13 @@ OUTER = {
 # (architecture, element size): tokens, inputs, greatest rank per step, warps
 LIFT = {
     (80, 2): (64, 128, 64, 8),
-    (80, 4): (64, 64, 16, 8),
+    (80, 4): (32, 64, 16, 8),
     (90, 2): (64, 128, 64, 8),
-    (90, 4): (64, 64, 16, 8),
+    (90, 4): (32, 64, 16, 8),
     (100, 2): (64, 128, 64, 8),
-    (100, 4): (64, 64, 16, 8),
+    (100, 4): (32, 64, 16, 8),
 }
-UNALIGNED = 32  # inputs per step where 4 does not divide k: every element runs its own counter
+UNALIGNED = 32  # inputs and ranks per step where rows are not aligned, or 4 does not divide k
 
 
 @triton.jit(do_not_specialize=["T", "limit"])
@@ -91,7 +92,8 @@ def dropout_project(x, A, seed, p: float):
     if h.numel() == 0:
         return h
     BT, BK, greatest, warps = tile(PROJECT, x)
-    BK = BK if k % 4 == 0 else min(BK, UNALIGNED)
+    if k % 4 or not aligned(x, A):
+        BK, greatest = min(BK, UNALIGNED), min(greatest, UNALIGNED)
     R = power_of_2(r, 16, greatest)
     programs = cdiv(T, BT) * cdiv(r, R)
     ranges, steps = split(cdiv(k, BK) or 1, programs, 2 * processors(x))
@@ -143,7 +145,8 @@ def dropout_outer(u, x, seed, p: float):
     if dA.numel() == 0:
         return dA
     BT, BK, greatest, warps = tile(OUTER, x)
-    BK = BK if k % 4 == 0 else min(BK, UNALIGNED)
+    if k % 4 or not aligned(x, u):
+        BK, greatest = min(BK, UNALIGNED), min(greatest, UNALIGNED)
     R = power_of_2(r, 16, greatest)
     ranges, steps = split(cdiv(T, BT), cdiv(k, BK) * cdiv(r, R), 4 * processors(x))
     out = dA if ranges == 1 else torch.empty(ranges, r, k, dtype=torch.float32, device=x.device)
@@ -162,8 +165,9 @@ def lift_kernel(
     out, u, A, seed, limit, factor, T, k, r, out_t, out_i, u_t, u_p, A_p, A_i,
     BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
-    i0 = tl.program_id(0) * BK
+    tiles = tl.cdiv(k, BK)
+    t = (tl.program_id(0) // tiles).to(tl.int64) * BT + tl.arange(0, BT)
+    i0 = (tl.program_id(0) % tiles) * BK
     i = i0 + tl.arange(0, BK)
     target = out + t[:, None] * out_t + i[None, :].to(tl.int64) * out_i
     live = (t < T)[:, None] & (i < k)[None, :]
@@ -187,9 +191,10 @@ def dropout_lift_(out, u, A, seed, p: float) -> None:
     if out.numel() == 0:
         return None
     BT, BK, greatest, warps = tile(LIFT, out)
-    BK = BK if k % 4 == 0 else min(BK, UNALIGNED)
+    if k % 4 or not aligned(out, u, A):
+        BK, greatest = min(BK, UNALIGNED), min(greatest, UNALIGNED)
     with on_device(out):
-        lift_kernel[(cdiv(k, BK), cdiv(T, BT))](
+        lift_kernel[(cdiv(k, BK) * cdiv(T, BT),)](
             out, u, A, seed, threshold(p), 1.0 / (1.0 - p), T, k, r, *out.stride(), *u.stride(), *A.stride(),
             BT=BT, BK=BK, R=power_of_2(r, 16, greatest), ALIGNED=k % 4 == 0, num_warps=warps, num_stages=1,
         )  # fmt: skip
@@ -200,8 +205,9 @@ def dropout_lift_(out, u, A, seed, p: float) -> None:
 def dropout_kernel(
     x, out, seed, limit, factor, T, k, x_t, x_i, BT: tl.constexpr, BK: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
-    i0 = tl.program_id(0) * BK
+    tiles = tl.cdiv(k, BK)
+    t = (tl.program_id(0) // tiles).to(tl.int64) * BT + tl.arange(0, BT)
+    i0 = (tl.program_id(0) % tiles) * BK
     i = i0 + tl.arange(0, BK)
     live = (t < T)[:, None] & (i < k)[None, :]
     value = tl.load(x + t[:, None] * x_t + i[None, :].to(tl.int64) * x_i, mask=live, other=0.0).to(tl.float32)
@@ -218,7 +224,7 @@ def seeded_dropout(x, seed, p: float):
     if out.numel():
         BT, BK = 4, 512
         with on_device(x):
-            dropout_kernel[(cdiv(k, BK), cdiv(T, BT))](
+            dropout_kernel[(cdiv(k, BK) * cdiv(T, BT),)](
                 x, out, seed, threshold(p), 1.0 / (1.0 - p), T, k, *x.stride(),
                 BT=BT, BK=BK, ALIGNED=k % 4 == 0, num_warps=4,
             )  # fmt: skip

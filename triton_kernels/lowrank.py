@@ -6,9 +6,9 @@ Bytes moved, for elements of s bytes:
 * ``lowrank_backward``: dy (and y) once, T d s each, whatever subset is asked for; gdy once out. A program owns a block
   of BT tokens and a range of output features. It holds u [BT, r] in registers while it walks the features, and writes
   the finished dB [BD, r] of its tokens for each step. Partial sums are float32: T r per range of features and d r per
-  block of tokens, written and read once, for the most part in L2 (dy is marked to be evicted first). With T = 8192,
+  block of tokens, written and read once and meanwhile in L2 if it holds them. With T = 8192,
   d = 4096, r = 16 in bfloat16 on 132 processors: 67 MB of dy from memory (22 us at 3 TB/s), and 10.5 MB of partial sums
-  each way for 32 blocks by 4 ranges. Ranks above 128 read dy again for every further 128.
+  each way for 32 blocks by 4 ranges. Ranks above 128 (64 with y or gdy) read dy again.
 * ``lowrank_matmul``: x and W as any product does; h and B add r / k to it.
 """
 
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from spectral_ops.triton_kernels.common import (
+    aligned,
     arch,
     cdiv,
     dot,
@@ -37,12 +38,12 @@ from spectral_ops.triton_kernels.common import (
 MATMUL = {
     (80, 2): (128, 128, 32, 8, 8, 3),
     (80, 4): (64, 64, 16, 8, 8, 2),
-    (90, 2): (128, 256, 64, 8, 8, 3),
+    (90, 2): (256, 128, 64, 8, 8, 3),
     (90, 4): (64, 64, 16, 8, 8, 2),
-    (100, 2): (128, 256, 64, 8, 8, 3),
+    (100, 2): (128, 128, 64, 8, 8, 4),
     (100, 4): (64, 64, 16, 8, 8, 2),
 }
-MATMUL_UNALIGNED = (64, 64, 32, 8, 8, 2)  # rows that cannot be read 16 bytes at a time: an address per element
+MATMUL_UNALIGNED = (64, 64, 32, 8, 8, 2)
 # (architecture, element size): tokens, outputs, greatest rank per step, warps
 UPDATE = {
     (80, 2): (64, 128, 64, 8),
@@ -52,6 +53,7 @@ UPDATE = {
     (100, 2): (64, 128, 64, 8),
     (100, 4): (64, 64, 16, 8),
 }
+UPDATE_UNALIGNED = (32, 64, 32, 8)
 # (architecture, element size): for each padded rank, tokens, outputs per step, warps, stages
 BACKWARD = {
     (80, 2): {16: (256, 32, 8, 3), 32: (256, 32, 8, 3), 64: (128, 32, 8, 3), 128: (64, 32, 8, 3)},
@@ -61,6 +63,7 @@ BACKWARD = {
     (100, 2): {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
     (100, 4): {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
 }
+BACKWARD_UNALIGNED = {2: (64, 32, 8, 1), 4: (32, 32, 8, 1)}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -114,17 +117,15 @@ def lowrank_matmul(x, weight, h, B, scale: float, g, bias):
     if y.numel() == 0:
         return y
     BT, BD, BK, group, warps, stages = tile(MATMUL, x)
-    R = power_of_2(r, 16, BK)
-    operands = (x, weight) if r <= 16 else (x, weight, h, B)
-    if not (k % BK == 0 and all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 for t in operands)):
-        BT, BD, BK, group, warps, stages = MATMUL_UNALIGNED
-        R = power_of_2(r, 16, 32)
+    even = k % BK == 0
+    if not (even and aligned(x, weight, h, B)):
+        (BT, BD, BK, group, warps, stages), even = MATMUL_UNALIGNED, False
     programs = min(cdiv(T, BT) * cdiv(d, BD), processors(x))
     with on_device(x):
         matmul_kernel[(programs,)](
             x, weight, h, B, y, g, bias, scale, T, d, k, r,
             *x.stride(), *weight.stride(), *h.stride(), *B.stride(),
-            BT=BT, BD=BD, BK=BK, R=R, GROUP=group, EVEN=k % BK == 0,
+            BT=BT, BD=BD, BK=BK, R=power_of_2(r, 16, 32), GROUP=group, EVEN=even,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return y
@@ -135,8 +136,9 @@ def update_kernel(
     out, h, B, g, shift, scale, T, d, r, out_t, out_o, h_t, h_p, B_o, B_p,
     BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
-    o = tl.program_id(0) * BD + tl.arange(0, BD)
+    tiles = tl.cdiv(d, BD)
+    t = (tl.program_id(0) // tiles).to(tl.int64) * BT + tl.arange(0, BT)
+    o = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
     target = out + t[:, None] * out_t + o[None, :].to(tl.int64) * out_o
     live = (t < T)[:, None] & (o < d)[None, :]
     base = tl.load(target, mask=live, other=0.0)
@@ -161,9 +163,9 @@ def lowrank_update_(out, h, B, scale: float, g, shift) -> None:
     T, (d, r) = out.shape[0], B.shape
     if out.numel() == 0:
         return None
-    BT, BD, R, warps = tile(UPDATE, out)
+    BT, BD, R, warps = tile(UPDATE, out) if aligned(out, h, B) else UPDATE_UNALIGNED
     with on_device(out):
-        update_kernel[(cdiv(d, BD), cdiv(T, BT))](
+        update_kernel[(cdiv(d, BD) * cdiv(T, BT),)](
             out, h, B, g, shift, scale, T, d, r, *out.stride(), *h.stride(), *B.stride(),
             BT=BT, BD=BD, R=power_of_2(r, 16, R), num_warps=warps, num_stages=1,
         )  # fmt: skip
@@ -245,10 +247,12 @@ def lowrank_backward(dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_d
     gdy = make((T, d) if need_gdy else 0, dtype=dy.dtype, device=dy.device)
     if empty or not (u.numel() or dB.numel() or need_db or need_gdy or y is not None):
         return u, dB, db, dyz, gdy
-    R = power_of_2(r, 16, 128)
-    BT, BD, warps, stages = tile(BACKWARD, dy)[R]
     heavy = y is not None or need_gdy  # twice the registers per token: half the tokens, two programs per processor
+    R = power_of_2(r, 16, 64 if heavy else 128)
+    BT, BD, warps, stages = tile(BACKWARD, dy)[R]
     BT = BT // 2 if heavy else BT
+    if not aligned(dy, h, B) or (y is not None and not aligned(y)):
+        (BT, BD, warps, stages), R = BACKWARD_UNALIGNED[dy.element_size()], min(R, 32)
     blocks = cdiv(T, BT)
     ranges, steps = split(cdiv(d, BD), blocks * cdiv(max(r, 1), R), processors(dy) * (1 + heavy))
     jobs = []

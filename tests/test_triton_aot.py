@@ -1,0 +1,250 @@
+"""Every Triton kernel, compiled ahead of time for sm_80, sm_90 and sm_100 as its launcher would compile it.
+
+The launchers run on meta tensors of real sizes and every launch is recorded instead of made, so that what is
+compiled is what would run: the table's tiles, the arguments' types and their specialisation. ``python
+tests/test_triton_aot.py`` prints the table of registers, spills, shared memory and instructions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+if knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
+
+import spectral_ops  # noqa: E402, F401
+from spectral_ops.triton_kernels import common, launcher  # noqa: E402
+
+ARCHS = (80, 90, 100)
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+SHARED = {80: 99, 90: 227, 100: 227}  # KiB; sm_80's table also serves 8.6, 8.9 and 12.x, which have 99
+REGISTERS = 255
+
+
+def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> dict[str, tuple[str, str, tuple]]:
+    """case -> (stem, operator, arguments on the meta device)."""
+
+    def make(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    wide = torch.float32
+    x, dy, y, W, seed = make(T, k), make(T, d), make(T, d), make(d, k), make(1, dtype=torch.int64)
+    g, bias, square = make(d, dtype=wide), make(d), make(d, dtype=wide)
+    stamp, offsets = make(2, dtype=torch.int64), make(65, dtype=torch.int32)
+    cases = {}
+    for r in (16, 64, 256):
+        h, A, B = make(T, r), make(r, k), make(d, r)
+        A32, B32 = make(r, k, dtype=wide), make(d, r, dtype=wide)
+        lora = (dy, h, B, 0.5, None, None, None, True, True, True, False)
+        dora = (dy, h, B, 0.5, g, y, bias, True, True, True, True)
+        cases |= {
+            f"lowrank_backward r{r}": ("lowrank", "lowrank_backward", lora),
+            f"lowrank_backward dora r{r}": ("lowrank", "lowrank_backward", dora),
+        }
+        if r == 256 or (r == 64 and dtype == torch.float32):
+            continue  # the other kernels walk large ranks in steps of the sizes already seen
+        cases |= {
+            f"lowrank_matmul r{r}": ("lowrank", "lowrank_matmul", (x, W, h, B, 0.5, None, None)),
+            f"lowrank_update_ r{r}": ("lowrank", "lowrank_update_", (y, h, B, 0.5, g, g)),
+            f"column_norm r{r}": ("dora", "column_norm", (W, A, B, 0.5, None)),
+            f"column_norm float32 A r{r}": ("dora", "column_norm_cached_", (g, stamp, W, A32, B32, 0.5, square, False)),
+            f"dropout_project r{r}": ("dropout", "dropout_project", (x, A, seed, 0.1)),
+            f"dropout_outer r{r}": ("dropout", "dropout_outer", (h, x, seed, 0.1)),
+            f"dropout_lift_ r{r}": ("dropout", "dropout_lift_", (x, h, A, seed, 0.1)),
+        }
+    h, B = make(T, 64), make(d, 64)
+    odd = make(T, k - 1)
+    cases |= {
+        "lowrank_matmul g b odd": (
+            "lowrank", "lowrank_matmul", (odd, make(k - 1, d).t(), make(T, 63), make(d, 63), 0.5, g, bias)),
+        "lowrank_matmul g b": ("lowrank", "lowrank_matmul", (x, W, h, B, 0.5, g, bias)),
+        "lowrank_matmul odd r": ("lowrank", "lowrank_matmul", (x, W, make(T, 3), make(d, 3), 0.5, g, bias)),
+        "lowrank_update_ odd": ("lowrank", "lowrank_update_", (odd, make(T, 63), make(k - 1, 63), 0.5, g, g)),
+        "lowrank_backward odd": (
+            "lowrank", "lowrank_backward",
+            (odd, make(T, 63), make(k - 1, 63), 0.5, g, odd, bias, True, True, True, True)),
+        "column_norm odd": ("dora", "column_norm", (make(k - 1, d).t(), make(63, k - 1), make(d, 63), 0.5, None)),
+        "dropout_outer odd": ("dropout", "dropout_outer", (make(T, 63), odd, seed, 0.1)),
+        "dropout_lift_ odd": ("dropout", "dropout_lift_", (odd, make(T, 63), make(63, k - 1), seed, 0.1)),
+        "seeded_dropout odd": ("dropout", "seeded_dropout", (odd, seed, 0.1)),
+        "row_square": ("dora", "row_square", (W,)),
+        "row_square transposed": ("dora", "row_square", (make(k, d).t(),)),
+        "magnitude_grad": ("dora", "magnitude_grad", (g, dy, x, h, W, B, 0.5, g, g, bias)),
+        "dropout_project odd": ("dropout", "dropout_project", (odd, make(64, k - 1), seed, 0.1)),
+        "seeded_dropout": ("dropout", "seeded_dropout", (x, seed, 0.1)),
+        "block_sum r64": ("blocksum", "block_sum", (x, 64, None, None, 0.0)),
+        "block_sum r64 dropout": ("blocksum", "block_sum", (x, 64, None, seed, 0.1)),
+        "block_sum r63 odd dropout": ("blocksum", "block_sum", (odd, 63, None, seed, 0.1)),
+        "block_sum r1": ("blocksum", "block_sum", (x, 1, None, None, 0.0)),
+        "block_sum runs": ("blocksum", "block_sum", (x, 64, offsets, None, 0.0)),
+        "block_tile_ r64": ("blocksum", "block_tile_", (x, h, None, None, 0.0, False)),
+        "block_tile_ r64 add": ("blocksum", "block_tile_", (x, h, None, None, 0.0, True)),
+        "block_tile_ r64 add dropout": ("blocksum", "block_tile_", (x, h, None, seed, 0.1, True)),
+        "block_tile_ runs": ("blocksum", "block_tile_", (x, h, offsets, None, 0.0, True)),
+    }  # fmt: skip
+    return cases
+
+
+@contextlib.contextmanager
+def recorded(arch: int) -> Iterator[list]:
+    """Launches become (kernel, grid, args, kwargs) in a list; launchers see a device of this architecture."""
+    launches: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
+        for stem in ("lowrank", "dora", "dropout", "blocksum"):
+            module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
+            for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
+                if hasattr(module, name):
+                    patch.setattr(module, name, lambda x, value=value: value)
+        patch.setattr(common, "arch", lambda x: arch)
+        yield launches
+
+
+@dataclass
+class Build:
+    """What one compiled kernel needs."""
+
+    name: str
+    arch: int
+    grid: tuple
+    registers: int
+    spills: int
+    shared: int
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}", self.sass))
+
+    @property
+    def product(self) -> str:
+        """The matrix instruction it uses."""
+        for name in ("UTCHMMA", "HGMMA", "HMMA"):
+            if self.count(name):
+                return name
+        return "FFMA" if self.count("FFMA") else "-"
+
+
+_builds: dict[tuple, Build] = {}
+
+
+def cuobjdump(*options: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, *options], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def build(arch: int, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict) -> Build:
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs, debug=False
+    )
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    key = (kernel.__name__, arch, str(signature), str(constexprs), str(attrs), str(options))
+    if key not in _builds:
+        source = ASTSource(kernel, signature, constexprs, attrs)
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            report = cuobjdump("-res-usage", file.name)
+            sass = cuobjdump("-sass", file.name)
+        found = re.search(r"REG:(\d+)", report)
+        assert found, report
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        _builds[key] = Build(kernel.__name__, arch, grid, int(found[1]), spills, compiled.metadata.shared, sass)
+    return _builds[key]
+
+
+def builds(arch: int, stem: str, operator: str, args: tuple) -> list[Build]:
+    with recorded(arch) as launches:
+        launcher(stem, operator)(*args)
+    assert launches
+    return [build(arch, *launch) for launch in launches]
+
+
+PRODUCTS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
+WITH_PRODUCTS = ("matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel")
+CASES = [(dtype, case) for dtype in (torch.bfloat16, torch.float32) for case in samples(dtype)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype, case", CASES, ids=lambda v: str(v).removeprefix("torch."))
+def test_fits_the_processor(dtype, case, arch):
+    """No spills; registers and shared memory within limits; tensor cores wherever half precision is multiplied."""
+    for b in builds(arch, *samples(dtype)[case]):
+        assert b.spills == 0, (b.name, b.spills)
+        assert b.registers <= REGISTERS, (b.name, b.registers)
+        assert b.shared <= SHARED[arch] * 1024, (b.name, b.shared)
+        half_product = b.name in WITH_PRODUCTS or (b.name == "norm_kernel" and case.startswith("column_norm"))
+        if dtype == torch.bfloat16 and half_product:
+            assert b.product in PRODUCTS[arch], (b.name, b.product)
+        if (b.name, arch, dtype) == ("matmul_kernel", 90, torch.bfloat16):
+            assert b.product == "HGMMA" and not b.count("HMMA")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_long_passes_are_pipelined(arch):
+    """Where rows are aligned, the loops over x, W and dy copy ahead into shared memory, 16 bytes at a time."""
+    for case in ("lowrank_matmul r16", "lowrank_backward r16", "lowrank_backward dora r16"):
+        kernel = builds(arch, *samples(torch.bfloat16)[case])[0]
+        assert kernel.count(r"LDGSTS\.E\.(?:\w+\.)*128") >= 6, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["block_sum r64", "block_tile_ r64", "column_norm r16", "row_square", "seeded_dropout"]
+)
+def test_streams_move_16_bytes_per_access(case):
+    kernel = builds(90, *samples(torch.bfloat16)[case])[0]
+    assert kernel.count(r"LDG\.E\.(?:\w+\.)*128") or kernel.count(r"STG\.E\.(?:\w+\.)*128"), case
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tables_are_complete(arch):
+    from spectral_ops.triton_kernels import blocksum, dora, dropout, lowrank
+
+    tables = (lowrank.MATMUL, lowrank.UPDATE, lowrank.BACKWARD, dora.NORM, blocksum.SUM, blocksum.TILE,
+              dropout.PROJECT, dropout.OUTER, dropout.LIFT)  # fmt: skip
+    for table in tables:
+        assert {(arch, 2), (arch, 4)} <= set(table)
+
+
+def main() -> None:
+    """Print the table; arguments filter the cases."""
+    wanted = sys.argv[1:]
+    head = ("case", "kernel", "sm", "grid", "regs", "spills", "smem KiB", "instruction", "LDGSTS")
+    print("{:34} {:22} {:>4} {:>14} {:>5} {:>6} {:>8}  {:11} {:>6}".format(*head))
+    for dtype in (torch.bfloat16, torch.float32):
+        for case, sample in samples(dtype).items():
+            label = f"{case} {str(dtype)[6:]}"
+            if wanted and not all(w in label for w in wanted):
+                continue
+            for arch in ARCHS:
+                for b in builds(arch, *sample):
+                    grid = "x".join(map(str, b.grid))
+                    print(f"{label:34} {b.name:22} {arch:4} {grid:>14} {b.registers:5} {b.spills:6}"
+                          f" {b.shared / 1024:8.1f}  {b.product:11} {b.count('LDGSTS'):6}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""What tests/test_triton.py runs in a process of its own, where TRITON_INTERPRET was set before triton was imported.
+
+``CASES`` names the cases; importing this module imports no triton. As a program it reads names from standard input and
+answers each with one line of JSON: null, or the traceback. ``python tests/triton_cases.py NAME...`` runs some by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import helpers
+import torch
+
+from spectral_ops import _library, use_backend
+from spectral_ops.functional import random
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# tokens, in_features, out_features, rank: one token; odd sizes; 4 and 8 dividing k; past a tile on every side
+SIZES = [(6, 21, 34, 5), (1, 24, 40, 1), (131, 48, 57, 3), (5, 260, 72, 16), (3, 130, 259, 17), (70, 64, 136, 64)]
+SIZES_MORE = [(300, 20, 33, 3), (4, 1030, 8, 16), (9, 40, 36, 130), (40, 8, 8, 300)]  # several ranges; large ranks
+OPERATORS = sorted(helpers.operator_samples())
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(function: Callable) -> Callable:
+    CASES[function.__name__] = function
+    return function
+
+
+def triton_op(name: str) -> Callable:
+    return _library.OPERATORS[name].overloads["triton"]
+
+
+def samples(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> list[tuple]:
+    """The shared samples of one operator at another size; shards of given sizes are made for one size only."""
+    T, k, d, r = size
+    made = helpers.operator_samples(dtype, T=T, k=k, d=d, r=r)[name]
+    if name == "block_sum":
+        made = [args for args in made if args[1] <= k]
+    if size == SIZES[0]:
+        return made
+    return [args for args in made if not any(isinstance(a, torch.Tensor) and a.dtype == torch.int32 for a in args)]
+
+
+def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
+    """Against the float64 reference, with buffers that start as NaN, and twice with the same bits."""
+    for args in samples(name, dtype, size):
+        with helpers.poisoned():
+            helpers.check_operator(_library.OPERATORS[name], triton_op(name), args)
+            first, again = (helpers.results(_library.OPERATORS[name], triton_op(name), args) for _ in range(2))
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b), f"{name}: two runs differ"
+
+
+_sizes = {torch.float32: SIZES, torch.bfloat16: SIZES + SIZES_MORE, torch.float16: SIZES[:2] + SIZES[-1:]}
+for _name in OPERATORS:
+    for _dtype, _size in [(dtype, size) for dtype in DTYPES for size in _sizes[dtype]]:
+        _label = f"{_name}-{str(_dtype)[6:]}-{'x'.join(map(str, _size))}"
+        CASES[_label] = functools.partial(check, _name, _dtype, _size)
+
+
+def check_empty(name: str) -> None:
+    """No tokens, no inputs, no outputs, no rank: the shapes and zeros of the reference."""
+    for T, k, d, r in [(0, 8, 12, 2), (3, 0, 12, 2), (3, 8, 0, 2), (3, 8, 12, 0)]:
+        for args in samples(name, torch.float32, (T, k, d, r)):
+            if name in ("block_sum", "block_tile_") and 0 in (k, d, r):
+                continue  # no shard to belong to
+            operator = _library.OPERATORS[name]
+            with helpers.poisoned():
+                got = helpers.results(operator, triton_op(name), args)
+            want = helpers.results(operator, operator.overloads["reference"], args)
+            for a, b in zip(got, want, strict=True):
+                assert a.shape == b.shape and a.dtype == b.dtype, (name, (T, k, d, r), a.shape, b.shape)
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+for _name in OPERATORS:
+    CASES[f"{_name}-empty"] = functools.partial(check_empty, _name)
+
+
+def check_float64(name: str) -> None:
+    for args in samples(name, torch.float64, SIZES[0]):
+        operator = _library.OPERATORS[name]
+        got = helpers.results(operator, triton_op(name), args)
+        want = helpers.results(operator, operator.overloads["reference"], args)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+for _name in OPERATORS:
+    CASES[f"{_name}-float64"] = functools.partial(check_float64, _name)
+
+
+@case
+def every_operator_is_listed():
+    from spectral_ops import triton_kernels
+
+    assert set(OPERATORS) <= set(triton_kernels.OPERATORS)
+    for name, stem in triton_kernels.OPERATORS.items():
+        assert _library.OPERATORS[name].stem == stem
+        assert callable(triton_kernels.launcher(stem, name))
+
+
+@case
+def vanishing_magnitudes_are_the_reference_s():
+    from spectral_ops.functional import dora
+    from spectral_ops.triton_kernels.dora import VANISHING
+
+    assert VANISHING.value == dora.VANISHING
+
+
+@case
+def masks_are_the_reference_s():
+    for T, k in [(7, 21), (5, 24), (3, 514), (9, 4), (11, 3), (2, 1)]:
+        for p in (0.0, 0.1, 0.5, 0.999, 2.0**-24):
+            seed = torch.randint(0, 2**62, (1,))
+            keep = random.keep_mask(T, k, seed, p)
+            got = triton_op("seeded_dropout")(torch.ones(T, k), seed, p)
+            assert torch.equal(got != 0, keep), (T, k, p)
+            out = torch.zeros(T, k)
+            triton_op("dropout_lift_")(out, torch.ones(T, 1), torch.ones(1, k), seed, p)
+            assert torch.equal(out != 0, keep), (T, k, p)
+            for r in {1, 2, 4, k} & set(range(1, k + 1)):
+                out = torch.zeros(T, k)
+                triton_op("block_tile_")(out, torch.ones(T, r), None, seed, p, False)
+                assert torch.equal(out != 0, keep), (T, k, r, p)
+
+
+@case
+def mask_where_counters_pass_32_bits():
+    import triton
+    import triton.language as tl
+
+    from spectral_ops.triton_kernels.common import kept, threshold
+
+    @triton.jit
+    def draw(out, seed, start, limit, N: tl.constexpr, ALIGNED: tl.constexpr):
+        first = tl.load(start) + tl.zeros([1, 1], tl.int64)
+        keep = kept(tl.load(seed), first, 0, limit, N, ALIGNED)
+        tl.store(out + tl.arange(0, N)[None, :], keep.to(tl.int32))
+
+    seed = torch.tensor([0x3FED_CBA9_8765_4321])
+    for start in (0, 2**31 - 8, 2**33 - 8, 2**34 - 8, 2**40 + 4):
+        words = random.philox(start // 4 + torch.arange(8), seed).flatten()
+        want = (words >> 8).double() * 2.0**-24 >= 0.3
+        for aligned in (True, False):
+            got = torch.full((1, 32), -1, dtype=torch.int32)
+            draw[(1,)](got, seed, torch.tensor([start]), threshold(0.3), 32, aligned)
+            assert torch.equal(got[0].bool(), want) and (got >= 0).all(), (start, aligned)
+
+
+@case
+def norm_is_reused_only_for_the_same_bits():
+    cached = triton_op("column_norm_cached_")
+    for dtype in (torch.float32, torch.bfloat16):
+        W, A, B = torch.randn(70, 33).to(dtype), torch.randn(5, 33), torch.randn(70, 5)
+        square, stamp = W.float().square().sum(1), torch.zeros(2, dtype=torch.int64)
+        norm = torch.full((70,), float("nan"))
+
+        def run(force=False, norm=norm, stamp=stamp, W=W, square=square, A=A, B=B):
+            norm.fill_(float("nan"))
+            cached(norm, stamp, W, A, B, 0.5, square, force)
+            assert norm.isnan().all() or not norm.isnan().any()
+            return not norm.isnan().any()
+
+        assert run(force=True)
+        assert not run() and not run()
+        assert run(force=True)
+        for t, i, j in ((A, (0, 0), (4, 32)), (B, (69, 4), (0, 1)), (A, (2, 3), (2, 4))):
+            t[i] = t[i] * (1 + 2.0**-23)  # the last bit
+            assert run() and not run()
+            t[i], t[j] = t[j].clone(), t[i].clone()  # the same bits elsewhere
+            assert run() and not run()
+        A.zero_()
+        assert run() and not run()
+        A[0, 0] = -0.0
+        assert run() and not run()
+        want = (W.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+        run(force=True)
+        torch.testing.assert_close(norm.double(), want, rtol=1e-6, atol=0)
+
+
+@case
+def norm_survives_cancellation():
+    """W + scale B A almost zero: no digits are lost, as nothing is subtracted after squaring."""
+    A, B = torch.randn(3, 40), torch.randn(20, 3)
+    W = (-(B.double() @ A.double()) * (1 + 1e-5)).float()
+    got = triton_op("column_norm")(W, A, B, 1.0, None)
+    want = (W.double() + B.double() @ A.double()).norm(dim=1)
+    bound = 8 * torch.finfo(torch.float32).eps * (W.double().abs() + B.double().abs() @ A.double().abs()).norm(dim=1)
+    assert ((got.double() - want).abs() <= bound).all()
+
+
+@case
+def column_scale_does_not_round_away():
+    """g - 1 = 1e-3 is below bfloat16's step: u must see it all the same."""
+    dy, B = torch.randn(64, 48).bfloat16(), torch.randn(48, 16).bfloat16()
+    h = torch.randn(64, 16).bfloat16()
+    g = torch.full((48,), 1 + 1e-3)
+    wide = (dy.double() * g.double()) @ B.double()
+    u, dB, *_ = triton_op("lowrank_backward")(dy, h, B, 1.0, g, None, None, True, True, False, False)
+    exact = torch.where(wide.abs() > 1, (u.double() - wide).abs() / wide.abs(), 0)
+    assert exact.max() <= 2.0**-8  # one rounding of the result
+    torch.testing.assert_close(dB.double(), (dy.double() * g.double()).t() @ h.double(), rtol=1e-5, atol=1e-4)
+
+
+@case
+def layers_run_forward_and_backward():
+    from spectral_ops import functional as F
+
+    x, W, b = torch.randn(5, 24), torch.randn(20, 24), torch.randn(20)
+    A, B, m, D = torch.randn(4, 24), torch.randn(20, 4), torch.rand(20) + 1, torch.randn(4, 20)
+    layers = {
+        "lora": lambda t: F.lowrank_linear(t[0], W, t[1], t[2], b, scale=0.5, dropout_p=0.25, training=True),
+        "dora": lambda t: F.dora_linear(t[0], W, t[1], t[2], t[3], b, scale=0.5),
+        "dora dropout": lambda t: F.dora_linear(t[0], W, *t[1:4], b, scale=0.5, dropout_p=0.25, training=True),
+        "bone": lambda t: F.bone_linear(t[0], W, t[4], b, dropout_p=0.25, training=True),
+    }
+    dy = torch.randn(5, 20)
+    for name, layer in layers.items():
+        found = {}
+        for backend in ("triton", "reference"):
+            leaves = [t.clone().requires_grad_() for t in (x, A, B, m, D)]
+            torch.manual_seed(1)
+            with use_backend(backend):
+                y = layer(leaves)
+                y.backward(dy)
+            found[backend] = [y.detach(), *(t.grad for t in leaves if t.grad is not None)]
+        for got, want in zip(found["triton"], found["reference"], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def answer(name: str) -> str | None:
+    torch.manual_seed(0)
+    try:
+        CASES[name]()
+    except BaseException:
+        return traceback.format_exc()
+    return None
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:]:
+        for wanted in sys.argv[1:]:
+            print(wanted, answer(wanted) or "passed", flush=True)
+    else:
+        replies, sys.stdout = sys.stdout, sys.stderr
+        for line in sys.stdin:
+            print(json.dumps(answer(line.strip())), file=replies, flush=True)
