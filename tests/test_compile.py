@@ -63,7 +63,6 @@ for name in {names!r}:
         for change in (False, True):  # another step's parameters: nothing of the first may be baked in
             got, want = run(compiled, shape, parameters), run(function, shape, parameters)
             assert [t.shape for t in got] == [t.shape for t in want]
-            # a compiled graph draws its seed in its own way under inductor; every other number agrees
             for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
                 torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda m: f"{{name}}[{{i}}]: {{m}}")
             for p in (A, B, D, mini, m):
@@ -92,9 +91,14 @@ def compile_and_compare(names, backend, dynamic, dropout=False):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
-def test_every_function(dynamic):
-    compile_and_compare(FUNCTIONS, "aot_eager", dynamic)
+def test_every_function():
+    compile_and_compare(FUNCTIONS, "aot_eager", False)
+
+
+@pytest.mark.slow
+def test_dynamic_shapes():
+    names = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_linear-cached", "bone_linear", "block_sum"]
+    compile_and_compare(names, "aot_eager", True)
 
 
 @pytest.mark.slow
