@@ -167,7 +167,11 @@ inline __m512i pairs_at(const Pair* p) { return _mm512_loadu_si512(p); }
 inline void load_pairs(Pair* tile, const Matrix& a, int64_t t, int64_t rows, int64_t j, int64_t columns) {
   const bfloat16* x = static_cast<const bfloat16*>(a.data) + t * a.row + j;
   for (int64_t i = 0; i < rows; ++i, x += a.row, tile += kHalf) {
-    if (columns < kTile) std::memset(tile, 0, kHalf * sizeof(Pair));
+    if (columns == kTile) {  // a constant size, hence no call
+      std::memcpy(tile, x, kTile * sizeof(bfloat16));
+      continue;
+    }
+    std::memset(tile, 0, kHalf * sizeof(Pair));
     std::memcpy(tile, x, columns * sizeof(bfloat16));
   }
   if (rows % 2) std::memset(tile, 0, kHalf * sizeof(Pair));
