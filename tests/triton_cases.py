@@ -138,6 +138,7 @@ def masks_are_the_reference_s():
 
 @case
 def mask_where_counters_pass_32_bits():
+    global kept, tl  # a kernel looks its names up in the module
     import triton
     import triton.language as tl
 

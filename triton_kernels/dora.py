@@ -80,7 +80,7 @@ def _row_squares(
     return tl.sum(squares, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["force"])
 def norm_kernel(
     partial, changed, prints, stamp, force, w, A, B, scale, d, k, r, span, w_o, w_i, A_p, A_i, B_o, B_p,
     BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
@@ -143,7 +143,8 @@ def fingerprint_kernel(
         total = _mix(A, A_n, A_columns, A_p, A_i, program, PRINTS, BLOCK)
     else:
         total = _mix(B, B_n, B_columns, B_o, B_p, program, PRINTS, BLOCK)
-    tl.store(prints + which * PRINTS + program, tl.sum(total.to(tl.int64, bitcast=True), 0))
+    # the one keeps nothing (r = 0) apart from the zeros that a new stamp holds
+    tl.store(prints + which * PRINTS + program, tl.sum(total.to(tl.int64, bitcast=True), 0) + 1)
 
 
 @triton.jit
@@ -174,7 +175,8 @@ def _square_sums(out, root, weight, A, B, scale, stamp=None, force=False) -> Non
     elif A is not None and not aligned(weight, A, B):
         greatest, BK = greatest // 2, BK // 2
     R = power_of_2(r, 16, greatest)
-    ranges, steps = split(cdiv(k, BK) or 1, cdiv(d, BM), 4 * processors(weight))
+    programs = cdiv(d, BM)
+    ranges, steps = split(cdiv(k, BK) or 1, programs, min(4 * processors(weight), 64 * programs))
     A_strides, B_strides = ((0, 0), (0, 0)) if A is None else (A.stride(), B.stride())
     partial = torch.empty(ranges, d, dtype=torch.float32, device=weight.device)
     with on_device(weight):
