@@ -54,15 +54,7 @@ def object_of(stem: str) -> Path:
             return path
     own.parent.mkdir(parents=True, exist_ok=True)
     partial = own.with_suffix(f".{os.getpid()}.o")
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-O3",
-        "--expt-relaxed-constexpr",
-        f"-arch=sm_{ARCH}",
-        "-c",
-        SOURCES / f"{stem}.cu",
-    ]
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{ARCH}"]
     done = subprocess.run(["nvcc", *flags, "-c", SOURCES / f"{stem}.cu", "-o", partial], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return partial.replace(own)

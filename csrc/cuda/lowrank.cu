@@ -51,7 +51,7 @@ template <class T> struct Update {
   bool wide, paired;
 };
 
-constexpr int kUpdateRows = 128, kUpdateColumns = 32 * kWarps;
+constexpr int kUpdateRows = 128, kUpdateColumns = 32 * kWarps;  // as many columns as threads
 
 // A warp owns 32 columns, 32 rows at a time. Column n of product j is column 8 (n / 2) + 2 j + n % 2 of the 32, which gives
 // lane 4i + q columns 8q .. 8q+7 of rows i and i+8. kSteps: how many 16 ranks of B stay in registers; 0: none, r is large.
@@ -65,12 +65,11 @@ __global__ void __launch_bounds__(kThreads, kSteps == 4 ? 1 : 2) update_mma(Upda
   if (column0 >= a.columns) return;  // a whole warp; there is no block barrier
   const int mine = column0 + 8 * q, n = a.columns - mine;
 
-  float g[8], shift[8];
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    g[e] = a.g && e < n ? a.g[mine + e] : 1.f;
-    shift[e] = a.shift && e < n ? a.shift[mine + e] : 0.f;
-  }
+  __shared__ __align__(16) float g_of[kUpdateColumns], shift_of[kUpdateColumns];  // each warp's own 32
+  g_of[threadIdx.x] = a.g && column0 + lane < a.columns ? a.g[column0 + lane] : 1.f;
+  shift_of[threadIdx.x] = a.shift && column0 + lane < a.columns ? a.shift[column0 + lane] : 0.f;
+  __syncwarp();
+  const float *g = g_of + threadIdx.x - lane + 8 * q, *shift = shift_of + threadIdx.x - lane + 8 * q;
   auto fragment_of_B = [&](uint32_t (&b)[2], int step, int j) {  // ranks 16 step .., columns of product j
     const int column = column0 + 8 * (i / 2) + 2 * j + i % 2, rank = 16 * step + 2 * q;
     const T* p = a.B + column * a.B_stride + rank;
