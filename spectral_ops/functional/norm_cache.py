@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spectral_ops._library import accumulate_dtype
@@ -58,7 +59,8 @@ class NormCache:
     def _get(self, weight, A, B, scale):
         # another stream gets buffers of its own: nothing orders it after the kernels that filled these
         stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
-        weight_key = (weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device, stream)
+        storage = StorageWeakRef(weight.untyped_storage())  # kept, so that no later weight can pass for this one
+        weight_key = (storage, weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device, stream)
         if weight_key != self._weight_key:
             self._weight_key, self._key = weight_key, None
             with torch.inference_mode(False):  # else a later training step could not write into them
