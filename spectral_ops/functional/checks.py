@@ -85,7 +85,7 @@ def number(name: str, value: Any) -> None:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {describe(value)}, wanted a number")
-    if not math.isfinite(value):
+    if not _compiling() and not math.isfinite(value):  # a scale that changes is a symbol to the compiler
         raise ValueError(f"{name}: got {value!r}, wanted a finite number")
 
 
@@ -115,6 +115,8 @@ def base(base_out: Any, x: Any) -> None:
     """base_out [..., d], the result of a base layer on x [..., k]."""
     tensor("base_out", base_out, "[..., out_features]")
     tensor("x", x, "[..., in_features]")
+    if x.dim() < 1:
+        raise ValueError(f"x: got {describe(x)}, wanted at least one dimension [..., in_features]")
     if base_out.dim() < 1 or base_out.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"base_out: got {describe(base_out)}, wanted the leading dimensions of x {list(x.shape[:-1])}")
     device("x", x, base_out=base_out)
