@@ -11,16 +11,26 @@ The same two operators serve the input side and the output side, forward and bac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, random
-from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, mm, overwritable, rows, shaped, tokens
+from spectral_ops.functional.common import (
+    apply,
+    autocast_arguments,
+    backward_pass,
+    draw_seed,
+    mm,
+    overwritable,
+    rows,
+    shaped,
+    tokens,
+)
 
 __all__ = ["block_sum", "bone_linear", "bone_update", "disha_linear"]
 
@@ -93,7 +103,7 @@ class BlockSumFunction(Function):
         return shaped(block_sum_op(rows(x), r, offsets, None, 0.0), x)
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dh):
         dx = dh.new_empty(ctx.shape)
         block_tile_op(tokens(dx), rows(dh), ctx.offsets, None, 0.0, False)
@@ -131,7 +141,7 @@ class ShardLinearFunction(Function):
         return shaped(y, x)
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dy):
         weight, D, h, seed = ctx.saved_tensors
         need_x, _, need_D, need_bias = ctx.needs_input_grad[:4]
@@ -160,7 +170,7 @@ class ShardUpdateFunction(Function):
         return base_out
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dy):
         D, h, seed = ctx.saved_tensors
         _, need_x, need_D = ctx.needs_input_grad[:3]
@@ -191,11 +201,25 @@ def _check_shards(name: str, shards: str | Sequence[int] | None, features: int, 
         raise ValueError(f"{name}: got {len(shards)} blocks, wanted {count} (that dimension of D)")
 
 
+_device_offsets: dict[tuple, torch.Tensor] = {}
+
+
 def _offsets(shards: str | Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
     """int32 [r+1] offsets of contiguous blocks on ``device``; None for a cyclic map."""
     if shards is None or isinstance(shards, str):
         return None
-    return torch.tensor([0, *shards], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    ends = [0, *itertools.accumulate(shards)]
+    if torch.compiler.is_compiling() or device.type == "cpu":
+        return torch.tensor(ends, dtype=torch.int32, device=device)
+    # copied to a GPU once: a copy in every call would wait for the device, and no CUDA graph could capture it
+    key = (device, *ends)
+    if key not in _device_offsets:
+        with torch.inference_mode(False):
+            offsets = torch.tensor(ends, dtype=torch.int32, device=device)
+        if type(offsets) is not torch.Tensor:  # a fake one, while somebody traces shapes
+            return offsets
+        _device_offsets[key] = offsets
+    return _device_offsets[key]
 
 
 def _check_bone(bone: torch.Tensor, x: torch.Tensor, out_features: int) -> None:

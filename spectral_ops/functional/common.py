@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
@@ -53,10 +57,30 @@ def apply(function: type[torch.autograd.Function], device_type: str, *args):
         return function.apply(*args)
 
 
+def backward_pass(backward: Callable) -> Callable:
+    """Decorates a Function's backward: differentiable once, and run with autocast off, like its forward. A caller may
+    well start it inside an autocast block, which would round the float32 factors of some of its products only."""
+
+    @once_differentiable
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        device_type = grads[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return backward(ctx, *grads)
+        with torch.autocast(device_type, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
+
+
 def overwritable(base_out: torch.Tensor) -> torch.Tensor:
-    """``base_out`` where autograd lets it be overwritten in place, a copy where it does not (a view, or a trained leaf)."""
+    """``base_out`` where autograd lets it be overwritten in place, a copy where it does not: a view, a trained leaf, or
+    a tensor of inference mode outside it."""
     if torch.compiler.is_compiling():  # the compiler decides by itself whether the copy is needed
         return base_out.clone(memory_format=torch.contiguous_format)
-    if (base_out.requires_grad and base_out.is_leaf) or base_out._is_view() or not base_out.is_contiguous():
+    frozen = (base_out.requires_grad and base_out.is_leaf) or (
+        base_out.is_inference() and not torch.is_inference_mode_enabled()
+    )
+    if frozen or base_out._is_view() or not base_out.is_contiguous():
         return base_out.clone(memory_format=torch.contiguous_format)
     return base_out

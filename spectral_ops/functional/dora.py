@@ -14,11 +14,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, dropout
-from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, overwritable, rows, shaped, tokens
+from spectral_ops.functional.common import (
+    apply,
+    autocast_arguments,
+    backward_pass,
+    draw_seed,
+    overwritable,
+    rows,
+    shaped,
+    tokens,
+)
 from spectral_ops.functional.lowrank import (
     A_gradient,
     base_input_gradient,
@@ -145,7 +153,7 @@ class DoraFunction(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dy):
         x, weight, A, B, magnitude, bias, norm, g, h, y = ctx.saved_tensors
         need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
@@ -187,7 +195,7 @@ class DoraDropoutFunction(Function):
         return shaped(y, x)
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dy):
         x, weight, A, B, magnitude, norm, g, h, z, seed = ctx.saved_tensors
         need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
@@ -223,7 +231,7 @@ class DoraUpdateFunction(Function):
         return base_out
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dy):
         x, A, B, magnitude, bias, g, h, y = ctx.saved_tensors
         need_out, need_x, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]

@@ -17,12 +17,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from spectral_ops import _library
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, dropout
-from spectral_ops.functional.common import apply, autocast_arguments, draw_seed, mm, overwritable, rows, shaped, tokens
+from spectral_ops.functional.common import (
+    apply,
+    autocast_arguments,
+    backward_pass,
+    draw_seed,
+    mm,
+    overwritable,
+    rows,
+    shaped,
+    tokens,
+)
 
 __all__ = ["lowrank_linear", "lowrank_linear_group", "lowrank_update"]
 
@@ -188,7 +197,7 @@ class LowRankFunction(Function):
         return shaped(y, x)
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dy):
         x, weight, A, B, core, g, h, seed = ctx.saved_tensors
         need_x, _, need_A, need_B, need_bias, need_core = ctx.needs_input_grad[:6]
@@ -236,7 +245,7 @@ class LowRankUpdateFunction(Function):
         return base_out
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, dy):
         x, A, B, core, g, h, seed = ctx.saved_tensors
         need_out, need_x, need_A, need_B, need_bias, need_core = ctx.needs_input_grad[:6]
@@ -284,7 +293,7 @@ class LowRankGroupFunction(Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @backward_pass
     def backward(ctx, *dys):
         x, h, *rest = ctx.saved_tensors
         n = len(ctx.ranks)
@@ -404,15 +413,14 @@ def lowrank_linear_group(x, layers: Sequence[tuple]):
             got = f"{len(layer)} entries" if isinstance(layer, (tuple, list)) else type(layer).__name__
             raise ValueError(f"layers[{i}]: got {got}, wanted (weight, lora_A, lora_B, bias, scale)")
         weight, A, B, bias, scale = layer
-        cast, weight, bias = autocast_arguments(x, weight, bias)
+        x, weight, bias = autocast_arguments(x, weight, bias)  # x is cast once: the next time it is already
         try:
-            checks.linear(cast, weight, bias)
-            checks.same_dtype("x", cast, weight=weight, bias=bias)
-            checks.low_rank(cast, weight.shape[0], A, B)
+            checks.linear(x, weight, bias)
+            checks.same_dtype("x", x, weight=weight, bias=bias)
+            checks.low_rank(x, weight.shape[0], A, B)
             checks.number("scale", scale)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layers[{i}]: {error}") from None
         flat += [weight, A, B, bias]
         scales.append(float(scale))
-    (x,) = autocast_arguments(x)
     return list(apply(LowRankGroupFunction, x.device.type, x, tuple(scales), *flat))
