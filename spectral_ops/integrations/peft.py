@@ -212,6 +212,8 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_a
         return Row(*head, PEFT, reason="lora.MultiheadAttention uses its weight, not its forward")
     if original not in REPLACEMENTS:
         return Row(*head, PEFT, reason=f"{original.__name__} layers of the {tuner_of(layer)} tuner are left to PEFT")
+    if type(layer) is original and "forward" in layer.__dict__:
+        return Row(*head, PEFT, reason="its own forward was replaced (a hook that accelerate's device_map added)")
     is_miss = original is miss.MissLinear
     try:
         base, adapters = miss_plan(layer, None) if is_miss else lora_plan(layer, None)
@@ -248,7 +250,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = Fals
         raise RuntimeError(f"strict=True, and {len(left)} layers would be left to PEFT:\n" + "\n".join(left))
     states = []
     for name, layer in layers.items():
-        if type(layer) in REPLACEMENTS and not name.startswith(attention):
+        if type(layer) in REPLACEMENTS and not name.startswith(attention) and "forward" not in layer.__dict__:
             layer._spectral_ops = LayerState(name)
             layer.__class__ = REPLACEMENTS[type(layer)]
         if type(layer) in ORIGINALS:

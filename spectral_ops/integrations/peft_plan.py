@@ -14,6 +14,7 @@ from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -134,10 +135,23 @@ def base_of(layer: nn.Module) -> Base:
     return Base(base, None, held(base, "bias"), True)
 
 
+def check_tracing() -> None:
+    """Nothing watches this call that looks inside its operators and cannot see through an autograd.Function."""
+    if torch.compiler.is_compiling():
+        return
+    if torch.jit.is_tracing():
+        raise Unfit("torch.jit.trace is running, which cannot save the fused operators")
+    if torch._C._are_functorch_transforms_active():
+        raise Unfit("a torch.func transform is running (grad, vmap, ...)")
+    if forward_ad._current_level >= 0:
+        raise Unfit("forward-mode differentiation is running")
+
+
 def check_input(layer: nn.Module, x: torch.Tensor, base: Base, parameters: list[torch.Tensor]) -> None:
     """x and the dtypes are such that PEFT would compute the same up to rounding."""
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
         raise Unfit(f"x is a {type(x).__name__}, not a plain tensor")
+    check_tracing()
     if _has_any_global_hook():
         raise Unfit("a global module hook is registered, which must see every submodule called")
     dtype = x.dtype
