@@ -26,6 +26,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process; owns every registration
 OPERATORS: dict[str, Operator] = {}
+FUNCTIONS: dict[str, tuple[str, ...]] = {}  # public function -> the operators it may call; for backends.explain
 forced_backend: str | None = (
     None  # set by backends.use_backend; process-wide, because autograd runs backward on its own threads
 )

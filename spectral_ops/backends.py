@@ -110,15 +110,23 @@ def choose(operator: Operator, device_type: str) -> Choice:
 
 
 def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
-    """Which implementation of ``op`` (an operator's name, such as ``"block_sum"``) would run on ``tensors``, and why."""
-    if isinstance(op, str):
-        if op not in _library.OPERATORS:
-            raise ValueError(f"op: got {op!r}, wanted one of {', '.join(sorted(_library.OPERATORS))}")
-        op = _library.OPERATORS[op]
+    """Which implementation would run on ``tensors``, and why.
+
+    ``op`` names an operator (``"block_tile_"``) or a public function (``"dora_linear"``), whose choice lists the
+    backend of every operator it may call besides the library's plain products. Raises ValueError for another name.
+    """
+    names = [op.name] if isinstance(op, Operator) else [op] if op in _library.OPERATORS else _library.FUNCTIONS.get(op)
+    if names is None:
+        known = ", ".join(sorted({*_library.OPERATORS, *_library.FUNCTIONS}))
+        raise ValueError(f"op: got {op!r}, wanted one of {known}")
     devices = {t.device.type for t in tensors} or {"cpu"}
     if len(devices) > 1:
         raise ValueError(f"tensors: got tensors on {', '.join(sorted(devices))}, wanted one device")
-    return choose(op, devices.pop())
+    device = devices.pop()
+    choices = [choose(_library.OPERATORS[name], device) for name in names]
+    if not isinstance(op, str) or op in _library.OPERATORS:
+        return choices[0]
+    return Choice(op, ", ".join(dict.fromkeys(c.backend for c in choices)), "; ".join(map(str, choices)))
 
 
 def activate() -> None:

@@ -165,3 +165,40 @@ def test_a_layer_whose_forward_was_replaced_is_reported(models):
     assert report.counts["PEFT"] == 1 and report.counts["fused"] == 1
     del layer.forward
     assert spectral_ops.accelerate(plain, strict=True).counts["fused"] == 2
+
+
+def test_explain_takes_a_public_function():
+    choice = spectral_ops.explain("dora_linear", torch.zeros(1))
+    assert choice.operator == "dora_linear" and "column_norm" in choice.reason
+    assert spectral_ops.explain("block_sum").operator == "block_sum"
+    with pytest.raises(ValueError, match="op: got 'nonsense', wanted one of .*block_sum"):
+        spectral_ops.explain("nonsense")
+
+
+def test_unused_and_frozen_siblings_cost_no_gradient():
+    x = torch.randn(6, 10, requires_grad=True)
+    used = [torch.randn(8, 10), torch.randn(4, 10, requires_grad=True), torch.randn(8, 4, requires_grad=True)]
+    other = [torch.randn(5, 10), torch.randn(2, 10), torch.randn(5, 2, requires_grad=True)]
+    y, _ = spectral_ops.lowrank_linear_group(x, [(*used, None, 0.5), (*other, None, 1.0)])
+    y.square().sum().backward()
+    copies = [t.detach().clone().requires_grad_() for t in (x, used[1], used[2])]
+    expected = copies[0] @ used[0].t() + 0.5 * (copies[0] @ copies[1].t()) @ copies[2].t()
+    expected.square().sum().backward()
+    for t, c in zip((x, used[1], used[2]), copies, strict=True):
+        torch.testing.assert_close(t.grad, c.grad, rtol=1e-4, atol=1e-4)
+    assert other[1].grad is None and other[2].grad is None
+
+
+@pytest.mark.parametrize("g", [1.0, 0.05, 0.0])
+def test_dora_update_keeps_the_magnitudes_gradient_beside_a_large_bias(g):
+    torch.manual_seed(0)
+    x, W = torch.randn(64, 10).bfloat16(), (torch.randn(8, 10) * 0.3).bfloat16()
+    A, B, bias = torch.randn(4, 10) * 0.1, torch.randn(8, 4) * 0.1, torch.full((8,), 30.0, dtype=torch.bfloat16)
+    norm = spectral_ops.column_norm(W, A, B)
+    m = (g * norm).requires_grad_()
+    base_out = torch.nn.functional.linear(x, W, bias)
+    z = (base_out - bias).double() + x.double() @ A.double().t() @ B.double().t()
+    dy = torch.randn(64, 8).bfloat16()
+    spectral_ops.dora_update(base_out, x, A, B, m, norm, bias).backward(dy)
+    exact = (dy.double() * z).sum(0) / norm.double()
+    assert (m.grad - exact).norm() <= 0.02 * exact.norm()

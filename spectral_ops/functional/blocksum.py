@@ -111,7 +111,7 @@ class BlockSumFunction(Function):
 
 
 def _expand_(y, h, D, out_offsets):
-    """y [T, d] += expand(h D): a plain product where every output has its own column of D, one tiling pass otherwise."""
+    """y [T, d] += expand(h D): a plain product where every output has its own column of D, else one tiling pass."""
     if D.shape[1] == y.shape[1] and out_offsets is None:
         y.addmm_(h, D)
     else:
@@ -270,7 +270,7 @@ def bone_linear(x, weight, bone, bias=None, *, dropout_p=0.0, training=False):
 
 
 def bone_update(base_out, x, bone, *, dropout_p=0.0, training=False):
-    """base_out + block_sum(drop(x), r) D, in place on ``base_out`` [..., d]: Bone over any base layer (bitsandbytes, GPTQ).
+    """base_out + block_sum(drop(x), r) D, in place on base_out [..., d]: Bone over any base layer (bitsandbytes, GPTQ).
 
     ``base_out`` = base(x) must be a fresh result nobody else reads: it is overwritten and returned (a view or a trained
     leaf is copied first). ``bone`` [r, d] or mini [r, q]; x [..., k], cast to base_out's dtype. METHODS 1.3.
@@ -290,7 +290,7 @@ def disha_linear(x, weight, D, in_shards, out_shards=None, bias=None):
         x: [..., k]; weight: [d, k], frozen; bias: [d] or None.
         D: [r1, r2], trained.
         in_shards: how inputs map to rows of D: ``"cyclic"`` (i mod r1) or a list of r1 block sizes that sum to k.
-        out_shards: how outputs map to columns of D: ``"cyclic"``, r2 block sizes that sum to d, or None (identity, r2 = d).
+        out_shards: how outputs map to columns of D: ``"cyclic"``, r2 block sizes that sum to d, or None (r2 = d).
 
     Returns y [..., d] in x's dtype. Bone is ``("cyclic", None)``, mini is ``("cyclic", "cyclic")``. METHODS 1.3;
     DiSHA arXiv:2409.15371.

@@ -1,4 +1,4 @@
-"""What the fused linear functions share: token flattening, autocast, dropout seeds, and products with a chosen dtype."""
+"""What the fused linear functions share: token flattening, autocast, dropout seeds, products with a chosen dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., n] as [T, n] with unit stride in the last dimension, which is what the kernels read; copies only if needed."""
+    """x [..., n] as [T, n] with unit stride in the last dimension, as the kernels read it; copies only if needed."""
     x = tokens(x)
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
@@ -34,7 +34,7 @@ def mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def draw_seed(x: torch.Tensor, dropout_p: float, training: bool) -> torch.Tensor | None:
-    """A seed [1] int64 on x's device, from torch's generator for that device; None, and nothing drawn, without dropout."""
+    """A seed [1] int64 on x's device, drawn from torch's generator for it; None, and nothing drawn, without dropout."""
     if not training or dropout_p == 0.0:
         return None
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
@@ -64,7 +64,7 @@ def backward_pass(backward: Callable) -> Callable:
     @once_differentiable
     @functools.wraps(backward)
     def run(ctx, *grads):
-        device_type = grads[0].device.type
+        device_type = next((g.device.type for g in grads if g is not None), "cpu")
         if not torch.is_autocast_enabled(device_type):
             return backward(ctx, *grads)
         with torch.autocast(device_type, enabled=False):

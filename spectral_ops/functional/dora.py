@@ -121,7 +121,7 @@ def _magnitude_cost(dyz, dy, x, h, weight, B, scale, g, norm, bias):
 def magnitude_grad_op(dyz, dy, x, h, weight, B, scale, g, norm, bias):
     """dm [d] = Σ_t dy (y - b) / m from dyz = Σ_t dy (y - b) and m = g c.
 
-    Where m vanishes y says nothing of x·V_o, V = W + scale B A: those rows are Σ_t dy (x·W_o + scale h·B_o) / c instead.
+    Where m vanishes y says nothing of x·V_o, V = W + scale B A: those rows are Σ_t dy (x·W_o + scale h·B_o) / c.
     """
     vanishing = g.abs() < VANISHING
     if bias is not None:
@@ -146,8 +146,10 @@ class DoraFunction(Function):
         g = magnitude.to(norm.dtype) / norm
         y = fused_forward(x2, weight, h, B.to(x.dtype), scale, g, bias)
         out = shaped(y, x)
-        need_m = ctx.needs_input_grad[4]
+        need_A, need_m = ctx.needs_input_grad[2], ctx.needs_input_grad[4]
         saved_y = out if need_m and not recompute else None
+        ctx.x_shape = x.shape
+        x = x if need_A or need_m else None
         ctx.save_for_backward(x, weight, A, B, magnitude, bias, norm.clone() if need_m else None, g, h, saved_y)
         ctx.scale = scale
         return out
@@ -157,7 +159,7 @@ class DoraFunction(Function):
     def backward(ctx, dy):
         x, weight, A, B, magnitude, bias, norm, g, h, y = ctx.saved_tensors
         need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
-        x2, dy2, b = rows(x), rows(dy), B.to(dy.dtype)
+        x2, dy2, b = None if x is None else rows(x), rows(dy), B.to(dy.dtype)
         if need_m and y is None:
             y = fused_forward(x2, weight, h, b, ctx.scale, g, bias)
         u, dB, db, dyz, gdy = lowrank_backward_op(
@@ -166,7 +168,7 @@ class DoraFunction(Function):
         )  # fmt: skip
         dx = dA = dm = None
         if need_x:
-            dx = base_input_gradient(dy2, gdy, weight, g).addmm_(u, A.to(dy.dtype)).reshape(x.shape)
+            dx = base_input_gradient(dy2, gdy, weight, g).addmm_(u, A.to(dy.dtype)).reshape(ctx.x_shape)
         if need_A:
             dA = A_gradient(u, x2, None, 0.0, A.dtype)
         if need_m:
@@ -216,35 +218,43 @@ class DoraDropoutFunction(Function):
 
 
 class DoraUpdateFunction(Function):
-    """Base-agnostic tier: base_out becomes g * (base_out - b + γ h Bᵀ) + b in place; saves x, h and that output."""
+    """Base-agnostic tier: base_out becomes g * (base_out - b + γ h Bᵀ) + b in place; saves x, h and that output.
+
+    With a bias it saves z = base_out - b + γ h Bᵀ [T, d] instead: beside b, the rounded output would hold too few
+    digits of g z where |g| is small, and without W they cannot be computed again.
+    """
 
     @staticmethod
     def forward(ctx, base_out, x, A, B, magnitude, bias, norm, scale):
         h = rows(x) @ A.to(x.dtype).t()
         g = magnitude.to(norm.dtype) / norm
-        shift = None if bias is None else (1 - g) * bias.to(g.dtype)
-        lowrank_update_op(tokens(base_out), h, B.to(x.dtype), scale, g, shift)
+        b, out = B.to(x.dtype), tokens(base_out)
+        need_A, need_m = ctx.needs_input_grad[2], ctx.needs_input_grad[4]
+        saved = base_out if need_m else None
+        if need_m and bias is not None:
+            saved = (out - bias).addmm_(h, b.t(), alpha=scale)
+        lowrank_update_op(out, h, b, scale, g, None if bias is None else (1 - g) * bias.to(g.dtype))
         ctx.mark_dirty(base_out)
-        need_m = ctx.needs_input_grad[4]
-        ctx.save_for_backward(x, A, B, magnitude, bias, g, h, base_out if need_m else None)
-        ctx.scale = scale
+        ctx.save_for_backward(x if need_A else None, A, B, magnitude, norm.clone(), g, h, saved)
+        ctx.scale, ctx.has_bias, ctx.x_shape = scale, bias is not None, x.shape
         return base_out
 
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
-        x, A, B, magnitude, bias, g, h, y = ctx.saved_tensors
+        x, A, B, magnitude, norm, g, h, y = ctx.saved_tensors
         need_out, need_x, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
         dy2 = rows(dy)
         u, dB, db, dyz, gdy = lowrank_backward_op(
-            dy2, h, B.to(dy.dtype), ctx.scale, g, tokens(y) if need_m else None, bias,
+            dy2, h, B.to(dy.dtype), ctx.scale, g, tokens(y) if need_m else None, None,
             need_x or need_A, need_B, need_bias, need_out,
         )  # fmt: skip
-        dx = update_input_gradient(u, A, x, None, 0.0) if need_x else None
+        dx = update_input_gradient(u, A, ctx.x_shape, None, 0.0) if need_x else None
         dA = A_gradient(u, rows(x), None, 0.0, A.dtype) if need_A else None
-        # without W a row of y that m has erased cannot be recomputed: its gradient is 0, not a division by zero
-        m = magnitude.to(g.dtype)
-        dm = torch.where(g.abs() < VANISHING, 0.0, dyz / m).to(magnitude.dtype) if need_m else None
+        dm = None
+        if need_m:  # y is g z without a bias; where m is zero it is lost, and the gradient 0, not a division by zero
+            scaled = norm if ctx.has_bias else torch.where(g == 0, float("inf"), g * norm)
+            dm = (dyz / scaled).to(magnitude.dtype)
         db = ((1 - g) * db).to(dy.dtype) if need_bias else None
         return (
             gdy.reshape(dy.shape) if need_out else None,

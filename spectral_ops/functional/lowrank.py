@@ -240,8 +240,9 @@ class LowRankUpdateFunction(Function):
         else:
             lowrank_update_op(out, apply_core(h, core), B.to(x.dtype), scale, g, shift)
         ctx.mark_dirty(base_out)
-        ctx.save_for_backward(x, A, B, core, g, h, seed)
-        ctx.scale, ctx.p = scale, p
+        _, need_x, need_A, need_B, _, need_core = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(x if need_A else None, A, B, core, g, h if need_B or need_core else None, seed)
+        ctx.scale, ctx.p, ctx.x_shape = scale, p, x.shape
         return base_out
 
     @staticmethod
@@ -259,7 +260,7 @@ class LowRankUpdateFunction(Function):
         if need_u:
             u, dcore = core_backward(h, u, core, need_core)
         if need_x:
-            dx = update_input_gradient(u, A, x, seed, ctx.p)
+            dx = update_input_gradient(u, A, ctx.x_shape, seed, ctx.p)
         if need_A:
             dA = A_gradient(u, rows(x), seed, ctx.p, A.dtype)
         dout = (dy if g is None else gdy.reshape(dy.shape)) if need_out else None
@@ -268,11 +269,11 @@ class LowRankUpdateFunction(Function):
         return dout, dx, dA, dB.to(B.dtype) if need_B else None, db, dcore, None, None, None, None
 
 
-def update_input_gradient(u, A, x, seed, p):
-    """mask * (u A), shaped as x: the adapter's own share of dx, beside what the base layer's node returns."""
+def update_input_gradient(u, A, shape, seed, p):
+    """mask * (u A) in x's shape: the adapter's own share of dx, beside what the base layer's node returns."""
     if seed is None:
-        return (u @ A.to(u.dtype)).reshape(x.shape)
-    return dropout.lift_(u.new_zeros(u.shape[0], A.shape[1]), u, A.to(u.dtype), seed, p).reshape(x.shape)
+        return (u @ A.to(u.dtype)).reshape(shape)
+    return dropout.lift_(u.new_zeros(u.shape[0], A.shape[1]), u, A.to(u.dtype), seed, p).reshape(shape)
 
 
 class LowRankGroupFunction(Function):
@@ -288,8 +289,10 @@ class LowRankGroupFunction(Function):
             shaped(fused_forward(x2, W, part, B.to(x.dtype), scale, None, bias), x)
             for W, part, B, bias, scale in zip(weights, h.split(ranks, 1), Bs, biases, scales, strict=True)
         ]
-        ctx.save_for_backward(x, h, *weights, *As, *Bs)
-        ctx.scales, ctx.ranks = scales, ranks
+        need_A = any(ctx.needs_input_grad[3::4])
+        ctx.save_for_backward(x if need_A else None, h, *weights, *As, *Bs)
+        ctx.scales, ctx.ranks, ctx.x_shape = scales, ranks, x.shape
+        ctx.set_materialize_grads(False)  # a sibling whose output nobody used costs nothing
         return tuple(outputs)
 
     @staticmethod
@@ -298,27 +301,32 @@ class LowRankGroupFunction(Function):
         x, h, *rest = ctx.saved_tensors
         n = len(ctx.ranks)
         weights, As, Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        need = ctx.needs_input_grad
-        need_A = any(need[3 + 4 * i] for i in range(n))
-        grads, us, dx = [None, None], [], None
+        need_x, need_A, need_B, need_bias = (ctx.needs_input_grad[j::4] for j in (0, 3, 4, 5))
+        need_x = need_x[0]
+        grads: list[torch.Tensor | None] = [None] * (2 + 4 * n)
+        us, dx = {}, None
         for i, (dy, part) in enumerate(zip(dys, h.split(ctx.ranks, 1), strict=True)):
+            if dy is None:
+                continue
             dy2 = rows(dy)
             u, dB, db, _, _ = lowrank_backward_op(
                 dy2, part, Bs[i].to(dy2.dtype), ctx.scales[i], None, None, None,
-                need[0] or need_A, need[4 + 4 * i], need[5 + 4 * i], False,
+                need_x or need_A[i], need_B[i], need_bias[i], False,
             )  # fmt: skip
-            if need[0]:
+            if need_x:
                 dx = dy2 @ weights[i] if dx is None else dx.addmm_(dy2, weights[i])
-            us.append(u)
-            grads += [None, None, dB.to(Bs[i].dtype) if need[4 + 4 * i] else None]
-            grads += [db.to(dy.dtype) if need[5 + 4 * i] else None]
-        u = torch.cat(us, 1) if need[0] or need_A else None
-        if need[0]:
-            grads[0] = dx.addmm_(u, torch.cat([A.to(dx.dtype) for A in As])).reshape(x.shape)
-        if need_A:
-            dA = A_gradient(u, rows(x), None, 0.0, accumulate_dtype(x.dtype))
-            for i, part in enumerate(dA.split(ctx.ranks)):
-                grads[3 + 4 * i] = part.to(As[i].dtype) if need[3 + 4 * i] else None
+            if need_x or need_A[i]:
+                us[i] = u
+            grads[4 + 4 * i] = dB.to(Bs[i].dtype) if need_B[i] else None
+            grads[5 + 4 * i] = db.to(dy.dtype) if need_bias[i] else None
+        if dx is not None:
+            stacked = torch.cat([As[i].to(dx.dtype) for i in us])
+            grads[0] = dx.addmm_(torch.cat(list(us.values()), 1), stacked).reshape(ctx.x_shape)
+        trained = [i for i in us if need_A[i]]
+        if trained:
+            dA = A_gradient(torch.cat([us[i] for i in trained], 1), rows(x), None, 0.0, accumulate_dtype(x.dtype))
+            for i, part in zip(trained, dA.split([ctx.ranks[i] for i in trained]), strict=True):
+                grads[3 + 4 * i] = part.to(As[i].dtype)
         return tuple(grads)
 
 

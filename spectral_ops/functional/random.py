@@ -1,4 +1,4 @@
-"""Dropout from a counter-based generator: the mask is a function of (seed, element), so it is regenerated, never stored.
+"""Dropout from a counter-based generator: the mask is a function of (seed, element), regenerated and never stored.
 
 Element e = t * n + i of a [T, n] tensor takes word e mod 4 of Philox4x32-10 at counter e div 4 under the 64-bit key
 ``seed`` (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). It is kept where the word's upper 24
