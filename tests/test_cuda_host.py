@@ -80,7 +80,7 @@ def emulated():
     return torch.ops.spectral_ops_emulated
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["ascending", "descending", "shuffled"])
+@pytest.fixture(params=[0, 1, 2, 3], ids=["ascending", "descending", "shuffled", "warp by warp"])
 def order(request, monkeypatch):
     """The order in which a block's threads run between barriers: a missing barrier shows in one of them."""
     monkeypatch.setenv("EMULATOR_ORDER", str(request.param))

@@ -3,8 +3,8 @@
 // warp matrix instructions yield until the threads they join have arrived. It proves what a kernel computes, not how fast.
 //
 // It is strict where hardware is lenient: shared memory starts as NaN, asynchronous copies land only when waited for,
-// the order in which threads run between barriers is chosen by EMULATOR_ORDER (0 ascending, 1 descending, 2 shuffled),
-// and a barrier that some thread never reaches aborts.
+// the order in which threads run between barriers is chosen by EMULATOR_ORDER (0 ascending, 1 descending, 2 shuffled,
+// 3 each warp as far as it gets before the next), and a barrier that some thread never reaches aborts.
 #pragma once
 
 #include <ucontext.h>
@@ -129,17 +129,26 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
     t.context.uc_link = nullptr;
     makecontext(&t.context, reinterpret_cast<void (*)()>(&entry), 0);
   }
-  for (unsigned left = block.size; left > 0;) {
-    if (chosen == 2) std::shuffle(sequence.begin(), sequence.end(), random);
+  unsigned left = block.size;
+  const auto run = [&](unsigned begin, unsigned end) {  // each of these threads up to its next barrier
     block.progress = false;
-    for (unsigned i : sequence) {
-      Thread& t = *block.threads[i];
+    for (unsigned n = begin; n < end; ++n) {
+      Thread& t = *block.threads[sequence[n]];
       if (t.done) continue;
       current = &t;
       swapcontext(&block.scheduler, &t.context);
       if (t.done) --left;
     }
-    if (!block.progress) fail("deadlock: threads wait at different barriers");
+    return block.progress;
+  };
+  while (left > 0) {
+    if (chosen == 2) std::shuffle(sequence.begin(), sequence.end(), random);
+    bool progress = false;
+    const unsigned group = chosen == 3 ? 32 : block.size;
+    for (unsigned begin = 0; begin < block.size; begin += group)
+      do progress |= run(begin, begin + group);
+      while (group == 32 && block.progress);
+    if (!progress) fail("deadlock: threads wait at different barriers");
   }
   for (unsigned i = 0; i < block.size; ++i)
     if (block.threads[i]->block_barriers != block.threads[0]->block_barriers) fail("a thread left before a barrier");
