@@ -98,7 +98,7 @@ def test_products_use_the_same_mask(dtype, p, backend):
         assert torch.equal(mask, want), name
 
 
-def test_kept_elements_are_scaled():
+def test_kept_elements_are_scaled(backend):
     seed = torch.tensor([5])
     x = randn(20, 30)
     got = dropout.seeded_dropout_op(x, seed, 0.25)
