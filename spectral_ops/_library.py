@@ -27,9 +27,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process; owns every registration
 OPERATORS: dict[str, Operator] = {}
 FUNCTIONS: dict[str, tuple[str, ...]] = {}  # public function -> the operators it may call; for backends.explain
-forced_backend: str | None = (
-    None  # set by backends.use_backend; process-wide, because autograd runs backward on its own threads
-)
+# Set by backends.use_backend; process-wide, because autograd runs backward passes on threads of its own.
+forced_backend: str | None = None
+require: Callable[[Operator, str, tuple], None] | None = None  # backends.require: raises where that backend cannot run
 
 
 if torch.ops.aten.addmm_ not in flop_registry:  # torch counts addmm, but not the in-place form that the layers use
@@ -82,14 +82,8 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         if forced_backend is None:
             return self.default(*args)
-        return self.overload_for(forced_backend, args)(*args)
-
-    def overload_for(self, backend: str, args: tuple) -> Any:
-        """The overload that runs ``backend`` on these arguments; raises BackendUnavailable when it cannot."""
-        from spectral_ops import backends
-
-        backends.require(self, backend, args)
-        return self.overloads.get(backend, self.default)
+        require(self, forced_backend, args)
+        return self.overloads.get(forced_backend, self.default)(*args)
 
     def triton_function(self) -> Callable:
         """The launcher in ``triton_kernels/<stem>.py``; imports triton on first use."""

@@ -73,6 +73,9 @@ def require(operator: Operator, backend: str, args: tuple) -> None:
         raise BackendUnavailable(f"backend {backend!r} was forced, but cannot run {operator.name}: {reason}")
 
 
+_library.require = require
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force every operator to run on one backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
