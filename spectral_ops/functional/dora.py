@@ -232,7 +232,7 @@ class DoraUpdateFunction(Function):
         need_A, need_m = ctx.needs_input_grad[2], ctx.needs_input_grad[4]
         saved = base_out if need_m else None
         if need_m and bias is not None:
-            saved = (out - bias).addmm_(h, b.t(), alpha=scale)
+            saved = (out - bias).to(out.dtype).addmm_(h, b.t(), alpha=scale)
         lowrank_update_op(out, h, b, scale, g, None if bias is None else (1 - g) * bias.to(g.dtype))
         ctx.mark_dirty(base_out)
         ctx.save_for_backward(x if need_A else None, A, B, magnitude, norm.clone(), g, h, saved)

@@ -252,8 +252,9 @@ class LowRankUpdateFunction(Function):
         need_out, need_x, need_A, need_B, need_bias, need_core = ctx.needs_input_grad[:6]
         dy2 = rows(dy)
         need_u = need_x or need_A or need_core
+        hc = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else apply_core(h, core)  # unread when not saved
         u, dB, db, _, gdy = lowrank_backward_op(
-            dy2, apply_core(h, core), B.to(dy2.dtype), ctx.scale, g, None, None, need_u, need_B, need_bias,
+            dy2, hc, B.to(dy2.dtype), ctx.scale, g, None, None, need_u, need_B, need_bias,
             need_out and g is not None,
         )  # fmt: skip
         dx = dA = dcore = None
