@@ -101,13 +101,13 @@ class Contract:
         if family.name in ("dora", "dora-recompute", "dora-dropout"):  # c is detached: hold it, as the definition does
             problem = self.build(family, ((2, 3), 7, 6, 3), given_norm=True)
         inputs = [problem.inputs[n] for n in names]
-        assert torch.autograd.gradcheck(function, inputs, fast_mode=False)
+        assert torch.autograd.gradcheck(function, inputs, nondet_tol=0.0 if self.device == "cpu" else 1e-12)
 
     # --- what is not computed, not kept and not overwritten ---------------------------------------------------------
 
     def test_no_gradient_nobody_needs(self, family, backend):
         """Every subset of the trained tensors: the others get None, and no tensor of their shape is ever made."""
-        T, k, d, r = 11, 24, 36, 5
+        T, k, d, r = 13, 24, 36, 5  # no two tensors of one shape
         whole = self.build(family, ((T,), k, d, r))
         names = whole.trained()
         dy = cotangent(whole, whole.call())
@@ -263,12 +263,12 @@ class Contract:
         wide = [t for t in big if t.numel() >= problem.tokens * d]
         if family.name in ("dora", "dora-given-norm", "dora-update"):
             assert [storage(t) for t in wide] == [storage(y)], "the saved y is not the output itself"
-        elif not family.name == "dora-dropout":  # whose z [T, d] dm needs
+        elif family.name not in ("dora-dropout", "dora-update-bias"):  # whose z [T, d] dm needs
             assert not wide
 
     def test_forward_makes_one_tensor_of_output_size(self, family):
         """At p = 0 a forward pass makes no [T, d] tensor but its result (none where it overwrites its base)."""
-        if "p" in family.options or family.name in ("group", "block-sum"):
+        if "p" in family.options or family.name in ("group", "block-sum", "dora-update-bias"):
             pytest.skip("promised without dropout, for one layer")
         T, k, d, r = 64, 16, 32, 4
         for shape in (((T,), k, d, r), ((8, 8), k, d, r)):
@@ -344,7 +344,7 @@ class Contract:
         assert torch.equal(y, want)
 
     def test_draws_from_the_generator_only_for_dropout(self, family):
-        state = torch.get_rng_state
+        state = torch.cuda.get_rng_state if self.device == "cuda" else torch.get_rng_state
         problem = self.build(family, **({"p": 0.0} if "p" in family.options else {}))
         before = state()
         problem.function(problem.inputs)

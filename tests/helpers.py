@@ -399,7 +399,8 @@ DORA = [
     Family("dora-recompute", build_dora, {"recompute": True}),
     Family("dora-given-norm", build_dora, {"given_norm": True, "bias": None}),
     Family("dora-dropout", build_dora, {"p": 0.3}),
-    Family("dora-update", build_dora, {"update": True}),
+    Family("dora-update", build_dora, {"update": True, "bias": None}),
+    Family("dora-update-bias", build_dora, {"update": True}),
 ]
 BLOCKSUM = [
     Family("bone", build_shards),
@@ -525,15 +526,16 @@ def saved_tensors():
 @contextlib.contextmanager
 def poisoned():
     """torch fills every uninitialised buffer with NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         assert torch.empty(3).isnan().all()
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess:
