@@ -2,15 +2,17 @@
 
 The implementations of a method take turns, so that a machine that drifts drifts for all of them; the tax is the median
 over turns of (adapted time / frozen time in the same turn) - 1. Parameters change before every step, outside the timed
-part, so that nothing cached from the weights survives. Adapters are float32, as PEFT makes
-them by default. No time is printed for a result that differs from PEFT's.
+part, so that nothing cached from the weights survives. Adapters are float32, as PEFT makes them by default. No time is
+printed for a result that differs from PEFT's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -234,6 +236,17 @@ def format_measurements(results: list[Measurement]) -> str:
     return table(["method", "dtype", "implementation", "ms/step", "x frozen", "saved MiB", "diff to PEFT"], rows)
 
 
+def commit() -> str | None:
+    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
+    git = ["git", "-C", os.path.dirname(__file__)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "bench.py"], capture_output=True, check=True)  # ours?
+        call = [*git, "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -273,7 +286,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
         meta = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "spectral_ops": spectral_ops.__version__}  # fmt: skip
+                "spectral_ops": spectral_ops.__version__, "commit": commit()}  # fmt: skip
         with open(arguments.json, "w") as file:
             json.dump({"meta": meta, "measurements": [asdict(m) for m in results]}, file, indent=1)
     return 1 if any(m.milliseconds != m.milliseconds for m in results) else 0
