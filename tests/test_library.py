@@ -379,14 +379,14 @@ def test_flops_of_a_dora_layer():
 
 
 def test_flops_of_a_bone_layer():
-    """Forward k additions per token, h D and x Wᵀ; backward dy Dᵀ, hᵀ dy and dy W."""
+    """Forward k additions per token, h D and x Wᵀ; backward dy Dᵀ, hᵀ dy, dy W, and k additions of the tiled s."""
     problem = FAMILIES["bone"].build(((T,), K, D, R), torch.float32, bias=None)
     y = []
     forward = flops(lambda: y.append(problem.call()))
     assert forward == T * K + 2 * T * (R * D + K * D)
     inputs = [problem.inputs[n] for n in ("x", "D")]
     backward = flops(lambda: torch.autograd.grad(y[0], inputs, torch.ones_like(y[0])))
-    assert backward == 2 * T * (R * D + R * D + K * D)
+    assert backward == 2 * T * (R * D + R * D + K * D) + T * K
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
