@@ -556,8 +556,17 @@ def extension_waived() -> str | None:
 # --- operators: representative arguments, for every overload and device ---------------------------------------------
 
 
+def sparse_pattern(d: int, k: int, device="cpu", density: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 row offsets and columns of a [d, k] pattern: the first row empty, the second full, the rest at random."""
+    mask = torch.rand(d, k, generator=torch.Generator().manual_seed(d * 1009 + k)) < density
+    mask[:1], mask[1:2] = False, True
+    offsets = torch.zeros(d + 1, dtype=torch.int32)
+    offsets[1:] = mask.sum(1).cumsum(0)
+    return offsets.to(device), mask.nonzero()[:, 1].to(device, torch.int32)
+
+
 def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) -> dict[str, list[tuple]]:
-    """Arguments for every operator of the lowrank, dora, dropout and blocksum rows, None options included."""
+    """Arguments for every operator, None options included."""
     acc = accumulate(dtype)
 
     def make(*shape, dtype=dtype, fan=1):
@@ -577,7 +586,49 @@ def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) ->
     blocks = torch.tensor([0, 1, 4, 5, 12, k], dtype=torch.int32, device=device)  # uneven shards of k = 21 (r = 5)
     out_blocks = torch.tensor([0, 7, 8, 20, 30, d], dtype=torch.int32, device=device)
     wide = laid_out(x, "rows")
+
+    nd, nk = max(d // max(r, 1), 1), max(k // max(r, 1), 1)  # blocks of Bat, and the sizes they fill
+    dr, kr = nd * r, nk * r
+    W_bat, G_bat, x_bat, dy_bat = make(dr, kr, fan=kr), make(dr, kr), make(T, kr), make(T, dr)
+    col, row, col32 = make(nd, r, r, fan=r), make(nk, r, r, fan=r), make(nd, r, r, dtype=acc, fan=r)
+    dB = torch.zeros(nd, r, r, dtype=acc, device=device)
+
+    offsets, columns = sparse_pattern(d, k, device)
+    nnz = columns.numel()
+    values, values32, order = make(nnz), make(nnz, dtype=acc), torch.randperm(nnz).to(device, torch.int32)
+    half = offsets[d // 2 :].clone()  # the offsets of the lower half
     return {
+        "bat_weight_": [
+            (torch.zeros_like(W_bat), W_bat, col, False, False),
+            (torch.zeros_like(W_bat), W_bat, row, True, False),
+            (torch.zeros(dr, kr, dtype=acc, device=device), laid_out(W_bat, "rows"), col32, False, True),
+            (torch.zeros_like(W_bat), laid_out(W_bat, "transposed"), col32, False, False),
+        ],
+        "bat_matmul": [
+            (x_bat, W_bat, col, False),
+            (dy_bat, W_bat, col32, True),
+            (laid_out(x_bat, "rows"), laid_out(W_bat, "transposed"), col32, False),
+        ],
+        "bat_contract_": [(dB, W_bat, G_bat), (dB, laid_out(W_bat, "transposed"), G_bat.to(acc))],
+        "bat_mix": [(x_bat, row), (laid_out(x_bat, "rows"), row.to(acc))],
+        "bat_mix_backward_": [
+            (make(T, kr), u, x_bat, row, True, True),
+            (make(T, kr), u, x_bat, row.to(acc), True, False),
+            (make(T, kr), u, laid_out(x_bat, "rows"), row, False, True),
+        ],
+        "csr_scatter_": [
+            (weight.clone(), values, offsets, columns, True),
+            (laid_out(weight, "transposed"), values32, offsets, columns, False),
+        ],
+        "csr_gather_": [
+            (values32.clone(), weight, offsets, columns),
+            (values.clone(), laid_out(weight[d // 2 :], "transposed"), half, columns),
+        ],
+        "csr_spmm_": [
+            (y.clone(), x, values, offsets, columns, None),
+            (laid_out(y, "rows"), wide, values32, offsets, columns, order),
+        ],
+        "csr_sddmm": [(dy, x, offsets, columns), (laid_out(dy, "rows"), wide, offsets, columns)],
         "lowrank_matmul": [
             (x, weight, h, B, 0.5, None, None),
             (x, weight, h, B, 0.5, g, bias),

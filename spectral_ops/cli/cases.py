@@ -31,6 +31,15 @@ def arguments(
     vanishing = g.clone()
     vanishing[: d // 2 : 3] = 0
 
+    d_bat, k_bat = max(d // r, 1) * r, max(k // r, 1) * r  # Bat's blocks divide both
+    W_bat, x_bat, bat = randn(d_bat, k_bat, scale=k**-0.5), randn(T, k_bat), randn(d_bat // r, r, r, scale=0.1, to=acc)
+    row_bat = randn(k_bat // r, r, r, scale=0.1, to=acc)
+    mask = torch.rand(d, k, generator=generator) < 0.006
+    columns = mask.nonzero()[:, 1].to(device, torch.int32)
+    row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]).to(device, torch.int32)
+    values = randn(columns.numel(), to=acc)
+    order = torch.randperm(columns.numel(), generator=generator).to(device, torch.int32)
+
     samples: dict[str, Callable[[], list[tuple]]] = {
         "block_sum": lambda: [(x, r, None, None, 0.0), (x, r, offsets, None, 0.0), (x, r, None, key, P)],
         "block_tile_": lambda: [
@@ -54,5 +63,19 @@ def arguments(
             (torch.empty_like(norm), torch.zeros(2, dtype=torch.int64, device=device), W, A, B, 0.5, square, True)
         ],
         "magnitude_grad": lambda: [(randn(d, to=acc), dy, x, h, W, B, 0.5, vanishing, norm, None)],
+    }
+    samples |= {
+        "bat_weight_": lambda: [(torch.empty_like(W_bat), W_bat, bat, False, False)],
+        "bat_matmul": lambda: [(x_bat[: max(r - 1, 1)], W_bat, bat, False)],
+        "bat_contract_": lambda: [(torch.empty_like(bat), W_bat, randn(d_bat, k_bat))],
+        "bat_mix": lambda: [(x_bat, row_bat)],
+        "bat_mix_backward_": lambda: [(randn(T, k_bat), h, x_bat, row_bat, True, True)],
+        "csr_scatter_": lambda: [(randn(d, k), values, row_offsets, columns, True)],
+        "csr_gather_": lambda: [(torch.empty_like(values), W, row_offsets, columns)],
+        "csr_spmm_": lambda: [
+            (randn(T, d), x, values, row_offsets, columns, None),
+            (randn(T, d), x, values, row_offsets, columns, order),
+        ],
+        "csr_sddmm": lambda: [(dy, x, row_offsets, columns)],
     }
     yield from samples[name]()

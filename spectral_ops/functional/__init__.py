@@ -1,29 +1,52 @@
 """Fused operators: one file per operator, each with its schema, reference, autograd function and public functions."""
 
 from spectral_ops._library import FUNCTIONS
+from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
+from spectral_ops.functional.csr import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_linear_group, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
+from spectral_ops.functional.resident import residents
+from spectral_ops.functional.scratch import scratch
 
 __all__ = [
+    "CSR",
     "NormCache",
+    "bat_linear",
+    "bat_weight",
     "block_sum",
     "bone_linear",
     "bone_update",
     "column_norm",
+    "csr_add",
+    "csr_sddmm",
+    "csr_spmm",
     "disha_linear",
     "dora_linear",
     "dora_update",
     "lowrank_linear",
     "lowrank_linear_group",
     "lowrank_update",
+    "residents",
+    "rosa_linear",
+    "rosa_update",
+    "scratch",
 ]
 
 _DROPOUT = ("dropout_project", "dropout_outer", "dropout_lift_")
 _SHARDS = ("block_sum", "block_tile_")
 _NORM = ("row_square", "column_norm", "column_norm_cached_")
+_BAT = ("bat_weight_", "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_")
+_CSR_GRADIENT = ("csr_sddmm", "csr_gather_")
 FUNCTIONS.update(
+    csr_add=("csr_scatter_", "csr_gather_"),
+    csr_sddmm=("csr_sddmm", "csr_spmm_"),
+    csr_spmm=("csr_spmm_", *_CSR_GRADIENT),
+    rosa_linear=("csr_spmm_", "csr_scatter_", *_CSR_GRADIENT, "lowrank_backward", *_DROPOUT),
+    rosa_update=("csr_spmm_", *_CSR_GRADIENT),
+    bat_linear=(*_BAT, *_SHARDS),
+    bat_weight=("bat_weight_", "bat_contract_"),
     bone_linear=_SHARDS,
     bone_update=_SHARDS,
     disha_linear=_SHARDS,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from spectral_ops._library import accumulate_dtype
+from spectral_ops.functional.scratch import scratch
+
+TILE_ROWS = {"cpu": 512, "cuda": 2048}  # of a weight gradient at a time: enough for the library's full speed
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
@@ -31,6 +36,26 @@ def mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
+
+
+def gradient_tiles(dy: torch.Tensor, x: torch.Tensor, multiple: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows [start, start + n) of dyᵀx, tile by tile: (start, G [n, k]), n a multiple of ``multiple``.
+
+    G is good until the next is asked for: all share one buffer, so that no [d, k] gradient exists. It is summed in at
+    least float32, and on a GPU kept so; on the CPU the library rounds it to x's dtype.
+    """
+    d, k = dy.shape[1], x.shape[1]
+    rows = max(TILE_ROWS.get(x.device.type, 512) // multiple, 1) * multiple
+    wide = accumulate_dtype(x.dtype) if x.is_cuda else x.dtype
+    with scratch.lease((min(rows, d), k), wide, x.device) as buffer:
+        for start in range(0, d, rows):
+            part = dy[:, start : start + rows].t()
+            G = buffer[: part.shape[0]]
+            if wide == x.dtype:
+                torch.mm(part, x, out=G)
+            else:
+                torch.mm(part, x, out_dtype=wide, out=G)
+            yield start, G
 
 
 def draw_seed(x: torch.Tensor, dropout_p: float, training: bool) -> torch.Tensor | None:

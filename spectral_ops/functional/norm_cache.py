@@ -11,18 +11,10 @@ import threading
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spectral_ops._library import accumulate_dtype
+from spectral_ops.functional import steps
 from spectral_ops.functional.dora import column_norm_cached_op, column_norm_op, row_square_op
-
-_steps = 0
-_hook = None
-
-
-def _count_step(*_args) -> None:
-    global _steps
-    _steps += 1
 
 
 def _must_recompute(*tensors: torch.Tensor) -> bool:
@@ -38,9 +30,7 @@ class NormCache:
     """Column norm of one layer. In no state_dict; a copy or pickle of it starts empty. Threads may share one."""
 
     def __init__(self) -> None:
-        global _hook
-        if _hook is None:
-            _hook = register_optimizer_step_post_hook(_count_step)
+        steps.watch()
         self._lock = threading.Lock()
         self.invalidate()
 
@@ -68,9 +58,9 @@ class NormCache:
                 self._norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
                 self._stamp = torch.zeros(2, dtype=torch.int64, device=weight.device)
         key = (A.data_ptr(), A._version, B.data_ptr(), B._version, A.dtype, B.dtype, A.shape, scale)
-        fresh = key == self._key and self._step == _steps
+        fresh = key == self._key and self._step == steps.current()
         column_norm_cached_op(self._norm, self._stamp, weight, A, B, scale, self._square, not fresh)
-        self._key, self._step = key, _steps
+        self._key, self._step = key, steps.current()
         return self._norm
 
     def __deepcopy__(self, memo) -> NormCache:

@@ -1,0 +1,327 @@
+"""Bat: a block affine transformation of the frozen weight (METHODS 1.4).
+
+    col (the default, PEFT's)   W'(o,j) = W(o,j) (I + B_o) + B_o      B [d/r, r, r], one block per block-row o
+    row                         W'(o,j) = W(o,j) (I + C_j) + C_j      C [k/r, r, r], one block per block-column j
+    y = x W'ᵀ + b
+
+Col, T >= r: one pass writes W' into a buffer shared by all layers, then the library's product. Backward writes W' anew
+for dx = dy W', and with tiles G of dyᵀx:  dB_o = Σ_j W(o,j)ᵀ G(o,j) + G(o,j); no gradient [d, k] reaches memory.
+Col, T < r: x meets B first, and W is read once:
+    y_o = Σ_j (x_j + x_j B_oᵀ) W(o,j)ᵀ + x_j B_oᵀ        dx_j = Σ_o p + (p + dy_o) B_o,  p = dy_o W(o,j)
+Row needs no W' at all:
+    z_j = x_j + x_j C_jᵀ     s = Σ_j x_j C_jᵀ     y = z Wᵀ + tile(s) + b
+    g = dy W     q = Σ_o dy_o     v_j = g_j + q     dx_j = g_j + v_j C_j     dC_j = v_jᵀ x_j
+Saved for backward: x.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops.functional import checks
+from spectral_ops.functional.blocksum import block_sum_op, block_tile_op
+from spectral_ops.functional.common import (
+    apply,
+    autocast_arguments,
+    backward_pass,
+    gradient_tiles,
+    mm,
+    rows,
+    shaped,
+)
+from spectral_ops.functional.scratch import scratch
+
+__all__ = ["bat_linear", "bat_weight"]
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _blocks(weight: torch.Tensor, r: int) -> torch.Tensor:
+    """weight [d, k] as [d/r, r, k/r, r]: entry (o, i, j, c) is row i, column c of block W(o, j)."""
+    return weight.reshape(weight.shape[0] // r, r, weight.shape[1] // r, r)
+
+
+def _weight_cost(out, weight, bat, row, delta):
+    return Cost(2 * weight.numel() * (bat.shape[-1] + 1), nbytes(out, weight, bat))
+
+
+@define(
+    "bat_weight_(Tensor(a!) out, Tensor weight, Tensor bat, bool row, bool delta) -> ()",
+    stem="bat",
+    fake=lambda out, weight, bat, row, delta: None,
+    cost=_weight_cost,
+)
+def bat_weight_op(out, weight, bat, row, delta):
+    """out [d, k] gets W' (delta: W' - W) of weight [d, k] and bat [n, r, r], n = d/r (row: k/r).
+
+    Products of blocks are made in at least float32 from unrounded factors, and the result is rounded once, to out's
+    dtype: weight's own, or float32. bat has any floating dtype.
+    """
+    acc = accumulate_dtype(weight.dtype)
+    W, B = _blocks(weight.to(acc), bat.shape[-1]), bat.to(acc)
+    if row:
+        change = torch.einsum("oijc,jce->oije", W, B) + B.transpose(0, 1)
+    else:
+        change = torch.einsum("oijc,oce->oije", W, B) + B.unsqueeze(2)
+    out.copy_((change if delta else W + change).reshape(weight.shape))
+
+
+def _matmul_cost(x, weight, bat, transpose):
+    T, out = x.shape[0], weight.shape[1 if transpose else 0]
+    return Cost(4 * T * weight.numel(), nbytes(x, weight, bat) + T * out * x.element_size())
+
+
+@define(
+    "bat_matmul(Tensor x, Tensor weight, Tensor bat, bool transpose) -> Tensor",
+    stem="bat",
+    fake=lambda x, weight, bat, transpose: x.new_empty(x.shape[0], weight.shape[1 if transpose else 0]),
+    cost=_matmul_cost,
+)
+def bat_matmul_op(x, weight, bat, transpose):
+    """x W'ᵀ [T, d] from x [T, k] (transpose: x W' [T, k] from x [T, d]) for Bat-Col, without W' in memory.
+
+    Meant for T < r. Nothing is rounded between x, W (one dtype), bat (any) and the result in x's dtype.
+    """
+    acc = accumulate_dtype(x.dtype)
+    W = weight.to(acc)
+    changed = torch.empty_like(W, memory_format=torch.contiguous_format)
+    bat_weight_op.reference(changed, W, bat, False, False)
+    return (x.to(acc) @ (changed if transpose else changed.t())).to(x.dtype)
+
+
+def _contract_cost(dB, weight, G):
+    return Cost(weight.numel() * (2 * dB.shape[-1] + 1), nbytes(dB, weight, G))
+
+
+@define(
+    "bat_contract_(Tensor(a!) dB, Tensor weight, Tensor G) -> ()",
+    stem="bat",
+    fake=lambda dB, weight, G: None,
+    cost=_contract_cost,
+)
+def bat_contract_op(dB, weight, G):
+    """dB [n, r, r] gets Σ_j W(o,j)ᵀ G(o,j) + G(o,j) for weight and G [n r, k]; dB float32 (float64 for float64), G in
+    weight's dtype or dB's."""
+    acc, r = dB.dtype, dB.shape[-1]
+    W, G = _blocks(weight.to(acc), r), _blocks(G.to(acc), r)
+    dB.copy_(torch.einsum("oijc,oije->oce", W, G) + G.sum(2))
+
+
+def _mix_cost(x, bat):
+    T, r = x.shape[0], bat.shape[-1]
+    return Cost(2 * x.numel() * (r + 1), 2 * nbytes(x) + nbytes(bat) + T * r * x.element_size())
+
+
+@define(
+    "bat_mix(Tensor x, Tensor bat) -> (Tensor, Tensor)",
+    stem="bat",
+    fake=lambda x, bat: (x.new_empty(x.shape), x.new_empty(x.shape[0], bat.shape[-1])),
+    cost=_mix_cost,
+)
+def bat_mix_op(x, bat):
+    """z [T, k], z_j = x_j + x_j C_jᵀ, and s [T, r] = Σ_j x_j C_jᵀ, in x's dtype; x [T, k], bat C [k/r, r, r]."""
+    acc, (n, r, _) = accumulate_dtype(x.dtype), bat.shape
+    blocks = x.to(acc).reshape(x.shape[0], n, r)
+    u = torch.einsum("tjc,jec->tje", blocks, bat.to(acc))
+    return (blocks + u).reshape(x.shape).to(x.dtype), u.sum(1).to(x.dtype)
+
+
+def _mix_backward_cost(g, q, x, bat, need_g, need_dC):
+    products = int(need_g) + int(need_dC)
+    moved = nbytes(g) * (2 if need_g else 1) + nbytes(q, bat) + (nbytes(x) + nbytes(bat) if need_dC else 0)
+    return Cost(2 * g.numel() * bat.shape[-1] * products + 2 * g.numel(), moved)
+
+
+@define(
+    "bat_mix_backward_(Tensor(a!) g, Tensor q, Tensor x, Tensor bat, bool need_g, bool need_dC) -> Tensor",
+    stem="bat",
+    fake=lambda g, q, x, bat, need_g, need_dC: g.new_empty(
+        bat.shape if need_dC else (0,), dtype=accumulate_dtype(g.dtype)
+    ),
+    cost=_mix_backward_cost,
+)
+def bat_mix_backward_op(g, q, x, bat, need_g, need_dC):
+    """With v_j = g_j + q, q [T, r]: g [T, k] becomes g_j + v_j C_j (need_g), and dC_j = v_jᵀ x_j [k/r, r, r] is
+    returned in float32 (float64 for float64), or empty [0]. g, q and x in one dtype, bat in any."""
+    acc, (n, r, _) = accumulate_dtype(g.dtype), bat.shape
+    blocks = g.to(acc).reshape(g.shape[0], n, r)
+    v = blocks + q.to(acc).unsqueeze(1)
+    dC = torch.einsum("tjc,tje->jce", v, x.to(acc).reshape(v.shape)) if need_dC else g.new_empty(0, dtype=acc)
+    if need_g:
+        g.copy_((blocks + torch.einsum("tjc,jce->tje", v, bat.to(acc))).reshape(g.shape))
+    return dC
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _product(x, weight, bat, bias, transpose, exact):
+    """x W'ᵀ + b (transpose: x W') [T, n] for Bat-Col.
+
+    exact matters where x is narrower than float32: W' - W stays float32 and is multiplied by itself, so that the
+    rounding of W' takes nothing from it.
+    """
+    if x.shape[0] < bat.shape[-1]:
+        y = bat_matmul_op(x, weight, bat, transpose)
+        return y if bias is None else y.add_(bias)
+    wide = accumulate_dtype(weight.dtype)
+    delta = exact and weight.dtype != wide
+    with scratch.lease(weight.shape, wide if delta else weight.dtype, weight.device) as changed:
+        bat_weight_op(changed, weight, bat, False, delta)
+        if not delta:
+            return x @ changed if transpose else F.linear(x, changed, bias)
+        y = mm(x, weight if transpose else weight.t(), wide)
+        y.addmm_(x.to(wide), changed if transpose else changed.t())
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def _block_gradient(dy, x, weight, r):
+    """dB [d/r, r, r] in at least float32 from tiles of dyᵀx; dy [T, d], x [T, k]."""
+    dB = weight.new_empty(weight.shape[0] // r, r, r, dtype=accumulate_dtype(weight.dtype))
+    for start, G in gradient_tiles(dy, x, r):
+        stop = start + G.shape[0]
+        bat_contract_op(dB[start // r : stop // r], weight[start:stop], G)
+    return dB
+
+
+class BatColFunction(Function):
+    """y = x W'ᵀ + b; W' lives in scratch only. Saves x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bat, bias, exact):
+        y = _product(rows(x), weight, bat, bias, False, exact)
+        need_bat = ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if need_bat else None, weight, bat)
+        ctx.exact, ctx.x_shape = exact, x.shape
+        return shaped(y, x)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dy):
+        x, weight, bat = ctx.saved_tensors
+        need_x, _, need_bat, need_bias = ctx.needs_input_grad[:4]
+        dy2 = rows(dy)
+        dx = dB = db = None
+        if need_x:
+            dx = _product(dy2, weight, bat, None, True, ctx.exact).reshape(ctx.x_shape)
+        if need_bat:
+            dB = _block_gradient(dy2, rows(x), weight, bat.shape[-1]).to(bat.dtype)
+        if need_bias:
+            db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
+        return dx, None, dB, db, None
+
+
+class BatRowFunction(Function):
+    """y = (x + u) Wᵀ + tile(Σ_j u_j) + b, u_j = x_j C_jᵀ. Saves x."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bat, bias):
+        z, s = bat_mix_op(rows(x), bat)
+        y = F.linear(z, weight, bias)
+        block_tile_op(y, s, None, None, 0.0, True)
+        need_bat = ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if need_bat else None, weight, bat)
+        ctx.x_shape = x.shape
+        return shaped(y, x)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dy):
+        x, weight, bat = ctx.saved_tensors
+        need_x, _, need_bat, need_bias = ctx.needs_input_grad[:4]
+        dy2 = rows(dy)
+        dx = dC = db = None
+        if need_x or need_bat:
+            g = dy2 @ weight
+            q = block_sum_op(dy2, bat.shape[-1], None, None, 0.0)
+            x2 = g if x is None else rows(x)  # unread where nothing needs dC
+            dC = bat_mix_backward_op(g, q, x2, bat, need_x, need_bat)
+            dC = dC.to(bat.dtype) if need_bat else None
+            dx = g.reshape(ctx.x_shape) if need_x else None
+        if need_bias:
+            db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
+        return dx, None, dC, db
+
+
+class BatWeightFunction(Function):
+    """W' [d, k], differentiable in its blocks."""
+
+    @staticmethod
+    def forward(ctx, weight, bat, row):
+        out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        bat_weight_op(out, weight, bat, row, False)
+        ctx.save_for_backward(weight, bat)
+        ctx.row = row
+        return out
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dW):
+        weight, bat = ctx.saved_tensors
+        if ctx.row:  # blocks of one column, side by side, are then a block-row
+            weight, dW = (_blocks(t, bat.shape[-1]).permute(2, 1, 0, 3).reshape(t.shape[::-1]) for t in (weight, dW))
+        dB = torch.empty_like(bat, dtype=accumulate_dtype(weight.dtype), memory_format=torch.contiguous_format)
+        bat_contract_op(dB, weight, dW.contiguous())
+        return None, dB.to(bat.dtype), None
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def _check_bat(weight: torch.Tensor, bat: torch.Tensor, mode: str) -> None:
+    if mode not in ("col", "row"):
+        raise ValueError(f'mode: got {mode!r}, wanted "col" or "row"')
+    side, features = ("out_features", weight.shape[0]) if mode == "col" else ("in_features", weight.shape[1])
+    checks.tensor("bat", bat, f"[{side} / r, r, r]", 3)
+    n, r, columns = bat.shape
+    if r < 1 or r != columns or n * r != features:
+        raise ValueError(f"bat: got {checks.describe(bat)}, wanted [n, r, r] with n r = {side} ({features})")
+    if weight.shape[0] % r or weight.shape[1] % r:
+        raise ValueError(
+            f"bat: got blocks of {r}, wanted a size that divides out_features and in_features {list(weight.shape)}"
+        )
+    checks.device("weight", weight, bat=bat)
+    checks.no_narrowing(weight, bat=bat)
+
+
+def bat_weight(weight, bat, *, mode="col"):
+    """The transformed weight W' [d, k]: W(o,j)(I + B_o) + B_o per r x r block (mode="row": C_j in place of B_o).
+
+    weight [d, k], frozen; bat [d/r, r, r] (row: [k/r, r, r]), r dividing d and k; float32 allowed over a narrower
+    weight. Returns W' in weight's dtype, computed in at least float32 and rounded once; differentiable in ``bat``. In
+    bf16 that rounding takes a third of a change of 1e-4: see ``exact`` of :func:`bat_linear`. Raises
+    TypeError/ValueError naming the argument. METHODS 1.4; Bone/Bat, arXiv:2409.15371.
+    """
+    checks.tensor("weight", weight, "[out_features, in_features]", 2)
+    checks.frozen(weight=weight)
+    _check_bat(weight, bat, mode)
+    return apply(BatWeightFunction, weight.device.type, weight, bat, mode == "row")
+
+
+def bat_linear(x, weight, bat, bias=None, *, mode="col", exact=False):
+    """Bat linear layer: y = x W'ᵀ + b with W' = bat_weight(weight, bat, mode=mode).
+
+    Args:
+        x: [..., k], float64/float32/bfloat16/float16; any strides, may be empty.
+        weight: W [d, k], frozen, in x's dtype (autocast casts both).
+        bat: mode "col": B [d/r, r, r]; mode "row": C [k/r, r, r]; r divides d and k. float32 is allowed over a narrower
+            x; the gradient comes back in bat's dtype.
+        bias: [d] or None; may be trainable.
+        mode: "col" (PEFT's ``init_weights="bat"``) or "row", which never forms W' and is cheaper.
+        exact: over bf16 or fp16, keep W' - W in float32 instead of rounding W' (which loses a third of a change of 1e-4
+            in bf16). Costs a float32 product. No effect in "row", which rounds activations only, or over float32.
+
+    Returns y [..., d] in x's dtype. Saves x alone; W' is written into a shared buffer, again in backward.
+    Raises TypeError/ValueError that name the argument. METHODS 1.4; Bone/Bat, arXiv:2409.15371.
+    """
+    x, weight, bias = autocast_arguments(x, weight, bias)
+    checks.linear(x, weight, bias)
+    checks.same_dtype("x", x, weight=weight, bias=bias)
+    _check_bat(weight, bat, mode)
+    if mode == "row":
+        return apply(BatRowFunction, x.device.type, x, weight, bat, bias)
+    return apply(BatColFunction, x.device.type, x, weight, bat, bias, bool(exact))
