@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_ops import _library
-from spectral_ops.cli import bench
+from spectral_ops.cli import bench, peers
 from spectral_ops.cli.cases import arguments
 
 T, D, K, R = 1024, 2048, 2048, 16
@@ -18,18 +18,18 @@ def operators(stem: str) -> list[str]:
 
 
 def tax(benchmark, record, method: str, dtype: str, target: float) -> None:
-    """Measure the layer beside PEFT's in one run, put the rows into the closing table, and time our step by itself.
+    """Measure the layer beside its peers in one run, put the rows into the closing table, and time our step by itself.
 
-    A result that differs from PEFT's fails. A missed target does not: on a shared machine it is a figure to read, and
-    it is written beside the figure.
+    A result that differs from the peer's fails. A missed target does not: on a shared machine it is a figure to read,
+    and it is written beside the figure.
     """
-    rows = bench.measure(method, T, D, K, bench.METHODS[method], bench.DTYPES[dtype], "cpu")
+    rows = bench.measure(method, T, D, K, peers.METHODS[method], bench.DTYPES[dtype], "cpu")
     record(rows)
     ratios = {row.implementation: round(1 + row.tax, 4) for row in rows}
-    assert all(ratio == ratio for ratio in ratios.values()), f"red: a result differs from PEFT's: {rows}"
+    assert all(ratio == ratio for ratio in ratios.values()), f"red: a result differs from the peer's: {rows}"
     benchmark.extra_info.update(ratios=ratios, target=target, met=ratios["spectral_ops"] <= target)
     x = torch.randn(T, K, dtype=bench.DTYPES[dtype], requires_grad=True)
-    layer = bench.function_layer(method, torch.randn(D, K, dtype=x.dtype), bench.METHODS[method])
+    layer = peers.function_layer(method, torch.randn(D, K, dtype=x.dtype), peers.METHODS[method])
     benchmark.pedantic(bench.step, (layer, x, torch.randn(T, D, dtype=x.dtype)), rounds=5, warmup_rounds=1)
 
 

@@ -1,9 +1,9 @@
-"""Adapter tax of one layer: its forward and backward over those of the same layer frozen, beside PEFT in one run.
+"""Adapter tax of one layer: its forward and backward over those of the same layer frozen, beside its peers in one run.
 
 The implementations of a method take turns, so that a machine that drifts drifts for all of them; the tax is the median
 over turns of (adapted time / frozen time in the same turn) - 1. Parameters change before every step, outside the timed
 part, so that nothing cached from the weights survives. Adapters are float32, as PEFT makes them by default. No time is
-printed for a result that differs from PEFT's.
+printed for a result that differs from the peer's (PEFT's, or plain autograd's where PEFT lacks the method).
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 
 import spectral_ops
+from spectral_ops.cli.peers import METHODS, OURS, Layer, layers
 from spectral_ops.cli.table import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SCALE = 2.0  # lora_alpha / r
-METHODS = {"lora": 16, "dora": 16, "bone": 64}  # the method and its usual rank
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, outputs and gradients against PEFT's
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, outputs and gradients against the peer's
 
 
 @dataclass
@@ -44,54 +43,7 @@ class Measurement:
     milliseconds: float
     tax: float
     saved_bytes: int
-    error: float | None  # largest relative difference to PEFT over output and gradients; None for PEFT itself
-
-
-@dataclass
-class Layer:
-    """A layer to time: its forward, and the parameters it trains."""
-
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    parameters: list[torch.Tensor]
-
-
-def _peft_layer(method: str, weight: torch.Tensor, rank: int, fused: bool) -> Layer:
-    """PEFT's layer over ``weight`` as PEFT builds it, or the same accelerated; adapters set to fixed nonzero values."""
-    import peft
-
-    base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
-    base.weight.data = weight
-    if method == "bone":
-        config = peft.MissConfig(r=rank, target_modules=["0"], init_weights=True)
-    else:
-        config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"], use_dora=method == "dora")
-    model = peft.get_peft_model(torch.nn.Sequential(base), config)
-    generator = torch.Generator().manual_seed(1)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        if p.dim() > 1:
-            p.data = (torch.randn(p.shape, generator=generator) * 0.02).to(p)
-    if fused:
-        spectral_ops.accelerate(model, strict=True)
-    return Layer(model.base_model.model, parameters)
-
-
-def function_layer(method: str, weight: torch.Tensor, rank: int) -> Layer:
-    """The public function called directly, on parameters of the same values as :func:`_peft_layer` gives PEFT's."""
-    d, k = weight.shape
-    generator = torch.Generator().manual_seed(1)
-
-    def parameter(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.02).to(weight.device).requires_grad_()
-
-    if method == "bone":
-        bone = parameter(rank, d)
-        return Layer(lambda x: spectral_ops.bone_linear(x, weight, bone), [bone])
-    A, B = parameter(rank, k), parameter(d, rank)
-    if method == "lora":
-        return Layer(lambda x: spectral_ops.lowrank_linear(x, weight, A, B, scale=SCALE), [A, B])
-    m = weight.float().norm(dim=1).requires_grad_()
-    return Layer(lambda x: spectral_ops.dora_linear(x, weight, A, B, m, scale=SCALE), [A, B, m])
+    error: float | None  # largest relative difference to the peer over output and gradients; None for the peer itself
 
 
 def saved_bytes(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, constants: list[torch.Tensor]) -> int:
@@ -127,7 +79,7 @@ def step(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters)]
 
 
-def _timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """Seconds of one call: CUDA events on a GPU, the monotonic clock on a CPU."""
     if device.type != "cuda":
 
@@ -156,7 +108,7 @@ def interleave(
     calls: dict[str, Callable[[], object]], between: Callable[[str], None], repeats: int, device: torch.device
 ):
     """Seconds per call name and turn: every turn runs all calls once, in an order that rotates."""
-    clock, names = _timer(device), list(calls)
+    clock, names = timer(device), list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-2, repeats):  # two turns of warm-up
         for i in range(len(names)):
@@ -180,36 +132,28 @@ def measure(
     repeats: int = 20,
     peers: bool = True,
 ) -> list[Measurement]:
-    """The frozen layer, our function, and with ``peers`` PEFT's layer before and after ``accelerate``, in one run."""
+    """The frozen layer, our function, and with ``peers`` the method's peers (see peers.py), in one run."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(T, k, generator=generator).to(device, dtype).requires_grad_()
     dy = torch.randn(T, d, generator=generator).to(device, dtype)
     weight = (torch.randn(d, k, generator=generator) * k**-0.5).to(device, dtype)
-    peft_layer = _peft_layer(method, weight, rank, fused=False)
-    layers = {
-        "frozen": Layer(lambda x: F.linear(x, weight), []),
-        "spectral_ops": function_layer(method, weight, rank),
-    }
-    if peers:
-        layers |= {"PEFT accelerated": _peft_layer(method, weight, rank, fused=True), "PEFT": peft_layer}
-
-    expected = step(peft_layer, x, dy)
-    errors = {
-        name: _difference(step(layer, x, dy), expected)
-        for name, layer in layers.items()
-        if name not in ("frozen", "PEFT")
-    }
-    saved = {name: saved_bytes(layer.forward, x, [weight, *layer.parameters]) for name, layer in layers.items()}
+    candidates = layers(method, weight, rank)
+    peer = list(candidates)[-1]
+    expected = step(candidates[peer], x, dy)
+    timed = candidates if peers else {OURS: candidates[OURS]}
+    errors = {name: _difference(step(layer, x, dy), expected) for name, layer in timed.items() if name != peer}
+    timed = {"frozen": Layer(lambda x: F.linear(x, weight), []), **timed}
+    saved = {name: saved_bytes(layer.forward, x, [weight, *layer.parameters]) for name, layer in timed.items()}
 
     def change_parameters(name: str) -> None:
         with torch.no_grad():
-            for p in layers[name].parameters:
+            for p in timed[name].parameters:
                 p.mul_(1 + 1e-6)
 
-    calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
+    calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in timed.items()}
     times = interleave(calls, change_parameters, repeats, x.device)
     results = []
-    for name in layers:
+    for name in timed:
         ratio = statistics.median(a / b for a, b in zip(times[name], times["frozen"], strict=True))
         red = errors.get(name, 0.0) > TOLERANCE[dtype]
         nan = float("nan")
@@ -224,7 +168,7 @@ def measure(
 
 
 def format_measurements(results: list[Measurement]) -> str:
-    """The table ``bench`` prints; RED stands where numbers differ from PEFT's, in place of a time."""
+    """The table ``bench`` prints; RED stands where numbers differ from the peer's, in place of a time."""
     rows = []
     for m in results:
         red = m.milliseconds != m.milliseconds
@@ -233,7 +177,7 @@ def format_measurements(results: list[Measurement]) -> str:
             "RED" if red else f"{m.milliseconds:.2f}", "RED" if red else f"{1 + m.tax:.3f}",
             f"{m.saved_bytes / 2**20:.2f}", "-" if m.error is None else f"{m.error:.1e}",
         ])  # fmt: skip
-    return table(["method", "dtype", "implementation", "ms/step", "x frozen", "saved MiB", "diff to PEFT"], rows)
+    return table(["method", "dtype", "implementation", "ms/step", "x frozen", "saved MiB", "diff to peer"], rows)
 
 
 def commit() -> str | None:
@@ -252,10 +196,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--shape", type=int, nargs=2, default=[2048, 2048], metavar=("OUT", "IN"))
-    parser.add_argument("--rank", type=int, help="default: 16 for lora and dora, 64 for bone")
+    parser.add_argument("--rank", type=int, help="default: 64 for bone and bat, else 16")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave PEFT's layers out of the timing")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out of the timing")
     parser.add_argument("--json", metavar="FILE", help="also write the measurements, with versions and device, to FILE")
 
 

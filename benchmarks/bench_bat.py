@@ -1,0 +1,16 @@
+"""Bat: the layer's tax over the frozen layer beside PEFT's, and the time of each operator of the row."""
+
+import pytest
+
+from benchmarks import harness
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("float32", 1.70), ("bfloat16", 1.70)])
+def test_tax(benchmark, record, dtype, target):
+    harness.tax(benchmark, record, "bat", dtype, target)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES)
+@pytest.mark.parametrize("name", harness.operators("bat"))
+def test_operator(benchmark, name, dtype):
+    harness.operator(benchmark, name, dtype)

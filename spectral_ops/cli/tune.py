@@ -1,0 +1,141 @@
+"""Measure the rates that RoSA's cost model predicts with on this device, and show prediction beside measurement."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from spectral_ops.cli.bench import DTYPES, commit, timer
+from spectral_ops.cli.table import table
+from spectral_ops.functional import routes
+from spectral_ops.functional.csr import (
+    CSR,
+    csr_gather_op,
+    csr_scatter_op,
+    csr_sddmm_op,
+    csr_spmm_op,
+    values_gradient,
+)
+
+DENSITIES = (0.001, 0.006, 0.02, 0.1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--shape", type=int, nargs=2, default=[2048, 2048], metavar=("OUT", "IN"))
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="put the rates into the package's rates.json")
+
+
+class Problem:
+    """One size and dtype: x [T, k], dy [T, d], W [d, k] and masks of several densities."""
+
+    def __init__(self, T: int, d: int, k: int, dtype: torch.dtype, device: str, repeats: int):
+        self.T, self.d, self.k, self.repeats = T, d, k, repeats
+        g = torch.Generator().manual_seed(0)
+        self.x, self.dy, self.W = (torch.randn(s, generator=g).to(device, dtype) for s in ((T, k), (T, d), (d, k)))
+        uniform = torch.rand(d, k, generator=g).to(device)
+        self.masks = {p: CSR.from_dense(uniform < p) for p in DENSITIES}
+        self.clock = timer(torch.device(device))
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Median of a call, after two to warm up."""
+        times = [self.clock(call) for _ in range(self.repeats + 2)]
+        return statistics.median(times[2:])
+
+    def rates(self) -> routes.Rates:
+        T, d, k = self.T, self.d, self.k
+        few, many = self.masks[DENSITIES[0]], self.masks[DENSITIES[2]]
+        low, high = self.sparse(few), self.sparse(many)
+        sparse = 2 * T * (many.nnz - few.nnz) / max(high - low, 1e-9)
+        slab = T * (d + k) / max(low - 2 * T * few.nnz / sparse, 1e-9)
+        pattern, copy = many.pattern, self.W.clone()
+        taken = copy.new_empty(many.nnz)
+        gather = self.seconds(lambda: csr_gather_op(taken, copy, pattern.row_offsets, pattern.columns))
+        scatter = self.seconds(lambda: csr_scatter_op(copy, taken, pattern.row_offsets, pattern.columns, False))
+        chosen = torch.arange(0, k, 2, device=self.x.device)
+        return routes.Rates(
+            product=2 * T * d * k / self.seconds(lambda: F.linear(self.x, self.W)),
+            sparse=sparse,
+            slab=slab,
+            copy=d * k / self.seconds(lambda: copy.copy_(self.W)),
+            gather=2 * many.nnz / (gather + scatter),
+            select=T * len(chosen) / self.seconds(lambda: self.x.index_select(1, chosen)),
+            launch=self.seconds(lambda: torch.add(self.x[:1, :1], 1.0)),
+        )
+
+    def sparse(self, csr: CSR) -> float:
+        """Seconds of spmm and of the sampled product, their mean: the model gives both one rate."""
+        p, out = csr.pattern, torch.zeros_like(self.dy)
+        spmm = self.seconds(lambda: csr_spmm_op(out, self.x, csr.values, p.row_offsets, p.columns, None))
+        return (spmm + self.seconds(lambda: csr_sddmm_op(self.dy, self.x, p.row_offsets, p.columns))) / 2
+
+    def measured(self, csr: CSR) -> dict[str, float]:
+        """Seconds of each gradient route, and of what "spmm" and "scatter" add to a forward and its dx."""
+        p, out = csr.pattern, torch.zeros_like(self.dy)
+        found = {
+            route: self.seconds(lambda route=route: values_gradient(self.dy, self.x, p, route))
+            for route in routes.GRADIENT_ROUTES
+        }
+        dx = torch.zeros_like(self.x)
+        forward = self.seconds(lambda: csr_spmm_op(out, self.x, csr.values, p.row_offsets, p.columns, None))
+        found["spmm"] = forward + self.seconds(
+            lambda: csr_spmm_op(dx, self.dy, csr.values, p.column_offsets, p.rows, p.permutation)
+        )
+        total = torch.empty_like(self.W)
+
+        def scatter() -> None:
+            total.copy_(self.W)
+            csr_scatter_op(total, csr.values, p.row_offsets, p.columns, True)
+
+        found["scatter"] = 2 * self.seconds(scatter)
+        return found
+
+
+def compare(problem: Problem, rates: routes.Rates) -> list[list[str]]:
+    """A line per density and route: predicted and measured milliseconds, and which of its kind was fastest."""
+    lines = []
+    for density, csr in problem.masks.items():
+        sizes = (problem.T, problem.d, problem.k, csr.nnz)
+        active = (csr.pattern.active_rows.numel(), csr.pattern.active_columns.numel())
+        predicted = routes.gradient_costs(*sizes, *active, rates) | routes.forward_costs(*sizes, rates)
+        measured = problem.measured(csr)
+        for kind in (routes.GRADIENT_ROUTES, ("spmm", "scatter")):
+            chosen, best = min(kind, key=predicted.get), min(kind, key=measured.get)
+            for route in kind:
+                note = ("chosen " if route == chosen else "") + ("fastest" if route == best else "")
+                times = [f"{1e3 * seconds[route]:.2f}" for seconds in (predicted, measured)]
+                lines.append([f"{density:.1%}", route, *times, note.strip()])
+    return lines
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the rates and the comparison per dtype; with ``--write``, keep the rates."""
+    found = {}
+    for dtype in arguments.dtype:
+        problem = Problem(arguments.tokens, *arguments.shape, DTYPES[dtype], arguments.device, arguments.repeats)
+        rates = problem.rates()
+        found[dtype] = {name: float(f"{value:.2g}") for name, value in rates._asdict().items()}
+        print(
+            f"{arguments.device} {dtype}: " + ", ".join(f"{name} {value:.2g}" for name, value in found[dtype].items())
+        )
+        print(table(["density", "route", "predicted ms", "measured ms", ""], compare(problem, rates)) + "\n")
+    if arguments.write:
+        path = Path(routes.__file__).parent / "rates.json"
+        kept = json.loads(path.read_text())
+        name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        source = f"{name}, torch {torch.__version__}, {datetime.date.today()}, commit {commit()}"
+        entry = kept.get(arguments.device, {"rates": {}})
+        kept[arguments.device] = {"source": source, "rates": entry["rates"] | found}
+        path.write_text(json.dumps(kept, indent=2) + "\n")
+        print(f"written to {path}")
+    return 0
