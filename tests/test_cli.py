@@ -1,0 +1,59 @@
+"""``bench`` and ``tune`` at a size that takes a moment."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from spectral_ops import cli
+from spectral_ops.cli import bench, peers, tune
+from spectral_ops.functional import routes
+
+SMALL = ["--tokens", "8", "--shape", "32", "48", "--repeats", "2", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("method", peers.METHODS)
+def test_bench_measures_every_method_beside_its_peers(method, tmp_path, capsys):
+    pytest.importorskip("peft")
+    file = tmp_path / "results.json"
+    assert cli.main(["bench", "--methods", method, "--rank", "4", *SMALL, "--json", str(file)]) == 0
+    assert "RED" not in capsys.readouterr().out
+    rows = json.loads(file.read_text())["measurements"]
+    for dtype in bench.DTYPES:
+        names = [row["implementation"] for row in rows if row["dtype"] == dtype]
+        assert names[:2] == ["frozen", peers.OURS] and len(names) >= 3
+    assert all(row["milliseconds"] > 0 for row in rows)
+    errors = [row["error"] for row in rows if row["implementation"] == peers.OURS]
+    assert all(error is not None and error < bench.TOLERANCE[torch.bfloat16] for error in errors)
+
+
+def test_bench_shows_no_time_for_a_wrong_result(monkeypatch, capsys):
+    pytest.importorskip("peft")
+    right = peers.function_layer
+
+    def wrong(method, weight, rank):
+        layer = right(method, weight, rank)
+        return peers.Layer(lambda x: 1.5 * layer.forward(x), layer.parameters)
+
+    monkeypatch.setattr(peers, "function_layer", wrong)
+    assert cli.main(["bench", "--methods", "bat", "--rank", "4", "--dtype", "float32", *SMALL]) == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if peers.OURS in line)
+    assert line.count("RED") == 2
+
+
+def test_tune_measures_every_rate_and_writes_only_when_asked(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "rates.json"
+    before = (tune.Path(routes.__file__).parent / "rates.json").read_text()
+    file.write_text(before)
+    monkeypatch.setattr(routes, "__file__", str(tmp_path / "routes.py"))
+    assert cli.main(["tune", "--dtype", "float32", *SMALL]) == 0
+    assert file.read_text() == before
+    out = capsys.readouterr().out
+    assert all(route in out for route in (*routes.GRADIENT_ROUTES, "spmm", "scatter"))
+    assert cli.main(["tune", "--dtype", "float32", *SMALL, "--write"]) == 0
+    kept = routes.load(file.read_text())
+    assert all(math.isfinite(rate) and rate > 0 for rate in kept["cpu"]["float32"])
+    assert kept["cpu"]["bfloat16"] == routes.load(before)["cpu"]["bfloat16"]
+    assert kept["cuda"] == routes.load(before)["cuda"]
+    assert "commit" in json.loads(file.read_text())["cpu"]["source"]
