@@ -139,4 +139,52 @@ struct SeededDropout {
   DType dtype;
 };
 
+// A sparse matrix [d, k], or n rows of one: row o holds entries [row_offsets[o], row_offsets[o + 1]), entry p is in
+// columns[p], ascending and unique within a row. nnz entries of columns, values and out; those before row_offsets[0] and
+// from row_offsets[n] on belong to other rows.
+
+// out [d, k] at the pattern becomes values (accumulate: out + values, in at least float32), rounded once.
+struct CsrScatter {
+  void* out;
+  const void* values;  // [nnz], unit stride
+  const int32_t *row_offsets, *columns;
+  int64_t d, k, nnz;
+  int64_t out_strides[2];
+  DType dtype, values_dtype;  // of out, of values
+  bool accumulate;
+};
+
+// out [nnz] gets dense [n, k] at the entries of n rows; other entries stay as they are.
+struct CsrGather {
+  void* out;  // unit stride
+  const void* dense;
+  const int32_t *row_offsets, *columns;
+  int64_t n, k, nnz;
+  int64_t dense_strides[2];
+  DType dtype, dense_dtype;  // of out, of dense
+};
+
+// out [T, d] += x Sᵀ, x [T, k], summed in float32 (float64 for float64) and rounded once; unit inner strides.
+// Entry p has the value values[permutation[p]], or values[p] where that is null.
+struct CsrSpmm {
+  void* out;
+  const void *x, *values;
+  const int32_t *row_offsets, *columns, *permutation;
+  void* workspace;  // CUDA
+  int64_t T, d, k, nnz;
+  int64_t out_stride, x_stride;  // elements between rows
+  DType dtype, values_dtype;     // dtype: of out and x
+};
+
+// out [nnz] = (dyᵀ x) at the pattern, in float32 (float64 for float64); dy [T, d], x [T, k] with unit inner strides.
+struct CsrSddmm {
+  const void *dy, *x;
+  const int32_t *row_offsets, *columns;
+  void* out;
+  void* workspace;  // CUDA
+  int64_t T, d, k, nnz;
+  int64_t dy_stride, x_stride;
+  DType dtype;  // of dy and x
+};
+
 }  // namespace spectral_ops

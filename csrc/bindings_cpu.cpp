@@ -5,6 +5,7 @@
 #include "cpu/run.h"
 #include "cpu/tiling.h"
 #include "ops/blocksum.h"
+#include "ops/csr.h"
 #include "ops/dora.h"
 #include "ops/dropout.h"
 #include "ops/lowrank.h"
@@ -20,6 +21,10 @@ struct Cpu {
 const Binding kBindings[] = {
     {"block_sum", TORCH_BOX(&block_sum<Cpu>)},
     {"block_tile_", TORCH_BOX(&block_tile_<Cpu>)},
+    {"csr_scatter_", TORCH_BOX(&csr_scatter_<Cpu>)},
+    {"csr_gather_", TORCH_BOX(&csr_gather_<Cpu>)},
+    {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cpu>)},
+    {"csr_sddmm", TORCH_BOX(&csr_sddmm<Cpu>)},
     {"lowrank_update_", TORCH_BOX(&lowrank_update_<Cpu>)},
     {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cpu>)},
     {"row_square", TORCH_BOX(&row_square<Cpu>)},

@@ -44,6 +44,10 @@ struct PhiloxWords {
 
 SPECTRAL_OPS_CPU_KERNEL(block_sum, BlockSum)
 SPECTRAL_OPS_CPU_KERNEL(block_tile, BlockTile)
+SPECTRAL_OPS_CPU_KERNEL(csr_scatter, CsrScatter)
+SPECTRAL_OPS_CPU_KERNEL(csr_gather, CsrGather)
+SPECTRAL_OPS_CPU_KERNEL(csr_spmm, CsrSpmm)
+SPECTRAL_OPS_CPU_KERNEL(csr_sddmm, CsrSddmm)
 SPECTRAL_OPS_CPU_KERNEL(keep_mask, KeepMask)
 SPECTRAL_OPS_CPU_KERNEL(philox_words, PhiloxWords)
 SPECTRAL_OPS_CPU_KERNEL(pass_pack, PassPack)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../csr_plan.h"
 #include "../ops.h"
 #include "kernels.h"
 #include "tiling.h"
@@ -51,6 +52,17 @@ inline void run(const Lift& lift) {
   in_parallel(LiftPack{lift}, lift.pack_tasks(), 8);
   in_parallel(LiftTiles{lift}, lift.tile_tasks(), grain_of(lift.tile_tasks(), lift.rows * lift.columns * (lift.r + 4)));
 }
+
+// --- csr ---
+
+inline void run(const CsrScatter& a, const Tensor&) { in_parallel(a, a.nnz, kEntriesPerThread); }
+
+inline void run(const CsrGather& a, const Tensor&) {
+  in_parallel(a, a.row_offsets[a.n] - a.row_offsets[0], kEntriesPerThread);
+}
+
+inline void run(const CsrSpmm& a, const Tensor&) { in_parallel(a, a.T, 1); }
+inline void run(const CsrSddmm& a, const Tensor&) { in_parallel(a, a.nnz, 1024); }
 
 // --- lowrank ---
 
