@@ -162,20 +162,22 @@ def bat_mix_backward_op(g, q, x, bat, need_g, need_dC):
 def _product(x, weight, bat, bias, transpose, exact):
     """x W'ᵀ + b (transpose: x W') [T, n] for Bat-Col.
 
-    exact matters where x is narrower than float32: W' - W stays float32 and is multiplied by itself, so that the
-    rounding of W' takes nothing from it.
+    exact matters where x is narrower than float32: W' stays float32. On a GPU W' - W is multiplied by itself, so that
+    TF32 takes nothing from it either; the CPU's library would round x Wᵀ, and the sum would round back to that.
     """
     if x.shape[0] < bat.shape[-1]:
         y = bat_matmul_op(x, weight, bat, transpose)
         return y if bias is None else y.add_(bias)
     wide = accumulate_dtype(weight.dtype)
-    delta = exact and weight.dtype != wide
-    with scratch.lease(weight.shape, wide if delta else weight.dtype, weight.device) as changed:
-        bat_weight_op(changed, weight, bat, False, delta)
-        if not delta:
+    exact = exact and weight.dtype != wide
+    apart = exact and x.is_cuda
+    with scratch.lease(weight.shape, wide if exact else weight.dtype, weight.device) as changed:
+        bat_weight_op(changed, weight, bat, False, apart)
+        if not exact:
             return x @ changed if transpose else F.linear(x, changed, bias)
-        y = mm(x, weight if transpose else weight.t(), wide)
-        y.addmm_(x.to(wide), changed if transpose else changed.t())
+        y = x.to(wide) @ (changed if transpose else changed.t())
+        if apart:
+            y += mm(x, weight if transpose else weight.t(), wide)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
