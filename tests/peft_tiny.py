@@ -18,6 +18,7 @@ METHODS = {
     "dora": {"use_dora": True},
     "miss": {"init_weights": True},
     "miss_mini": {"init_weights": "mini", "mini_r": 8},
+    "miss_bat": {"init_weights": "bat", "r": 8},
 }
 
 
@@ -32,10 +33,10 @@ def one_thread():
 
 def config(method: str, **extra):
     """PEFT's configuration of a method; rank 5 divides nothing here, so MiSS meets a ragged last block."""
-    settings = {"target_modules": ATTENTION + MLP, **METHODS[method], **extra}
+    settings = {"r": 5, "target_modules": ATTENTION + MLP, **METHODS[method], **extra}
     if method.startswith("miss"):
-        return MissConfig(r=5, **settings)
-    return LoraConfig(r=5, lora_alpha=8, **settings)
+        return MissConfig(**settings)
+    return LoraConfig(lora_alpha=8, **settings)
 
 
 def perturb(model: torch.nn.Module, scale: float = 0.1) -> torch.nn.Module:

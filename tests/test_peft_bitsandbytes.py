@@ -37,7 +37,7 @@ class Net(nn.Module):
 def quantised(bits, dtype, kind=LoraConfig, **settings):
     torch.manual_seed(1)
     try:
-        model = get_peft_model(Net(bits, dtype), kind(r=5, target_modules=["first", "second"], **settings))
+        model = get_peft_model(Net(bits, dtype), kind(**{"r": 5, **settings}, target_modules=["first", "second"]))
         model(torch.randn(2, 64, dtype=dtype, requires_grad=True)).sum().backward()
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this bitsandbytes {bnb.__version__} does not run its {bits}-bit layer on the CPU: {error}")
@@ -60,7 +60,7 @@ def fresh(bits, dtype, **settings):
     models = []
     for _ in range(2):
         torch.manual_seed(1)
-        adapter = kind(r=5, target_modules=["first", "second"], **settings)
+        adapter = kind(**{"r": 5, **settings}, target_modules=["first", "second"])
         models.append(perturb(get_peft_model(Net(bits, dtype), adapter)))
     return models
 
@@ -111,6 +111,15 @@ def test_dora_with_dropout_falls_back():
     assert {f.reason for f in report.fallbacks()} == {
         "DoRA with dropout over a quantised base needs a second product with its weight"
     }
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bat_falls_back(bits):
+    plain, ours = fresh(bits, torch.float32, kind=MissConfig, init_weights="bat", r=16)
+    report = accelerate(ours)
+    reason = "bat transforms the weight itself, and the base layer holds it quantised"
+    assert {(row.path, row.reason) for row in report.rows} == {("PEFT", reason)}
+    assert worst(results(plain, torch.float32), results(ours, torch.float32)) == 0.0
 
 
 def test_autocast_keeps_no_float32_copy_of_x():

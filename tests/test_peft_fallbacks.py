@@ -11,6 +11,7 @@ pytest.importorskip("peft")
 
 from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
+from peft.tuners.miss import MissLinear  # noqa: E402
 from peft_tiny import (  # noqa: E402
     ATTENTION,
     adapted,
@@ -23,6 +24,7 @@ from peft_tiny import (  # noqa: E402
     tokens,
     worst,
 )
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from spectral_ops import accelerate, restore  # noqa: E402
 
@@ -95,7 +97,6 @@ def with_bias(model):
     ("model", "reason"),
     [
         (lambda: with_bias(net(use_dora=True)), "DoRA with lora_bias"),
-        (lambda: net(kind=MissConfig, init_weights="bat"), "bat arrives with the Bat operator"),
         (lambda: net(alora_invocation_tokens=[1]), "the LoRA variant ALora is left to PEFT"),
         (lambda: net(init_lora_weights="mica"), "the LoRA variant MiCA is left to PEFT"),
     ],
@@ -334,6 +335,62 @@ def test_several_active_adapters_with_dora():
     check(model, "several active adapters, one of them DoRA")
 
 
+def bat(**settings):
+    return net(kind=MissConfig, init_weights="bat", **settings)
+
+
+def test_several_active_bat_adapters():
+    """Each transforms the weight that the one before it made."""
+    model = bat()
+    model.add_adapter("other", MissConfig(r=2, target_modules=["first"], init_weights="bat"))
+    model.base_model.set_adapter(["default", "other"])
+    check(perturb(model), "several active bat adapters: each transforms the weight that the one before it made")
+    plain, ours = pair(model)
+    report = accelerate(ours)
+    for name in ("other", "default"):
+        for m in (plain, ours):
+            m.set_adapter(name)
+        torch.testing.assert_close(ours(IDS), plain(IDS))
+    assert not report.fallbacks()
+
+
+def test_bat_over_a_base_layer_that_is_more_than_its_weight():
+    """PEFT's bat reads the weight and never calls the layer, so its hooks stay silent in both."""
+    seen = []
+    reason = "bat reads the base weight, and the base layer carries hooks or is not a plain nn.Linear"
+
+    def hook(model):
+        layer(model).base_layer.register_forward_hook(lambda *a: seen.append(1))
+
+    check(bat(), reason, break_it=hook)
+    assert not seen
+
+
+def test_bat_over_conv1d():
+    """PEFT refuses to make one; a layer built by hand takes the stored weight for [d, k], whatever that means."""
+    base = Conv1D(8, 8).requires_grad_(False)
+    model = nn.Sequential(MissLinear(base, "default", MissConfig(r=4, init_weights="bat"), r=4))
+    plain, ours = pair(perturb(model))
+    report = accelerate(ours)
+    assert report.rows[0].reason == "PEFT's bat takes the weight of a Conv1D as it is stored, transposed"
+    x = torch.randn(5, 8)
+    assert torch.equal(plain(x), ours(x))
+
+
+@pytest.mark.parametrize("shape", [(4, 20), (5, 4, 5), (3, 4, 4)])
+def test_bat_blocks_of_a_wrong_shape(shape):
+    model = bat()
+    layer(model).miss_block["default"] = nn.Parameter(torch.zeros(shape))
+    report = accelerate(model)
+    assert report.rows[0].reason == f"miss_block {list(shape)} does not fit the layer's kind (bat)"
+
+
+def test_bat_over_a_trained_base_weight():
+    """PEFT's bat gives the weight no gradient; that stays PEFT's doing."""
+    model = bat()
+    check(model, "the base weight is trained", break_it=lambda m: layer(m).base_layer.weight.requires_grad_())
+
+
 def test_dtypes_peft_would_round_differently():
     model = net()
     layer(model).lora_A["default"].bfloat16(), layer(model).lora_B["default"].bfloat16()
@@ -382,8 +439,8 @@ def test_miss_adapters_of_different_kinds():
 
 
 def test_disabled_and_merged_adapters_run_the_base_layer_alone():
-    for kind in (LoraConfig, MissConfig):
-        plain, ours = pair(net(kind=kind))
+    for model in (net(), net(kind=MissConfig), bat()):
+        plain, ours = pair(model)
         report = accelerate(ours, strict=True)
         with plain.disable_adapter(), ours.disable_adapter():
             assert torch.equal(plain(IDS), ours(IDS))
@@ -445,10 +502,10 @@ def test_an_adapter_that_skips_a_layer():
     assert torch.equal(layer(model)(x), layer(model).base_layer(x))
 
 
-@pytest.mark.parametrize("kind", [LoraConfig, MissConfig])
-def test_plain_tensors_in_the_place_of_parameters(kind):
+@pytest.mark.parametrize("settings", [{}, {"kind": MissConfig}, {"kind": MissConfig, "init_weights": "bat"}])
+def test_plain_tensors_in_the_place_of_parameters(settings):
     """What FSDP1 and DataParallel leave on a module during forward."""
-    plain, ours = pair(net(kind=kind))
+    plain, ours = pair(net(**settings))
     report = accelerate(ours, strict=True)
     for module in layer(ours).modules():
         for name, p in [item for item in module._parameters.items() if item[1] is not None]:
@@ -467,7 +524,7 @@ def test_scaling_changes_are_seen():
         torch.testing.assert_close(ours(IDS), plain(IDS))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "miss"])
+@pytest.mark.parametrize("method", ["lora", "dora", "miss", "miss_bat"])
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "magnitude", "everything"])
 def test_frozen_parameters_get_no_gradient(method, frozen):
     plain, ours = pair(adapted(method))

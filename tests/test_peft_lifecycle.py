@@ -116,7 +116,7 @@ def test_deepcopy(method):
     assert not report.fallbacks()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "miss"])
+@pytest.mark.parametrize("method", ["lora", "dora", "miss", "miss_bat"])
 def test_pickle_and_torch_save(method):
     model = adapted(method)
     accelerate(model)

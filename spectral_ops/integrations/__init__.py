@@ -12,17 +12,18 @@ if TYPE_CHECKING:
 __all__ = ["accelerate", "restore"]
 
 
-def accelerate(model: torch.nn.Module, *, strict: bool = False, recompute: bool = False) -> Report:
+def accelerate(model: torch.nn.Module, *, strict: bool = False, recompute: bool = False, exact: bool = False) -> Report:
     """Let the adapter layers of a PEFT model compute with the fused operators, in place.
 
     Parameters, state_dict, optimizer and numbers stay what they are (the same up to rounding; DoRA's column norm is
     kept in float32 where PEFT rounds it to the weight's dtype). At dropout p = 0 nothing is drawn from torch's
     generator; at p > 0 the mask comes from one seed drawn there, so it is another mask than PEFT's, with the same law.
 
-    Covered: LoRA, rsLoRA, PiSSA, DoRA on ``nn.Linear`` and transformers' ``Conv1D``, MiSS (and mini) on ``nn.Linear``,
-    and the same over bitsandbytes 4-bit and 8-bit layers, whose own forward is called. Every other adapter layer, and
-    every single call of a covered one that the fast path does not fit, runs PEFT's own forward; the report says which
-    and why. Calling it again is fine: it also takes in the layers that ``add_adapter`` has created since.
+    Covered: LoRA, rsLoRA, PiSSA, DoRA on ``nn.Linear`` and transformers' ``Conv1D``, MiSS (also mini and bat) on
+    ``nn.Linear``, and all of them but bat over bitsandbytes 4-bit and 8-bit layers, whose own forward is called. Every
+    other adapter layer, and every single call of a covered one that the fast path does not fit, runs PEFT's own
+    forward; the report says which and why. Calling it again is fine: it also takes in the layers that ``add_adapter``
+    has created since.
 
     Args:
         model: a PeftModel, or any module that PEFT has injected adapter layers into.
@@ -30,13 +31,17 @@ def accelerate(model: torch.nn.Module, *, strict: bool = False, recompute: bool 
             would fall back, instead of only reporting them.
         recompute: let DoRA layers save no output for backward and compute it again there. Needed where the model
             overwrites such a layer's output in place, which autograd otherwise refuses; costs a product per layer.
+        exact: for MiSS's bat with float32 blocks over a bfloat16 or float16 base. By default the transformed weight is
+            rounded to the base's dtype, as PEFT rounds it under autocast; in bfloat16 that takes a third of a change of
+            1e-4. With exact the change stays float32, as in PEFT outside autocast, for a float32 product per layer.
+            Nothing else is changed by it.
 
     Returns a :class:`~spectral_ops.integrations.report.Report`: ``print(report)`` shows what runs where;
     ``report.fallbacks()`` what fell back since, and why.
     Raises TypeError for something that is not a module, ValueError for a module without PEFT layers, ImportError
     without PEFT.
     """
-    return _peft().accelerate(model, strict=strict, recompute=recompute)
+    return _peft().accelerate(model, strict=strict, recompute=recompute, exact=exact)
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:

@@ -22,6 +22,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
 from spectral_ops.functional import (
+    bat_linear,
     bone_linear,
     bone_update,
     column_norm,
@@ -30,7 +31,7 @@ from spectral_ops.functional import (
     lowrank_linear,
     lowrank_update,
 )
-from spectral_ops.integrations.peft_plan import Base, Bone, LowRank, Unfit, lora_plan, miss_plan, variant_name
+from spectral_ops.integrations.peft_plan import Base, Bat, Bone, LowRank, Unfit, lora_plan, miss_plan, variant_name
 from spectral_ops.integrations.report import BASE_AGNOSTIC, FUSED, PEFT, LayerState, Report, Row, note_while_tracing
 
 # --- the call --------------------------------------------------------------------------------------------------------
@@ -81,7 +82,9 @@ def run_dora(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank) ->
     )  # fmt: skip
 
 
-def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone]) -> torch.Tensor:
+def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone] | list[Bat]) -> torch.Tensor:
+    if layer.miss_fn == "bat":
+        return run_bat(layer, x, base, adapters[0])
     if base.weight is None:
         out, rest = base_result(base, x), adapters
     else:
@@ -90,6 +93,13 @@ def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone]
     for D, p in rest:
         out = bone_update(out, x, D, dropout_p=p, training=True)
     return out.to(x.dtype)  # PEFT's MiSS returns x's dtype, also under autocast
+
+
+def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torch.Tensor:
+    bias = base.bias
+    if bias is not None:  # PEFT's bat takes one in another dtype than the weight's
+        bias = bias.to(base.weight.dtype)
+    return bat_linear(x, base.weight, adapter.B, bias, exact=layer._spectral_ops.exact).to(x.dtype)
 
 
 class Fused:
@@ -142,7 +152,7 @@ class FusedLoraLinear(FusedLora, lora.Linear):
 
 
 class FusedMissLinear(Fused, miss.MissLinear):
-    """``peft.tuners.miss.MissLinear`` through bone_linear."""
+    """``peft.tuners.miss.MissLinear`` through bone_linear and bat_linear."""
 
     _plan, _run = miss_plan, run_miss
 
@@ -204,7 +214,7 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
     return " + ".join(dict.fromkeys(methods))
 
 
-def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_attention: bool) -> Row:
+def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_attention: bool, exact: bool) -> Row:
     """The row of one layer: decided from its present state, the input still unknown."""
     original = ORIGINALS.get(type(layer), type(layer))
     head = (name, f"{tuner_of(layer)}.{original.__name__}", method_of(layer, configs))
@@ -221,6 +231,8 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_a
         return Row(*head, PEFT, reason=str(unfit))
     if not adapters:
         return Row(*head, FUSED, reason="no active adapter here: the base layer alone")
+    if isinstance(adapters[0], Bat):
+        return Row(*head, FUSED, *bat_operator(base.weight.dtype, exact))
     first, more = ("bone_linear", "bone_update") if is_miss else ("lowrank_linear", "lowrank_update")
     if not is_miss and adapters[0].magnitude is not None:
         first, more = "column_norm, dora_linear", "column_norm, dora_update"
@@ -229,11 +241,20 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_a
     return Row(*head, FUSED, first if len(adapters) == 1 else f"{first}, {more}")
 
 
+def bat_operator(dtype: torch.dtype, exact: bool) -> tuple[str, str]:
+    """The operator of a bat layer over a weight in ``dtype``, and what becomes of its small changes."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "bat_linear", ""
+    if exact:
+        return "bat_linear, exact", ""
+    return "bat_linear", f"the transformed weight is rounded to {dtype}; accelerate(model, exact=True) does not"
+
+
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
-def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = False) -> Report:
+def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = False, exact: bool = False) -> Report:
     """See :func:`spectral_ops.accelerate`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {model!r} ({type(model).__name__}), wanted a PEFT model (a torch.nn.Module)")
@@ -244,7 +265,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = Fals
         )
     attention = tuple(f"{name}." for name, m in layers.items() if isinstance(m, MultiheadAttention))
     configs = getattr(model, "peft_config", None) or {}
-    rows = [describe(name, layer, configs, name.startswith(attention)) for name, layer in layers.items()]
+    rows = [describe(name, layer, configs, name.startswith(attention), exact) for name, layer in layers.items()]
     left = [f"  {row.name}: {row.reason}" for row in rows if row.path == PEFT]
     if strict and left:
         raise RuntimeError(f"strict=True, and {len(left)} layers would be left to PEFT:\n" + "\n".join(left))
@@ -255,7 +276,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = Fals
             layer.__class__ = REPLACEMENTS[type(layer)]
         if type(layer) in ORIGINALS:
             state = layer._spectral_ops
-            state.name, state.strict, state.recompute = name, strict, recompute
+            state.name, state.strict, state.recompute, state.exact = name, strict, recompute, exact
             states.append(state)
     reference = weakref.ref(model)
 

@@ -60,6 +60,12 @@ class Bone(NamedTuple):
     p: float
 
 
+class Bat(NamedTuple):
+    """The one active bat adapter of a MiSS layer; PEFT applies no dropout to it."""
+
+    B: torch.Tensor
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, or a replaced one (device_map offload)."""
     return bool(
@@ -230,11 +236,11 @@ def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float
             raise Unfit("DoRA with dropout over a quantised base needs a second product with its weight")
 
 
-def miss_plan(layer: nn.Module, x: torch.Tensor | None) -> tuple[Base, list[Bone]]:
+def miss_plan(layer: nn.Module, x: torch.Tensor | None) -> tuple[Base, list[Bone] | list[Bat]]:
     """The tensors of a MiSS layer's call, or Unfit."""
-    if layer.miss_fn == "bat":
-        raise Unfit("bat arrives with the Bat operator")
     base = base_of(layer)
+    if layer.miss_fn == "bat":
+        return base, bat_plan(layer, x, base)
     modules = layer._modules
     adapters = []
     for name in active(layer):
@@ -249,3 +255,28 @@ def miss_plan(layer: nn.Module, x: torch.Tensor | None) -> tuple[Base, list[Bone
     if x is not None:
         check_input(layer, x, base, [a.D for a in adapters])
     return base, adapters
+
+
+def bat_plan(layer: nn.Module, x: torch.Tensor | None, base: Base) -> list[Bat]:
+    modules = layer._modules
+    names = [name for name in active(layer) if name in modules["miss_dropout"]._modules]
+    if len(names) > 1:
+        raise Unfit("several active bat adapters: each transforms the weight that the one before it made")
+    if names:
+        check_bat_base(base)
+    adapters = [Bat(read(modules["miss_block"], name, "miss_block")) for name in names]
+    for (B,) in adapters:
+        if B.dim() != 3 or B.shape[1] != B.shape[2] or B.shape[0] * B.shape[1] != layer.out_features:
+            raise Unfit(f"miss_block {list(B.shape)} does not fit the layer's kind (bat)")
+    if x is not None:
+        check_input(layer, x, base, [a.B for a in adapters])
+    return adapters
+
+
+def check_bat_base(base: Base) -> None:
+    if type(base.layer) in QUANTISED:
+        raise Unfit("bat transforms the weight itself, and the base layer holds it quantised")
+    if base.weight is None:
+        raise Unfit("bat reads the base weight, and the base layer carries hooks or is not a plain nn.Linear")
+    if type(base.layer) is Conv1D:
+        raise Unfit("PEFT's bat takes the weight of a Conv1D as it is stored, transposed")

@@ -20,8 +20,8 @@ class LayerState:
     by_key: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
     next_key = 0
 
-    def __init__(self, name: str, strict: bool = False, recompute: bool = False):
-        self.name, self.strict, self.recompute = name, strict, recompute
+    def __init__(self, name: str, strict: bool = False, recompute: bool = False, exact: bool = False):
+        self.name, self.strict, self.recompute, self.exact = name, strict, recompute, exact
         self.reasons: dict[str, int] = {}  # why PEFT's forward ran -> how many calls
         self.norms: dict[str, NormCache] = {}  # adapter name -> DoRA's column norm
         self.key = LayerState.next_key
@@ -42,10 +42,10 @@ class LayerState:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def __deepcopy__(self, memo) -> LayerState:
-        return LayerState(self.name, self.strict, self.recompute)
+        return LayerState(self.name, self.strict, self.recompute, self.exact)
 
     def __reduce__(self):
-        return LayerState, (self.name, self.strict, self.recompute)
+        return LayerState, (self.name, self.strict, self.recompute, self.exact)
 
 
 @torch.compiler.assume_constant_result
@@ -57,7 +57,10 @@ def note_while_tracing(key: int, reason: str) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """One adapter layer: its name, PEFT's class, its active methods, which path serves it, with what, or why not."""
+    """One adapter layer: its name, PEFT's class, its active methods, which path serves it, with what, or why not.
+
+    ``reason`` also says what a fused layer does differently: whose base layer runs alone, or whose weight is rounded.
+    """
 
     name: str
     peft_class: str
