@@ -187,4 +187,63 @@ struct CsrSddmm {
   DType dtype;  // of dy and x
 };
 
+// --- bat: blocks are r x r, r divides rows and columns; bat [n, r, r] is contiguous, block i from bat + i r r ---
+
+// out [rows, columns] = W' of weight (delta: W' - W); W(o,j) meets block o of bat, n = rows / r, or with by_column block j,
+// n = columns / r. out has unit inner stride.
+struct BatWeight {
+  const void *weight, *bat;
+  void* out;
+  int64_t rows, columns, r;
+  int64_t weight_strides[2], out_stride;
+  DType dtype, bat_dtype, out_dtype;  // dtype: of weight; out_dtype: that, or its accumulator
+  bool by_column, delta;
+};
+
+// out [T, rows] = x W'ᵀ, x [T, columns] (transpose: out [T, columns] = x W', x [T, rows]); weight [rows, columns], block o of
+// bat for block-row o. out is contiguous, x has unit inner stride; both in dtype.
+struct BatMatmul {
+  const void *x, *weight, *bat;
+  void* out;
+  void* workspace;  // CUDA: partial sums
+  int64_t T, rows, columns, r;
+  int64_t x_stride, weight_strides[2];
+  DType dtype, bat_dtype;
+  bool transpose;
+};
+
+// dB [rows / r, r, r] = Σ_j W(o,j)ᵀ G(o,j) + G(o,j), contiguous in float32 (float64 for float64). G [rows, columns] has unit
+// inner stride.
+struct BatContract {
+  const void *weight, *G;
+  void* dB;
+  void* workspace;  // CUDA: partial sums
+  int64_t rows, columns, r;
+  int64_t weight_strides[2], G_stride;
+  DType dtype, G_dtype;  // G_dtype: weight's dtype, or dB's
+};
+
+// z [rows, columns], z_j = x_j + x_j C_jᵀ, and s [rows, r] = Σ_j x_j C_jᵀ, contiguous in x's dtype; bat: C [columns / r, r, r].
+struct BatMix {
+  const void *x, *bat;
+  void *z, *s;
+  void* workspace;  // CUDA: partial sums
+  int64_t rows, columns, r;
+  int64_t x_stride;
+  DType dtype, bat_dtype;
+};
+
+// With v_j = g_j + q: g_j becomes g_j + v_j C_j (need_g), and dC [columns / r, r, r], dC_j = v_jᵀ x_j, contiguous in float32
+// (float64 for float64), or null. g, x [rows, columns] and q [rows, r] have unit inner strides.
+struct BatMixBackward {
+  void* g;
+  const void *q, *x, *bat;
+  void* dC;
+  void* workspace;  // CUDA: partial sums
+  int64_t rows, columns, r;
+  int64_t g_stride, q_stride, x_stride;
+  DType dtype, bat_dtype;
+  bool need_g;
+};
+
 }  // namespace spectral_ops

@@ -65,6 +65,11 @@ inline bool unit_inner_stride(const Tensor& t) { return t.size(1) <= 1 || t.stri
 // t [rows, columns] with unit inner stride: itself, or a contiguous copy.
 inline Tensor rows_of(const Tensor& t) { return unit_inner_stride(t) ? t : torch::stable::contiguous(t); }
 
+// The strides of a matrix; where there is one element, those of a contiguous one.
+inline void set_strides(int64_t (&strides)[2], const Tensor& t) {
+  for (int d = 0; d < 2; ++d) strides[d] = t.size(d) <= 1 ? (d == 1 ? 1 : t.size(1)) : t.stride(d);
+}
+
 // The data of a floating vector [length] with unit stride, in any dtype (put into dtype); null for None.
 inline const void* vector_data(const char* name, std::optional<Tensor>& t, int64_t length, const Tensor& like, DType& dtype) {
   if (!t) return nullptr;

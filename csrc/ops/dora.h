@@ -7,10 +7,6 @@
 
 namespace spectral_ops {
 
-inline void set_strides(int64_t (&strides)[2], const Tensor& t) {
-  for (int d = 0; d < 2; ++d) strides[d] = t.size(d) <= 1 ? (d == 1 ? 1 : t.size(1)) : t.stride(d);
-}
-
 template <class Device> Tensor row_square(Tensor weight) {
   check_matrix("weight", weight);
   Tensor square = torch::stable::new_empty(weight, {weight.size(0)}, accumulate_type(weight));
