@@ -1,4 +1,4 @@
-# make demo | test | build | bench | lint | gpu | wheel | sanitize | clean
+# make demo | test | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
 # The first run makes .venv and installs what requirements/ pins; later runs start in seconds.
 
 PYTHON ?= python3
@@ -10,6 +10,7 @@ METHOD ?= dora
 STEPS  ?=
 DTYPE  ?=
 ARGS   ?=
+SECTIONS ?=
 
 # Without an NVIDIA GPU: the CPU build of torch where pip finds one, else the build that pip's index has. Where yours is
 # not on that index, say so: TORCH_PIP_ARGS="--extra-index-url <PyTorch's CPU index>".
@@ -18,7 +19,7 @@ TORCH_CPU      := $(if $(shell command -v nvidia-smi),false,$(PIP) install $(TOR
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard spectral_ops/_library.py spectral_ops/functional/*.py)
 
-.PHONY: demo test build bench lint gpu wheel sanitize clean
+.PHONY: demo test build bench lint gpu gpu-dry wheel sanitize clean
 
 demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss STEPS=n DTYPE=float32|bf16
 	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
@@ -34,8 +35,11 @@ bench: $(VENV)/.built
 lint: $(VENV)/.installed
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
-gpu: ## on a machine with an NVIDIA GPU, nvcc and a CUDA torch ≥2.10; uses that machine's Python and no network
-	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+gpu: ## SECTIONS="test bench"; on a machine with an NVIDIA GPU, nvcc and a CUDA torch ≥2.10; uses that machine's Python and no network
+	PYTHON=$(PYTHON) SECTIONS="$(SECTIONS)" bash benchmarks/gpu.sh
+
+gpu-dry: $(VENV)/.built ## the same script as far as it goes without a chip
+	PYTHON=$(PY) SECTIONS="$(SECTIONS)" DRY=1 bash benchmarks/gpu.sh
 
 wheel: $(VENV)/.built
 	rm -rf dist && $(PIP) wheel . --no-build-isolation --no-deps -w dist && $(PY) -m abi3audit --verbose dist/*.whl

@@ -1,39 +1,65 @@
 #!/usr/bin/env bash
 # `make gpu`: everything that needs the chip, in under 10 minutes, with this machine's own Python and no network.
-# Builds for this device, runs the GPU tests, memcheck on the self-test, and the benchmarks. Each step runs whether or
-# not the one before it passed; the exit status is 0 only when all did.
+# SECTIONS chooses among: build info test memcheck racecheck tune bench. Each runs whether or not the one before it
+# passed, a table of how each ended closes the run, and the exit status is 0 only when all passed.
+# `make gpu-dry` (DRY=1) runs the same script without a chip: compilers and sanitizers are only looked for, the GPU tests
+# are collected, and what takes a device takes the CPU, at small sizes, its results thrown away.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+sections=" ${SECTIONS:-build info test memcheck racecheck tune bench} "
+dry=${DRY:-}
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-failed=()
+failed=0 summary=() logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 
-step() { # name, seconds, command...
-  local name=$1 limit=$2 began=$SECONDS
+for name in $sections; do
+  [[ " build info test memcheck racecheck tune bench " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
+done
+
+step() { # section, seconds, command...
+  local name=$1 limit=$2 began=$SECONDS verdict=ok
   shift 2
-  echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" || failed+=("$name")
-  echo "== $name: $((SECONDS - began)) s"
+  [[ $sections == *" $name "* ]] || return 0
+  echo "== $name: $*"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name" || { verdict="FAILED ($?)"; failed=1; }
+  summary+=("$(printf '%-10s %5d s  %-12s %s' "$name" $((SECONDS - began)) "$verdict" "$(grep -v '^ *$' "$logs/$name" | tail -1 | cut -c1-100)")")
 }
 
-device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || { echo "gpu: no CUDA device in $python's torch"; exit 1; }
-arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
-results=benchmarks/results/${device// /-}
-stem=$results/$(date -u +%F)-$(git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
-mkdir -p "$results"
+if [ -n "$dry" ]; then
+  tool() { command -v "$1" || { echo "$1 is not on PATH"; return 1; }; }
+  export -f tool
+  small=(--device cpu --dtype float32 bfloat16 --tokens 16 --shape 64 48 --repeats 2)
+  step build 10 bash -c 'tool nvcc'
+  step info 60 "$python" -m spectral_ops info
+  step test 120 "$python" -m pytest tests/test_gpu.py -m gpu -q --collect-only -p no:cacheprovider
+  step memcheck 120 "$python" -m spectral_ops check
+  step racecheck 120 "$python" -m spectral_ops check --operators csr_sddmm lowrank_backward
+  step tune 60 "$python" -m spectral_ops tune "${small[@]}"
+  step bench 120 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --json "$logs/results.json"
+else
+  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || { echo "gpu: no CUDA device in $python's torch"; exit 1; }
+  arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
+  results=benchmarks/results/${device// /-}
+  stem=$results/$(date -u +%F)-$(git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
+  mkdir -p "$results"
+  step build 150 env TORCH_CUDA_ARCH_LIST="$arch" FORCE_CUDA=1 "$python" setup.py build_ext --inplace
+  step info 20 "$python" -m spectral_ops info
+  workers=() # thousands of small cases, most of them waiting for Triton's compiler: several processes share the GPU
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist worksteal)
+  step test 240 "$python" -m pytest tests/test_gpu.py -m gpu -q -p no:cacheprovider "${workers[@]}"
+  sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all)
+  step memcheck 90 "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check
+  step racecheck 60 "${sanitizer[@]}" --tool racecheck "$python" -m spectral_ops check --backends cuda --operators \
+    bat_contract_ bat_weight_ block_sum column_norm csr_sddmm lowrank_backward
+  step tune 60 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 4096 --shape 4096 4096 --write
+  peers=() # PEFT's own layers are timed beside ours where this machine has PEFT
+  "$python" -c 'import peft' 2>/dev/null || peers=(--no-peers)
+  step bench 120 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --tokens 128 4096 8192 16384 \
+    --shape 4096 4096 --json "$stem.json" "${peers[@]}"
+  echo "results: $stem.json"
+fi
 
-step build 120 env TORCH_CUDA_ARCH_LIST="$arch" FORCE_CUDA=1 "$python" setup.py build_ext --inplace
-step info 20 "$python" -m spectral_ops info
-workers=() # thousands of small cases, most of them waiting for Triton's compiler: several processes share the GPU
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist worksteal)
-step tests 240 "$python" -m pytest tests/test_gpu.py -m gpu -q -p no:cacheprovider "${workers[@]}"
-step memcheck 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-  compute-sanitizer --tool memcheck --error-exitcode 1 --target-processes all "$python" -m spectral_ops check
-
-peers=() # PEFT's own layers are timed beside ours where this machine has PEFT
-"$python" -c 'import peft' 2>/dev/null || peers=(--no-peers)
-step bench 120 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --tokens 128 4096 8192 16384 \
-  --shape 4096 4096 --json "$stem.json" "${peers[@]}"
-
-echo "results: $stem.json"
-[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
+printf '\n%s\n' "section    seconds  ended        last line"
+printf '%s\n' "${summary[@]}"
+exit $failed

@@ -18,6 +18,8 @@ SHAPE = dict(T=67, d=96, k=130, r=17)  # odd on purpose: ragged in every tile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--operators", nargs="+", choices=sorted(_library.OPERATORS), help="only these")
+    parser.add_argument("--backends", nargs="+", choices=_library.BACKENDS, default=_library.BACKENDS, help="the same")
     parser.add_argument("--verbose", action="store_true", help="print every line, not only a summary and the failures")
 
 
@@ -60,7 +62,9 @@ def run(parsed: argparse.Namespace) -> int:
     rows, red = [], 0
     for device in devices():
         for operator in sorted(_library.OPERATORS.values(), key=lambda op: (op.stem, op.name)):
-            for backend in _library.BACKENDS:
+            if parsed.operators and operator.name not in parsed.operators:
+                continue
+            for backend in parsed.backends:
                 if backends.unavailable(operator, backend, device):
                     continue
                 worst = {}
