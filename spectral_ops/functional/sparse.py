@@ -137,10 +137,10 @@ class CSR:
             torch.compiler.is_compiling() or self._key == tuple((t.data_ptr(), t._version) for t in indices)
         ):
             return self
-        self._check_and_build()
+        compiling = torch.compiler.is_compiling()  # as a decorator, disable would import the compiler with the package
+        (torch.compiler.disable(self._check_and_build) if compiling else self._check_and_build)()
         return self
 
-    @torch.compiler.disable
     def _check_and_build(self) -> None:
         with torch.no_grad(), torch.inference_mode(False):
             self._check_indices()
