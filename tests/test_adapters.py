@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import spectral_ops as so
-from spectral_ops import BoneConfig, BoneLinear, DoRAConfig, DoRALinear, LoRAConfig, LoRALinear
+from spectral_ops import BatConfig, BatLinear, BoneConfig, BoneLinear, DoRAConfig, DoRALinear, LoRAConfig, LoRALinear
 
 CONFIGS = {
     "lora": LoRAConfig(r=4, lora_alpha=6),
@@ -20,10 +20,13 @@ CONFIGS = {
     "dora_pissa": DoRAConfig(r=4, lora_alpha=6, init_lora_weights="pissa"),
     "bone": BoneConfig(r=5),
     "mini": BoneConfig(r=5, init_weights="mini", mini_r=6),
+    "bat": BatConfig(r=2),
+    "bat_exact": BatConfig(r=2, exact=True),
+    "bat_row": BatConfig(r=2, mode="row"),
 }
-CLASSES = {LoRAConfig: LoRALinear, DoRAConfig: DoRALinear, BoneConfig: BoneLinear}
+CLASSES = {LoRAConfig: LoRALinear, DoRAConfig: DoRALinear, BoneConfig: BoneLinear, BatConfig: BatLinear}
 methods = pytest.mark.parametrize("method", CONFIGS)
-D, K = 24, 17
+D, K = 24, 18
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +76,14 @@ def dense_weight(layer, name="default"):
         delta = torch.stack([torch.stack([block[i % r, o % q] for i in range(K)]) for o in range(D)])
         return W + delta
     config = layer.settings[name]
+    if isinstance(layer, BatLinear):
+        block, rows = layer.miss_block[name].double(), []
+        r = block.shape[-1]
+        for o in range(D // r):
+            B = [block[j if config.mode == "row" else o] for j in range(K // r)]
+            W_o = W[o * r : (o + 1) * r].split(r, 1)
+            rows.append(torch.cat([w + w @ b + b for w, b in zip(W_o, B, strict=True)], 1))
+        return torch.cat(rows)
     gamma = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     V = W + gamma * layer.lora_B[name].double() @ layer.lora_A[name].double()
     if isinstance(layer, DoRALinear):
@@ -188,7 +199,7 @@ def test_a_safe_merge_of_a_broken_adapter_changes_nothing(method):
     layer, _ = make(method)
     base = layer.weight.detach().clone()
     with torch.no_grad():
-        next(p for p in layer.parameters() if p.requires_grad)[0, 0] = float("nan")
+        next(p for p in layer.parameters() if p.requires_grad).view(-1)[0] = float("nan")
     with pytest.raises(ValueError, match="non-finite merged weights"):
         layer.merge(safe=True)
     assert torch.equal(layer.weight, base) and layer.merged is None
@@ -205,7 +216,7 @@ def test_dora_norm_is_new_after_each_step():
         optimizer.zero_grad()
 
 
-@methods
+@pytest.mark.parametrize("method", [name for name, config in CONFIGS.items() if not isinstance(config, BatConfig)])
 def test_dropout_is_active_in_training_only_and_replayed_by_checkpointing(method):
     config = copy.copy(CONFIGS[method])
     setattr(config, "miss_dropout" if isinstance(config, BoneConfig) else "lora_dropout", 0.5)
@@ -269,7 +280,7 @@ def test_training_after_inference_mode(method):
 
 
 def test_adapter_dtype():
-    for method, first in (("lora", "lora_A"), ("dora", "lora_A"), ("bone", "miss_block")):
+    for method, first in (("lora", "lora_A"), ("dora", "lora_A"), ("bone", "miss_block"), ("bat", "miss_block")):
         layer, _ = make(method, dtype=torch.bfloat16)
         assert getattr(layer, first)["default"].dtype == torch.float32
         layer, _ = make(method, dtype=torch.bfloat16, autocast_adapter_dtype=False)
@@ -384,7 +395,7 @@ def test_disabled_and_detach_give_the_original_model_back(method):
     assert so.adapter_layers(model) == {}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "bone", "mini"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bone", "mini", "bat", "bat_row"])
 def test_several_adapters(method):
     model, x = mlp(), torch.randn(4, K)
     base = model(x)
@@ -628,6 +639,8 @@ def test_gradient_checkpointing(tiny, reentrant):
         (BoneConfig, {"miss_dropout": -0.1}, r"miss_dropout: got -0\.1"),
         (BoneConfig, {"mini_r": 0}, "mini_r: got 0"),
         (BoneConfig, {"init_weights": "bat"}, r"init_weights: got 'bat', wanted True, False or \"mini\""),
+        (BatConfig, {"mode": "both"}, r"BatConfig\.mode: got 'both', wanted \"col\" or \"row\""),
+        (BatConfig, {"exact": 1}, "exact: got 1, wanted True or False"),
         (BoneConfig, {"bias": "lora_only"}, "wanted one of 'none', 'all', 'MiSS_only'"),
     ],
 )
@@ -643,13 +656,14 @@ def test_bad_configs(config, fields, message):
         (LoRAConfig(target_modules=["q"]), r"got \['q'\], which matches nothing; wanted .*'0', '2', '4'"),
         (LoRAConfig(target_modules=["1"]), r"matches '1' \(GELU\), wanted linear layers only"),
         (LoRAConfig(target_modules=["0"], modules_to_save=["head"]), r"modules_to_save: got \['head'\], which matches"),
-        (BoneConfig(r=18, target_modules=["2", "0"]), r"0: BoneConfig\.r: got 18, wanted at most in_features \(17\)"),
+        (BoneConfig(r=19, target_modules=["2", "0"]), r"0: BoneConfig\.r: got 19, wanted at most in_features \(18\)"),
+        (BatConfig(r=4, target_modules=["0"]), r"0: BatConfig\.r: got 4, wanted a divisor of out_features \(24\) and"),
         (BoneConfig(r=2, init_weights="mini", mini_r=7, target_modules=["0"]), r"mini_r: got 7, wanted a divisor"),
         (
             LoRAConfig(r=7, target_modules="all-linear", init_lora_weights="milora"),
             r"4: LoRAConfig\.r: got 7",
         ),
-        ("lora", "config: got str, wanted one of LoRAConfig, DoRAConfig, BoneConfig"),
+        ("lora", "config: got str, wanted one of LoRAConfig, DoRAConfig, BatConfig, BoneConfig"),
     ],
 )
 def test_attach_says_what_is_wrong_and_leaves_the_model_alone(config, message):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import spectral_ops as so
-from spectral_ops import BoneConfig, DoRAConfig, LoRAConfig
+from spectral_ops import BatConfig, BoneConfig, DoRAConfig, LoRAConfig
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,6 +52,9 @@ CONFIGS = {
     ),
     "miss": BoneConfig(r=5, target_modules="all-linear"),
     "miss_mini": BoneConfig(r=5, init_weights="mini", mini_r=8, target_modules=["q_proj", "gate_proj"]),
+    "bat": BatConfig(r=8, target_modules="all-linear"),
+    "bat_exact": BatConfig(r=4, exact=True, target_modules=["o_proj", "down_proj"]),
+    "bat_row": BatConfig(r=8, mode="row", target_modules=["q_proj", "gate_proj"]),
     "magnitude_only": DoRAConfig(r=2, target_modules=["q_proj", "up_proj"], magnitude_only=["up_proj"]),
     "layers": LoRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["k_proj"]),
 }  # fmt: skip
@@ -67,7 +70,10 @@ def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-@methods
+OURS = {"bat_row"}  # that PEFT does not have
+
+
+@pytest.mark.parametrize("method", [name for name in CONFIGS if name not in OURS])
 def test_peft_reads_ours(tiny, method, tmp_path):
     import peft
 
@@ -103,7 +109,16 @@ def test_our_own_round_trip(tiny, method, plain, tmp_path):
     assert not list((tmp_path / "a").glob("*.part*"))
 
 
-PEFTS = ["lora", "rslora", "pissa", "dora", "miss", "miss_mini"]
+@pytest.mark.parametrize("method", sorted(OURS))
+def test_peft_refuses_what_it_does_not_have(tiny, method, tmp_path):
+    import peft
+
+    so.save_adapter(adapted(tiny, method), tmp_path)
+    with pytest.raises((KeyError, ValueError)):
+        peft.PeftModel.from_pretrained(tiny.llama(), tmp_path)
+
+
+PEFTS = ["lora", "rslora", "pissa", "dora", "miss", "miss_mini", "miss_bat"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Adapters: thin modules that hold parameters and call one operator; one file per method."""
 
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
+from spectral_ops.adapters.bat import BatConfig, BatLinear
 from spectral_ops.adapters.bone import BoneConfig, BoneLinear
 from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
 from spectral_ops.adapters.io import load_adapter, save_adapter
@@ -19,6 +20,8 @@ from spectral_ops.adapters.model import (
 __all__ = [
     "AdapterConfig",
     "AdapterLinear",
+    "BatConfig",
+    "BatLinear",
     "BoneConfig",
     "BoneLinear",
     "DoRAConfig",

@@ -41,6 +41,7 @@ class AdapterConfig:
 
     peft_type: ClassVar[str]
     peft_flags: ClassVar[dict[str, Any]] = {}  # fields of PEFT's config that tell this method from its siblings
+    peft_ignored: ClassVar[frozenset[str]] = frozenset()  # fields of PEFT's config that have no effect on this method
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all")
 
     def __post_init__(self) -> None:
@@ -97,6 +98,14 @@ class AdapterConfig:
     def for_file(self, plain: bool) -> AdapterConfig:
         """The config that describes :meth:`AdapterLinear.file_tensors`."""
         return self
+
+    @classmethod
+    def claims(cls, fields: dict[str, Any]) -> bool:
+        """Whether an adapter_config.json with these fields belongs to this method; the first in METHODS gets it."""
+        return fields.get("peft_type") == cls.peft_type and all(
+            fields.get(flag) == value if isinstance(value, str) else bool(fields.get(flag)) == bool(value)
+            for flag, value in cls.peft_flags.items()
+        )
 
     @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> AdapterConfig:
@@ -236,6 +245,9 @@ class AdapterLinear(nn.Module):
     def restore(self) -> None:
         """Put back what :meth:`commit` took."""
 
+    def check_undo(self, name: str) -> None:
+        """Raise ValueError where a merge of adapter ``name`` could not be undone without a copy of the weight."""
+
     def original(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output without adapters."""
         return self.base_layer(x)
@@ -371,6 +383,8 @@ class AdapterLinear(nn.Module):
         new, undo = self.merge_result()
         if safe and not torch.isfinite(new).all():
             raise ValueError(f"adapter {self.active!r}: got non-finite merged weights, wanted finite ones (safe=True)")
+        if not keep_base:
+            self.check_undo(self.active)
         self._snapshot = self.matrix.clone() if keep_base or undo is None else None
         self.matrix.copy_(new)
         self.merged, self._undo = self.active, undo

@@ -37,7 +37,7 @@ SAMPLES = 16
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
     "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "use_dora",
+    "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def read_config(directory) -> AdapterConfig:
     if config is None:
         known = sorted({method.config_type.peft_type for method in METHODS})
         raise ValueError(f"{path}: peft_type: got {fields.get('peft_type')!r}, wanted one of {known}")
-    names = set(config.__dataclass_fields__) | IGNORED
+    names = set(config.__dataclass_fields__) | IGNORED | set(config.peft_flags) | config.peft_ignored
     unknown = {name: value for name, value in fields.items() if name not in names and value}
     if unknown:
         raise ValueError(f"{path}: got {unknown}, wanted these off: this package does not have them")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
+from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
 from spectral_ops.adapters.dora import DoRALinear
 from spectral_ops.adapters.lora import LoRALinear
 
-METHODS: tuple[type[AdapterLinear], ...] = (LoRALinear, DoRALinear, BoneLinear)
+METHODS: tuple[type[AdapterLinear], ...] = (LoRALinear, DoRALinear, BatLinear, BoneLinear)
 
 
 def layer_type(config: Any) -> type[AdapterLinear]:
@@ -23,9 +24,4 @@ def layer_type(config: Any) -> type[AdapterLinear]:
 
 def config_type(fields: dict[str, Any]) -> type[AdapterConfig] | None:
     """The config class that an adapter_config.json with these fields belongs to; None where no method claims it."""
-    for config in (method.config_type for method in METHODS):
-        if fields.get("peft_type") == config.peft_type and all(
-            bool(fields.get(flag)) == bool(value) for flag, value in config.peft_flags.items()
-        ):
-            return config
-    return None
+    return next((config for config in (method.config_type for method in METHODS) if config.claims(fields)), None)

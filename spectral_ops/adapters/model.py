@@ -186,7 +186,7 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
 
     Args:
         model: any module; changed in place and returned. Unchanged where this raises.
-        config: LoRAConfig, DoRAConfig or BoneConfig. Its ``target_modules`` decides.
+        config: the config of a method, such as LoRAConfig. Its ``target_modules`` decides.
         adapter_name: a model can hold several adapters of one method; :func:`set_adapter` switches.
         autocast_adapter_dtype: float32 adapters over a bf16/fp16 model (as PEFT does); else the model's dtype.
         progress: True or False to show a slow initialisation on stderr; None shows it on a terminal.
@@ -347,6 +347,11 @@ def merge(model, *, safe=False, keep_base=False):
             with torch.no_grad():
                 if not torch.isfinite(layer.merge_result()[0]).all():
                     raise ValueError(f"{path}: got non-finite merged weights, wanted finite ones (safe=True)")
+        if not keep_base:
+            try:
+                layer.check_undo(layer.active)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
     for layer in layers.values():
         layer.merge(keep_base=keep_base)
     for unit in todo.values():
