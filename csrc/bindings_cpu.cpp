@@ -4,6 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/run.h"
 #include "cpu/tiling.h"
+#include "ops/bat.h"
 #include "ops/blocksum.h"
 #include "ops/csr.h"
 #include "ops/dora.h"
@@ -21,6 +22,11 @@ struct Cpu {
 const Binding kBindings[] = {
     {"block_sum", TORCH_BOX(&block_sum<Cpu>)},
     {"block_tile_", TORCH_BOX(&block_tile_<Cpu>)},
+    {"bat_weight_", TORCH_BOX(&bat_weight_<Cpu>)},
+    {"bat_matmul", TORCH_BOX(&bat_matmul<Cpu>)},
+    {"bat_contract_", TORCH_BOX(&bat_contract_<Cpu>)},
+    {"bat_mix", TORCH_BOX(&bat_mix<Cpu>)},
+    {"bat_mix_backward_", TORCH_BOX(&bat_mix_backward_<Cpu>)},
     {"csr_scatter_", TORCH_BOX(&csr_scatter_<Cpu>)},
     {"csr_gather_", TORCH_BOX(&csr_gather_<Cpu>)},
     {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cpu>)},

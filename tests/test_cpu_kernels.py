@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_ops.functional import dora, dropout, lowrank, random
+from spectral_ops.functional import bat, dora, dropout, lowrank, random
 
 _C = pytest.importorskip("spectral_ops._C", reason="the CPU extension is not built")
 
@@ -17,6 +17,12 @@ ISAS = ["default", "avx2", "avx512", "avx512_bf16"]
 SHAPES = [  # rows, columns, r
     (0, 5, 2), (3, 0, 2), (0, 0, 3), (4, 6, 0), (1, 1, 1), (1, 333, 17), (5, 7, 3), (63, 65, 1), (64, 64, 8),
     (129, 67, 16), (70, 131, 130), (200, 390, 64), (67, 1100, 5),
+]  # fmt: skip
+
+BAT_SHAPES = [  # tokens, block-rows, block-columns, r
+    (0, 2, 3, 2), (3, 0, 2, 4), (2, 2, 0, 3), (5, 9, 37, 1), (2, 5, 7, 3), (7, 2, 9, 5), (9, 3, 1, 11), (15, 2, 3, 16),
+    (20, 1, 4, 24), (70, 3, 2, 64), (63, 2, 3, 64), (33, 1, 2, 96), (65, 2, 1, 130), (3, 1, 2, 256), (1, 40, 2, 32),
+    (130, 2, 40, 8),
 ]  # fmt: skip
 
 
@@ -95,8 +101,34 @@ def check_norm(d, k, r, dtype):
                 check(dora.column_norm_op, w, a, b, 0.5, dora.row_square_op.default(w), units=units)
 
 
+def check_bat(T, n, m, r, dtype, factor=None):
+    d, k = n * r, m * r
+    for to in {dtype, factor or torch.float32, torch.bfloat16} if dtype != torch.float64 else {dtype}:
+        B, C = randn(n, r, r, dtype=to) / r**0.5, randn(m, r, r, dtype=to) / r**0.5
+        W, x, dy = randn(d, k, dtype=dtype), randn(T, k, dtype=dtype), randn(T, d, dtype=dtype)
+        for blocks, row in ((B, False), (C, True)):
+            for w in (W, W.t().contiguous().t(), randn(d, 2 * k, dtype=dtype)[:, ::2]):
+                check(bat.bat_weight_op, torch.empty_like(W), w, blocks, row, False, written=(0,))
+                check(bat.bat_weight_op, torch.empty(d, k, dtype=acc(dtype)), w, blocks, row, True, written=(0,))
+        for w in (W, W.t().contiguous().t()):
+            check(bat.bat_matmul_op, x, w, B, False, units=32)
+            check(bat.bat_matmul_op, dy, w, B, True, units=32)
+        for G in (randn(d, k, dtype=dtype), randn(d, k, dtype=acc(dtype)), randn(k, d, dtype=dtype).t()):
+            check(bat.bat_contract_op, torch.empty(n, r, r, dtype=acc(dtype)), W, G, written=(0,), units=32)
+        check(bat.bat_mix_op, x, C)
+        g, q = randn(T, k, dtype=dtype), randn(T, r, dtype=dtype)
+        for need_g, need_dC in ((True, True), (True, False), (False, True), (False, False)):
+            mine, want = g.clone(), wide(g).clone()
+            dC = bat.bat_mix_backward_op.default(mine, q, x, C, need_g, need_dC)
+            expected = bat.bat_mix_backward_op.reference(want, wide(q), wide(x), wide(C), need_g, need_dC)
+            check_close(mine, want, "g")
+            check_close(dC, expected.to(torch.float64), "dC", units=32)
+
+
 def sweep():
     for dtype in DTYPES:
+        for shape in BAT_SHAPES:
+            check_bat(*shape, dtype)
         for shape in SHAPES:
             check_lowrank(*shape, dtype)
             check_dropout(*shape, dtype)
@@ -114,6 +146,12 @@ class TestAgainstReference:
 
     def test_norm(self, shape, dtype):
         check_norm(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BAT_SHAPES, ids=str)
+def test_bat_against_reference(shape, dtype):
+    check_bat(*shape, dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS[: ISAS.index(_C.isa())])

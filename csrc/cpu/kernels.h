@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../arguments.h"
+#include "bat.h"
 #include "isa.h"
 #include "skinny.h"
 
@@ -44,6 +45,15 @@ struct PhiloxWords {
 
 SPECTRAL_OPS_CPU_KERNEL(block_sum, BlockSum)
 SPECTRAL_OPS_CPU_KERNEL(block_tile, BlockTile)
+SPECTRAL_OPS_CPU_KERNEL(bat_weight, BatWeightPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_contract, BatContractPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_matmul_pack, BatMatmulPack)
+SPECTRAL_OPS_CPU_KERNEL(bat_matmul, BatMatmulPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_matmul_finish, BatMatmulFinish)
+SPECTRAL_OPS_CPU_KERNEL(bat_mix_pack, BatMixPack)
+SPECTRAL_OPS_CPU_KERNEL(bat_mix, BatMixPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_mix_backward, BatMixBackwardPass)
+SPECTRAL_OPS_CPU_KERNEL(part_sum, PartSum)
 SPECTRAL_OPS_CPU_KERNEL(csr_scatter, CsrScatter)
 SPECTRAL_OPS_CPU_KERNEL(csr_gather, CsrGather)
 SPECTRAL_OPS_CPU_KERNEL(csr_spmm, CsrSpmm)

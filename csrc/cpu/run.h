@@ -53,6 +53,68 @@ inline void run(const Lift& lift) {
   in_parallel(LiftTiles{lift}, lift.tile_tasks(), grain_of(lift.tile_tasks(), lift.rows * lift.columns * (lift.r + 4)));
 }
 
+// --- bat ---
+
+// Runs a pass in its own workspace; its partial sums, `count` for each part of an owner, go to `direct` where there is one part.
+template <class Plan> Tensor add_up(Plan& pass, int64_t count, DType dtype, void* direct, const Tensor& like) {
+  pass.room = (pass.room + 63) / 64 * 64;
+  Arena arena{nullptr};
+  arena.take(pass.tasks * pass.room);
+  const bool in_place = direct && pass.parts == 1;
+  const int64_t sums = arena.used;
+  if (!in_place) arena.take(accumulator_size(dtype) * pass.parts * count);
+  Tensor memory = workspace(like, arena.used);
+  pass.memory = static_cast<char*>(memory.data_ptr());
+  pass.partial = in_place ? direct : pass.memory + sums;
+  in_parallel(pass, pass.tasks, 1);
+  return memory;
+}
+
+inline void run(const BatWeight& a, const Tensor& like) {
+  BatWeightPass pass(a);
+  add_up(pass, 0, a.dtype, nullptr, like);
+}
+
+inline void run(const BatContract& a, const Tensor& like) {
+  BatContractPass pass(a);
+  const int64_t count = a.rows * a.r;
+  const Tensor memory = add_up(pass, count, a.dtype, a.dB, like);
+  if (pass.parts == 1) return;
+  const PartSum sum{pass.partial, a.dB, count, pass.parts, accumulator(a.dtype)};
+  in_parallel(sum, sum.tasks(), 16);
+}
+
+inline void run(const BatMatmul& a, const Tensor& like) {
+  for (int64_t first = 0; first < a.T; first += kTile) {
+    BatMatmulPass pass(a, first);
+    const Tensor turned = workspace(like, accumulator_size(a.dtype) * pass.in_features() * pass.width);
+    pass.turned = turned.data_ptr();
+    in_parallel(BatMatmulPack{pass}, tiles(pass.in_features()), 8);
+    const Tensor memory = add_up(pass, pass.out_features() * pass.width, a.dtype, nullptr, like);
+    in_parallel(BatMatmulFinish{pass}, tiles(pass.out_features()), 8);
+  }
+}
+
+inline void run(const BatMix& a, const Tensor& like) {
+  BatMixPass pass(a);
+  const Tensor factors = workspace(like, accumulator_size(a.dtype) * pass.groups.count * pass.groups.panels());
+  pass.factors = factors.data_ptr();
+  in_parallel(BatMixPack{pass}, pass.groups.count, 4);
+  const int64_t count = a.rows * a.r;
+  const Tensor memory = add_up(pass, count, a.dtype, nullptr, like);
+  const PartSum sum{pass.partial, a.s, count, pass.parts, a.dtype};
+  in_parallel(sum, sum.tasks(), 16);
+}
+
+inline void run(const BatMixBackward& a, const Tensor& like) {
+  BatMixBackwardPass pass(a);
+  const int64_t count = a.dC ? a.columns * a.r : 0;
+  const Tensor memory = add_up(pass, count, a.dtype, a.dC, like);
+  if (!a.dC || pass.parts == 1) return;
+  const PartSum sum{pass.partial, a.dC, count, pass.parts, accumulator(a.dtype)};
+  in_parallel(sum, sum.tasks(), 16);
+}
+
 // --- csr ---
 
 inline void run(const CsrScatter& a, const Tensor&) { in_parallel(a, a.nnz, kEntriesPerThread); }

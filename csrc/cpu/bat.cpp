@@ -1,0 +1,433 @@
+#include "bat.h"
+
+#include "product.h"
+
+namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
+
+namespace {
+
+template <class A> inline A* at(const void* base, int64_t element) {
+  return static_cast<A*>(const_cast<void*>(base)) + element;
+}
+
+template <class A> inline void zero(A* p, int64_t count) {
+  if (count > 0) std::memset(p, 0, count * sizeof(A));
+}
+
+// Calls f(unit, the task's memory) for every unit of tasks [begin, end).
+template <class A, class F> inline void for_units(const BlockPlan& plan, int64_t begin, int64_t end, const F& f) {
+  for (int64_t task = begin; task < end; ++task)
+    for (int64_t unit = plan.first_unit(task); unit < plan.first_unit(task + 1); ++unit)
+      f(unit / plan.parts, unit % plan.parts, reinterpret_cast<A*>(plan.memory + task * plan.room));
+}
+
+// The groups of a row, row after row: view row v is group first_group + v % per_row of row first_row + v / per_row.
+struct GroupRows {
+  const BlockGroups& groups;
+  int64_t first_row, first_group, per_row;
+
+  // Calls f(t, row, group, count, size) for runs of `count` neighbouring groups of one size in view rows [v, v + n).
+  template <class F> void runs(int64_t v, int64_t n, const F& f) const {
+    for (int64_t t = 0; t < n;) {
+      const int64_t row = first_row + (v + t) / per_row, g = first_group + (v + t) % per_row;
+      int64_t count = smaller(n - t, first_group + per_row - g);
+      if (count > 1 && groups.size_of(g + count - 1) < groups.size) --count;
+      f(t, row, g, count, groups.size_of(g));
+      t += count;
+    }
+  }
+
+  // tile [n, kTile] = columns [j, j + kTile) of the groups in view rows [v, v + n) of a.
+  template <class T> void load(acc_t<T>* tile, const Matrix& a, int64_t v, int64_t n, int64_t j) const {
+    runs(v, n, [&](int64_t t, int64_t row, int64_t g, int64_t count, int64_t size) {
+      const T* first = at<T>(a.data, row * a.row + g * groups.size * a.column);
+      load_tile<T>(tile + t * kTile, {first, groups.size * a.column, a.column, a.dtype, nullptr}, 0, count, j,
+                   smaller(kTile, size - j));
+    });
+  }
+};
+
+// Blocks first, first + step, ... of bat (or their transposes) on the diagonal of a matrix [size, size], zero elsewhere, in
+// panels of kTile columns: [tiles(padded), groups.size, kTile].
+template <class A>
+void pack_panels(A* panels, const BlockGroups& groups, int64_t size, const void* bat, DType dtype, int64_t first, int64_t step,
+                 bool transpose) {
+  const int64_t r = groups.r;
+  zero(panels, groups.panels());
+  for_dtype(dtype, [&](auto* type) {
+    const auto* block = static_cast<decltype(type)>(const_cast<void*>(bat)) + first * r * r;
+    for (int64_t b = 0; b < size; b += r, block += step * r * r)
+      for (int64_t i = 0; i < r; ++i)
+        for (int64_t j = 0; j < r; ++j) {
+          const int64_t column = b + j;
+          panels[column / kTile * groups.size * kTile + (b + i) * kTile + column % kTile] =
+              static_cast<A>(value(block[transpose ? j * r + i : i * r + j]));
+        }
+  });
+}
+
+// out [n] = c, plus w where given (elements w_step apart).
+template <class U, class T, class A> inline void put(U* out, const A* c, const T* w, int64_t w_step, int64_t n) {
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  if (!w)
+    for (; i + L <= n; i += L) store(out + i, load(c + i));
+  else if (w_step == 1)
+    for (; i + L <= n; i += L) store(out + i, load(w + i) + load(c + i));
+  for (; i < n; ++i) out[i] = rounded<U>(w ? value(w[i * w_step]) + c[i] : c[i]);
+}
+
+template <class A> inline void add_to(A* sums, const A* x, int64_t n) {
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(sums + i, load(sums + i) + load(x + i));
+  for (; i < n; ++i) sums[i] += x[i];
+}
+
+// --- W' ---
+
+template <class T, class U> void weight_unit(const BatWeightPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
+  using A = acc_t<T>;
+  const BatWeight& w = a.bat;
+  const BlockGroups& groups = a.groups;
+  const int64_t rows = w.by_column ? w.rows : w.r, first = w.by_column ? 0 : owner * w.r;
+  const int64_t begin = first + part_begin(rows, part, a.parts), end = first + part_begin(rows, part + 1, a.parts);
+  const int64_t together = groups.size / w.r, step = w.by_column ? 1 : 0;
+  const int64_t block = w.by_column ? owner * together : owner;
+  const int64_t size = w.by_column ? groups.size_of(owner) : groups.size;
+
+  A *const factor = memory, *const added = memory + groups.panels();  // added [r, padded]: row i of the blocks
+  pack_panels(factor, groups, size, w.bat, w.bat_dtype, block, step, false);
+  zero(added, w.r * groups.padded);
+  for (int64_t i = 0; i < w.r; ++i)
+    for (int64_t e = 0; e < size; ++e) {
+      const int64_t source = e / w.r * w.r + i;  // the row of the panels that holds it
+      added[i * groups.padded + e] = factor[e / kTile * groups.size * kTile + source * kTile + e % kTile];
+    }
+
+  alignas(64) A tile[kTile * kTile], c[kTile * kTile];
+  const Matrix weight{w.weight, w.weight_strides[0], w.weight_strides[1], w.dtype, nullptr};
+  const GroupRows view{groups, begin, w.by_column ? owner : 0, w.by_column ? 1 : groups.count};
+  const int64_t total = (end - begin) * view.per_row;
+  for (int64_t v = 0; v < total; v += kTile) {
+    const int64_t n = smaller(kTile, total - v);
+    for (int64_t e = 0; e < size; e += kTile) {
+      const int64_t width = smaller(kTile, groups.padded - e);
+      view.runs(v, n, [&](int64_t t, int64_t row, int64_t, int64_t count, int64_t) {
+        for (int64_t i = t; i < t + count; ++i)
+          std::memcpy(c + i * width, added + row % w.r * groups.padded + e, width * sizeof(A));
+      });
+      for (int64_t k = 0; k < size; k += kTile) {
+        view.load<T>(tile, weight, v, n, k);
+        product<kTile, 1>(c, width, tile, factor + e * groups.size + k * kTile, kTile, n, smaller(kTile, size - k), Ahead{});
+      }
+      view.runs(v, n, [&](int64_t t, int64_t row, int64_t g, int64_t count, int64_t size) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t column = (g + i) * groups.size + e;
+          const T* base = w.delta ? nullptr : at<T>(weight.data, row * weight.row + column * weight.column);
+          put(at<U>(w.out, row * w.out_stride + column), c + (t + i) * width, base, weight.column, smaller(width, size - e));
+        }
+      });
+    }
+  }
+}
+
+// --- dB ---
+
+// out [size / r, r, r] = the diagonal blocks of c, in panels [panel, groups.size, its width]; sums: what to add, or null
+template <class A> void put_blocks(A* out, const BlockGroups& groups, int64_t size, const A* c, int64_t step) {
+  const int64_t r = groups.r;
+  for (int64_t b = 0; b < size; b += r)
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j < r; ++j) {
+        const int64_t e = (b + j) / kTile * kTile, width = smaller(kTile, groups.padded - e);
+        const A x = c[e * groups.size + (b + i) * width + b + j - e];
+        A* const to = out + b / r * step + i * r + j;
+        *to = step == 0 && b > 0 ? *to + x : x;
+      }
+}
+
+template <class T, class U> void contract_unit(const BatContractPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
+  using A = acc_t<T>;
+  const BatContract& w = a.bat;
+  const BlockGroups& groups = a.groups;
+  const int64_t begin = part_begin(w.r, part, a.parts), end = part_begin(w.r, part + 1, a.parts);
+  A *const c = memory, *const sums = memory + groups.size * groups.padded;
+  zero(c, (groups.size + w.r) * groups.padded);
+  alignas(64) A tile[kTile * kTile], G_tile[kTile * kTile];
+  const Matrix weight{w.weight, w.weight_strides[0], w.weight_strides[1], w.dtype, nullptr};
+  const Matrix G{w.G, w.G_stride, 1, w.G_dtype, nullptr};
+  const GroupRows view{groups, owner * w.r + begin, 0, at_least_one(groups.count)};
+  const int64_t total = (end - begin) * groups.count;
+  for (int64_t v = 0; v < total; v += kTile) {
+    const int64_t n = smaller(kTile, total - v);
+    for (int64_t i = 0; i < groups.size; i += kTile) {
+      view.load<T>(tile, weight, v, n, i);
+      for (int64_t e = 0; e < groups.size; e += kTile) {
+        const int64_t width = smaller(kTile, groups.padded - e);
+        view.load<U>(G_tile, G, v, n, e);
+        product<1, kTile>(c + e * groups.size + i * width, width, tile, G_tile, kTile, smaller(kTile, groups.size - i), n,
+                          Ahead{});
+        if (i == 0)
+          view.runs(v, n, [&](int64_t t, int64_t row, int64_t, int64_t count, int64_t) {
+            for (int64_t s = t; s < t + count; ++s)
+              add_to(sums + row % w.r * groups.padded + e, G_tile + s * kTile, width);
+          });
+      }
+    }
+  }
+  A* const out = at<A>(a.partial, (part * w.rows + owner * w.r) * w.r);
+  put_blocks(out, groups, groups.size, c, 0);
+  for (int64_t i = 0; i < w.r; ++i)
+    for (int64_t b = 0; b < groups.size; b += w.r) add_to(out + i * w.r, sums + i * groups.padded + b, w.r);
+}
+
+// --- x W'ᵀ and x W' ---
+
+template <class T> void matmul_unit(const BatMatmulPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
+  using A = acc_t<T>;
+  const BatMatmul& w = a.bat;
+  const BlockGroups& groups = a.groups;
+  const int64_t width = a.width, batches = (groups.count + a.batch - 1) / a.batch;
+  const Matrix weight{w.weight, w.weight_strides[0], w.weight_strides[1], w.dtype, nullptr};
+  A *const factor = memory, *const u = memory + groups.panels(), *const mixed = u + groups.size * width;
+  alignas(64) A tile[kTile * kTile];
+
+  if (!w.transpose) {  // y_o += (x_j + u_j) W(o,j)ᵀ + u_j, u_j = x_j B_oᵀ
+    A* const y = at<A>(a.partial, (part * w.rows + owner * w.r) * width);
+    zero(y, w.r * width);
+    pack_panels(factor, groups, groups.size, w.bat, w.bat_dtype, owner, 0, false);
+    for (int64_t b = part_begin(batches, part, a.parts); b < part_begin(batches, part + 1, a.parts); ++b) {
+      const int64_t first = b * a.batch, last = smaller(first + a.batch, groups.count);
+      const int64_t begin = first * groups.size, columns = smaller(last * groups.size, w.columns) - begin;
+      for (int64_t g = first; g < last; ++g) {
+        const int64_t size = groups.size_of(g);
+        const A* const x = at<A>(a.turned, g * groups.size * width);
+        zero(u, size * width);
+        for (int64_t k = 0; k < size; k += kTile)
+          product<kTile, 1>(u, width, factor + k * groups.size, x + k * width, width, size, smaller(kTile, size - k), Ahead{});
+        for (int64_t i = 0; i < size; i += w.r) add_to(y, u + i * width, w.r * width);
+        add_to(u, x, size * width);
+        std::memcpy(mixed + (g - first) * groups.size * width, u, size * width * sizeof(A));
+      }
+      for (int64_t i = 0; i < w.r; i += kTile)
+        for (int64_t j = 0; j < columns; j += kTile) {
+          const int64_t rows = smaller(kTile, w.r - i), n = smaller(kTile, columns - j);
+          load_tile<T>(tile, weight, owner * w.r + i, rows, begin + j, n);
+          product<kTile, 1>(y + i * width, width, tile, mixed + j * width, width, rows, n, Ahead{});
+        }
+    }
+    return;
+  }
+
+  // dx_j += p + (p + dy_o) B_o, p = dy_o W(o,j)
+  const int64_t first = owner * a.batch, last = smaller(first + a.batch, groups.count);
+  const int64_t begin = first * groups.size, columns = smaller(last * groups.size, w.columns) - begin;
+  A* const dx = at<A>(a.partial, (part * w.columns + begin) * width);
+  zero(dx, columns * width);
+  const int64_t block_rows = w.rows / w.r;
+  for (int64_t o = part_begin(block_rows, part, a.parts); o < part_begin(block_rows, part + 1, a.parts); ++o) {
+    const A* const dy = at<A>(a.turned, o * w.r * width);
+    pack_panels(factor, groups, groups.size, w.bat, w.bat_dtype, o, 0, false);
+    zero(mixed, columns * width);
+    for (int64_t i = 0; i < w.r; i += kTile)
+      for (int64_t j = 0; j < columns; j += kTile) {
+        const int64_t rows = smaller(kTile, w.r - i), n = smaller(kTile, columns - j);
+        load_tile<T>(tile, weight, o * w.r + i, rows, begin + j, n);
+        product<1, kTile>(mixed + j * width, width, tile, dy + i * width, width, n, rows, Ahead{});
+      }
+    add_to(dx, mixed, columns * width);
+    for (int64_t j = 0; j < columns; j += w.r) add_to(mixed + j * width, dy, w.r * width);
+    for (int64_t j = 0; j < columns; j += groups.size) {
+      const int64_t size = smaller(groups.size, columns - j);
+      for (int64_t e = 0; e < size; e += kTile)
+        product<1, kTile>(dx + (j + e) * width, width, factor + e * groups.size, mixed + j * width, width,
+                          smaller(kTile, size - e), size, Ahead{});
+    }
+  }
+}
+
+template <class T> void matmul_finish(const BatMatmulPass& a, int64_t block) {
+  using A = acc_t<T>;
+  const int64_t features = a.out_features(), first = block * kTile, n = smaller(kTile, features - first);
+  A* const sums = at<A>(a.partial, first * a.width);
+  for (int64_t p = 1; p < a.parts; ++p) add_to(sums, sums + p * features * a.width, n * a.width);
+  for (int64_t t = 0; t < a.count; ++t) {
+    T* const out = at<T>(a.bat.out, (a.first + t) * features + first);
+    for (int64_t f = 0; f < n; ++f) out[f] = rounded<T>(sums[f * a.width + t]);
+  }
+}
+
+// --- row mode ---
+
+template <class T> void mix_unit(const BatMixPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
+  using A = acc_t<T>;
+  const BatMix& w = a.bat;
+  const BlockGroups& groups = a.groups;
+  const int64_t first = owner * kTile, rows = smaller(kTile, w.rows - first);
+  A* const sums = memory;  // [rows, padded]
+  zero(sums, rows * groups.padded);
+  alignas(64) A tile[kTile * kTile], u[kTile * kTile];
+  const Matrix x{w.x, w.x_stride, 1, w.dtype, nullptr};
+  for (int64_t g = part_begin(groups.count, part, a.parts); g < part_begin(groups.count, part + 1, a.parts); ++g) {
+    const int64_t size = groups.size_of(g), column = g * groups.size;
+    const A* const factor = at<A>(a.factors, g * groups.panels());
+    for (int64_t e = 0; e < size; e += kTile) {
+      const int64_t width = smaller(kTile, groups.padded - e);
+      zero(u, rows * width);
+      for (int64_t k = 0; k < size; k += kTile) {
+        load_tile<T>(tile, x, first, rows, column + k, smaller(kTile, size - k));
+        product<kTile, 1>(u, width, tile, factor + e * groups.size + k * kTile, kTile, rows, smaller(kTile, size - k), Ahead{});
+      }
+      for (int64_t t = 0; t < rows; ++t) {
+        add_to(sums + t * groups.padded + e, u + t * width, width);
+        put(at<T>(w.z, (first + t) * w.columns + column + e), u + t * width,
+            at<T>(w.x, (first + t) * w.x_stride + column + e), 1, smaller(width, size - e));
+      }
+    }
+  }
+  A* const s = at<A>(a.partial, (part * w.rows + first) * w.r);
+  zero(s, rows * w.r);
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t b = 0; b < groups.size; b += w.r) add_to(s + t * w.r, sums + t * groups.padded + b, w.r);
+}
+
+template <class T> void mix_backward_unit(const BatMixBackwardPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
+  using A = acc_t<T>;
+  const BatMixBackward& w = a.bat;
+  const BlockGroups& groups = a.groups;
+  const int64_t size = groups.size_of(owner), column = owner * groups.size, together = groups.size / w.r;
+  A *const factor = memory, *const dC = factor + groups.panels(), *const v = dC + groups.size * groups.padded;
+  if (w.need_g) pack_panels(factor, groups, size, w.bat, w.bat_dtype, owner * together, 1, false);
+  if (w.dC) zero(dC, groups.size * groups.padded);
+  alignas(64) A tile[kTile * kTile];
+  const Matrix g{w.g, w.g_stride, 1, w.dtype, nullptr}, x{w.x, w.x_stride, 1, w.dtype, nullptr};
+  const int64_t row_tiles = tiles(w.rows);
+  for (int64_t b = part_begin(row_tiles, part, a.parts); b < part_begin(row_tiles, part + 1, a.parts); ++b) {
+    const int64_t first = b * kTile, rows = smaller(kTile, w.rows - first);
+    for (int64_t k = 0; k < size; k += kTile) {  // v [size in panels of kTile, kTile, kTile]
+      const int64_t n = smaller(kTile, size - k);
+      load_tile<T>(v + k * kTile, g, first, rows, column + k, n);
+      for (int64_t t = 0; t < rows; ++t) {
+        const T* const q = at<T>(w.q, (first + t) * w.q_stride);
+        for (int64_t i = 0, p = k % w.r; i < n; ++i, p = p + 1 == w.r ? 0 : p + 1) v[(k + t) * kTile + i] += value(q[p]);
+      }
+    }
+    for (int64_t e = 0; e < size; e += kTile) {
+      const int64_t width = smaller(kTile, groups.padded - e), n = smaller(kTile, size - e);
+      if (w.dC) {
+        load_tile<T>(tile, x, first, rows, column + e, n);
+        for (int64_t k = 0; k < size; k += kTile)
+          product<1, kTile>(dC + e * groups.size + k * width, width, v + k * kTile, tile, kTile, smaller(kTile, size - k),
+                            rows, Ahead{});
+      }
+      if (!w.need_g) continue;
+      zero(tile, rows * width);
+      for (int64_t k = 0; k < size; k += kTile)
+        product<kTile, 1>(tile, width, v + k * kTile, factor + e * groups.size + k * kTile, kTile, rows,
+                          smaller(kTile, size - k), Ahead{});
+      for (int64_t t = 0; t < rows; ++t) {
+        T* const out = at<T>(w.g, (first + t) * w.g_stride + column + e);
+        put(out, tile + t * width, static_cast<const T*>(out), 1, n);
+      }
+    }
+  }
+  if (w.dC) put_blocks(at<A>(a.partial, (part * w.columns + column) * w.r), groups, size, dC, w.r * w.r);
+}
+
+}  // namespace
+
+void bat_weight(const BatWeightPass& a, int64_t begin, int64_t end) {
+  for_dtype(a.bat.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = acc_t<T>;
+    for_units<A>(a, begin, end, [&](int64_t owner, int64_t part, A* memory) {
+      if (a.bat.out_dtype == a.bat.dtype) weight_unit<T, T>(a, owner, part, memory);
+      else weight_unit<T, A>(a, owner, part, memory);
+    });
+  });
+}
+
+void bat_contract(const BatContractPass& a, int64_t begin, int64_t end) {
+  for_dtype(a.bat.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = acc_t<T>;
+    for_units<A>(a, begin, end, [&](int64_t owner, int64_t part, A* memory) {
+      if (a.bat.G_dtype == a.bat.dtype) contract_unit<T, T>(a, owner, part, memory);
+      else contract_unit<T, A>(a, owner, part, memory);
+    });
+  });
+}
+
+void bat_matmul_pack(const BatMatmulPack& a, int64_t begin, int64_t end) {
+  const BatMatmulPass& pass = a.pass;
+  for_dtype(pass.bat.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = acc_t<T>;
+    const Matrix x{at<T>(pass.bat.x, pass.first * pass.bat.x_stride), 1, pass.bat.x_stride, pass.bat.dtype, nullptr};
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kTile, n = smaller(kTile, pass.in_features() - first);
+      pack_rows(at<A>(pass.turned, first * pass.width), pass.width, x, first, n, pass.count);
+    }
+  });
+}
+
+void bat_matmul(const BatMatmulPass& a, int64_t begin, int64_t end) {
+  for_dtype(a.bat.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_units<acc_t<T>>(a, begin, end, [&](int64_t owner, int64_t part, acc_t<T>* memory) {
+      matmul_unit<T>(a, owner, part, memory);
+    });
+  });
+}
+
+void bat_matmul_finish(const BatMatmulFinish& a, int64_t begin, int64_t end) {
+  for_dtype(a.pass.bat.dtype, [&](auto* type) {
+    for (int64_t block = begin; block < end; ++block) matmul_finish<std::remove_pointer_t<decltype(type)>>(a.pass, block);
+  });
+}
+
+void bat_mix_pack(const BatMixPack& a, int64_t begin, int64_t end) {
+  const BlockGroups& groups = a.pass.groups;
+  const BatMix& w = a.pass.bat;
+  const auto pack = [&](auto* factors) {
+    for (int64_t g = begin; g < end; ++g)
+      pack_panels(factors + g * groups.panels(), groups, groups.size_of(g), w.bat, w.bat_dtype, g * (groups.size / w.r), 1, true);
+  };
+  if (w.dtype == DType::float64) pack(static_cast<double*>(a.pass.factors));
+  else pack(static_cast<float*>(a.pass.factors));
+}
+
+void bat_mix(const BatMixPass& a, int64_t begin, int64_t end) {
+  for_dtype(a.bat.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_units<acc_t<T>>(a, begin, end, [&](int64_t owner, int64_t part, acc_t<T>* memory) {
+      mix_unit<T>(a, owner, part, memory);
+    });
+  });
+}
+
+void bat_mix_backward(const BatMixBackwardPass& a, int64_t begin, int64_t end) {
+  for_dtype(a.bat.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for_units<acc_t<T>>(a, begin, end, [&](int64_t owner, int64_t part, acc_t<T>* memory) {
+      mix_backward_unit<T>(a, owner, part, memory);
+    });
+  });
+}
+
+void part_sum(const PartSum& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = acc_t<T>;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * PartSum::kElements, n = smaller(PartSum::kElements, a.count - first);
+      alignas(64) A sums[PartSum::kElements];
+      std::memcpy(sums, at<A>(a.partial, first), n * sizeof(A));
+      for (int64_t p = 1; p < a.parts; ++p) add_to(sums, at<A>(a.partial, p * a.count + first), n);
+      put(at<T>(a.out, first), sums, static_cast<const T*>(nullptr), 1, n);
+    }
+  });
+}
+
+}  // namespace spectral_ops::cpu::SPECTRAL_OPS_ISA
