@@ -74,7 +74,7 @@ class Contract:
     def test_transposed_and_strided_weight(self, family, dtype, backend):
         for layout in ("transposed", "rows", "columns"):
             problem = self.build(family, ((6,), 21, 24, 5), dtype)
-            matrices = [n for n in problem.inputs if n.rstrip("012") in ("weight", "A", "B", "D")]
+            matrices = [n for n in problem.inputs if n.rstrip("012") in ("weight", "A", "B", "D", "blocks")]
             check(problem.lay_out(**dict.fromkeys(matrices, layout)))
 
     @pytest.mark.parametrize("bias", [None, "frozen", "trained"])
@@ -130,11 +130,17 @@ class Contract:
                     continue
                 if any(tuple(problem.inputs[n].shape) == shape for n in problem.trained()):
                     continue
+                if name == "x" and (
+                    (family.name == "bat-row" and "blocks" in problem.trained())  # dC is made of g = dy W [T, k]
+                    or (family.name == "rosa-sparse-only" and "values" in problem.trained())  # selects all columns of x
+                ):
+                    continue
                 assert shape not in shapes, f"d{name} {shape} was computed although {name} is frozen: {seen.allocated}"
             low_rank = {n for n in problem.trained() if n in ("x", "A", "core")}
             if "A" in problem.inputs and not low_rank:
                 calls = [a for name, a in seen.calls if "lowrank_backward" in name]
-                assert calls and not any(a[7] for a in calls), "u was computed although nobody needs it"
+                assert calls or problem.trained() == ["values"]
+                assert not any(a[7] for a in calls), "u was computed although nobody needs it"
             if "bias" in frozen:
                 assert not any(a[9] for name, a in seen.calls if "lowrank_backward" in name), "db was computed"
 
@@ -268,8 +274,8 @@ class Contract:
 
     def test_forward_makes_one_tensor_of_output_size(self, family):
         """At p = 0 a forward pass makes no [T, d] tensor but its result (none where it overwrites its base)."""
-        if "p" in family.options or family.name in ("group", "block-sum", "dora-update-bias"):
-            pytest.skip("promised without dropout, for one layer")
+        if "p" in family.options or family.name in ("group", "block-sum", "dora-update-bias", "bat-exact"):
+            pytest.skip("promised without dropout, for one layer, in one precision")
         T, k, d, r = 64, 16, 32, 4
         for shape in (((T,), k, d, r), ((8, 8), k, d, r)):
             problem = self.build(family, shape, torch.bfloat16, torch.float32)
@@ -311,8 +317,8 @@ class Contract:
 
     def test_autocast(self, family, backend):
         """Under bf16 autocast: bf16 products from float32 x, weight and adapters; no float32 copy of x is kept."""
-        if family.name == "block-sum":
-            pytest.skip("not a product: autocast leaves it alone")
+        if family.name in ("block-sum", "csr-spmm"):
+            pytest.skip("not a layer: autocast leaves it alone")
         problem = self.build(family, ((6, 3), 24, 40, 5), torch.float32)
         update = "base_out" in problem.inputs
         if update:

@@ -16,6 +16,7 @@ relative to the result itself or to the root of the sum of its squared terms (th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
     raise ValueError(layout)
 
 
-# --- oracles: METHODS 1.1 to 1.3 as plain autograd formulas ----------------------------------------------------------
+# --- oracles: METHODS 1.1 to 1.5 as plain autograd formulas ----------------------------------------------------------
 # v: a problem's tensors; c: its constants (scale, mask, norm, minus_one). On absolute values they add up |terms|.
 
 
@@ -172,6 +173,40 @@ def siblings(v, c):
         part = {"x": v["x"], **{n[:-1]: t for n, t in v.items() if n.endswith(str(i))}}
         outputs.append(lora(part, {"scale": c["scale"] * (i + 1)}))
     return torch.cat(outputs, -1)
+
+
+def bat_changed(weight: torch.Tensor, blocks: torch.Tensor, mode: str) -> torch.Tensor:
+    """W' [d, k] of Bat: W(o,j)(I + B) + B with the B of block-row o (col) or of block-column j (row). test_bat.py
+    compares it with one block after the other."""
+    r = blocks.shape[-1]
+    W = weight.reshape(weight.shape[0] // r, r, weight.shape[1] // r, r).transpose(1, 2)  # [o, j] of blocks
+    B = blocks.unsqueeze(1 if mode == "col" else 0)
+    return (W @ (torch.eye(r, dtype=blocks.dtype) + B) + B).transpose(1, 2).reshape(weight.shape)
+
+
+def bat(v, c):
+    y = v["x"] @ bat_changed(v["weight"], v["blocks"], c["mode"]).T
+    return y + v["bias"] if "bias" in v else y
+
+
+def sparse_delta(values: torch.Tensor, row_offsets, columns, shape) -> torch.Tensor:
+    """S [d, k] formed from CSR, row by row."""
+    rows = [o for o, (a, b) in enumerate(zip(row_offsets, row_offsets[1:], strict=False)) for _ in range(a, b)]
+    return torch.zeros(shape, dtype=values.dtype).index_put((torch.tensor(rows), torch.tensor(columns)), values)
+
+
+def rosa(v, c):
+    k, d = v["x"].shape[-1], c["out_features"]
+    S = sparse_delta(v["values"], c["row_offsets"], c["columns"], (d, k))
+    if "weight" in v:
+        y = v["x"] @ v["weight"].T
+    else:
+        y = v["base_out"] if "base_out" in v else 0.0
+    y = y + v["x"] @ S.T
+    if "A" in v:
+        dropped = v["x"] * c["mask"] if "mask" in c else v["x"]
+        y = y + c["scale"] * ((dropped @ v["A"].T) @ v["B"].T)
+    return y + v["bias"] if "bias" in v else y
 
 
 def weight_norm(weight, A, B, scale) -> torch.Tensor:
@@ -385,6 +420,57 @@ def build_group(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", 
     )  # fmt: skip
 
 
+def build_bat(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", mode="col", exact=False, few=False):
+    """k and d are rounded up to whole blocks; ``few``: blocks larger than the number of tokens."""
+    r = max(r, math.prod(lead) + 1) if few else r
+    k, d = -(-k // r) * r, -(-d // r) * r
+    v = _common(lead, k, d, dtype, device, bias)
+    v["blocks"] = randn((d if mode == "col" else k) // r, r, r, dtype=adapter_dtype, device=device, fan=4 * r)
+    _trained(v["blocks"])
+
+    def function(v):
+        return spectral_ops.bat_linear(v["x"], v["weight"], v["blocks"], v.get("bias"), mode=mode, exact=exact)
+
+    return Problem(function, bat, v, {"mode": mode}, dtype, False, d, saved=lambda T, r, size: 0)
+
+
+def build_rosa(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p=0.0, low_rank=True, kind="linear",
+               route="auto", gradient_route="auto", scale=0.75):  # fmt: skip
+    """kind: "linear" (rosa_linear), "update" (rosa_update) or "spmm" (csr_spmm)."""
+    v = _common(lead, k, d, dtype, device, bias)
+    if kind != "linear":
+        del v["weight"]
+        v.pop("bias", None)
+        low_rank = False
+    if low_rank:
+        v["A"] = randn(r, k, dtype=adapter_dtype, device=device, fan=k)
+        v["B"] = randn(d, r, dtype=adapter_dtype, device=device, fan=r)
+        _trained(v["A"], v["B"])
+    if kind == "update":
+        v["base_out"] = randn(*lead, d, dtype=dtype, device=device).requires_grad_()
+    row_offsets, columns = sparse_pattern(d, k, device)
+    v["values"] = randn(columns.numel(), dtype=adapter_dtype, device=device, fan=k).requires_grad_()
+    checked = spectral_ops.CSR(v["values"].detach(), row_offsets, columns, (d, k)).validate()
+
+    def function(v):
+        csr, options = checked.with_values(v["values"]), {"gradient_route": gradient_route}
+        if kind == "spmm":
+            return spectral_ops.csr_spmm(v["x"], csr, **options)
+        if kind == "update":
+            return spectral_ops.rosa_update(v["base_out"].clone(), v["x"], csr, **options)
+        low_rank = v.get("A"), v.get("B"), v.get("bias")
+        options |= {"route": route, "scale": scale, "dropout_p": p, "training": True}
+        return spectral_ops.rosa_linear(v["x"], v["weight"], csr, *low_rank, **options)
+
+    constants = {"out_features": d, "row_offsets": row_offsets.tolist(), "columns": columns.tolist()}
+    if low_rank:
+        constants |= {"scale": scale, **_mask(v, p, 1234)}
+    return Problem(
+        function, rosa, v, constants, dtype, bool(p), d,
+        saved=lambda T, r, size: T * r * size if low_rank else 0,
+    )  # fmt: skip
+
+
 LOWRANK = [
     Family("lora", build_lora),
     Family("lora-dropout", build_lora, {"p": 0.3}),
@@ -413,7 +499,21 @@ BLOCKSUM = [
     Family("bone-update", build_shards, {"update": True, "p": 0.3}),
     Family("block-sum", build_block_sum),
 ]
-FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM}
+BAT = [
+    Family("bat", build_bat),
+    Family("bat-few-tokens", build_bat, {"few": True}),
+    Family("bat-exact", build_bat, {"exact": True}),
+    Family("bat-row", build_bat, {"mode": "row"}),
+]
+CSR = [  # the resident route, which writes into W, has its own tests
+    Family("rosa", build_rosa),
+    Family("rosa-spmm-dropout", build_rosa, {"route": "spmm", "gradient_route": "sampled", "p": 0.3}),
+    Family("rosa-scatter", build_rosa, {"route": "scatter", "gradient_route": "dense"}),
+    Family("rosa-sparse-only", build_rosa, {"low_rank": False, "route": "spmm", "gradient_route": "compact"}),
+    Family("rosa-update", build_rosa, {"kind": "update", "gradient_route": "sampled"}),
+    Family("csr-spmm", build_rosa, {"kind": "spmm", "gradient_route": "dense"}),
+]
+FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR}
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
