@@ -315,12 +315,13 @@ class RosaFunction(Function):
 def _check_csr(name: str, csr: CSR, like: torch.Tensor, like_name: str, d: int | None, k: int | None) -> Pattern:
     if not isinstance(csr, CSR):
         raise TypeError(f"{name}: got {checks.describe(csr)}, wanted a spectral_ops.CSR")
+    checks.device(like_name, like, **{name: csr.values})
+    pattern = csr.pattern
     for axis, size, what in ((0, d, "rows"), (1, k, "columns")):
         if size is not None and csr.shape[axis] != size:
             raise ValueError(f"{name}: got shape {list(csr.shape)}, wanted {size} {what}")
-    checks.device(like_name, like, **{name: csr.values})
     checks.no_narrowing(like, **{name: csr.values})
-    return csr.pattern
+    return pattern
 
 
 def csr_add(weight, csr, *, inplace=False):
@@ -330,6 +331,8 @@ def csr_add(weight, csr, *, inplace=False):
     weight is). inplace: in weight's own memory (which must not be a leaf that requires grad). METHODS 1.5.
     """
     checks.tensor("weight", weight, "[d, k]", 2)
+    if inplace and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
+        raise ValueError("weight: got a leaf that requires grad, wanted one that may be changed in place")
     pattern = _check_csr("csr", csr, weight, "weight", *weight.shape)
     return CSRAddFunction.apply(weight, csr.ordered(csr.values), pattern, bool(inplace))
 

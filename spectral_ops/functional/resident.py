@@ -60,6 +60,10 @@ def _stream(weight: torch.Tensor) -> int | None:
     return torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
 
 
+def _view(weight: torch.Tensor) -> tuple:
+    return weight.size(), weight.stride(), weight.storage_offset()
+
+
 def _owner(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight._base is None else weight._base
 
@@ -76,8 +80,10 @@ class Residents:
         return weight.device, weight.untyped_storage().data_ptr()
 
     def _find(self, weight: torch.Tensor) -> Resident | None:
-        for key in [key for key, r in self._by_memory.items() if r.base() is None]:
-            del self._by_memory[key]  # freed: the next weight at that address is another
+        for key, resident in list(self._by_memory.items()):
+            base = resident.base()
+            if base is None or self._memory(base) != key:
+                del self._by_memory[key]  # freed or moved: the next weight at that address is another
         return self._by_memory.get(self._memory(weight))
 
     @contextmanager
@@ -106,12 +112,12 @@ class Residents:
                 'weight: got a second CUDA stream, wanted the one that wrote its delta (route="resident" orders'
                 " nothing between streams; call restore first, or take another route)"
             )
-        if resident is not None and resident.pattern.columns is not pattern.columns:
+        view = _view(weight)
+        if resident is not None and (resident.pattern.columns is not pattern.columns or resident.view != view):
             self.restore(weight)
             resident = None
         if resident is None:
             owner = _owner(weight)
-            view = (weight.size(), weight.stride(), weight.storage_offset())
             originals = weight.new_empty(pattern.columns.numel())
             OPERATORS["csr_gather_"](originals, weight, pattern.row_offsets, pattern.columns)
             resident = Resident(weakref.ref(owner), view, pattern, originals, _stream(weight))
@@ -133,8 +139,6 @@ class Residents:
             resident = self._find(weight)
             if resident is None:
                 return
-            if weight.untyped_storage().size() == 0:
-                raise RuntimeError("weight: got freed memory (sharded?), wanted the weight that holds a delta")
             resident.write(resident.weight(), resident.originals)
             del self._by_memory[self._memory(weight)]
 
@@ -142,7 +146,11 @@ class Residents:
     def original(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy of W, whatever ``weight`` holds at the moment."""
         with self._lock:
-            copy, resident = weight.clone(), self._find(weight)
+            resident = self._find(weight)
+            if resident is not None and resident.view != _view(weight):  # the entries lie elsewhere in a copy
+                self.restore(weight)
+                resident = None
+            copy = weight.clone()
             if resident is not None:
                 resident.write(copy, resident.originals)
             return copy

@@ -73,6 +73,17 @@ class CSR:
     """
 
     def __init__(self, values, row_offsets, col_indices, shape, *, sorted=True):
+        self.values, self.row_offsets, self.col_indices, self.shape = values, row_offsets, col_indices, shape
+        self._check_sizes()
+        self.shape: tuple[int, int] = (int(shape[0]), int(shape[1]))
+        self.sorted = bool(sorted)
+        self.permutation: torch.Tensor | None = None  # of a transpose: its values are the original's [permutation]
+        self._key: tuple | None = None
+        self._pattern: Pattern | None = None
+        self._order: torch.Tensor | None = None  # unsorted: position in values of each entry of the pattern
+
+    def _check_sizes(self) -> None:
+        values, row_offsets, col_indices, shape = self.values, self.row_offsets, self.col_indices, self.shape
         checks.tensor("values", values, "[nnz]", 1)
         if not values.is_contiguous():
             raise ValueError(f"values: got strides {tuple(values.stride())}, wanted a contiguous vector")
@@ -96,13 +107,6 @@ class CSR:
             raise ValueError(f"col_indices: got {col_indices.numel()} entries, wanted {values.numel()} as values has")
         if values.numel() > INT32_MAX:
             raise ValueError(f"values: got {values.numel()} entries, wanted at most {INT32_MAX} (int32 offsets)")
-        self.values, self.row_offsets, self.col_indices = values, row_offsets, col_indices
-        self.shape: tuple[int, int] = (int(shape[0]), int(shape[1]))
-        self.sorted = bool(sorted)
-        self.permutation: torch.Tensor | None = None  # of a transpose: its values are the original's [permutation]
-        self._key: tuple | None = None
-        self._pattern: Pattern | None = None
-        self._order: torch.Tensor | None = None  # unsorted: position in values of each entry of the pattern
 
     # properties
 
@@ -131,23 +135,39 @@ class CSR:
 
     def validate(self) -> CSR:
         """Check every index; returns self. IndexError or ValueError naming row_offsets or col_indices; waits for a GPU
-        the first time, then costs two comparisons."""
-        indices = (self.row_offsets, self.col_indices)
-        if self._pattern is not None and (
-            torch.compiler.is_compiling() or self._key == tuple((t.data_ptr(), t._version) for t in indices)
-        ):
+        the first time, then costs a few comparisons."""
+        compiling = torch.compiler.is_compiling()
+        if self._pattern is not None and (compiling or self._unchanged()):
             return self
-        compiling = torch.compiler.is_compiling()  # as a decorator, disable would import the compiler with the package
+        # as a decorator, disable would import the compiler with the package
         (torch.compiler.disable(self._check_and_build) if compiling else self._check_and_build)()
         return self
 
+    def _state(self) -> tuple:
+        """What the checks looked at: the index tensors, what is known of them, and the form of values."""
+        indices, v = (self.row_offsets, self.col_indices), self.values
+        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in indices)
+        return indices, (versions, self.shape, self.sorted), (v.shape, v.stride(), v.dtype, v.device)
+
+    def _unchanged(self) -> bool:
+        """Whether the last check still holds. Index tensors are compared by identity as well: the key keeps them, so
+        that no other can have come to the address of a freed one."""
+        (offsets, columns), *rest = self._key
+        if offsets is not self.row_offsets or columns is not self.col_indices:
+            return False
+        return isinstance(self.values, torch.Tensor) and tuple(rest) == self._state()[1:]
+
     def _check_and_build(self) -> None:
+        self._pattern = None
+        self._check_sizes()
         with torch.no_grad(), torch.inference_mode(False):
             self._check_indices()
-        self._key = tuple((t.data_ptr(), t._version) for t in (self.row_offsets, self.col_indices))
+        self._key = self._state()
 
     def _check_indices(self) -> None:
         nnz, k = self.nnz, self.shape[1]
+        if self.device.type == "meta":
+            raise ValueError(f"row_offsets: got {checks.describe(self.row_offsets)}, wanted offsets that can be read")
         offsets, columns = self.row_offsets.long(), self.col_indices.long()
         steps = offsets.diff()
         first, last, monotone = (v.item() for v in (offsets[0], offsets[-1], (steps >= 0).all()))
@@ -181,7 +201,8 @@ class CSR:
                 raise ValueError(f"col_indices: got column {twice % k} twice in row {twice // k}, wanted each once")
             in_order = bool((order[1:] > order[:-1]).all())
             columns, order = (self.col_indices, None) if in_order else (self.col_indices[order], order)
-        self._order, self._pattern = order, _pattern(self.row_offsets, columns, self.shape)
+        # copies: an index that is overwritten between a forward and its backward must not reach a kernel
+        self._order, self._pattern = order, _pattern(self.row_offsets.clone(), columns.clone(), self.shape)
 
     @property
     def pattern(self) -> Pattern:
@@ -203,7 +224,8 @@ class CSR:
         """The same pattern, already checked, with other values [nnz]."""
         other = CSR(values, self.row_offsets, self.col_indices, self.shape, sorted=self.sorted)
         if self._pattern is not None and values.device == self.device:
-            other._key, other._pattern, other._order = self._key, self._pattern, self._order
+            other._key = (*self._key[:2], other._state()[2])
+            other._pattern, other._order = self._pattern, self._order
         return other
 
     def to(self, *args: Any, **kwargs: Any) -> CSR:
@@ -217,8 +239,12 @@ class CSR:
     @classmethod
     def from_dense(cls, dense: torch.Tensor, *, dtype: torch.dtype | None = None) -> CSR:
         """From a mask [d, k] of bool (values start at zero, float32 unless ``dtype``) or a weight (its nonzeros)."""
-        if not isinstance(dense, torch.Tensor) or dense.dim() != 2:
-            raise TypeError(f"dense: got {checks.describe(dense)}, wanted a matrix: a bool mask or a weight")
+        if not isinstance(dense, torch.Tensor) or dense.dtype != torch.bool:
+            checks.tensor("dense", dense, "[rows, columns]: a bool mask or a weight", 2)
+        elif dense.dim() != 2 or dense.layout != torch.strided:
+            raise ValueError(f"dense: got {checks.describe(dense)}, wanted a strided mask [rows, columns]")
+        if dense.device.type == "meta":
+            raise ValueError(f"dense: got {checks.describe(dense)}, wanted entries that can be read")
         dense = dense.detach()
         mask = dense if dense.dtype == torch.bool else dense != 0
         rows, columns = mask.nonzero(as_tuple=True)
@@ -227,7 +253,6 @@ class CSR:
         if dense.dtype == torch.bool:
             values = torch.zeros(rows.numel(), dtype=dtype or torch.float32, device=dense.device)
         else:
-            checks.tensor("dense", dense, "[rows, columns]", 2)
             values = dense[rows, columns].to(dtype or dense.dtype)
         return cls(values, _offsets(rows, dense.shape[0]), columns.to(torch.int32), tuple(dense.shape)).validate()
 
@@ -262,8 +287,18 @@ class CSR:
 
     @classmethod
     def from_scipy(cls, matrix: Any) -> CSR:
-        """From a scipy sparse matrix or array, any format; duplicates are summed."""
+        """From a scipy sparse matrix or array, any format, float32 or float64; duplicates are summed."""
+        if not hasattr(matrix, "tocsr"):
+            raise TypeError(f"matrix: got {type(matrix).__name__}, wanted a scipy sparse matrix or array")
+        if str(matrix.dtype) not in ("float32", "float64") or len(matrix.shape) != 2:
+            raise TypeError(
+                f"matrix: got {matrix.dtype} {list(matrix.shape)}, wanted float32 or float64 [rows, columns]"
+            )
         matrix = matrix.tocsr().copy()
+        try:
+            matrix.check_format()
+        except ValueError as error:
+            raise ValueError(f"matrix: got a broken one ({error}), wanted one that scipy accepts") from None
         matrix.sum_duplicates()
         values = torch.from_numpy(matrix.data)
         return cls._narrowed(values, torch.from_numpy(matrix.indptr), torch.from_numpy(matrix.indices), matrix.shape)
@@ -281,5 +316,8 @@ class CSR:
     def _narrowed(cls, values, row_offsets, col_indices, shape) -> CSR:
         if values.numel() > INT32_MAX or max(shape) > INT32_MAX:
             raise ValueError(f"matrix: got {values.numel()} entries of {tuple(shape)}, wanted at most {INT32_MAX}")
+        for name, index in (("row_offsets", row_offsets), ("col_indices", col_indices)):
+            if index.numel() and (index.min() < 0 or index.max() > INT32_MAX):  # would wrap around
+                raise IndexError(f"{name}: got {int(index.min())} to {int(index.max())}, wanted 0 to {INT32_MAX}")
         indices = (t.to(torch.int32).contiguous() for t in (row_offsets, col_indices))
         return cls(values.contiguous(), *indices, tuple(int(n) for n in shape), sorted=False).validate()
