@@ -18,7 +18,7 @@ def describe(value: Any) -> str:
     """A tensor's shape, dtype and device, or the value and its type."""
     if isinstance(value, torch.Tensor):
         return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{' '.join(repr(value).split())} ({type(value).__name__})"  # in one line, the last of a message
 
 
 def tensor(name: str, value: Any, shape: str, dim: int | None = None) -> None:

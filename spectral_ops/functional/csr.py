@@ -333,6 +333,8 @@ def csr_add(weight, csr, *, inplace=False):
     checks.tensor("weight", weight, "[d, k]", 2)
     if inplace and weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
         raise ValueError("weight: got a leaf that requires grad, wanted one that may be changed in place")
+    if inplace and any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
+        raise ValueError(f"weight: got strides {weight.stride()}, wanted entries that share no memory")
     pattern = _check_csr("csr", csr, weight, "weight", *weight.shape)
     return CSRAddFunction.apply(weight, csr.ordered(csr.values), pattern, bool(inplace))
 

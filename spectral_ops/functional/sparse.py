@@ -294,8 +294,8 @@ class CSR:
             raise TypeError(
                 f"matrix: got {matrix.dtype} {list(matrix.shape)}, wanted float32 or float64 [rows, columns]"
             )
-        matrix = matrix.tocsr().copy()
         try:
+            matrix = matrix.tocsr().copy()
             matrix.check_format()
         except ValueError as error:
             raise ValueError(f"matrix: got a broken one ({error}), wanted one that scipy accepts") from None
