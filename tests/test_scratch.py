@@ -1,0 +1,258 @@
+"""The shared work buffers: bounded, released on request, never two users at once, and out of a compiler's way."""
+
+import threading
+
+import pytest
+import torch
+from helpers import FAMILIES, cotangent, storage
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import spectral_ops
+from spectral_ops.functional.scratch import Scratch
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+
+
+def address(scratch: Scratch, shape=(4, 4), dtype=F32) -> int:
+    with scratch.lease(shape, dtype, CPU) as t:
+        return t.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, F32, torch.bfloat16, torch.float16, torch.int32, torch.uint8])
+@pytest.mark.parametrize("shape", [(3, 5), (), (7,), (0, 4), (4, 0), (2, 3, 4)], ids=str)
+def test_a_lease_is_a_plain_tensor(shape, dtype):
+    scratch = Scratch()
+    with scratch.lease(shape, dtype, CPU) as t:
+        assert (tuple(t.shape), t.dtype, t.device) == (shape, dtype, CPU)
+        assert t.is_contiguous()
+        assert not t.requires_grad
+        t.fill_(1)
+        assert (t == 1).all()
+
+
+def test_one_buffer_grows_to_the_largest_lease():
+    scratch = Scratch()
+    assert scratch.nbytes == 0
+    first = address(scratch, (10, 10))
+    assert scratch.nbytes == 400
+    assert address(scratch, (100,), torch.bfloat16) == first
+    assert scratch.nbytes == 400
+    address(scratch, (1000,))
+    assert scratch.nbytes == 4000
+    address(scratch, (10,))
+    assert scratch.nbytes == 4000
+
+
+def test_a_lease_above_the_limit_is_not_kept():
+    scratch = Scratch(limit=400)
+    with scratch.lease((101,), F32, CPU) as t:
+        t.fill_(1)
+        assert scratch.nbytes == 0
+    with scratch.lease((100,), F32, CPU):
+        pass
+    assert scratch.nbytes == 400
+    with scratch.lease((101,), F32, CPU):
+        assert scratch.nbytes == 400
+
+
+def test_release():
+    scratch = Scratch()
+    scratch.release()
+    with scratch.lease((8,), F32, CPU) as t:
+        t.fill_(3)
+        scratch.release()
+        assert scratch.nbytes == 32, "a leased buffer was given back"
+        assert (t == 3).all()
+    scratch.release()
+    assert scratch.nbytes == 0
+    address(scratch)
+
+
+def test_nested_leases_never_share():
+    scratch = Scratch()
+    with scratch.lease((8,), F32, CPU) as a, scratch.lease((8,), F32, CPU) as b, scratch.lease((8,), F32, CPU) as c:
+        assert len({storage(t) for t in (a, b, c)}) == 3
+        for i, t in enumerate((a, b, c)):
+            t.fill_(i)
+        assert [t[0].item() for t in (a, b, c)] == [0, 1, 2]
+    assert scratch.nbytes == 32
+
+
+def test_a_nested_lease_does_not_end_the_outer_one():
+    scratch = Scratch()
+    with scratch.lease((8,), F32, CPU) as a:
+        with scratch.lease((8,), F32, CPU):
+            pass
+        with scratch.lease((8,), F32, CPU) as c:
+            assert storage(c) != storage(a), "the inner lease's end freed the outer one"
+
+
+def test_an_exception_ends_a_lease():
+    scratch = Scratch()
+    first = address(scratch)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), scratch.lease((4, 4), F32, CPU):
+            raise ZeroDivisionError
+    assert address(scratch) == first
+    scratch.release()
+    assert scratch.nbytes == 0
+
+
+def test_an_allocation_that_fails_leaves_it_usable(monkeypatch):
+    scratch = Scratch()
+    address(scratch)
+    real = torch.empty
+
+    def fails(*args, **options):
+        if options.get("dtype") == torch.uint8:
+            raise torch.OutOfMemoryError("no")
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", fails)
+    with pytest.raises(torch.OutOfMemoryError), scratch.lease((1000,), F32, CPU):
+        pass
+    monkeypatch.undo()
+    assert scratch.nbytes in (0, 64)
+    with scratch.lease((1000,), F32, CPU) as t:
+        t.zero_()
+    assert scratch.nbytes == 4000
+
+
+def test_threads_never_share():
+    scratch, wrong, barrier = Scratch(), [], threading.Barrier(6)
+
+    def work(mark):
+        barrier.wait()
+        for i in range(300):
+            with scratch.lease((50 + (i * mark) % 13,), F32, CPU) as t:
+                t.fill_(mark)
+                if i % 50 == 0:
+                    scratch.release()
+                if not (t == mark).all():
+                    wrong.append(mark)
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 7)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+    assert scratch.nbytes <= 63 * 4
+    scratch.release()
+    assert scratch.nbytes == 0
+
+
+def test_buffers_of_few_streams_are_kept():
+    """Keys stand for streams here, as the CPU has none: the one unused for longest goes, a leased one never."""
+    scratch = Scratch(streams=2)
+
+    def use(stream):
+        scratch._take((CPU, stream), 32)
+        scratch._leased.discard((CPU, stream))
+
+    with scratch.lease((8,), F32, CPU):
+        for stream in (1, 2, 1, 3, 4):
+            use(stream)
+            assert scratch.nbytes <= 3 * 32
+        assert (CPU, None) in scratch._buffers, "a leased buffer was dropped"
+    for stream in (1, 2, 1, 3):
+        use(stream)
+    assert [stream for _, stream in scratch._buffers] == [1, 3]
+
+
+def test_inference_mode_leaves_a_buffer_that_trains():
+    scratch = Scratch()
+    with torch.inference_mode(), scratch.lease((4, 4), F32, CPU) as t:
+        t.fill_(1)
+    with scratch.lease((4, 4), F32, CPU) as t:
+        assert not t.is_inference()
+        W = torch.ones(4, 4, requires_grad=True)
+        (W * t.copy_(torch.ones(4, 4))).sum().backward()
+    spectral_ops.scratch.release()
+    problem = FAMILIES["rosa-scatter"].build(((9,), 24, 40, 5), torch.float32)
+    with torch.inference_mode():
+        problem.call()
+    y = problem.call()
+    torch.autograd.grad(y.sum(), [problem.inputs[n] for n in problem.trained()])
+
+
+def test_a_compiler_gets_memory_of_its_own():
+    scratch = Scratch()
+    with FakeTensorMode(), scratch.lease((4, 4), F32, CPU) as t:
+        assert type(t).__name__ == "FakeTensor"
+    assert scratch.nbytes == 0
+    seen = []
+
+    def function(x):
+        with scratch.lease((4, 4), F32, CPU) as t:
+            seen.append(torch.compiler.is_compiling())
+            return t.copy_(x) * 2
+
+    compiled = torch.compile(function, backend="eager")
+    x = torch.ones(4, 4)
+    assert torch.equal(compiled(x), 2 * x)
+    if any(seen):
+        assert scratch.nbytes == 0
+
+
+@pytest.mark.parametrize("name", ["bat", "rosa-scatter"])
+def test_leases_of_two_layers_under_checkpointing(name):
+    """Recomputed forward passes lease the same buffer in between: nothing in it is relied on afterwards."""
+    spectral_ops.scratch.release()
+    first, second = (FAMILIES[name].build(((20,), 40, 40, 5), torch.float32, bias=None) for _ in range(2))
+
+    def layers(x):
+        return second.function({**second.inputs, "x": first.function({**first.inputs, "x": x})})
+
+    x = first.inputs["x"]
+    y = layers(x)
+    dy = cotangent(first, y)
+    trained = [x] + [p.inputs[n] for p in (first, second) for n in p.trained() if n != "x"]
+    want = torch.autograd.grad(y, trained, dy)
+    got = torch.autograd.grad(checkpoint(layers, x, use_reentrant=False), trained, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert spectral_ops.scratch.nbytes == 40 * 40 * 4
+
+
+def test_what_a_buffer_held_is_never_read():
+    """Poisoned between forward and backward, and before each."""
+    for name in ("bat", "bat-exact", "rosa-scatter", "rosa-sparse-only"):
+        for dtype in (torch.float32, torch.bfloat16):
+            problem = FAMILIES[name].build(((20,), 40, 60, 5), dtype)
+
+            def poison():
+                with spectral_ops.scratch.lease((200, 200), torch.float64, CPU) as t:
+                    t.fill_(float("nan"))
+
+            poison()
+            y = problem.call()
+            poison()
+            grads = torch.autograd.grad(y.sum(), [problem.inputs[n] for n in problem.trained()])
+            assert torch.isfinite(y).all()
+            assert all(torch.isfinite(g).all() for g in grads), name
+
+
+@pytest.mark.parametrize("name", ["bat", "bat-exact", "rosa-scatter"])
+def test_layers_in_threads(name):
+    """Backward passes and forward passes of several threads, one scratch: the numbers are those of one thread."""
+    problems = [FAMILIES[name].build(((33,), 40, 60, 5), torch.float32) for _ in range(4)]
+
+    def step(problem):
+        y = problem.call()
+        return [y.detach(), *torch.autograd.grad(y, [problem.inputs[n] for n in problem.trained()], torch.ones_like(y))]
+
+    want, wrong = [step(p) for p in problems], []
+
+    def work(i):
+        for _ in range(15):
+            if not all(torch.equal(a, b) for a, b in zip(step(problems[i]), want[i], strict=True)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
