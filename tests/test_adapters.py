@@ -9,7 +9,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import spectral_ops as so
-from spectral_ops import BatConfig, BatLinear, BoneConfig, BoneLinear, DoRAConfig, DoRALinear, LoRAConfig, LoRALinear
+from spectral_ops import (
+    BatConfig,
+    BatLinear,
+    BoneConfig,
+    BoneLinear,
+    DoRAConfig,
+    DoRALinear,
+    LoRAConfig,
+    LoRALinear,
+    RoSAConfig,
+    RoSALinear,
+)
+from spectral_ops.init import topk_pattern
 
 CONFIGS = {
     "lora": LoRAConfig(r=4, lora_alpha=6),
@@ -23,8 +35,18 @@ CONFIGS = {
     "bat": BatConfig(r=2),
     "bat_exact": BatConfig(r=2, exact=True),
     "bat_row": BatConfig(r=2, mode="row"),
+    "rosa": RoSAConfig(r=4, lora_alpha=6, d=0.1),
+    "rosa_resident": RoSAConfig(r=4, lora_alpha=6, d=0.1, route="resident"),
+    "rosa_spa": RoSAConfig(d=0.1, schedule="spa_only", route="scatter"),
+    "rosa_lora": RoSAConfig(r=4, lora_alpha=6, schedule="lora_only"),
 }
-CLASSES = {LoRAConfig: LoRALinear, DoRAConfig: DoRALinear, BoneConfig: BoneLinear, BatConfig: BatLinear}
+CLASSES = {
+    LoRAConfig: LoRALinear,
+    DoRAConfig: DoRALinear,
+    BoneConfig: BoneLinear,
+    BatConfig: BatLinear,
+    RoSAConfig: RoSALinear,
+}
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
 
@@ -55,8 +77,26 @@ def make(method, *, dtype=torch.float32, transposed=False, bias=True, trained=Tr
     base = Conv1D(D, K) if transposed else nn.Linear(K, D, bias=bias)
     base = base.to(dtype)
     original = (base.weight.T if transposed else base.weight).detach().double().clone()
-    layer = CLASSES[type(CONFIGS[method])].from_linear(base, CONFIGS[method], **options)
+    layer = masked(CLASSES[type(CONFIGS[method])].from_linear(base, CONFIGS[method], **options))
     return perturb(layer) if trained else layer, original
+
+
+def masked(module):
+    """The module; its RoSA layers have a random mask."""
+    for layer in module.modules():
+        if isinstance(layer, RoSALinear) and "rosa_values" in layer.held(layer.active):
+            places = torch.rand(layer.out_features, layer.in_features)
+            layer.set_mask(topk_pattern(places, layer.rosa_values[layer.active].numel()))
+    return module
+
+
+def attach(model, *args, **options):
+    return masked(so.attach(model, *args, **options))
+
+
+def held(layer, name="default"):
+    """The tensors that an adapter has."""
+    return [key for key in layer.tensor_keys if key in layer.held(name)]
 
 
 def perturb(module, scale=0.1):
@@ -84,6 +124,10 @@ def dense_weight(layer, name="default"):
             W_o = W[o * r : (o + 1) * r].split(r, 1)
             rows.append(torch.cat([w + w @ b + b for w, b in zip(W_o, B, strict=True)], 1))
         return torch.cat(rows)
+    if isinstance(layer, RoSALinear) and config.sparse:
+        W = W + layer.csr(name).to_dense().double()
+        if not config.low_rank:
+            return W
     gamma = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     V = W + gamma * layer.lora_B[name].double() @ layer.lora_A[name].double()
     if isinstance(layer, DoRALinear):
@@ -111,7 +155,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(method, transposed,
     wanted = torch.autograd.grad(want, [x, *parameters], dy.double())
     got = layer(x)
     gradients = torch.autograd.grad(got, [x, *parameters], dy)
-    assert got.dtype == dtype and len(parameters) == len(layer.tensor_keys)
+    assert got.dtype == dtype and len(parameters) == len(held(layer))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for g, w, like in zip([got, *gradients], [want, *wanted], [got, x, *parameters], strict=True):
         assert g.dtype == like.dtype
@@ -216,12 +260,12 @@ def test_dora_norm_is_new_after_each_step():
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("method", [name for name, config in CONFIGS.items() if not isinstance(config, BatConfig)])
+@pytest.mark.parametrize("method", [name for name in CONFIGS if not name.startswith(("bat", "rosa_spa"))])  # without
 def test_dropout_is_active_in_training_only_and_replayed_by_checkpointing(method):
     config = copy.copy(CONFIGS[method])
     setattr(config, "miss_dropout" if isinstance(config, BoneConfig) else "lora_dropout", 0.5)
     linear = nn.Linear(K, D)
-    layer = perturb(CLASSES[type(config)].from_linear(linear, config))
+    layer = perturb(masked(CLASSES[type(config)].from_linear(linear, config)))
     x = torch.randn(6, K, requires_grad=True)
     assert not torch.allclose(layer(x), layer(x))
     torch.manual_seed(5)
@@ -308,6 +352,8 @@ def test_copies_pickles_and_state_dicts(method):
 
 @methods
 def test_torch_compile_has_no_graph_break(method):
+    if method == "rosa_resident":
+        pytest.skip("W + S in W itself is not for compiled code")
     layer, _ = make(method)
     x = torch.randn(6, K, requires_grad=True)
     torch._dynamo.reset()
@@ -339,12 +385,13 @@ def on(method, **fields):
 def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
     model = mlp()
     x, target = torch.randn(32, K), torch.randn(32, 6)
-    so.attach(model, on(method))
+    attach(model, on(method))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    keys = so.adapter_layers(model)["0"].tensor_keys
+    keys = held(so.adapter_layers(model)["0"])
     assert trained == {f"{path}.{key}.default" for path in "02" for key in keys}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    rate = 0.1 if method == "rosa_spa" else 0.02
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(20):
         loss = nn.functional.mse_loss(model(x), target)
@@ -353,6 +400,8 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0] and losses[-1] == min(losses)
+    for layer in so.adapter_layers(model).values():
+        layer.release()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained
     # what was trained survives a merge and comes out of it again
@@ -371,7 +420,7 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
 def test_disabled_and_detach_give_the_original_model_back(method):
     model, x = mlp(), torch.randn(4, K)
     want = model(x)
-    so.attach(model, on(method))
+    attach(model, on(method))
     perturb(model)
     adapted = model(x)
     assert not torch.allclose(adapted, want, atol=1e-3)
@@ -395,14 +444,14 @@ def test_disabled_and_detach_give_the_original_model_back(method):
     assert so.adapter_layers(model) == {}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "bone", "mini", "bat", "bat_row"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa"])
 def test_several_adapters(method):
     model, x = mlp(), torch.randn(4, K)
     base = model(x)
-    so.attach(model, on(method), "first")
+    attach(model, on(method), "first")
     perturb(model)
     first = model(x)
-    so.attach(model, on(method, target_modules=["2", "4"]), "second")
+    attach(model, on(method, target_modules=["2", "4"]), "second")
     perturb(model)
     second = model(x)
     assert not torch.allclose(first, second, atol=1e-3)
@@ -550,11 +599,11 @@ def test_target_modules_as_peft_reads_them(tiny, fields, count):
     assert set(so.adapter_layers(model)) == expected and len(expected) == count
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone", "bat", "rosa"])
 def test_llama(tiny, method):
     model, ids = tiny.llama(), tiny.tokens()
     want = model(ids).logits
-    so.attach(model, on(method, target_modules="all-linear"))
+    attach(model, on(method, target_modules="all-linear"))
     assert torch.allclose(model(ids).logits, want, atol=1e-5)
     perturb(model)
     loss = tiny.loss_of(model, ids)
@@ -589,7 +638,7 @@ def test_gpt2(tiny, method):
     model, ids = tiny.gpt2().eval(), tiny.tokens()
     want = model(ids).logits
     config = on(method, target_modules="all-linear", **({"mini_r": 8} if method == "mini" else {}))
-    so.attach(model, config)
+    attach(model, config)
     assert len(so.adapter_layers(model)) == 8 and all(x.transposed for x in so.adapter_layers(model).values())
     assert torch.allclose(model(ids).logits, want, atol=1e-5)
     adapted = perturb(model)(ids).logits
@@ -663,7 +712,7 @@ def test_bad_configs(config, fields, message):
             LoRAConfig(r=7, target_modules="all-linear", init_lora_weights="milora"),
             r"4: LoRAConfig\.r: got 7",
         ),
-        ("lora", "config: got str, wanted one of LoRAConfig, DoRAConfig, BatConfig, BoneConfig"),
+        ("lora", "config: got str, wanted one of LoRAConfig, DoRAConfig, BatConfig, BoneConfig, RoSAConfig"),
     ],
 )
 def test_attach_says_what_is_wrong_and_leaves_the_model_alone(config, message):

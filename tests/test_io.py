@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import spectral_ops as so
-from spectral_ops import BatConfig, BoneConfig, DoRAConfig, LoRAConfig
+from spectral_ops import BatConfig, BoneConfig, DoRAConfig, LoRAConfig, RoSAConfig
+from spectral_ops.init import topk_pattern
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -55,6 +56,9 @@ CONFIGS = {
     "bat": BatConfig(r=8, target_modules="all-linear"),
     "bat_exact": BatConfig(r=4, exact=True, target_modules=["o_proj", "down_proj"]),
     "bat_row": BatConfig(r=8, mode="row", target_modules=["q_proj", "gate_proj"]),
+    "rosa": RoSAConfig(r=4, d=0.05, density_pattern={"q_proj": 0.1}, target_modules="all-linear"),
+    "rosa_spa": RoSAConfig(d=0.05, schedule="spa_only", target_modules=["q_proj", "down_proj"]),
+    "rosa_lora": RoSAConfig(r=4, schedule="lora_only", target_modules=["o_proj"]),
     "magnitude_only": DoRAConfig(r=2, target_modules=["q_proj", "up_proj"], magnitude_only=["up_proj"]),
     "layers": LoRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["k_proj"]),
 }  # fmt: skip
@@ -63,14 +67,19 @@ methods = pytest.mark.parametrize("method", CONFIGS)
 
 def adapted(tiny, method, **llama):
     """A Llama with a trained adapter: its base weights kept beside it, and its logits."""
-    return tiny.perturb(so.attach(tiny.llama(**llama), CONFIGS[method]), 0.05)
+    model = so.attach(tiny.llama(**llama), CONFIGS[method])
+    for layer in so.adapter_layers(model).values():
+        if "rosa_values" in layer.held("default"):
+            places = torch.rand(layer.out_features, layer.in_features)
+            layer.set_mask(topk_pattern(places, layer.rosa_values["default"].numel()))
+    return tiny.perturb(model, 0.05)
 
 
 def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-OURS = {"bat_row"}  # that PEFT does not have
+OURS = {"bat_row", "rosa", "rosa_spa", "rosa_lora"}  # that PEFT does not have
 
 
 @pytest.mark.parametrize("method", [name for name in CONFIGS if name not in OURS])

@@ -16,6 +16,8 @@ from spectral_ops.adapters.model import (
     set_adapter,
     unmerge,
 )
+from spectral_ops.adapters.rosa import RoSAConfig, RoSALinear
+from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
 
 __all__ = [
     "AdapterConfig",
@@ -28,6 +30,10 @@ __all__ = [
     "DoRALinear",
     "LoRAConfig",
     "LoRALinear",
+    "MasksSaved",
+    "RoSAConfig",
+    "RoSALinear",
+    "RoSASchedule",
     "adapter_configs",
     "adapter_layers",
     "attach",

@@ -148,15 +148,33 @@ def why_not_dense(base: nn.Module) -> str | None:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
+class BufferDict(nn.Module):
+    """Tensors by name that follow a module to its device and into its state_dict, and do not train."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._buffers[name]
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        self.register_buffer(name, tensor)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+
 class AdapterLinear(nn.Module):
     """A frozen linear layer and its named adapters, one of them active.
 
     ``base_layer`` is the layer as it was; each name in ``tensor_keys`` is an ``nn.ParameterDict`` from adapter names to
-    that tensor. ``settings[name]`` is the adapter's config as it applies here, ``configs[name]`` as it was attached.
+    that tensor, in ``index_keys`` a :class:`BufferDict`. ``settings[name]`` is the adapter's config as it applies here,
+    ``configs[name]`` as it was attached.
     """
 
     config_type: ClassVar[type[AdapterConfig]]
     tensor_keys: ClassVar[dict[str, str]]  # ParameterDict -> what follows the module's path in PEFT's file
+    index_keys: ClassVar[dict[str, str]] = {}  # int32 buffers
     initial_keys: ClassVar[dict[str, str]] = {}  # frozen tensors that undo an initialisation which changed the base
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -171,6 +189,8 @@ class AdapterLinear(nn.Module):
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         for name in (*self.tensor_keys, *self.initial_keys):
             setattr(self, name, nn.ParameterDict())
+        for name in self.index_keys:
+            setattr(self, name, BufferDict())
         self.configs: dict[str, AdapterConfig] = {}
         self.settings: dict[str, AdapterConfig] = {}
         self.active: str | None = None
@@ -200,7 +220,8 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def shapes(cls, config: AdapterConfig, d: int, k: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor of ``tensor_keys`` on a layer [d, k]; ValueError where ``config`` does not fit."""
+        """The shape of each of ``tensor_keys`` that an adapter has on a layer [d, k]; ValueError where ``config`` does
+        not fit."""
         raise NotImplementedError
 
     def reset(self, name: str) -> None:
@@ -234,6 +255,18 @@ class AdapterLinear(nn.Module):
     def link(cls, layers: dict[str, AdapterLinear], name: str) -> None:
         """Tie what the layers of a model share under adapter ``name``; called once all of them are built."""
 
+    def placed(self, name: str, sharing: list[str]) -> None:
+        """Told by attach which other modules of the model hold memory of the base weight; may raise ValueError."""
+
+    @classmethod
+    def index_shapes(cls, config: AdapterConfig, d: int, k: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor an adapter has of ``index_keys``; they start at zero."""
+        return {}
+
+    @classmethod
+    def check_tensors(cls, config: AdapterConfig, d: int, k: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Raise ValueError or IndexError where the content of ``tensors``, read from a file, makes no adapter."""
+
     @classmethod
     def initial_shapes(cls, config: AdapterConfig, d: int, k: int) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of ``initial_keys``."""
@@ -244,6 +277,9 @@ class AdapterLinear(nn.Module):
 
     def restore(self) -> None:
         """Put back what :meth:`commit` took."""
+
+    def release(self) -> None:
+        """Make the base weight what its readers take it for, where a method leaves anything else in it."""
 
     def check_undo(self, name: str) -> None:
         """Raise ValueError where a merge of adapter ``name`` could not be undone without a copy of the weight."""
@@ -260,12 +296,16 @@ class AdapterLinear(nn.Module):
         """Which of ``tensor_keys`` adapter ``name`` trains."""
         return tuple(self.tensor_keys)
 
+    def held(self, name: str) -> dict[str, str]:
+        """The entries of ``tensor_keys`` and ``index_keys`` that adapter ``name`` has."""
+        return {k: suffix for k, suffix in {**self.tensor_keys, **self.index_keys}.items() if name in getattr(self, k)}
+
     def file_tensors(self, name: str, plain: bool) -> dict[str, torch.Tensor]:
         """What a file holds of adapter ``name``, by the key that follows the module's path.
 
         plain: in a form that another library loads onto the original base; else in the form this class trains.
         """
-        return {suffix: getattr(self, key)[name].detach() for key, suffix in self.tensor_keys.items()}
+        return {suffix: getattr(self, key)[name].detach() for key, suffix in self.held(name).items()}
 
     # what all methods do alike
 
@@ -282,8 +322,7 @@ class AdapterLinear(nn.Module):
     @property
     def matrix(self) -> torch.Tensor:
         """The base weight as [out_features, in_features]; a view."""
-        weight = self.base_layer.weight
-        return weight.t() if self.transposed else weight
+        return self.weight.t() if self.transposed else self.weight
 
     @property
     def changed(self) -> bool:
@@ -325,6 +364,9 @@ class AdapterLinear(nn.Module):
             for key, shape in shapes.items():
                 tensor = torch.empty(shape, dtype=self.parameter_dtype(key, dtype), device=weight.device)
                 getattr(self, key)[name] = nn.Parameter(tensor, requires_grad=False)
+            for key, shape in self.index_shapes(settings, self.out_features, self.in_features).items():
+                with torch.inference_mode(False):  # their versions are watched
+                    getattr(self, key)[name] = torch.zeros(shape, dtype=torch.int32, device=weight.device)
             if initialise:
                 with torch.no_grad():
                     self.reset(name)
@@ -338,7 +380,8 @@ class AdapterLinear(nn.Module):
 
     def remove_adapter(self, name: str) -> None:
         """Forget adapter ``name``."""
-        for key in (*self.tensor_keys, *self.initial_keys):
+        self.release()
+        for key in (*self.tensor_keys, *self.index_keys, *self.initial_keys):
             if name in getattr(self, key):
                 del getattr(self, key)[name]
         self.configs.pop(name, None)
@@ -349,6 +392,7 @@ class AdapterLinear(nn.Module):
         """Make ``name`` the active adapter and the only one that trains; a layer without it runs its base."""
         if self.merged not in (None, name):
             raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted unmerge() first")
+        self.release()
         self.active = name
         for key in self.tensor_keys:
             for owner, parameter in getattr(self, key).items():

@@ -161,23 +161,35 @@ def load_adapter(
         raise ValueError(f"{directory}: the adapter does not fit this model: {error}") from None
     initial = any(key.endswith(suffix) for key in tensors for suffix in method.initial_keys.values())
     expected: dict[str, torch.Size] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for path, module in chosen.items():
         layer = module if isinstance(module, AdapterLinear) else method(module)
         sizes = config.for_layer(path), layer.out_features, layer.in_features
-        shapes = method.shapes(*sizes) | (method.initial_shapes(*sizes) if initial else {})
-        suffixes = method.tensor_keys | method.initial_keys
+        indices = method.index_shapes(*sizes)
+        shapes = method.shapes(*sizes) | indices | (method.initial_shapes(*sizes) if initial else {})
+        suffixes = method.tensor_keys | method.index_keys | method.initial_keys
+        dtypes |= {f"{PREFIX}{path}.{suffixes[key]}": torch.int32 for key in indices}
         expected |= {f"{PREFIX}{path}.{suffixes[key]}": torch.Size(shape) for key, shape in shapes.items()}
         if check_base and path in note.get("base", {}):
             _check_sample(directory, path, layer, note["base"][path])
-    wrong = {key: tensors[key].dtype for key in expected if key in tensors and not tensors[key].is_floating_point()}
-    if wrong:
-        raise ValueError(f"{directory / WEIGHTS}: got {_some(wrong)}, wanted floating-point tensors")
+    for key, tensor in tensors.items():
+        if key in expected and not (tensor.dtype == dtypes[key] if key in dtypes else tensor.is_floating_point()):
+            wanted = f"{dtypes[key]}" if key in dtypes else "floating-point tensors"
+            raise ValueError(f"{directory / WEIGHTS}: got {key} {tensor.dtype}, wanted {wanted}")
     biases = _biases(root, config, chosen)
     expected |= {key: bias.shape for key, bias in biases.items()}
     for path, module in copied.items():
         module = module.original_module if isinstance(module, TrainedCopy) else module
         expected |= {f"{PREFIX}{path}.{key}": value.shape for key, value in module.state_dict().items()}
     _compare(directory / WEIGHTS, tensors, expected)
+    for path, module in chosen.items():
+        layer = module if isinstance(module, AdapterLinear) else method(module)
+        suffixes = {key: f"{PREFIX}{path}.{suffix}" for key, suffix in (method.tensor_keys | method.index_keys).items()}
+        found = {key: tensors[name] for key, name in suffixes.items() if name in tensors}
+        try:
+            method.check_tensors(config.for_layer(path), layer.out_features, layer.in_features, found)
+        except (IndexError, ValueError) as error:
+            raise type(error)(f"{directory / WEIGHTS}: {path}: {error}") from None
 
     search = config.changes_base and not initial  # PEFT's own PiSSA file: the start is computed again, as PEFT does
     attach_adapter(
@@ -197,7 +209,7 @@ def load_adapter(
 
 
 def _fill(layer: AdapterLinear, name: str, prefix: str, tensors: dict[str, torch.Tensor], initial: bool) -> None:
-    for key, suffix in layer.tensor_keys.items():
+    for key, suffix in layer.held(name).items():
         getattr(layer, key)[name].copy_(tensors[prefix + suffix])
     if initial:
         layer.set_initial(name, *(tensors[prefix + suffix] for suffix in layer.initial_keys.values()))

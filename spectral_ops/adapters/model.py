@@ -79,6 +79,22 @@ def tied(model: nn.Module, weight: nn.Parameter) -> bool:
     return sum(weight is p for module in model.modules() for p in module._parameters.values()) > 1
 
 
+def _memory(weight: torch.Tensor) -> tuple:
+    """What two tensors have in common that share memory; the tensor itself where it has no memory of its own."""
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.device.type != "meta"
+    return (weight.device, weight.untyped_storage().data_ptr()) if plain else (id(weight),)
+
+
+def _holders(model: nn.Module) -> dict[tuple, list[tuple[str, nn.Module]]]:
+    """Which modules hold a parameter or buffer in each piece of memory."""
+    found: dict[tuple, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.setdefault(_memory(tensor), []).append((path, module))
+    return found
+
+
 # --- which modules ---------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +237,7 @@ def attach_adapter(
         if config.changes_base and not isinstance(module, AdapterLinear) and tied(root, module.weight):
             raise ValueError(f"target_modules: got {path!r}, wanted no tied weight where the base is changed")
     built: dict[str, AdapterLinear] = {}
+    holders = _holders(root)
     try:
         slow = config.slow_init and initialise
         for path, module in _progress(chosen.items(), type(config).__name__, progress if slow else False):
@@ -229,6 +246,9 @@ def attach_adapter(
                 built[path].add_adapter(
                     adapter_name, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
                 )
+                base = built[path].base_layer
+                others = [other for other, holder in holders.get(_memory(base.weight), []) if holder is not base]
+                built[path].placed(adapter_name, others)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from error
     except BaseException:
@@ -382,6 +402,8 @@ def disabled(model):
             kept = isinstance(unit, AdapterLinear) and unit._snapshot is not None
             if merged and isinstance(unit, AdapterLinear):
                 unit.unmerge()
+            if isinstance(unit, AdapterLinear):
+                unit.release()
             unit._disabled += 1
             entered.append((unit, merged, kept))
         yield model

@@ -1,5 +1,6 @@
-"""Spectral initialisers: which part of a weight's singular value decomposition an adapter starts from."""
+"""Initialisers: which part of a weight's singular value decomposition an adapter starts from, and RoSA's mask."""
 
+from spectral_ops.init.masks import topk_pattern
 from spectral_ops.init.svd import SpectralInit, spectral_factors, truncated_svd
 
-__all__ = ["SpectralInit", "spectral_factors", "truncated_svd"]
+__all__ = ["SpectralInit", "spectral_factors", "topk_pattern", "truncated_svd"]
