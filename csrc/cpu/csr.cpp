@@ -1,4 +1,6 @@
-#include "../csr_plan.h"
+#include <utility>
+
+#include "csr.h"
 #include "product.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
@@ -13,13 +15,19 @@ inline void for_entries(const int32_t* row_offsets, int64_t rows, int64_t begin,
     for (const int64_t last = smaller(row_offsets[o + 1], end); p < last; ++p) f(o, p);
 }
 
+// Calls f with null pointers of both types.
+template <class F> inline void for_dtypes(DType first, DType second, const F& f) {
+  for_dtype(first, [&](auto* t) { for_dtype(second, [&](auto* v) { f(t, v); }); });
+}
+
+// --- entries of a dense matrix ---
+
 template <class T, class V> void scatter(const CsrScatter& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
   T* const out = static_cast<T*>(a.out);
   const V* const values = static_cast<const V*>(a.values);
   for_entries(a.row_offsets, a.d, begin, end, [&](int64_t o, int64_t p) {
     T& place = out[o * a.out_strides[0] + a.columns[p] * a.out_strides[1]];
-    const A v = static_cast<A>(value(values[p]));
+    const auto v = static_cast<acc_t<T>>(value(values[p]));
     place = rounded<T>(a.accumulate ? value(place) + v : v);
   });
 }
@@ -33,31 +41,312 @@ template <class T, class D> void gather(const CsrGather& a, int64_t begin, int64
   });
 }
 
-template <class T, class V> void spmm(const CsrSpmm& a, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const V* const values = static_cast<const V*>(a.values);
-  for (int64_t t = begin; t < end; ++t)
-    for (int64_t o = 0; o < a.d; ++o) {
-      A sum = 0;
-      for (int64_t p = a.row_offsets[o]; p < a.row_offsets[o + 1]; ++p)
-        sum += static_cast<A>(value(values[a.permutation ? a.permutation[p] : p])) * value(row<T>(a.x, t, a.x_stride)[a.columns[p]]);
-      T& place = row<T>(a.out, t, a.out_stride)[o];
-      place = rounded<T>(value(place) + sum);
-    }
+// --- blocks of vectors ---
+
+template <class Vec> using element_t = std::remove_reference_t<decltype(std::declval<Vec&>()[0])>;
+template <class Vec> constexpr int kWidth = sizeof(Vec) / sizeof(element_t<Vec>);
+template <class Vec> using positions = std::make_integer_sequence<int, kWidth<Vec>>;
+
+// The elements I... of a followed by b.
+template <int... I, class Vec> inline Vec picked(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Position = std::conditional_t<sizeof(element_t<Vec>) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, typename Lanes<Position, kWidth<Vec>>::type{I...});
+#endif
 }
 
-template <class T> void sddmm(const CsrSddmm& a, int64_t begin, int64_t end) {
+template <bool high, class Vec, int... J> inline Vec interleaved(Vec a, Vec b, std::integer_sequence<int, J...>) {
+  constexpr int N = kWidth<Vec>;
+  return picked<((high ? N / 2 : 0) + J / 2 + J % 2 * N)...>(a, b);
+}
+
+template <class Vec, int... J> inline Vec pair_sums(Vec a, Vec b, std::integer_sequence<int, J...>) {
+  return picked<(2 * J)...>(a, b) + picked<(2 * J + 1)...>(a, b);
+}
+
+// v becomes its transpose: each of the log2 N rounds moves the upper bit of the row number below the column's.
+template <class Vec> inline void transpose(Vec (&v)[kWidth<Vec>]) {
+  constexpr int N = kWidth<Vec>;
+  for (int round = 1; round < N; round *= 2) {
+    Vec w[N];
+#pragma GCC unroll 16
+    for (int i = 0; i < N / 2; ++i) {
+      w[2 * i] = interleaved<false>(v[i], v[i + N / 2], positions<Vec>());
+      w[2 * i + 1] = interleaved<true>(v[i], v[i + N / 2], positions<Vec>());
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) v[i] = w[i];
+  }
+}
+
+// The vector whose lane i is the sum of v[i]; overwrites v.
+template <class Vec> inline Vec lane_sums(Vec* v) {
+#pragma GCC unroll 8
+  for (int n = kWidth<Vec> / 2; n > 0; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) v[i] = pair_sums(v[2 * i], v[2 * i + 1], positions<Vec>());
+  return v[0];
+}
+
+// --- slabs ---
+
+constexpr int64_t kRows = 32;  // of S worked on together, so that whole lines of out or dy are touched at once
+constexpr int64_t kAhead = 4;  // lines of x that are fetched ahead
+
+// Lane l of a slab at x [tokens, .]: token l, or as pairs tokens 2 l and 2 l + 1; zero where there is none.
+template <class X, class T> inline X lane_value(const T* x, int64_t stride, int64_t l, int64_t tokens) {
+  if constexpr (std::is_same_v<X, Pair>) {
+    const uint32_t low = 2 * l < tokens ? x[2 * l * stride].bits : 0, high = 2 * l + 1 < tokens ? x[(2 * l + 1) * stride].bits : 0;
+    return {low | high << 16};
+  } else {
+    return l < tokens ? value(x[l * stride]) : X(0);
+  }
+}
+
+template <class X, class T> inline vec<acc_t<T>> lane_values(const T* x, int64_t stride, int64_t l, int64_t tokens) {
+  using Vec = vec<acc_t<T>>;
+  constexpr int64_t ahead = kAhead * 64 / sizeof(T);
+  if constexpr (std::is_same_v<X, Pair>) {
+    u32_vec both = {};
+    const T *low = x + 2 * l * stride, *high = low + stride;
+    if (2 * l < tokens) both = __builtin_convertvector(bits_at<u16_half>(low), u32_vec), __builtin_prefetch(low + ahead);
+    if (2 * l + 1 < tokens) both |= __builtin_convertvector(bits_at<u16_half>(high), u32_vec) << 16, __builtin_prefetch(high + ahead);
+    return bits_as<Vec>(both);
+  } else {
+    if (l >= tokens) return Vec{};
+    __builtin_prefetch(x + l * stride + ahead);
+    return load(x + l * stride);
+  }
+}
+
+// slab [columns, L] = the transpose of x [tokens, columns]
+template <class X, class T>
+inline void pack_slab(X* slab, int64_t L, const T* x, int64_t stride, int64_t tokens, int64_t columns) {
+  using Vec = vec<acc_t<T>>;
+  constexpr int N = kWidth<Vec>;
+  int64_t c = 0;
+  if (L % N == 0)
+    for (; c + N <= columns; c += N)
+      for (int64_t l = 0; l < L; l += N) {
+        Vec v[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) v[i] = lane_values<X>(x + c, stride, l + i, tokens);
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) std::memcpy(slab + (c + i) * L + l, &v[i], sizeof(Vec));
+      }
+  for (; c < columns; ++c)
+    for (int64_t l = 0; l < L; ++l) slab[c * L + l] = lane_value<X>(x + c, stride, l, tokens);
+}
+
+// out [tokens, rows] += the transpose of y [rows, L]
+template <class T>
+inline void add_transposed(T* out, int64_t stride, const acc_t<T>* y, int64_t L, int64_t tokens, int64_t rows) {
+  using Vec = vec<acc_t<T>>;
+  constexpr int N = kWidth<Vec>;
+  int64_t o = 0;
+  if (L % N == 0)
+    for (; o + N <= rows; o += N)
+      for (int64_t l = 0; l < tokens; l += N) {
+        Vec v[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) v[i] = bits_at<Vec>(y + (o + i) * L + l);
+        transpose(v);
+        T* to = out + l * stride + o;
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i)
+          if (l + i < tokens) store(to + i * stride, load(to + i * stride) + v[i]);
+      }
+  for (; o < rows; ++o)
+    for (int64_t l = 0; l < tokens; ++l) out[l * stride + o] = rounded<T>(value(out[l * stride + o]) + y[o * L + l]);
+}
+
+// Calls f with the number of lanes as a constant.
+template <class F> inline void for_lanes(int64_t lanes, const F& f) {
+  switch (lanes) {
+    case 4: return f(std::integral_constant<int, 4>());
+    case 8: return f(std::integral_constant<int, 8>());
+    case 16: return f(std::integral_constant<int, 16>());
+    case 32: return f(std::integral_constant<int, 32>());
+    case 64: return f(std::integral_constant<int, 64>());
+  }
+}
+
+template <class A, int L> using slab_vec = typename Lanes<A, (L < kLanes<A> ? L : kLanes<A>)>::type;
+
+// Calls compute(slab number, the packed slab, part) for every task of a sweep over x [T, k].
+template <class X, class T, class F>
+inline void for_slabs(const Sweep& a, const T* x, int64_t tokens, int64_t stride, int64_t begin, int64_t end, const F& compute) {
+  const Slabs& s = a.slabs;
+  const int64_t step = s.lanes * s.per_lane;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / a.parts, part = task % a.parts;
+    if (a.shared) {
+      const int64_t slab = a.wave * s.groups + group;
+      if (slab < s.count) compute(slab, reinterpret_cast<const X*>(a.room + group * s.bytes()), part);
+      continue;
+    }
+    X* const room = reinterpret_cast<X*>(a.room);
+    for (int64_t slab = group; slab < s.count; slab += s.groups) {
+      const int64_t t = slab * step;
+      pack_slab(room, s.lanes, x + t * stride, stride, smaller(step, tokens - t), s.columns);
+      compute(slab, static_cast<const X*>(room), part);
+    }
+  }
+}
+
+template <class X, class T> void pack(const SlabPack& a, int64_t begin, int64_t end) {
+  const Slabs& s = a.sweep.slabs;
+  const int64_t step = s.lanes * s.per_lane, pieces = a.pieces();
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / pieces, c = task % pieces * SlabPack::kPackColumns;
+    const int64_t t = (a.sweep.wave * s.groups + group) * step;
+    if (t >= a.T) continue;
+    X* const slab = reinterpret_cast<X*>(a.sweep.room + group * s.bytes());
+    pack_slab(slab + c * s.lanes, s.lanes, row<T>(a.x, t, a.x_stride) + c, a.x_stride, smaller(step, a.T - t),
+              smaller(SlabPack::kPackColumns, s.columns - c));
+  }
+}
+
+// --- out += x Sᵀ ---
+
+// y [L] = the sum over entries [p, end) of their values times their rows of the slab
+template <int L, class A>
+inline void sum_entries(A* y, const A* slab, const A* values, const int32_t* columns, int64_t begin, int64_t end) {
+  using Vec = slab_vec<A, L>;
+  constexpr int N = kWidth<Vec>, V = L / N < 4 ? L / N : 4;
+  for (int l = 0; l < L; l += V * N) {
+    Vec sums[V] = {};
+    for (int64_t p = begin; p < end; ++p) {
+      const A* const from = slab + static_cast<int64_t>(columns[p]) * L + l;
+      for (int v = 0; v < V; ++v) sums[v] += bits_at<Vec>(from + v * N) * values[p];
+    }
+    for (int v = 0; v < V; ++v) std::memcpy(y + l + v * N, &sums[v], sizeof(Vec));
+  }
+}
+
+template <class T> void spmm(const SpmmSweep& sweep, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  for_entries(a.row_offsets, a.d, begin, end, [&](int64_t o, int64_t p) {
-    A sum = 0;
-    for (int64_t t = 0; t < a.T; ++t) sum += value(row<T>(a.dy, t, a.dy_stride)[o]) * value(row<T>(a.x, t, a.x_stride)[a.columns[p]]);
-    static_cast<A*>(a.out)[p] = sum;
+  const CsrSpmm& a = sweep.spmm;
+  const A* const values = static_cast<const A*>(sweep.values);
+  const int64_t L = sweep.slabs.lanes;
+  alignas(64) A y[kRows * kMostLanes];
+  for_slabs<A>(sweep, static_cast<const T*>(a.x), a.T, a.x_stride, begin, end, [&](int64_t number, const A* slab, int64_t part) {
+    const int64_t first = row_share(a.row_offsets, a.d, sweep.parts, part);
+    const int64_t last = row_share(a.row_offsets, a.d, sweep.parts, part + 1);
+    T* const out = row<T>(a.out, number * L, a.out_stride);
+    for (int64_t o = first; o < last; o += kRows) {
+      const int64_t rows = smaller(kRows, last - o);
+      const int32_t* const offsets = a.row_offsets + o;
+      if (offsets[0] == offsets[rows]) continue;
+      for_lanes(L, [&](auto lanes) {
+        for (int64_t i = 0; i < rows; ++i)
+          sum_entries<lanes()>(y + i * lanes(), slab, values, a.columns, offsets[i], offsets[i + 1]);
+      });
+      add_transposed(out + o, a.out_stride, y, L, smaller(L, a.T - number * L), rows);
+    }
   });
 }
 
-// Calls f with null pointers of both types.
-template <class F> inline void for_dtypes(DType first, DType second, const F& f) {
-  for_dtype(first, [&](auto* t) { for_dtype(second, [&](auto* v) { f(t, v); }); });
+// --- dyᵀx at the pattern ---
+
+template <class Vec> inline Vec add_products(Vec sum, Vec a, Vec b, const element_t<Vec>*) { return sum + a * b; }
+#ifdef __AVX512BF16__
+template <class Vec> inline Vec add_products(Vec sum, Vec a, Vec b, const Pair*) {
+  if constexpr (sizeof(Vec) == 64)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  else if constexpr (sizeof(Vec) == 32)
+    return (Vec)_mm256_dpbf16_ps((__m256)sum, (__m256bh)a, (__m256bh)b);
+  else
+    return (Vec)_mm_dpbf16_ps((__m128)sum, (__m128bh)a, (__m128bh)b);
+}
+#endif
+
+// The sums of some consecutive entries, one vector each, until there are enough to add up their lanes together.
+template <class Vec> struct Pending {
+  using A = element_t<Vec>;
+  Vec entries[kWidth<Vec>];
+  A* to;
+  bool add;
+  int count = 0;
+
+  void flush() {
+    constexpr int N = kWidth<Vec>;
+    const Vec sums = lane_sums(entries);
+    A lanes[N];
+    std::memcpy(lanes, &sums, sizeof sums);
+    for (int i = 0; i < count; ++i) to[i] = add ? to[i] + lanes[i] : lanes[i];
+    to += count, count = 0;
+  }
+  void push(Vec entry) {
+    entries[count] = entry;
+    if (++count == kWidth<Vec>) flush();
+  }
+};
+
+// The entries [p, end) of one row, whose part of dy is y [L].
+template <int L, class X, class Vec>
+inline void dot_entries(Pending<Vec>& pending, const X* y, const X* slab, const int32_t* columns, int64_t begin, int64_t end) {
+  constexpr int N = kWidth<Vec>;
+  for (int64_t p = begin; p < end; ++p) {
+    const X* const from = slab + static_cast<int64_t>(columns[p]) * L;
+    Vec sum = {};
+#pragma GCC unroll 16
+    for (int l = 0; l < L; l += N) sum = add_products(sum, bits_at<Vec>(from + l), bits_at<Vec>(y + l), from);
+    pending.push(sum);
+  }
+}
+
+template <class T> void sddmm(const SddmmSweep& sweep, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using X = factor_t<T>;
+  const CsrSddmm& a = sweep.sddmm;
+  const Slabs& s = sweep.slabs;
+  const int64_t step = s.lanes * s.per_lane;
+  alignas(64) X y[kRows * kMostLanes];
+  for_slabs<X>(sweep, static_cast<const T*>(a.x), a.T, a.x_stride, begin, end, [&](int64_t number, const X* slab, int64_t part) {
+    const int64_t first = entry_share(a.nnz, sweep.parts, part), last = entry_share(a.nnz, sweep.parts, part + 1);
+    if (first >= last) return;
+    const int64_t t = number * step, tokens = smaller(step, a.T - t);
+    A* const sums = static_cast<A*>(sweep.sums) + number % s.groups * a.nnz + first;
+    for_lanes(s.lanes, [&](auto lanes) {
+      constexpr int L = lanes();
+      Pending<slab_vec<A, L>> pending{{}, sums, number >= s.groups};
+      for (int64_t o = row_of_entry(a.row_offsets, a.d, first); o < a.d && a.row_offsets[o] < last; o += kRows) {
+        const int64_t rows = smaller(kRows, a.d - o);
+        if (a.row_offsets[o] == a.row_offsets[o + rows]) continue;
+        pack_slab(y, L, row<T>(a.dy, t, a.dy_stride) + o, a.dy_stride, tokens, rows);
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t p = a.row_offsets[o + i], q = a.row_offsets[o + i + 1];
+          dot_entries<L>(pending, y + i * L, slab, a.columns, p < first ? first : p, smaller(q, last));
+        }
+      }
+      if (pending.count) pending.flush();
+    });
+  });
+}
+
+template <class A> void finish(const SddmmFinish& a, int64_t begin, int64_t end) {
+  const int64_t nnz = a.sddmm.nnz;
+  const A* const sums = static_cast<const A*>(a.sums);
+  A* const out = static_cast<A*>(a.sddmm.out);
+  for (int64_t p = begin; p < end; ++p) {
+    A sum = 0;
+    for (int64_t g = 0; g < a.groups; ++g) sum += sums[g * nnz + p];
+    out[p] = sum;
+  }
+}
+
+template <class A, class V> void widen(const CsrWiden& a, int64_t begin, int64_t end) {
+  const V* const from = static_cast<const V*>(a.spmm.values);
+  const int32_t* const permutation = a.spmm.permutation;
+  A* const to = static_cast<A*>(a.values);
+  if (permutation)
+    for (int64_t p = begin; p < end; ++p) to[p] = static_cast<A>(value(from[permutation[p]]));
+  else
+    for (int64_t p = begin; p < end; ++p) to[p] = static_cast<A>(value(from[p]));
 }
 
 }  // namespace
@@ -74,14 +363,32 @@ void csr_gather(const CsrGather& a, int64_t begin, int64_t end) {
   });
 }
 
-void csr_spmm(const CsrSpmm& a, int64_t begin, int64_t end) {
-  for_dtypes(a.dtype, a.values_dtype, [&](auto* t, auto* v) {
-    spmm<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(v)>>(a, begin, end);
+void csr_widen(const CsrWiden& a, int64_t begin, int64_t end) {
+  for_dtype(a.spmm.values_dtype, [&](auto* v) {
+    using V = std::remove_pointer_t<decltype(v)>;
+    a.spmm.dtype == DType::float64 ? widen<double, V>(a, begin, end) : widen<float, V>(a, begin, end);
   });
 }
 
-void csr_sddmm(const CsrSddmm& a, int64_t begin, int64_t end) {
-  for_dtype(a.dtype, [&](auto* t) { sddmm<std::remove_pointer_t<decltype(t)>>(a, begin, end); });
+void slab_pack(const SlabPack& a, int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    if constexpr (!std::is_same_v<factor_t<T>, acc_t<T>>)
+      if (a.sweep.slabs.per_lane == 2) return pack<factor_t<T>, T>(a, begin, end);
+    pack<acc_t<T>, T>(a, begin, end);
+  });
+}
+
+void spmm_sweep(const SpmmSweep& a, int64_t begin, int64_t end) {
+  for_dtype(a.spmm.dtype, [&](auto* t) { spmm<std::remove_pointer_t<decltype(t)>>(a, begin, end); });
+}
+
+void sddmm_sweep(const SddmmSweep& a, int64_t begin, int64_t end) {
+  for_dtype(a.sddmm.dtype, [&](auto* t) { sddmm<std::remove_pointer_t<decltype(t)>>(a, begin, end); });
+}
+
+void sddmm_finish(const SddmmFinish& a, int64_t begin, int64_t end) {
+  a.sddmm.dtype == DType::float64 ? finish<double>(a, begin, end) : finish<float>(a, begin, end);
 }
 
 }  // namespace spectral_ops::cpu::SPECTRAL_OPS_ISA

@@ -5,6 +5,7 @@
 
 #include "../arguments.h"
 #include "bat.h"
+#include "csr.h"
 #include "isa.h"
 #include "skinny.h"
 
@@ -56,8 +57,11 @@ SPECTRAL_OPS_CPU_KERNEL(bat_mix_backward, BatMixBackwardPass)
 SPECTRAL_OPS_CPU_KERNEL(part_sum, PartSum)
 SPECTRAL_OPS_CPU_KERNEL(csr_scatter, CsrScatter)
 SPECTRAL_OPS_CPU_KERNEL(csr_gather, CsrGather)
-SPECTRAL_OPS_CPU_KERNEL(csr_spmm, CsrSpmm)
-SPECTRAL_OPS_CPU_KERNEL(csr_sddmm, CsrSddmm)
+SPECTRAL_OPS_CPU_KERNEL(csr_widen, CsrWiden)
+SPECTRAL_OPS_CPU_KERNEL(slab_pack, SlabPack)
+SPECTRAL_OPS_CPU_KERNEL(spmm_sweep, SpmmSweep)
+SPECTRAL_OPS_CPU_KERNEL(sddmm_sweep, SddmmSweep)
+SPECTRAL_OPS_CPU_KERNEL(sddmm_finish, SddmmFinish)
 SPECTRAL_OPS_CPU_KERNEL(keep_mask, KeepMask)
 SPECTRAL_OPS_CPU_KERNEL(philox_words, PhiloxWords)
 SPECTRAL_OPS_CPU_KERNEL(pass_pack, PassPack)

@@ -123,8 +123,63 @@ inline void run(const CsrGather& a, const Tensor&) {
   in_parallel(a, a.row_offsets[a.n] - a.row_offsets[0], kEntriesPerThread);
 }
 
-inline void run(const CsrSpmm& a, const Tensor&) { in_parallel(a, a.T, 1); }
-inline void run(const CsrSddmm& a, const Tensor&) { in_parallel(a, a.nnz, 1024); }
+// Runs a sweep over x [T, k], whose entries cost `work` multiply-adds in all: each thread its groups, or where they do not
+// go round, all threads parts of one slab of every group after another.
+template <class S>
+void run_sweep(S sweep, const void* x, int64_t T, int64_t x_stride, DType dtype, int64_t nnz, const Tensor& like) {
+  const Slabs& slabs = sweep.slabs;
+  const int64_t threads = torch::stable::get_num_threads(), groups = slabs.groups, bytes = slabs.bytes();
+  const int64_t work = T * (nnz + 4 * slabs.columns), grain = grain_of(groups, work);
+  const int64_t busy = smaller(threads, (groups + grain - 1) / grain), rounds = (groups + busy - 1) / busy;
+  sweep.shared = work >= threads << 18 && 4 * rounds * threads > 5 * groups;
+  const Tensor room = workspace(like, bytes * (sweep.shared ? groups : threads));
+  sweep.room = static_cast<char*>(room.data_ptr());
+  const auto kernel = kernel_for(sweep);
+  if (!sweep.shared) {
+    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      uint32_t thread = 0;
+      TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+      S mine = sweep;
+      mine.room += thread * bytes;
+      kernel(mine, begin, end);
+    });
+    return;
+  }
+  sweep.parts = (4 * threads + groups - 1) / groups;
+  for (; sweep.wave * groups < slabs.count; ++sweep.wave) {
+    const SlabPack pack{sweep, x, T, x_stride, dtype};
+    in_parallel(pack, groups * pack.pieces(), 1);
+    in_parallel(sweep, groups * sweep.parts, 1);
+  }
+}
+
+inline void run(const CsrSpmm& a, const Tensor& like) {
+  if (a.T == 0 || a.nnz == 0) return;
+  SpmmSweep sweep{{}, a, a.values};
+  Tensor values = like;
+  if (a.permutation || a.values_dtype != accumulator(a.dtype)) {
+    values = workspace(like, accumulator_size(a.dtype) * a.nnz);
+    in_parallel(CsrWiden{a, values.data_ptr()}, a.nnz, kEntriesPerThread);
+    sweep.values = values.data_ptr();
+  }
+  sweep.slabs = slabs_of(a.T, a.k, accumulator_size(a.dtype), 1);
+  run_sweep(sweep, a.x, a.T, a.x_stride, a.dtype, a.nnz, like);
+}
+
+inline void run(const CsrSddmm& a, const Tensor& like) {
+  constexpr int64_t kMostBytes = 1 << 25;  // of partial sums
+  const int64_t size = accumulator_size(a.dtype), per_lane = active_isa() == Isa::avx512_bf16 && a.dtype == DType::bfloat16 ? 2 : 1;
+  SddmmSweep sweep{{}, a, a.out};
+  sweep.slabs = slabs_of(a.T, a.k, size, per_lane, smaller(kGroups, at_least_one(kMostBytes / at_least_one(size * a.nnz))));
+  const int64_t groups = a.T == 0 ? 0 : sweep.slabs.groups;
+  Tensor sums = like;
+  if (groups > 1) {
+    sums = workspace(like, size * groups * a.nnz);
+    sweep.sums = sums.data_ptr();
+  }
+  if (groups && a.nnz) run_sweep(sweep, a.x, a.T, a.x_stride, a.dtype, a.nnz, like);
+  if (groups != 1) in_parallel(SddmmFinish{a, sweep.sums, groups}, a.nnz, kEntriesPerThread);
+}
 
 // --- lowrank ---
 
