@@ -42,7 +42,7 @@ static inline int64_t entry_share(int64_t nnz, int64_t parts, int64_t part) {
 // Slabs g, g + groups, ... form group g, which sums of tokens are taken over first. All this depends on the sizes only.
 struct Slabs {
   int64_t lanes;      // 4, 8, 16, 32 or 64
-  int64_t per_lane;   // tokens in one: two where an instruction multiplies pairs
+  int64_t per_lane;   // tokens in one: two of bf16, where the kernel takes pairs
   int64_t columns;    // k
   int64_t count, groups;
   int64_t size;       // bytes of a lane
@@ -50,7 +50,7 @@ struct Slabs {
   int64_t bytes() const { return columns * lanes * size; }
 };
 
-constexpr int64_t kSlabBytes = 1 << 19, kMostLanes = 64, kGroups = 16;
+constexpr int64_t kSlabBytes = 1 << 18, kMostLanes = 64, kGroups = 16;
 
 static inline Slabs slabs_of(int64_t tokens, int64_t columns, int64_t size, int64_t per_lane, int64_t most_groups = kGroups) {
   int64_t lanes = 4;

@@ -92,7 +92,7 @@ template <class Vec> inline Vec lane_sums(Vec* v) {
 
 // --- slabs ---
 
-constexpr int64_t kRows = 32;  // of S worked on together, so that whole lines of out or dy are touched at once
+constexpr int64_t kRows = 32;  // of dyᵀ packed at a time, so that whole lines of dy are read
 constexpr int64_t kAhead = 4;  // lines of x that are fetched ahead
 
 // Lane l of a slab at x [tokens, .]: token l, or as pairs tokens 2 l and 2 l + 1; zero where there is none.
@@ -141,26 +141,35 @@ inline void pack_slab(X* slab, int64_t L, const T* x, int64_t stride, int64_t to
     for (int64_t l = 0; l < L; ++l) slab[c * L + l] = lane_value<X>(x + c, stride, l, tokens);
 }
 
-// out [tokens, rows] += the transpose of y [rows, L]
+// out [tokens, rows] += the transpose of y [rows, tokens], whose token t is element (t % per_lane) * L + t / per_lane of
+// its row [per_lane * L]. Of each row of out a long run is written at once: rows are often a power of two apart, so that
+// their lines compete for few places in the cache.
 template <class T>
-inline void add_transposed(T* out, int64_t stride, const acc_t<T>* y, int64_t L, int64_t tokens, int64_t rows) {
-  using Vec = vec<acc_t<T>>;
+inline void add_transposed(T* out, int64_t stride, const acc_t<T>* y, int64_t L, int64_t per_lane, int64_t tokens, int64_t rows) {
+  using A = acc_t<T>;
+  using Vec = vec<A>;
   constexpr int N = kWidth<Vec>;
+  alignas(64) A z[N * kOutRows];
   int64_t o = 0;
   if (L % N == 0)
-    for (; o + N <= rows; o += N)
-      for (int64_t l = 0; l < tokens; l += N) {
-        Vec v[N];
+    for (int64_t h = 0; h < per_lane; ++h)
+      for (int64_t l = 0; l * per_lane + h < tokens; l += N) {
+        for (o = 0; o + N <= rows; o += N) {
+          Vec v[N];
 #pragma GCC unroll 16
-        for (int i = 0; i < N; ++i) v[i] = bits_at<Vec>(y + (o + i) * L + l);
-        transpose(v);
-        T* to = out + l * stride + o;
+          for (int i = 0; i < N; ++i) v[i] = bits_at<Vec>(y + ((o + i) * per_lane + h) * L + l);
+          transpose(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < N; ++i)
-          if (l + i < tokens) store(to + i * stride, load(to + i * stride) + v[i]);
+          for (int i = 0; i < N; ++i) std::memcpy(z + i * kOutRows + o, &v[i], sizeof(Vec));
+        }
+        for (int64_t i = 0, t = l * per_lane + h; i < N && t < tokens; ++i, t += per_lane)
+          for (int64_t j = 0; j < o; j += N) store(out + t * stride + j, load(out + t * stride + j) + load(z + i * kOutRows + j));
       }
   for (; o < rows; ++o)
-    for (int64_t l = 0; l < tokens; ++l) out[l * stride + o] = rounded<T>(value(out[l * stride + o]) + y[o * L + l]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      T& place = out[t * stride + o];
+      place = rounded<T>(value(place) + y[(o * per_lane + t % per_lane) * L + t / per_lane]);
+    }
 }
 
 // Calls f with the number of lanes as a constant.
@@ -212,40 +221,57 @@ template <class X, class T> void pack(const SlabPack& a, int64_t begin, int64_t 
 
 // --- out += x Sᵀ ---
 
-// y [L] = the sum over entries [p, end) of their values times their rows of the slab
-template <int L, class A>
-inline void sum_entries(A* y, const A* slab, const A* values, const int32_t* columns, int64_t begin, int64_t end) {
+// One vector of a slab of bf16 pairs as the tokens in the lower halves, and as those in the upper ones.
+template <class Vec, class Bits = typename Lanes<uint32_t, kWidth<Vec>>::type> inline Vec lower(Vec v) {
+  return bits_as<Vec>(bits_as<Bits>(v) << 16);
+}
+template <class Vec, class Bits = typename Lanes<uint32_t, kWidth<Vec>>::type> inline Vec upper(Vec v) {
+  return bits_as<Vec>(bits_as<Bits>(v) & 0xffff0000);
+}
+
+// y [per_lane, L] = the sum over entries [begin, end) of their values times their rows of the slab
+template <int L, class X, class A>
+inline void sum_entries(A* y, const X* slab, const A* values, const int32_t* columns, int64_t begin, int64_t end) {
   using Vec = slab_vec<A, L>;
-  constexpr int N = kWidth<Vec>, V = L / N < 4 ? L / N : 4;
+  constexpr int N = kWidth<Vec>, H = kPerFactor<X>, V = L / N < 4 ? L / N : 4;
   for (int l = 0; l < L; l += V * N) {
-    Vec sums[V] = {};
+    Vec sums[H][V] = {};
     for (int64_t p = begin; p < end; ++p) {
-      const A* const from = slab + static_cast<int64_t>(columns[p]) * L + l;
-      for (int v = 0; v < V; ++v) sums[v] += bits_at<Vec>(from + v * N) * values[p];
+      const X* const from = slab + static_cast<int64_t>(columns[p]) * L + l;
+      for (int v = 0; v < V; ++v) {
+        const Vec x = bits_at<Vec>(from + v * N);
+        if constexpr (H == 2)
+          sums[0][v] += lower(x) * values[p], sums[1][v] += upper(x) * values[p];
+        else
+          sums[0][v] += x * values[p];
+      }
     }
-    for (int v = 0; v < V; ++v) std::memcpy(y + l + v * N, &sums[v], sizeof(Vec));
+    for (int h = 0; h < H; ++h)
+      for (int v = 0; v < V; ++v) std::memcpy(y + h * L + l + v * N, &sums[h][v], sizeof(Vec));
   }
 }
 
 template <class T> void spmm(const SpmmSweep& sweep, int64_t begin, int64_t end) {
   using A = acc_t<T>;
+  using X = std::conditional_t<std::is_same_v<T, bfloat16>, Pair, A>;
   const CsrSpmm& a = sweep.spmm;
   const A* const values = static_cast<const A*>(sweep.values);
-  const int64_t L = sweep.slabs.lanes;
-  alignas(64) A y[kRows * kMostLanes];
-  for_slabs<A>(sweep, static_cast<const T*>(a.x), a.T, a.x_stride, begin, end, [&](int64_t number, const A* slab, int64_t part) {
+  A* const y = reinterpret_cast<A*>(sweep.spare);
+  const int64_t L = sweep.slabs.lanes, step = L * sweep.slabs.per_lane;
+  for_slabs<X>(sweep, static_cast<const T*>(a.x), a.T, a.x_stride, begin, end, [&](int64_t number, const X* slab, int64_t part) {
     const int64_t first = row_share(a.row_offsets, a.d, sweep.parts, part);
     const int64_t last = row_share(a.row_offsets, a.d, sweep.parts, part + 1);
-    T* const out = row<T>(a.out, number * L, a.out_stride);
-    for (int64_t o = first; o < last; o += kRows) {
-      const int64_t rows = smaller(kRows, last - o);
+    const int64_t tokens = smaller(step, a.T - number * step);
+    T* const out = row<T>(a.out, number * step, a.out_stride);
+    for (int64_t o = first; o < last; o += kOutRows) {
+      const int64_t rows = smaller(kOutRows, last - o);
       const int32_t* const offsets = a.row_offsets + o;
       if (offsets[0] == offsets[rows]) continue;
       for_lanes(L, [&](auto lanes) {
         for (int64_t i = 0; i < rows; ++i)
-          sum_entries<lanes()>(y + i * lanes(), slab, values, a.columns, offsets[i], offsets[i + 1]);
+          sum_entries<lanes()>(y + i * step, slab, values, a.columns, offsets[i], offsets[i + 1]);
       });
-      add_transposed(out + o, a.out_stride, y, L, smaller(L, a.T - number * L), rows);
+      add_transposed(out + o, a.out_stride, y, L, sweep.slabs.per_lane, tokens, rows);
     }
   });
 }
@@ -373,8 +399,8 @@ void csr_widen(const CsrWiden& a, int64_t begin, int64_t end) {
 void slab_pack(const SlabPack& a, int64_t begin, int64_t end) {
   for_dtype(a.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    if constexpr (!std::is_same_v<factor_t<T>, acc_t<T>>)
-      if (a.sweep.slabs.per_lane == 2) return pack<factor_t<T>, T>(a, begin, end);
+    if constexpr (std::is_same_v<T, bfloat16>)
+      if (a.sweep.slabs.per_lane == 2) return pack<Pair, T>(a, begin, end);
     pack<acc_t<T>, T>(a, begin, end);
   });
 }

@@ -8,13 +8,16 @@
 
 namespace spectral_ops::cpu {
 
-// A task of a sweep is a group of slabs, which it packs itself into the room of its thread;
-// or, `shared`, one part of slab `wave` of a group, which all threads have packed into the room of that group.
+constexpr int64_t kOutRows = 256;  // of S that spmm works on before it writes columns of out
+
+// A task of a sweep is a group of slabs, which it packs itself into its thread's room; or, `shared`, one part of slab
+// `wave` of a group, which all threads have packed into that group's room.
 struct Sweep {
   Slabs slabs{};
   int64_t parts = 1, wave = 0;
   bool shared = false;
-  char* room = nullptr;
+  char* room = nullptr;   // a slab, or the groups' slabs
+  char* spare = nullptr;  // the thread's
 };
 struct CsrWiden {
   const CsrSpmm& spmm;

@@ -126,30 +126,31 @@ inline void run(const CsrGather& a, const Tensor&) {
 // Runs a sweep over x [T, k], whose entries cost `work` multiply-adds in all: each thread its groups, or where they do not
 // go round, all threads parts of one slab of every group after another.
 template <class S>
-void run_sweep(S sweep, const void* x, int64_t T, int64_t x_stride, DType dtype, int64_t nnz, const Tensor& like) {
+void run_sweep(S sweep, const void* x, int64_t T, int64_t x_stride, DType dtype, int64_t nnz, int64_t spare_bytes,
+               const Tensor& like) {
   const Slabs& slabs = sweep.slabs;
   const int64_t threads = torch::stable::get_num_threads(), groups = slabs.groups, bytes = slabs.bytes();
   const int64_t work = T * (nnz + 4 * slabs.columns), grain = grain_of(groups, work);
   const int64_t busy = smaller(threads, (groups + grain - 1) / grain), rounds = (groups + busy - 1) / busy;
   sweep.shared = work >= threads << 18 && 4 * rounds * threads > 5 * groups;
-  const Tensor room = workspace(like, bytes * (sweep.shared ? groups : threads));
+  const Tensor room = workspace(like, bytes * (sweep.shared ? groups : threads)), spare = workspace(like, spare_bytes * threads);
   sweep.room = static_cast<char*>(room.data_ptr());
-  const auto kernel = kernel_for(sweep);
-  if (!sweep.shared) {
-    torch::stable::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+  const auto run_tasks = [&](int64_t tasks, int64_t least) {
+    torch::stable::parallel_for(0, tasks, least, [&](int64_t begin, int64_t end) {
       uint32_t thread = 0;
       TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
       S mine = sweep;
-      mine.room += thread * bytes;
-      kernel(mine, begin, end);
+      mine.spare = static_cast<char*>(spare.data_ptr()) + thread * spare_bytes;
+      if (!mine.shared) mine.room += thread * bytes;
+      kernel_for(mine)(mine, begin, end);
     });
-    return;
-  }
+  };
+  if (!sweep.shared) return run_tasks(groups, grain);
   sweep.parts = (4 * threads + groups - 1) / groups;
   for (; sweep.wave * groups < slabs.count; ++sweep.wave) {
     const SlabPack pack{sweep, x, T, x_stride, dtype};
     in_parallel(pack, groups * pack.pieces(), 1);
-    in_parallel(sweep, groups * sweep.parts, 1);
+    run_tasks(groups * sweep.parts, 1);
   }
 }
 
@@ -162,8 +163,9 @@ inline void run(const CsrSpmm& a, const Tensor& like) {
     in_parallel(CsrWiden{a, values.data_ptr()}, a.nnz, kEntriesPerThread);
     sweep.values = values.data_ptr();
   }
-  sweep.slabs = slabs_of(a.T, a.k, accumulator_size(a.dtype), 1);
-  run_sweep(sweep, a.x, a.T, a.x_stride, a.dtype, a.nnz, like);
+  const int64_t size = accumulator_size(a.dtype), per_lane = a.dtype == DType::bfloat16 ? 2 : 1;
+  sweep.slabs = slabs_of(a.T, a.k, size, per_lane);
+  run_sweep(sweep, a.x, a.T, a.x_stride, a.dtype, a.nnz, size * kOutRows * sweep.slabs.lanes * per_lane, like);
 }
 
 inline void run(const CsrSddmm& a, const Tensor& like) {
@@ -177,7 +179,7 @@ inline void run(const CsrSddmm& a, const Tensor& like) {
     sums = workspace(like, size * groups * a.nnz);
     sweep.sums = sums.data_ptr();
   }
-  if (groups && a.nnz) run_sweep(sweep, a.x, a.T, a.x_stride, a.dtype, a.nnz, like);
+  if (groups && a.nnz) run_sweep(sweep, a.x, a.T, a.x_stride, a.dtype, a.nnz, 0, like);
   if (groups != 1) in_parallel(SddmmFinish{a, sweep.sums, groups}, a.nnz, kEntriesPerThread);
 }
 
