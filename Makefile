@@ -21,7 +21,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(w
 
 .PHONY: demo test build bench lint gpu gpu-dry wheel sanitize clean
 
-demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss STEPS=n DTYPE=float32|bf16
+demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa STEPS=n DTYPE=float32|bf16
 	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
 
 test: $(VENV)/.built ## ARGS="-k dora"

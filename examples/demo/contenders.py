@@ -93,14 +93,19 @@ class Rosa:
         """The saved adapter on a fresh base model."""
         return spectral_ops.load_adapter(base, path)
 
+    @staticmethod
+    def places(layer) -> torch.Tensor:
+        """Where the mask of a RoSALinear has its entries, in the flattened weight."""
+        S = layer.csr()
+        rows = torch.repeat_interleave(torch.arange(S.shape[0], device=S.device), S.row_offsets.diff().long())
+        return rows * S.shape[1] + S.col_indices
+
     def __str__(self) -> str:
         """How far the two masks are the same: rounding decides between almost equal gradients."""
         both = entries = 0
         for plain, ours in self.pairs():
-            S = ours.csr()
-            rows = torch.repeat_interleave(torch.arange(S.shape[0], device=S.device), S.row_offsets.diff().long())
-            both += torch.isin(rows * S.shape[1] + S.col_indices, plain.index).sum().item()
-            entries += S.nnz
+            both += torch.isin(self.places(ours), plain.index).sum().item()
+            entries += len(plain.index)
         warmup, batches = self.phases
         return (
             f"LoRA alone for {warmup} steps, gradients for the masks from the next {batches}, then LoRA and S\n"

@@ -1,8 +1,8 @@
 """Seconds per step, bytes saved for backward and peak memory, of three variants of one model.
 
 frozen        no adapter; forward, and backward to the input embeddings (dX through every layer): the floor
-peft          the adapter as PEFT runs it; forward, backward, optimizer step
-spectral_ops  the same adapter after `spectral_ops.accelerate(model)`; forward, backward, optimizer step
+peft          the adapter as PEFT runs it (plain: in plain PyTorch); forward, backward, optimizer step
+spectral_ops  the same adapter through spectral_ops; forward, backward, optimizer step
 
 All three take the input embeddings as a leaf that requires grad, so that all compute the same dX.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-VARIANTS = ("frozen", "peft", "spectral_ops")
+VARIANTS = ("frozen", "peft", "plain", "spectral_ops")
 
 
 def embed(model, ids: torch.Tensor) -> torch.Tensor:

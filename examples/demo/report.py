@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-LABELS = {"frozen": "frozen model", "peft": "PEFT", "spectral_ops": "spectral_ops"}
-COLORS = {"frozen": "#9aa5b1", "peft": "#e08e45", "spectral_ops": "#1f6fb2"}
+LABELS = {"frozen": "frozen model", "peft": "PEFT", "plain": "plain PyTorch", "spectral_ops": "spectral_ops"}
+COLORS = {"frozen": "#9aa5b1", "peft": "#e08e45", "plain": "#e08e45", "spectral_ops": "#1f6fb2"}
 
 
 @contextmanager
@@ -43,10 +43,15 @@ def mib(n: int) -> str:
     return f"{n / 2**20:,.0f} MiB"
 
 
+def peer_in(result: dict) -> str:
+    """The variant that spectral_ops was trained beside."""
+    return next(name for name in result["losses"] if name != "spectral_ops")
+
+
 def table(result: dict) -> Table:
     """The one table; `result` is what outputs/demo-<method>.json holds."""
     seconds, saved, peak = result["seconds"], result["saved"], result["peak"]
-    frozen, peft = seconds["frozen"], seconds["peft"]
+    frozen, peer = seconds["frozen"], peer_in(result)
     out = Table(title=result["title"], title_justify="left")
     out.add_column("")
     for name in seconds:
@@ -56,7 +61,7 @@ def table(result: dict) -> Table:
         out.add_row(label, *(cell(name) for name in seconds))
 
     row("seconds per step", lambda v: f"{seconds[v]:.3g}")
-    row("ratio to PEFT", lambda v: f"{seconds[v] / peft:.2f}×")
+    row(f"ratio to {LABELS[peer]}", lambda v: f"{seconds[v] / seconds[peer]:.2f}×")
     row("tax over the frozen model", lambda v: "–" if v == "frozen" else f"{seconds[v] / frozen - 1:+.1%}")
     row("saved for backward", lambda v: mib(saved[v]))
     row("  beyond the frozen model", lambda v: "–" if v == "frozen" else mib(saved[v] - saved["frozen"]))
@@ -80,8 +85,9 @@ def picture(result: dict, path: Path) -> None:
     )
     figure.suptitle(result["title"], x=0.01, ha="left", fontweight="bold")
 
-    at = range(1, len(result["losses"]["peft"]) + 1)
-    left.plot(at, result["losses"]["peft"], color=COLORS["peft"], lw=6, alpha=0.55, label="PEFT")
+    peer = peer_in(result)
+    at = range(1, len(result["losses"][peer]) + 1)
+    left.plot(at, result["losses"][peer], color=COLORS[peer], lw=6, alpha=0.55, label=LABELS[peer])
     left.plot(at, result["losses"]["spectral_ops"], color=COLORS["spectral_ops"], lw=1.6, marker="o", ms=3.5)
     left.lines[-1].set_label("spectral_ops")
     left.set(xlabel="step", title=f"training loss (largest difference {result['loss_difference']:.1g})")

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("dora", "lora", "rslora", "pissa", "miss")
+METHODS = ("dora", "lora", "rslora", "pissa", "miss", "bat")
 
 
 def peft_config(method: str, *, plain_init: bool = False):
@@ -17,6 +17,8 @@ def peft_config(method: str, *, plain_init: bool = False):
     common = {"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     if method == "miss":
         return MissConfig(r=64, **common)
+    if method == "bat":  # its blocks are square, and 64 divides every layer's sizes
+        return MissConfig(r=64, init_weights="bat", **common)
     lora = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, **common}
     if method == "dora":
         return LoraConfig(use_dora=True, **lora)
@@ -68,7 +70,19 @@ class ObservedTrainer(Trainer):
         return loss
 
 
-def train(model, blocks: torch.Tensor, *, steps: int, batch: int, lr: float, seed: int, on_step) -> list[float]:
+class AfterOptimizer(TrainerCallback):
+    """Calls `call` once the optimizer has taken a step."""
+
+    def __init__(self, call: Callable[[], None]):
+        self.call = call
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.call()
+
+
+def train(
+    model, blocks: torch.Tensor, *, steps: int, batch: int, lr: float, seed: int, on_step, after_optimizer=None
+) -> list[float]:
     """Fine-tune the adapter of `model` on `blocks` [n, length]; returns the loss of every step."""
     rows = [{"input_ids": row, "labels": row} for row in blocks]
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,5 +102,7 @@ def train(model, blocks: torch.Tensor, *, steps: int, batch: int, lr: float, see
         )
         trainer = ObservedTrainer(model=model, args=arguments, train_dataset=rows, on_step=on_step)
         trainer.remove_callback(PrinterCallback)
+        if after_optimizer is not None:
+            trainer.add_callback(AfterOptimizer(after_optimizer))
         trainer.train()
     return trainer.losses
