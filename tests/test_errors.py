@@ -9,13 +9,20 @@ import torch
 from helpers import fresh_python
 
 import spectral_ops
-from spectral_ops import BackendUnavailable, use_backend
+from spectral_ops import CSR, BackendUnavailable, use_backend
 
 T, k, d, r = 3, 8, 6, 2
 
 
 def t(*shape, dtype=torch.float32, device="cpu", trained=False):
     return torch.ones(shape, dtype=dtype, device=device, requires_grad=trained)
+
+
+def sparse(rows=d, columns=k, dtype=torch.float32, device="cpu"):
+    """A CSR with one entry, in its last place."""
+    offsets = torch.tensor([0] * rows + [1], dtype=torch.int32, device=device)
+    where = torch.tensor([columns - 1], dtype=torch.int32, device=device)
+    return CSR(t(1, dtype=dtype, device=device), offsets, where, (rows, columns))
 
 
 def arguments(function: str) -> dict:
@@ -34,18 +41,28 @@ def arguments(function: str) -> dict:
         "bone_linear": {**linear, "bone": t(r, d), "bias": t(d)},
         "bone_update": {**update, "bone": t(r, d)},
         "disha_linear": {**linear, "D": t(r, 3), "in_shards": "cyclic", "out_shards": [1, 2, 3], "bias": t(d)},
+        "bat_linear": {**linear, "bat": t(d // r, r, r), "bias": t(d)},
+        "bat_weight": {"weight": t(d, k), "bat": t(d // r, r, r)},
+        "csr_add": {"weight": t(d, k), "csr": sparse()},
+        "csr_spmm": {"x": t(T, k), "csr": sparse()},
+        "csr_sddmm": {"dy": t(T, d), "x": t(T, k), "csr": sparse()},
+        "rosa_linear": {**linear, "csr": sparse(), **low_rank, "bias": t(d)},
+        "rosa_update": {**update, "csr": sparse()},
     }[function]
 
 
 FUNCTIONS = [
     "lowrank_linear", "lowrank_update", "lowrank_linear_group", "column_norm", "dora_linear", "dora_update",
-    "block_sum", "bone_linear", "bone_update", "disha_linear",
+    "block_sum", "bone_linear", "bone_update", "disha_linear", "bat_linear", "bat_weight", "csr_add", "csr_spmm",
+    "csr_sddmm", "rosa_linear", "rosa_update",
 ]  # fmt: skip
-DENSE = ["lowrank_linear", "dora_linear", "bone_linear", "disha_linear"]
-UPDATES = ["lowrank_update", "dora_update", "bone_update"]
-LOWRANK = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_update", "column_norm"]
-DROPOUT = ["lowrank_linear", "lowrank_update", "dora_linear", "bone_linear", "bone_update"]
-SCALED = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_update", "column_norm"]
+DENSE = ["lowrank_linear", "dora_linear", "bone_linear", "disha_linear", "bat_linear", "rosa_linear"]
+UPDATES = ["lowrank_update", "dora_update", "bone_update", "rosa_update"]
+BAT = ["bat_linear", "bat_weight"]
+SPARSE = ["csr_add", "csr_spmm", "csr_sddmm", "rosa_linear", "rosa_update"]
+LOWRANK = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_update", "column_norm", "rosa_linear"]
+DROPOUT = ["lowrank_linear", "lowrank_update", "dora_linear", "bone_linear", "bone_update", "rosa_linear"]
+SCALED = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_update", "column_norm", "rosa_linear"]
 
 NAN, INF = float("nan"), float("inf")
 # functions, the argument, the bad value (made on use), the error, what the message says of it, and what it wants
@@ -153,6 +170,53 @@ TABLE = [
     (["disha_linear"], "out_shards", lambda: [1, 2, 4], ValueError, "sum to 7", f"{d}"),
     (["disha_linear"], "out_shards", lambda: [3, 3], ValueError, "2 blocks", "3"),
     (["disha_linear"], "out_shards", lambda: None, ValueError, f"[{r}, 3]", f"size {d}", "D"),
+    # Bat
+    *[(BAT, "bat", lambda v=v: v, TypeError, what, "a tensor") for v, what in ((4, "4"), (None, "None"))],
+    (BAT, "bat", lambda: t(d // r, r, r, dtype=torch.int64), TypeError, "int64", "float64, float32"),
+    (BAT, "bat", lambda: t(d // r, r, r, dtype=torch.float64), TypeError, "float64", "exactly where x"),
+    (BAT, "bat", lambda: t(d, r), ValueError, f"[{d}, {r}]", "3 dimensions [out_features / r, r, r]"),
+    (BAT, "bat", lambda: t(d // r, r, r + 1), ValueError, f"[{d // r}, {r}, {r + 1}]", "n r = out_features"),
+    (BAT, "bat", lambda: t(d // r, r + 1, r), ValueError, f"[{d // r}, {r + 1}, {r}]", "n r = out_features"),
+    (BAT, "bat", lambda: t(d // r + 1, r, r), ValueError, f"[{d // r + 1}, {r}, {r}]", f"out_features ({d})"),
+    (BAT, "bat", lambda: t(k // r, r, r), ValueError, f"[{k // r}, {r}, {r}]", f"out_features ({d})"),
+    (BAT, "bat", lambda: t(1, d, d), ValueError, f"blocks of {d}", f"divides out_features and in_features [{d}, {k}]"),
+    (BAT, "bat", lambda: t(d, 0, 0), ValueError, f"[{d}, 0, 0]", "n r = out_features"),
+    (BAT, "bat", lambda: t(0, r, r), ValueError, f"[0, {r}, {r}]", "n r = out_features"),
+    (BAT, "bat", lambda: t(d // r, r, r, device="meta"), ValueError, "meta", "cpu as weight"),
+    (BAT, "bat", lambda: t(d // r, r, r).to_sparse(), ValueError, "sparse_coo", "strided"),
+    (BAT, "weight", lambda: t(d, k, trained=True), ValueError, "requires_grad=True", "frozen"),
+    *[(BAT, "mode", lambda v=v: v, ValueError, what, '"col" or "row"')
+      for v, what in (("column", "'column'"), (None, "None"), (0, "0"), (True, "True"))],
+    # sparse
+    *[(SPARSE, "csr", lambda v=v: v, TypeError, what, "a spectral_ops.CSR")
+      for v, what in ((None, "None"), ("S", "'S'"), (3, "3"))],
+    (SPARSE, "csr", lambda: t(d, k), TypeError, f"[{d}, {k}] float32", "a spectral_ops.CSR"),
+    (SPARSE, "csr", lambda: t(d, k).to_sparse_csr(), TypeError, f"[{d}, {k}] float32", "a spectral_ops.CSR"),
+    (SPARSE, "csr", lambda: sparse(d, k + 1), ValueError, f"shape [{d}, {k + 1}]", f"{k} columns"),
+    (["csr_add", "csr_sddmm", "rosa_linear", "rosa_update"], "csr", lambda: sparse(d + 1), ValueError,
+     f"shape [{d + 1}, {k}]", f"{d} rows"),
+    (SPARSE, "csr", lambda: sparse(dtype=torch.float64), TypeError, "float64", "exactly where x"),
+    (SPARSE, "csr", lambda: sparse(device="meta"), ValueError, "meta", "cpu as "),
+    (["csr_spmm", "csr_sddmm"], "x", lambda: "text", TypeError, "'text'", "a tensor"),
+    (["csr_spmm"], "x", lambda: t(), ValueError, "[] float32", "at least one dimension"),
+    (["csr_spmm"], "x", lambda: t(T, k + 1), ValueError, f"[{d}, {k}]", f"{k + 1} columns", "csr"),
+    (["csr_spmm", "csr_sddmm"], "x", lambda: t(T, k, dtype=torch.int64), TypeError, "int64", "float64, float32"),
+    (["csr_sddmm"], "dy", lambda: None, TypeError, "None", "a tensor"),
+    (["csr_sddmm"], "dy", lambda: t(T + 1, d), ValueError, f"[{T + 1}, {d}]", f"the leading dimensions of x [{T}]"),
+    (["csr_sddmm"], "dy", lambda: t(T, d + 1), ValueError, f"shape [{d}, {k}]", f"{d + 1} rows", "csr"),
+    (["csr_sddmm"], "dy", lambda: t(T, d, dtype=torch.bfloat16), TypeError, "bfloat16", "float32 as x"),
+    (["csr_sddmm"], "dy", lambda: t(T, d, device="meta"), ValueError, "meta", "cpu as x"),
+    (["csr_add"], "weight", lambda: t(d, k, 1), ValueError, f"[{d}, {k}, 1]", "2 dimensions"),
+    (["csr_add"], "weight", lambda: None, TypeError, "None", "a tensor"),
+    (["csr_add"], "weight", lambda: t(d, k, dtype=torch.int32), TypeError, "int32", "float64, float32"),
+    (["rosa_update"], "base_out", lambda: t(T, d + 1), ValueError, f"shape [{d}, {k}]", f"{d + 1} rows", "csr"),
+    (["rosa_update"], "base_out", lambda: t(T, d, dtype=torch.float64), TypeError, "float32", "where x", "csr"),
+    (["rosa_linear"], "lora_A", lambda: None, ValueError, "None beside its partner", "both or neither"),
+    (["rosa_linear"], "lora_B", lambda: None, ValueError, "None beside its partner", "both or neither"),
+    *[(["rosa_linear"], "route", lambda v=v: v, ValueError, what, "'auto', 'resident', 'scatter', 'spmm'")
+      for v, what in (("dense", "'dense'"), (None, "None"), (1, "1"))],
+    *[(["rosa_linear", "rosa_update", "csr_spmm"], "gradient_route", lambda v=v: v, ValueError, what,
+       "'auto', 'sampled', 'dense', 'compact'") for v, what in (("spmm", "'spmm'"), (None, "None"), (1, "1"))],
     # groups
     (["lowrank_linear_group"], "layers", lambda: [], ValueError, "no layers", "a non-empty sequence"),
     (["lowrank_linear_group"], "layers", lambda: 3, ValueError, "int", "a non-empty sequence"),
@@ -207,7 +271,7 @@ def test_the_same_errors_under_autocast(function):
             getattr(spectral_ops, function)(**{**arguments(function), "weight": t(d, k, dtype=torch.float16)})
 
 
-@pytest.mark.parametrize("function", ["lowrank_linear", "dora_linear", "bone_linear", "disha_linear"])
+@pytest.mark.parametrize("function", DENSE)
 def test_a_trained_weight_is_allowed_where_no_gradient_is_taken(function):
     """Evaluating a model whose base layers still require grad is no error."""
     with torch.no_grad():
