@@ -19,6 +19,16 @@ A, B = (torch.randn(r, k) / k**0.5).requires_grad_(), torch.randn(d, r, requires
 C, g = torch.randn(r, r, requires_grad=True), 1 + 0.1 * torch.randn(d)
 m, D = torch.rand(d, requires_grad=True), torch.randn(r, d, requires_grad=True)
 mini = torch.randn(r, d // 2, requires_grad=True)
+blocks = (0.2 * torch.randn(d // 8, 8, 8)).requires_grad_()
+row_blocks = (0.2 * torch.randn(k // 8, 8, 8)).requires_grad_()
+large_blocks = (0.1 * torch.randn(1, 24, 24)).requires_grad_()
+W24 = torch.randn(24, k) / k**0.5
+mask = torch.rand(d, k) < 0.2
+v = torch.randn(int(mask.sum()), requires_grad=True)
+S = spectral_ops.CSR.from_dense(mask).with_values(v)
+turned = spectral_ops.CSR(
+    v, S.row_offsets, torch.cat([c.flip(0) for c in S.col_indices.split(S.row_offsets.diff().tolist())]), (d, k),
+    sorted=False).validate()
 W2, A2, B2 = torch.randn(d + 2, k), torch.randn(3, k, requires_grad=True), torch.randn(d + 2, 3, requires_grad=True)
 cache = NormCache()
 
@@ -39,10 +49,27 @@ FUNCTIONS = {{
     "bone_update": (lambda x: spectral_ops.bone_update(x @ W.t(), x, D), [D]),
     "disha_linear": (lambda x: spectral_ops.disha_linear(x, W, D, [20, 1, 1, 1, 1]), [D]),
     "block_sum": (lambda x: spectral_ops.block_sum(x, r), []),
+    "bat_linear": (lambda x: spectral_ops.bat_linear(x, W, blocks, b), [blocks, b]),
+    "bat_linear-few": (lambda x: spectral_ops.bat_linear(x, W24, large_blocks), [large_blocks]),
+    "bat_linear-row": (lambda x: spectral_ops.bat_linear(x, W, row_blocks, b, mode="row"), [row_blocks, b]),
+    "bat_weight": (lambda x: x @ spectral_ops.bat_weight(W, blocks).t(), [blocks]),
+    "rosa_linear": (lambda x: spectral_ops.rosa_linear(x, W, S, A, B, b, scale=0.5), [v, A, B, b]),
+    "rosa_linear-spmm": (
+        lambda x: spectral_ops.rosa_linear(x, W, S, A, B, b, route="spmm", gradient_route="sampled"), [v, A, B, b]),
+    "rosa_linear-scatter": (
+        lambda x: spectral_ops.rosa_linear(x, W, S, route="scatter", gradient_route="dense"), [v]),
+    "rosa_linear-unsorted": (
+        lambda x: spectral_ops.rosa_linear(x, W, turned, route="spmm", gradient_route="compact"), [v]),
+    "rosa_update": (lambda x: spectral_ops.rosa_update(x @ W.t(), x, S), [v]),
+    "csr_spmm": (lambda x: spectral_ops.csr_spmm(x, S), [v]),
+    "csr_sddmm": (lambda x: spectral_ops.csr_sddmm(x @ W.t(), x, S), []),
+    "csr_add": (lambda x: x @ spectral_ops.csr_add(W, S).t(), [v]),
 }}
 DROPOUT = {{
     "lowrank_linear": (lambda x: spectral_ops.lowrank_linear(x, W, A, B, dropout_p=0.4, training=True), [A, B]),
     "dora_linear": (lambda x: spectral_ops.dora_linear(x, W, A, B, m, dropout_p=0.4, training=True), [A, B, m]),
+    "rosa_linear": (
+        lambda x: spectral_ops.rosa_linear(x, W, S, A, B, route="spmm", dropout_p=0.4, training=True), [v, A, B]),
     "bone_linear": (lambda x: spectral_ops.bone_linear(x, W, D, dropout_p=0.4, training=True), [D]),
 }}
 
@@ -65,7 +92,7 @@ for name in {names!r}:
             assert [t.shape for t in got] == [t.shape for t in want]
             for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
                 torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda m: f"{{name}}[{{i}}]: {{m}}")
-            for p in (A, B, D, mini, m):
+            for p in (A, B, D, mini, m, blocks, row_blocks, large_blocks, v):
                 p.data.mul_(1.25)
     if DYNAMIC:
         torch._dynamo.config.error_on_recompile = True
@@ -79,7 +106,8 @@ for name in {names!r}:
 FUNCTIONS = [
     "lowrank_linear", "lowrank_linear-everything", "lowrank_update", "lowrank_linear_group", "dora_linear",
     "dora_linear-cached", "dora_linear-recompute", "bone_linear", "bone_linear-mini", "bone_update", "disha_linear",
-    "block_sum",
+    "block_sum", "bat_linear", "bat_linear-few", "bat_linear-row", "bat_weight", "rosa_linear", "rosa_linear-spmm",
+    "rosa_linear-scatter", "rosa_linear-unsorted", "rosa_update", "csr_spmm", "csr_sddmm", "csr_add",
 ]  # fmt: skip
 
 
@@ -98,14 +126,18 @@ def test_every_function():
 @pytest.mark.slow
 def test_dynamic_shapes():
     names = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_linear-cached", "bone_linear", "block_sum"]
+    names += ["bat_linear", "bat_linear-row", "rosa_linear", "csr_spmm"]
     compile_and_compare(names, "aot_eager", True)
 
 
 @pytest.mark.slow
 def test_dropout():
-    compile_and_compare(["lowrank_linear", "dora_linear", "bone_linear"], "aot_eager", False, dropout=True)
+    compile_and_compare(
+        ["lowrank_linear", "dora_linear", "bone_linear", "rosa_linear"], "aot_eager", False, dropout=True
+    )
 
 
 @pytest.mark.slow
 def test_inductor():
-    compile_and_compare(["lowrank_linear", "dora_linear-cached", "bone_linear"], "inductor", False)
+    names = ["lowrank_linear", "dora_linear-cached", "bone_linear", "bat_linear", "rosa_linear-spmm"]
+    compile_and_compare(names, "inductor", False)

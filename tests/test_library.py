@@ -286,7 +286,11 @@ def test_a_missing_cpu_kernel_is_named():
         assert name in reason or _loader.EXTENSIONS["cpu"].error == reason
 
 
-@pytest.mark.parametrize("family", ["lora", "dora", "bone", "lora-dropout", "bone-dropout", "mini"])
+@pytest.mark.parametrize(
+    "family",
+    ["lora", "dora", "bone", "lora-dropout", "bone-dropout", "mini", "bat", "bat-few-tokens", "bat-row",
+     "rosa-spmm-dropout", "rosa-scatter", "rosa-sparse-only", "rosa-update"],
+)  # fmt: skip
 def test_forced_cpu_equals_default(family):
     """With the compiled kernels, forcing them changes nothing: they are what runs."""
     if not extension_loaded() and extension_waived():
@@ -389,6 +393,36 @@ def test_flops_of_a_bone_layer():
     assert backward == 2 * T * (R * D + R * D + K * D) + T * K
 
 
+def test_flops_of_a_bat_layer():
+    """Forward W (I + B) + B and x W'ᵀ; backward W' anew, dy W', dyᵀ x and its product with W. Few tokens: as many
+    operations as x (I + B) Wᵀ takes, and no W'. Row: x (I + C), z Wᵀ, dy W, v C and vᵀ x."""
+    weight = 2 * D * K * (R + 1)
+    for name, T_, forward_, backward_ in (
+        ("bat", T, weight + 2 * T * D * K, weight + 4 * T * D * K + D * K * (2 * R + 1)),
+        ("bat-row", T, 2 * T * K * (R + 1) + 2 * T * D * K + T * D, 2 * T * D * K + T * D + 2 * T * K * (2 * R + 1)),
+        ("bat", 4, 4 * 4 * D * K, 4 * 4 * D * K + 2 * 4 * D * K + D * K * (2 * R + 1)),
+    ):
+        problem = FAMILIES[name].build(((T_,), K, D, R), torch.float32, bias=None)
+        y = []
+        assert flops(lambda p=problem, y=y: y.append(p.call())) == forward_, (name, T_)
+        inputs = [problem.inputs[n] for n in ("x", "blocks")]
+        got = flops(lambda y=y, i=inputs: torch.autograd.grad(y[0], i, torch.ones_like(y[0])))
+        assert got == backward_, (name, T_)
+
+
+def test_flops_of_a_rosa_layer():
+    """spmm: x Wᵀ and 2 T nnz; dx the same, dS 2 T nnz more. scatter: nnz additions to each copy of W."""
+    for route, sparse in (("spmm", 2 * T), ("scatter", 1)):
+        problem = FAMILIES["rosa-sparse-only"].build(
+            ((T,), K, D, R), torch.float32, bias=None, route=route, gradient_route="sampled"
+        )
+        y, nnz = [], problem.inputs["values"].numel()
+        assert flops(lambda p=problem, y=y: y.append(p.call())) == 2 * T * D * K + sparse * nnz
+        inputs = [problem.inputs[n] for n in ("x", "values")]
+        got = flops(lambda y=y, i=inputs: torch.autograd.grad(y[0], i, torch.ones_like(y[0])))
+        assert got == 2 * T * D * K + sparse * nnz + 2 * T * nnz, route
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 def test_bytes_by_hand(dtype):
     """Every argument read once, every result written once, what is updated in place both."""
@@ -415,3 +449,18 @@ def test_bytes_by_hand(dtype):
     assert cost("dropout_outer", 0) == s * (t * k + t * r) + a * r * k
     assert cost("dropout_lift_", 0) == s * (2 * t * k + t * r + r * k)
     assert cost("seeded_dropout", 0) == 2 * s * t * k
+    dr, kr, nd, nk = d // r * r, k // r * r, d // r, k // r
+    assert cost("bat_weight_", 0) == s * (2 * dr * kr + nd * r * r)
+    assert cost("bat_weight_", 2) == (s + a) * dr * kr + a * nd * r * r
+    assert cost("bat_matmul", 0) == s * (t * kr + dr * kr + nd * r * r + t * dr)
+    assert cost("bat_contract_", 0) == 2 * s * dr * kr + a * nd * r * r
+    assert cost("bat_mix", 0) == s * (2 * t * kr + nk * r * r + t * r)
+    assert cost("bat_mix_backward_", 0) == s * (3 * t * kr + t * r + nk * r * r) + (s * nk * r * r)
+    nnz = cases["csr_sddmm"][0][3].numel()
+    indices = 4 * (nnz + d + 1)
+    assert cost("csr_scatter_", 0) == s * 3 * nnz + indices
+    assert cost("csr_scatter_", 1) == (s + a) * nnz + indices
+    assert cost("csr_gather_", 0) == (a + s) * nnz + indices
+    assert cost("csr_spmm_", 0) == s * (2 * t * d + t * k + nnz) + indices
+    assert cost("csr_spmm_", 1) == s * (2 * t * d + t * k) + a * nnz + indices + 4 * nnz
+    assert cost("csr_sddmm", 0) == s * (t * d + t * k) + a * nnz + indices
