@@ -71,10 +71,18 @@ def forward_costs(T, d, k, nnz, r: Rates) -> dict[str, float]:
     }
 
 
+def _cheapest(costs: dict[str, float]) -> str:
+    best, *others = costs
+    for name in others:  # the compiler traces no min(key=...) of sizes that are symbols
+        if costs[name] < costs[best]:
+            best = name
+    return best
+
+
 def gradient_route(T, d, k, nnz, active_rows, active_columns, device_type, dtype) -> str:
     """The route of dS predicted fastest."""
     costs = gradient_costs(T, d, k, nnz, active_rows, active_columns, rates(device_type, dtype))
-    return min(costs, key=costs.get)
+    return _cheapest(costs)
 
 
 def forward_route(T, d, k, nnz, device_type, dtype, *, resident: bool = False) -> str:
@@ -82,4 +90,4 @@ def forward_route(T, d, k, nnz, device_type, dtype, *, resident: bool = False) -
     costs = forward_costs(T, d, k, nnz, rates(device_type, dtype))
     if not resident:
         del costs["resident"]
-    return min(costs, key=costs.get)
+    return _cheapest(costs)
