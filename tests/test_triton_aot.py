@@ -99,6 +99,18 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "block_tile_ r64 add dropout": ("blocksum", "block_tile_", (x, h, None, seed, 0.1, True)),
         "block_tile_ runs": ("blocksum", "block_tile_", (x, h, offsets, None, 0.0, True)),
     }  # fmt: skip
+    nnz = 100_663  # 0.6 %
+    indices = make(d + 1, dtype=torch.int32), make(nnz, dtype=torch.int32)
+    values, few = make(nnz, dtype=wide), slice(0, 16)
+    cases |= {
+        "csr_scatter_ add": ("csr", "csr_scatter_", (W, values, *indices, True)),
+        "csr_scatter_ transposed": ("csr", "csr_scatter_", (make(k, d).t(), values, *indices, False)),
+        "csr_gather_": ("csr", "csr_gather_", (values, W, *indices)),
+        "csr_spmm_ few": ("csr", "csr_spmm_", (y[few], x[few], values, *indices, None)),
+        "csr_spmm_ permuted": ("csr", "csr_spmm_", (y, x, values, *indices, indices[1])),
+        "csr_sddmm": ("csr", "csr_sddmm", (dy, x, *indices)),
+        "csr_sddmm odd": ("csr", "csr_sddmm", (dy, odd, *indices)),
+    }
     return cases
 
 
@@ -108,7 +120,7 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in ("lowrank", "dora", "dropout", "blocksum"):
+        for stem in ("lowrank", "dora", "dropout", "blocksum", "csr"):
             module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):

@@ -26,6 +26,10 @@ OPERATORS: dict[str, str] = {
     "dropout_outer": "dropout",
     "dropout_lift_": "dropout",
     "seeded_dropout": "dropout",
+    "csr_scatter_": "csr",
+    "csr_gather_": "csr",
+    "csr_spmm_": "csr",
+    "csr_sddmm": "csr",
 }
 
 
