@@ -107,6 +107,22 @@ template <class T, int V> __device__ __forceinline__ void store_part(T* p, int n
     if (e < n) p[e] = rounded<T>(in[e]);
 }
 
+// The first n of 16 bytes' worth of elements from p on, the others zero. `wide`: p is aligned to 16 bytes.
+template <class T> __device__ __forceinline__ uint4 load_row(const T* p, int n, bool wide) {
+  if (wide && n >= kLanes<T>) return load16(p);
+  acc_t<T> v[kLanes<T>];
+#pragma unroll
+  for (int e = 0; e < kLanes<T>; ++e) v[e] = e < n ? value(p[e]) : acc_t<T>(0);
+  return pack<T>(v);
+}
+
+template <class T> __device__ __forceinline__ void store_row(T* p, int n, bool wide, const acc_t<T> (&v)[kLanes<T>]) {
+  if (wide && n >= kLanes<T>) return store16(p, pack<T>(v));
+#pragma unroll
+  for (int e = 0; e < kLanes<T>; ++e)
+    if (e < n) p[e] = rounded<T>(v[e]);
+}
+
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 // Whether every row of a matrix can be read 16 bytes at a time.
 inline bool aligned_rows(const void* p, int64_t stride, int64_t element_size) {
@@ -214,6 +230,13 @@ cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t share
 }
 
 #endif
+
+// The sum over a warp, in every lane.
+template <class A> __device__ __forceinline__ A warp_sum(A v) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+  return v;
+}
 
 // Two values as the pair of T that a matrix fragment holds, the first in the low half.
 template <class T> __device__ __forceinline__ uint32_t pair_of(float low, float high) {

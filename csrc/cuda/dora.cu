@@ -16,12 +16,6 @@ constexpr int kThreads = 256;
 constexpr int kNormThreads = 128;
 constexpr double kCancellation = 1.0 / 64;  // as in spectral_ops/functional/dora.py
 
-template <class A> __device__ __forceinline__ A warp_sum(A v) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
-  return v;
-}
-
 // --- ‖W_o‖² ---
 
 // A warp for each row.

@@ -12,22 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// The first n of 16 bytes' worth of elements from p on, the others zero. `wide`: p is aligned to 16 bytes.
-template <class T> __device__ __forceinline__ uint4 load_row(const T* p, int n, bool wide) {
-  if (wide && n >= kLanes<T>) return load16(p);
-  acc_t<T> v[kLanes<T>];
-#pragma unroll
-  for (int e = 0; e < kLanes<T>; ++e) v[e] = e < n ? value(p[e]) : acc_t<T>(0);
-  return pack<T>(v);
-}
-
-template <class T> __device__ __forceinline__ void store_row(T* p, int n, bool wide, const acc_t<T> (&v)[kLanes<T>]) {
-  if (wide && n >= kLanes<T>) return store16(p, pack<T>(v));
-#pragma unroll
-  for (int e = 0; e < kLanes<T>; ++e)
-    if (e < n) p[e] = rounded<T>(v[e]);
-}
-
 // Elements p[0] and p[1] as a pair, those from n on zero. `paired`: p is aligned to 4 bytes.
 template <class T> __device__ __forceinline__ uint32_t load_pair(const T* p, int n, bool paired) {
   if (paired && n >= 2) return *reinterpret_cast<const uint32_t*>(p);
