@@ -6,6 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/plan.h"
 #include "ops/blocksum.h"
+#include "ops/csr.h"
 #include "ops/dora.h"
 #include "ops/lowrank.h"
 
@@ -39,6 +40,10 @@ const Binding kBindings[] = {
     {"column_norm", TORCH_BOX(&column_norm<Cuda>)},
     {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cuda>)},
     {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cuda>)},
+    {"csr_scatter_", TORCH_BOX(&csr_scatter_<Cuda>)},
+    {"csr_gather_", TORCH_BOX(&csr_gather_<Cuda>)},
+    {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cuda>)},
+    {"csr_sddmm", TORCH_BOX(&csr_sddmm<Cuda>)},
 };
 
 PyObject* do_register(PyObject*, PyObject*) {

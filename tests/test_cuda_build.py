@@ -112,6 +112,12 @@ def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
             assert counts[instruction] > 0, (symbol, instruction, counts)
 
 
+@pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])
+def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
+    for symbol, counts in of(kernels, "csr", kernel).items():
+        assert counts["LDG128"] > 0 and counts["LDS128"] > 0, symbol
+
+
 @pytest.mark.parametrize("stem, kernel", [("lowrank", "update_fma"), ("lowrank", "backward_fma"), ("dora", "norm_fma")])
 def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
     for symbol, counts in of(kernels, stem, kernel).items():

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from spectral_ops._library import OPERATORS
+from spectral_ops.functional import CSR
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -372,6 +373,95 @@ def test_magnitude_grad(emulated, dtype, has_bias):
     assert_near(emulated.magnitude_grad(*arguments), reference("magnitude_grad")(*arguments), 1e-5)
 
 
+# --- CSR -------------------------------------------------------------------------------------------------------------
+
+
+def pattern(d, k, nnz, dense_row=None):
+    """row_offsets and columns of a random mask, with a full row where asked, and its transpose with the permutation."""
+    mask = torch.zeros(d, k, dtype=torch.bool)
+    if nnz:
+        mask.view(-1)[torch.randperm(d * k)[:nnz]] = True
+    if dense_row is not None:
+        mask[dense_row] = True
+    csr = CSR.from_dense(mask)
+    return csr.pattern
+
+
+PATTERNS = [  # d, k, nnz, dense row
+    (40, 50, 200, None),
+    (300, 600, 2500, 7),  # two chunks of rows, two blocks of columns
+    (20, 1100, 90, 3),  # empty rows, three blocks
+    (520, 9, 100, 519),
+    (1, 1, 1, None),
+    (30, 40, 0, None),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_csr_scatter_and_gather(emulated, dtype):
+    for case in PATTERNS:
+        d, k = case[:2]
+        offsets, columns, *_ = pattern(*case)
+        for values_dtype in {dtype, torch.float32}:
+            values = torch.randn(columns.numel()).to(values_dtype)
+            for stride in (None, k + 3):
+                for accumulate_ in (False, True):
+                    out = matrix(d, k, dtype, stride)
+                    wanted = out.clone()
+                    reference("csr_scatter_")(wanted, values, offsets, columns, accumulate_)
+                    emulated.csr_scatter_(out, values, offsets, columns, accumulate_)
+                    assert torch.equal(out, wanted), case
+                    assert_untouched(out, d, stride)
+            first, last = d // 3, d - d // 4  # rows of a larger matrix
+            dense, some = matrix(k, last - first, dtype).t(), offsets[first : last + 1].contiguous()
+            got, wanted = (torch.full((columns.numel(),), 7.0, dtype=values_dtype) for _ in range(2))
+            emulated.csr_gather_(got, dense, some, columns)
+            reference("csr_gather_")(wanted, dense, some, columns)
+            assert torch.equal(got, wanted), case
+
+
+def products_case(emulated, dtype, T, case, values_dtype, padding):
+    """csr_sddmm, and csr_spmm_ with the matrix and with its transpose."""
+    d, k = case[:2]
+    p = pattern(*case)
+    x, dy = matrix(T, k, dtype, k + padding), matrix(T, d, dtype, d + padding)
+    got = emulated.csr_sddmm(dy, x, p.row_offsets, p.columns)
+    wanted = reference("csr_sddmm")(dy.double(), x.double(), p.row_offsets, p.columns)
+    assert_near(got, wanted.to(got.dtype), 1e-12 if dtype == torch.float64 else 2e-6, f"sddmm {T, case, padding}")
+    values = torch.randn(p.columns.numel()).to(values_dtype)
+    straight, turned = (p.row_offsets, p.columns, None), (p.column_offsets, p.rows, p.permutation)
+    for n, source, arguments in ((d, x, straight), (k, dy, turned)):
+        out = matrix(T, n, dtype, n + padding)
+        wanted = out.clone()
+        reference("csr_spmm_")(wanted, source, values, *arguments)
+        emulated.csr_spmm_(out, source, values, *arguments)
+        assert_near(out, wanted, ROUNDED[dtype], f"spmm {T, case, padding}")
+        assert_untouched(out, T, n + padding)
+
+
+@pytest.mark.parametrize("T", [0, 1, 19, 150])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_csr_products(emulated, dtype, T):
+    for i, case in enumerate(PATTERNS):
+        products_case(emulated, dtype, T, case, torch.float32 if i % 2 else dtype, (0, 3, 16)[i % 3])
+
+
+def test_csr_products_of_several_slabs_and_chunks_in_a_block(emulated, monkeypatch):
+    monkeypatch.setenv("EMULATOR_ORDER", "3")
+    products_case(emulated, torch.float64, 63, (600, 51_000, 900, 599), torch.float64, 0)
+
+
+def test_csr_products_of_many_rows(emulated):
+    products_case(emulated, torch.bfloat16, 1000, (1200, 30, 3000, None), torch.float32, 0)
+    products_case(emulated, torch.float32, 500, (1160, 30, 3000, 3), torch.bfloat16, 0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_csr_products_do_not_depend_on_the_order_of_threads(emulated, order, dtype):
+    products_case(emulated, dtype, 70, (300, 600, 2500, 7), dtype, 0)
+    products_case(emulated, dtype, 3, (40, 50, 200, None), dtype, 0)
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
@@ -420,3 +510,32 @@ def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
                 assert k == 0 or (splits - 1) * split < k <= splits * split
                 assert square == splits * d * r and gram == square + splits * d
                 assert stamp % 8 == 0 and total == stamp + 8 * 129
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sampled_plan_covers_every_tile_and_slab_once(emulated, dtype):
+    size = torch.tensor([], dtype=dtype).element_size()
+    for T in (0, 1, 63, 64, 65, 2048, 8192, 2**22):
+        for d in (1, 256, 257, 4096, 128_000):
+            for k in (1, 512, 513, 4096, 14336):
+                for nnz in (1, d * k // 160, min(d * k, 2**31 - 1)):
+                    chunks, blocks, slabs, split, splits, part, parts, the_list, source, sections, total = plan(
+                        emulated.plans.sampled_plan_of, T, d, k, nnz, CODES[dtype]
+                    )
+                    assert (chunks - 1) * 256 < d <= chunks * 256 and (blocks - 1) * 512 < k <= blocks * 512
+                    assert (slabs - 1) * 128 < T * size <= slabs * 128
+                    assert splits == 0 if T == 0 else (splits - 1) * split < slabs <= splits * split
+                    assert (parts - 1) * part < chunks <= parts * part
+                    assert blocks * parts * splits < 2**31
+                    wide = max(size, 4)
+                    assert splits <= 1 or splits * nnz * wide <= 2**26
+                    assert the_list == splits * nnz * wide and source == the_list + 4 * nnz
+                    assert sections == source + 4 * nnz and total == sections + 8 * chunks * blocks
+
+
+def test_sampled_product_fills_an_h100(emulated):
+    for T in (512, 2048, 8192):
+        _, blocks, _, _, splits, _, parts, *_ = plan(
+            emulated.plans.sampled_plan_of, T, 4096, 4096, 100_000, CODES[torch.bfloat16]
+        )
+        assert 132 <= blocks * parts * splits <= 264, T

@@ -20,5 +20,9 @@ SPECTRAL_OPS_CUDA_KERNEL(lowrank_backward, LowRankBackward)
 SPECTRAL_OPS_CUDA_KERNEL(row_square, RowSquare)
 SPECTRAL_OPS_CUDA_KERNEL(column_norm, ColumnNorm)
 SPECTRAL_OPS_CUDA_KERNEL(magnitude_grad, MagnitudeGrad)
+SPECTRAL_OPS_CUDA_KERNEL(csr_scatter, CsrScatter)
+SPECTRAL_OPS_CUDA_KERNEL(csr_gather, CsrGather)
+SPECTRAL_OPS_CUDA_KERNEL(csr_spmm, CsrSpmm)
+SPECTRAL_OPS_CUDA_KERNEL(csr_sddmm, CsrSddmm)
 
 }  // namespace spectral_ops::cuda

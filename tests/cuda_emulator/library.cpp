@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/plan.h"
 #include "../../csrc/ops/blocksum.h"
+#include "../../csrc/ops/csr.h"
 #include "../../csrc/ops/dora.h"
 #include "../../csrc/ops/lowrank.h"
 
@@ -40,6 +41,10 @@ STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
   m.impl("column_norm", TORCH_BOX(&column_norm<Emulated>));
   m.impl("column_norm_cached_", TORCH_BOX(&column_norm_cached_<Emulated>));
   m.impl("magnitude_grad", TORCH_BOX(&magnitude_grad<Emulated>));
+  m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_<Emulated>));
+  m.impl("csr_gather_", TORCH_BOX(&csr_gather_<Emulated>));
+  m.impl("csr_spmm_", TORCH_BOX(&csr_spmm_<Emulated>));
+  m.impl("csr_sddmm", TORCH_BOX(&csr_sddmm<Emulated>));
 }
 
 }  // namespace spectral_ops
@@ -58,6 +63,15 @@ extern "C" __attribute__((visibility("default"))) int norm_plan_of(int64_t rows,
   const auto p = spectral_ops::cuda::norm_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), unit_columns, square, stamp);
   const int64_t values[] = {p.matrix_units, p.ranks,     p.tile_rows, p.row_tiles, p.split_columns,
                             p.splits,       p.square_at, p.gram_at,   p.stamp_at,  p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
+
+extern "C" __attribute__((visibility("default"))) int sampled_plan_of(int64_t T, int64_t d, int64_t k, int64_t nnz, int64_t dtype,
+                                                                       int64_t* out) {
+  const auto p = spectral_ops::cuda::sampled_plan(T, d, k, nnz, static_cast<spectral_ops::DType>(dtype));
+  const int64_t values[] = {p.chunks,      p.blocks, p.slabs,   p.split_slabs, p.splits,
+                            p.part_chunks, p.parts,  p.list_at, p.source_at,   p.sections_at, p.bytes};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
 }
