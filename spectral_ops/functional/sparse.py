@@ -144,18 +144,32 @@ class CSR:
         return self
 
     def _state(self) -> tuple:
-        """What the checks looked at: the index tensors, what is known of them, and the form of values."""
-        indices, v = (self.row_offsets, self.col_indices), self.values
-        versions = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in indices)
-        return indices, (versions, self.shape, self.sorted), (v.shape, v.stride(), v.dtype, v.device)
+        """What the checks looked at: tensors by themselves (a freed one's address may become another's), and what may
+        change in them."""
+        offsets, columns, v = self.row_offsets, self.col_indices, self.values
+        versions = [None if t.is_inference() else t._version for t in (offsets, columns)]
+        pointers = offsets.data_ptr(), columns.data_ptr()
+        return offsets, columns, *pointers, *versions, self.shape, self.sorted, v.shape, v.dtype, v.device
 
     def _unchanged(self) -> bool:
-        """Whether the last check still holds. Index tensors are compared by identity as well: the key keeps them, so
-        that no other can have come to the address of a freed one."""
-        (offsets, columns), *rest = self._key
-        if offsets is not self.row_offsets or columns is not self.col_indices:
-            return False
-        return isinstance(self.values, torch.Tensor) and tuple(rest) == self._state()[1:]
+        """Whether the last check still holds; every call of a layer asks, so no tuple is built."""
+        offsets, columns, a, b, version, column_version, shape, ordered, nnz, dtype, device = self._key
+        v = self.values
+        return (
+            offsets is self.row_offsets
+            and columns is self.col_indices
+            and isinstance(v, torch.Tensor)
+            and offsets.data_ptr() == a
+            and columns.data_ptr() == b
+            and (version is None or offsets._version == version)
+            and (column_version is None or columns._version == column_version)
+            and self.shape == shape
+            and self.sorted == ordered
+            and v.shape == nnz
+            and v.dtype == dtype
+            and v.device == device
+            and v.is_contiguous()
+        )
 
     def _check_and_build(self) -> None:
         self._pattern = None
@@ -224,7 +238,7 @@ class CSR:
         """The same pattern, already checked, with other values [nnz]."""
         other = CSR(values, self.row_offsets, self.col_indices, self.shape, sorted=self.sorted)
         if self._pattern is not None and values.device == self.device:
-            other._key = (*self._key[:2], other._state()[2])
+            other._key = (*self._key[:8], values.shape, values.dtype, values.device)
             other._pattern, other._order = self._pattern, self._order
         return other
 
