@@ -14,6 +14,7 @@ stream, and not for sharded ones.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -80,11 +81,18 @@ class Residents:
         return weight.device, weight.untyped_storage().data_ptr()
 
     def _find(self, weight: torch.Tensor) -> Resident | None:
-        for key, resident in list(self._by_memory.items()):
-            base = resident.base()
-            if base is None or self._memory(base) != key:
-                del self._by_memory[key]  # freed or moved: the next weight at that address is another
-        return self._by_memory.get(self._memory(weight))
+        key = self._memory(weight)
+        resident = self._by_memory.get(key)
+        base = None if resident is None else resident.base()
+        if resident is not None and (base is None or self._memory(base) != key):
+            del self._by_memory[key]  # freed or moved: the weight at that address is another
+            return None
+        return resident
+
+    def _freed(self, key: tuple, base: weakref.ref) -> None:
+        resident = self._by_memory.get(key)
+        if resident is not None and resident.base is base:
+            del self._by_memory[key]
 
     @contextmanager
     def holding(self, weight: torch.Tensor, values: torch.Tensor, pattern: Pattern, claim: Claim) -> Iterator[None]:
@@ -117,11 +125,11 @@ class Residents:
             self.restore(weight)
             resident = None
         if resident is None:
-            owner = _owner(weight)
+            key = self._memory(weight)
+            base = weakref.ref(_owner(weight), functools.partial(self._freed, key))
             originals = weight.new_empty(pattern.columns.numel())
             OPERATORS["csr_gather_"](originals, weight, pattern.row_offsets, pattern.columns)
-            resident = Resident(weakref.ref(owner), view, pattern, originals, _stream(weight))
-            self._by_memory[self._memory(weight)] = resident
+            resident = self._by_memory[key] = Resident(base, view, pattern, originals, _stream(weight))
         wide = accumulate_dtype(weight.dtype)
         resident.claim = None  # until written
         resident.write(weight, resident.originals.to(wide) + values.to(wide))
