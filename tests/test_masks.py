@@ -409,10 +409,28 @@ def patterns_of(model):
     }
 
 
-def work(rank: int, mode: str, store: str, queue) -> None:
+def join(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # both processes are on this machine
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
+def in_two_processes(target, *args):
+    """What two ranks of ``target(rank, *args, queue)`` put into the queue."""
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=target, args=(rank, *args, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return results
+
+
+def collect(rank: int, mode: str, store: str, queue) -> None:
+    join(rank, store)
     model = rosa(Siblings(), grad_acc_mode=mode, spa_num_grads=2)
     data = [(x.chunk(2)[rank], target.chunk(2)[rank]) for x, target in batches(2)]
     train(model, data, schedule=RoSASchedule(model))
@@ -426,17 +444,50 @@ def work(rank: int, mode: str, store: str, queue) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mean_squared", "mean"])
 def test_two_ranks_with_half_the_data_each_get_the_mask_of_one_with_all(mode, tmp_path):
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=work, args=(r, mode, str(tmp_path / "store"), queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
+    results = in_two_processes(collect, mode, str(tmp_path / "store"))
     alone = rosa(Siblings(), grad_acc_mode=mode, spa_num_grads=2)
     train(alone, batches(2), schedule=RoSASchedule(alone))
     assert [found for found, _ in results] == [patterns_of(alone)] * 2
     assert not any(any(resident) for _, resident in results)  # W is left alone where it may be sharded
     assert all(layer.may_reside("default") for layer in so.adapter_layers(alone).values())
+
+
+def through_all_phases(wrapper: str | None) -> list[float]:
+    """Losses of LoRA alone, of the collection and with S, on the same batches everywhere."""
+    model = rosa(Siblings(), schedule="wl2", spa_num_grads=2, d=0.3)
+    net = model
+    if wrapper == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in so.adapter_layers(model).values():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif wrapper == "ddp":
+        net = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    schedule, losses = RoSASchedule(net, optimizer), []
+    for x, target in batches(7):
+        loss = nn.functional.mse_loss(net(x), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert schedule.phase == "train"
+    return losses
+
+
+def train_wrapped(rank: int, wrapper: str, store: str, queue) -> None:
+    join(rank, store)
+    queue.put(through_all_phases(wrapper))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_one_run_through_all_phases_in_two_processes(wrapper, tmp_path):
+    expected = through_all_phases(None)
+    for losses in in_two_processes(train_wrapped, wrapper, str(tmp_path / "store")):
+        assert losses == pytest.approx(expected, rel=1e-5)

@@ -464,6 +464,8 @@ def test_auto_is_resident_only_where_nothing_else_reads_the_weight(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     net(x)
     assert not residents._by_memory
+    with pytest.raises(ValueError, match='route: got "resident" in a process group, where a weight may be sharded'):
+        model("resident")(x)
 
 
 def test_auto_keeps_one_route_among_the_graphs_of_a_step(monkeypatch):
@@ -496,14 +498,18 @@ def test_compiled_code_never_sees_the_delta(monkeypatch):
     fast_resident(monkeypatch)
     net, x = model("auto"), torch.randn(3, K)
     want = model("spmm")(x)
+    other = model("auto")
+    other(x)
+    assert len(residents._by_memory) == 2  # of a model that is not compiled
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(x), want, atol=1e-6) and not residents._by_memory
+    assert torch.allclose(compiled(x), want, atol=1e-6) and len(residents._by_memory) == 2
+    so.detach(other)
     assert torch.allclose(net(x), want, atol=1e-6) and residents._by_memory
     loose = torch.compile(net, backend="eager")
     assert torch.allclose(loose(x), want, atol=1e-6) and not residents._by_memory
     torch._dynamo.reset()
-    with pytest.raises(Exception, match='route: got "resident" in a compiled'):
+    with pytest.raises(Exception, match='route: got "resident" in compiled code'):
         torch.compile(model("resident"), backend="eager", fullgraph=True)(x)
 
 

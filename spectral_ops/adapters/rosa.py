@@ -31,6 +31,7 @@ from spectral_ops.functional import (
     steps,
 )
 
+RESIDENT = "_spectral_ops_resident"  # of a base layer whose weight may hold W + S: what a compiler can see of it
 ACCUMULATION = ("mean_squared", "mean")
 SCHEDULES = '"default", "wlN" (N steps of LoRA alone first), "spa_only" or "lora_only"'
 
@@ -235,10 +236,16 @@ class RoSALinear(LoRALinear):
 
     def release(self):
         """W, bit for bit, where the base weight holds a delta: of this layer, or of another over the same weight."""
-        if not residents._by_memory:  # nobody's: what a compiler can see too
-            return
-        restore = torch.compiler.disable(residents.restore) if _compiling() else residents.restore
-        restore(self.base_layer.weight)
+        if not _compiling():
+            self._restore_weight()
+        elif getattr(self.base_layer, RESIDENT, False):
+            torch.compiler.disable(self._restore_weight)()
+
+    def _restore_weight(self) -> None:
+        if _plain(self.base_layer.weight):  # any other never held a delta, and may have no memory to look it up by
+            residents.restore(self.base_layer.weight)
+        if getattr(self.base_layer, RESIDENT, False):
+            delattr(self.base_layer, RESIDENT)
 
     def restore(self):
         self.release()
@@ -246,25 +253,27 @@ class RoSALinear(LoRALinear):
 
     def may_reside(self, name: str) -> bool:
         """Whether the base weight may hold W + S of this adapter between calls."""
-        route, weight = self.settings[name].route, self.base_layer.weight
-        if route == "resident":
-            return True
-        return (
-            route == "auto"
-            and self.sharing == []
-            and type(weight) is nn.Parameter
-            and not (torch.distributed.is_available() and torch.distributed.is_initialized())
-            and not _capturing(weight)
-        )
+        route = self.settings[name].route
+        return route == "resident" or (route == "auto" and self.sharing == [] and self._why_not_resident() is None)
+
+    def _why_not_resident(self) -> str | None:
+        weight = self.base_layer.weight
+        if _compiling():
+            return "in compiled code"
+        if not _plain(weight):
+            return f"over a {type(weight).__name__}"
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return "in a process group, where a weight may be sharded"
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return "in a CUDA graph"
+        return None
 
     def _route(self, x: torch.Tensor, csr: CSR, name: str) -> str:
-        config = self.settings[name]
-        if config.route == "resident" and (_compiling() or _capturing(self.base_layer.weight)):
-            raise ValueError('route: got "resident" in a compiled or captured graph, wanted another route')
-        if _compiling():
-            return config.route
-        if config.route != "auto" or not self.may_reside(name):
-            return config.route
+        route = self.settings[name].route
+        if route == "resident" and (why_not := self._why_not_resident()):
+            raise ValueError(f'route: got "resident" {why_not}, wanted "auto", "scatter" or "spmm"')
+        if route != "auto" or not self.may_reside(name):
+            return route
         T, step = x.numel() // max(x.shape[-1], 1), steps.current()
         graph = self.training or torch.is_grad_enabled()
         if graph and self._chosen is not None and self._chosen[0] == step:
@@ -290,7 +299,9 @@ class RoSALinear(LoRALinear):
         options = {"scale": config.scaling, "dropout_p": config.dropout, "training": self.training}
         if why_not_dense(base) is None and (A is not None or csr is not None):
             route = "spmm" if csr is None else self._route(x, csr, name)
-            if route != "resident":
+            if route == "resident":
+                setattr(base, RESIDENT, True)
+            else:
                 self.release()
             if csr is None:
                 return lowrank_linear(x, self.stored, A, B, base.bias, **options)
@@ -372,8 +383,8 @@ def _compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def _capturing(weight: torch.Tensor) -> bool:
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+def _plain(weight: torch.Tensor) -> bool:
+    return type(weight) in (nn.Parameter, torch.Tensor)
 
 
 def _sparse(values, row_offsets, col_indices, shape) -> CSR | None:
