@@ -219,7 +219,7 @@ def test_gradient_checkpointing_replays_the_dropout(method, reentrant):
     assert worst(results[0], logits_and_gradients(plain, tokens())) > 1e-3  # there is dropout
 
 
-@methods
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "miss_bat"])  # bat has no dropout, see below
 def test_dropout_has_the_right_mean_and_draws_nothing_in_eval(method):
     dropout = {"miss_dropout" if method.startswith("miss") else "lora_dropout": 0.3}
     plain, ours = pair(adapted(method, **dropout))
