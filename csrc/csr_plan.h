@@ -41,7 +41,7 @@ static inline int64_t entry_share(int64_t nnz, int64_t parts, int64_t part) {
 // costs a few vector operations for all of them. It should stay in a core's cache while every entry is worked through.
 // Slabs g, g + groups, ... form group g, which sums of tokens are taken over first. All this depends on the sizes only.
 struct Slabs {
-  int64_t lanes;      // 4, 8, 16, 32 or 64
+  int64_t lanes;      // 4, 16, 32 or 64
   int64_t per_lane;   // tokens in one: two of bf16, where the kernel takes pairs
   int64_t columns;    // k
   int64_t count, groups;
@@ -53,8 +53,8 @@ struct Slabs {
 constexpr int64_t kSlabBytes = 1 << 18, kMostLanes = 64, kGroups = 16;
 
 static inline Slabs slabs_of(int64_t tokens, int64_t columns, int64_t size, int64_t per_lane, int64_t most_groups = kGroups) {
-  int64_t lanes = 4;
-  while (lanes < kMostLanes && lanes * per_lane < tokens && (lanes < 16 || 2 * lanes * size * columns <= kSlabBytes)) lanes *= 2;
+  int64_t lanes = tokens <= 2 ? 4 : 16;  // fewer than 16 cannot be transposed by whole vectors
+  while (lanes >= 16 && lanes < kMostLanes && lanes * per_lane < tokens && 2 * lanes * size * columns <= kSlabBytes) lanes *= 2;
   const int64_t count = (tokens + lanes * per_lane - 1) / (lanes * per_lane);
   const int64_t groups = count < most_groups ? count : most_groups;
   return {lanes, per_lane, columns, count, groups < 1 ? 1 : groups, size};

@@ -1,4 +1,4 @@
-"""The C++ CPU kernels of lowrank, dora and dropout against their references in float64, on every instruction set."""
+"""The C++ CPU kernels against their references in float64, on every instruction set."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_ops.functional import bat, dora, dropout, lowrank, random
+from spectral_ops.functional import bat, csr, dora, dropout, lowrank, random
 
 _C = pytest.importorskip("spectral_ops._C", reason="the CPU extension is not built")
 
@@ -23,6 +23,12 @@ BAT_SHAPES = [  # tokens, block-rows, block-columns, r
     (0, 2, 3, 2), (3, 0, 2, 4), (2, 2, 0, 3), (5, 9, 37, 1), (2, 5, 7, 3), (7, 2, 9, 5), (9, 3, 1, 11), (15, 2, 3, 16),
     (20, 1, 4, 24), (70, 3, 2, 64), (63, 2, 3, 64), (33, 1, 2, 96), (65, 2, 1, 130), (3, 1, 2, 256), (1, 40, 2, 32),
     (130, 2, 40, 8),
+]  # fmt: skip
+SPARSE = [  # T, d, k, density, threads: every number of lanes, groups that go round the threads and groups that do not
+    (0, 5, 7, 0.5, 1), (3, 0, 7, 0.5, 1), (3, 5, 0, 0.5, 1), (4, 6, 5, 0.0, 1), (1, 1, 1, 1.0, 1),
+    (1, 300, 333, 0.1, 1), (2, 40, 31, 0.3, 2), (3, 40, 31, 0.3, 1), (17, 35, 64, 0.2, 1), (33, 600, 130, 0.05, 2),
+    (130, 66, 131, 0.5, 2), (70, 20, 2500, 0.1, 1), (260, 40, 700, 0.3, 3), (1100, 20, 120, 0.9, 7),
+    (2300, 20, 40, 0.9, 7),
 ]  # fmt: skip
 
 
@@ -125,8 +131,49 @@ def check_bat(T, n, m, r, dtype, factor=None):
             check_close(dC, expected.to(torch.float64), "dC", units=32)
 
 
+def sparse(d, k, density):
+    """Offsets, columns and the mask of a [d, k] pattern: its first quarter empty, one row full, the rest at random."""
+    mask = torch.rand(d, k) < density
+    mask[: d // 4] = False
+    if density:
+        mask[d // 2 : d // 2 + 1] = True
+    offsets = torch.zeros(d + 1, dtype=torch.int32)
+    offsets[1:] = mask.sum(1).cumsum(0)
+    return offsets, mask.nonzero()[:, 1].int(), mask
+
+
+def check_csr(T, d, k, density, threads, dtype):
+    offsets, columns, mask = sparse(d, k, density)
+    nnz, n = columns.numel(), d // 3
+    x, dy, W = randn(T, k, dtype=dtype), randn(T, d, dtype=dtype), randn(d, k, dtype=dtype)
+    order = torch.randperm(nnz).int()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(csr.csr_sddmm_op, dy, x, offsets, columns)
+        for values in (randn(nnz, dtype=dtype), randn(nnz, dtype=acc(dtype))):
+            for permutation in (None, order):
+                check(csr.csr_spmm_op, dy, x, values, offsets, columns, permutation, written=(0,), units=64)
+            for accumulate in (False, True):
+                check(csr.csr_scatter_op, W, values, offsets, columns, accumulate, written=(0,))
+                mine, want = W.t().contiguous().t(), W.double()
+                csr.csr_scatter_op.default(mine, values, offsets, columns, accumulate)
+                csr.csr_scatter_op.overloads["reference"](want, values.double(), offsets, columns, accumulate)
+                check_close(mine, want)
+                assert torch.equal(mine[~mask], W[~mask])
+            for rows in (slice(0, d), slice(n, d), slice(n, n + 2)):
+                part = offsets[rows.start : rows.stop + 1].clone()
+                if len(part) == rows.stop - rows.start + 1:
+                    check(csr.csr_gather_op, values, W[rows], part, columns, written=(0,))
+                    check(csr.csr_gather_op, values, W[rows].t().contiguous().t(), part, columns, written=(0,))
+    finally:
+        torch.set_num_threads(before)
+
+
 def sweep():
     for dtype in DTYPES:
+        for shape in SPARSE:
+            check_csr(*shape, dtype)
         for shape in BAT_SHAPES:
             check_bat(*shape, dtype)
         for shape in SHAPES:
@@ -152,6 +199,12 @@ class TestAgainstReference:
 @pytest.mark.parametrize("shape", BAT_SHAPES, ids=str)
 def test_bat_against_reference(shape, dtype):
     check_bat(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SPARSE, ids=str)
+def test_csr(shape, dtype):
+    check_csr(*shape, dtype)
 
 
 @pytest.mark.parametrize("isa", ISAS[: ISAS.index(_C.isa())])
@@ -333,3 +386,92 @@ def test_masks_are_those_of_the_reference_generator():
     for seed in (0, 1, 2**62 - 1, -5):
         key = torch.tensor([seed])
         assert torch.equal(dropout.seeded_dropout_op.default(x, key, 0.37) != 0, random.keep_mask(67, 129, key, 0.37))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_csr_does_not_depend_on_the_number_of_threads(dtype):
+    T, d, k = 1100, 150, 200
+    offsets, columns, _ = sparse(d, k, 0.3)
+    x, dy, values, order = randn(T, k, dtype=dtype), randn(T, d, dtype=dtype), randn(columns.numel()), None
+
+    def results(T):
+        out = dy[:T].clone()
+        csr.csr_spmm_op.default(out, x[:T], values, offsets, columns, order)
+        return [out, csr.csr_sddmm_op.default(dy[:T], x[:T], offsets, columns)]
+
+    before = torch.get_num_threads()
+    try:
+        for tokens in (5, 100, T):
+            runs = []
+            for threads in (1, 2, 3, 7, 2):
+                torch.set_num_threads(threads)
+                runs.append(results(tokens))
+            assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_csr_with_128000_rows():
+    d, k, T = 128_000, 6, 3
+    mask = torch.zeros(d, k, dtype=torch.bool)
+    mask[::1000, 2], mask[77_777] = True, True
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]).int()
+    columns, x, dy = mask.nonzero()[:, 1].int(), randn(T, k), randn(T, d)
+    values = randn(columns.numel())
+    check(csr.csr_spmm_op, dy, x, values, offsets, columns, None, written=(0,))
+    check(csr.csr_sddmm_op, dy, x, offsets, columns)
+    check(csr.csr_scatter_op, randn(d, k), values, offsets, columns, True, written=(0,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_csr_strides(dtype):
+    T, d, k = 70, 90, 133
+    offsets, columns, _ = sparse(d, k, 0.2)
+    values = randn(columns.numel(), dtype=dtype)
+    for x, dy in zip(layouts(T, k, dtype), layouts(T, d, dtype), strict=True):
+        check(csr.csr_sddmm_op, dy, x, offsets, columns, units=64)
+        if 0 in dy.stride():
+            continue
+        want, neighbours = dy.double(), dy
+        csr.csr_spmm_op.overloads["reference"](want, x.double(), values.double(), offsets, columns, None)
+        csr.csr_spmm_op.default(neighbours, x, values, offsets, columns, None)
+        check_close(neighbours, want, units=64)
+    for W in layouts(d, k, dtype):
+        taken = torch.zeros(2 * columns.numel(), dtype=dtype)[::2]
+        csr.csr_gather_op.default(taken, W, offsets, columns)
+        assert torch.equal(taken, W[torch.arange(d).repeat_interleave(offsets.diff()), columns.long()])
+
+
+def test_csr_checks():
+    """What would reach outside a tensor is refused, also where nothing has validated the pattern."""
+    d, k, T = 4, 6, 3
+    offsets, columns = torch.tensor([0, 2, 2, 3, 5]).int(), torch.tensor([1, 5, 0, 2, 3]).int()
+    W, values, x, dy, order = randn(d, k), randn(5), randn(T, k), randn(T, d), torch.arange(5).int()
+    scatter, gather, spmm, sddmm = (
+        op.default for op in (csr.csr_scatter_op, csr.csr_gather_op, csr.csr_spmm_op, csr.csr_sddmm_op)
+    )
+    for message, call in {
+        "row_offsets: got a range of 0 to 4": lambda: sddmm(dy, x, torch.tensor([0, 2, 2, 3, 4]).int(), columns),
+        "row_offsets: got a range of 1 to 5": lambda: scatter(
+            W, values, offsets + torch.tensor([1, 0, 0, 0, 0]).int(), columns, True
+        ),
+        "wanted one within 0 to 5": lambda: gather(values, W, offsets + 1, columns),
+        "row_offsets: decreases": lambda: spmm(
+            dy, x, values, torch.tensor([0, 9, -(2**31), 3, 5]).int(), columns, None
+        ),
+        "row_offsets: got 5 elements": lambda: scatter(W[:3], values, offsets, columns, True),
+        "row_offsets: wanted int32": lambda: scatter(W, values, offsets.long(), columns, True),
+        "columns: got an index outside 0 to 5": lambda: scatter(W, values, offsets, columns + 1, True),
+        "columns: got an index outside 0 to 2": lambda: sddmm(dy, x[:, :3], offsets, columns),
+        "columns: got an index outside 0 to 4": lambda: gather(values, W[:, :5], offsets, columns),
+        "columns: got an index outside 0 to 5 ": lambda: spmm(dy, x, values, offsets, columns - 1, None),
+        "permutation: got an index outside": lambda: spmm(dy, x, values, offsets, columns, order - 1),
+        "permutation: got 4 elements": lambda: spmm(dy, x, values, offsets, columns, order[:4]),
+        "values: got 4 elements": lambda: scatter(W, values[:4], offsets, columns, True),
+        "out: got 4 elements": lambda: gather(values[:4], W, offsets, columns),
+        "x: got size 2 in dimension 0": lambda: spmm(dy, x[:2], values, offsets, columns, None),
+        "x: got scalar type": lambda: sddmm(dy, x.double(), offsets, columns),
+        "out: is expanded": lambda: spmm(dy[:1].expand(T, d), x, values, offsets, columns, None),
+    }.items():
+        with pytest.raises(RuntimeError, match=message.strip()):
+            call()

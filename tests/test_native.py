@@ -97,3 +97,63 @@ def test_grain_rows(native):
 def test_unknown_isa(native):
     with pytest.raises(ValueError, match="neon does not run here"):
         native.philox(0, 4, 0, "neon")
+
+
+# --- the sparse kernels' plan ---
+
+ROWS = {  # entries of each row
+    "even": [12] * 300,
+    "one dense row": [0] * 500 + [2048] + [0] * 99,
+    "mostly empty": ([0] * 99 + [3]) * 20,
+    "128,000 rows": [1 if o % 1000 == 0 else 0 for o in range(127_999)] + [4096],
+    "one row": [7],
+    "empty": [0] * 5,
+    "no rows": [],
+}
+
+
+def offsets_of(counts):
+    return [0, *torch.tensor(counts, dtype=torch.int64).cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize("counts", ROWS.values(), ids=ROWS)
+def test_row_of_entry(native, counts):
+    offsets = offsets_of(counts)
+    for first in (0, 1000):  # a part of a larger matrix starts past 0
+        wanted = [o for o, count in enumerate(counts) for _ in range(count)]
+        for p in {0, 1, len(wanted) // 2, len(wanted) - 1} & set(range(len(wanted))):
+            assert native.row_of_entry([first + o for o in offsets], first + p) == wanted[p]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 64])
+@pytest.mark.parametrize("counts", ROWS.values(), ids=ROWS)
+def test_rows_are_shared_out_by_their_entries(native, counts, parts):
+    offsets = offsets_of(counts)
+    begins = native.row_shares(offsets, parts)
+    assert begins[0] == 0 and begins[-1] == len(counts) and begins == sorted(begins)
+    cost = [offsets[q] - offsets[p] + q - p for p, q in zip(begins, begins[1:], strict=False)]
+    assert max(cost) <= (offsets[-1] + len(counts)) / parts + 1 + max(counts, default=0) + 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 64])
+@pytest.mark.parametrize("nnz", [0, 1, 15, 16, 1000, 25_166])
+def test_entries_are_shared_out_evenly(native, nnz, parts):
+    begins = native.entry_shares(nnz, parts)
+    assert begins[0] == 0 and begins[-1] == nnz and begins == sorted(begins)
+    assert all(b % 16 == 0 for b in begins[:-1])
+    assert max(q - p for p, q in zip(begins, begins[1:], strict=False)) <= nnz / parts + 32
+
+
+@pytest.mark.parametrize("per_lane", [1, 2])
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("columns", [1, 300, 2048, 11008, 128_000])
+def test_slabs(native, columns, size, per_lane):
+    for tokens in (0, 1, 2, 3, 16, 17, 100, 1024, 10**6):
+        plan = native.slabs(tokens, columns, size, per_lane, 16)
+        lanes, count, groups = plan["lanes"], plan["count"], plan["groups"]
+        assert lanes in (4, 16, 32, 64) and lanes >= min(tokens, 16) // 4
+        assert (count - 1) * lanes * per_lane < tokens <= count * lanes * per_lane or tokens == count == 0
+        assert 1 <= groups <= max(min(count, 16), 1)
+        assert plan["bytes"] == lanes * columns * size
+        assert lanes <= 16 or plan["bytes"] <= 2**18  # what stays in a core's cache
+    assert native.slabs(10**6, columns, size, per_lane, 3)["groups"] == 3

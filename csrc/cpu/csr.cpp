@@ -176,7 +176,6 @@ inline void add_transposed(T* out, int64_t stride, const acc_t<T>* y, int64_t L,
 template <class F> inline void for_lanes(int64_t lanes, const F& f) {
   switch (lanes) {
     case 4: return f(std::integral_constant<int, 4>());
-    case 8: return f(std::integral_constant<int, 8>());
     case 16: return f(std::integral_constant<int, 16>());
     case 32: return f(std::integral_constant<int, 32>());
     case 64: return f(std::integral_constant<int, 64>());

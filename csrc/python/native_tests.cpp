@@ -10,6 +10,7 @@
 
 #include "../cpu/kernels.h"
 #include "../cpu/tiling.h"
+#include "../csr_plan.h"
 
 namespace py = pybind11;
 using namespace spectral_ops::cpu;
@@ -68,5 +69,24 @@ PYBIND11_MODULE(spectral_ops_native_tests, m) {
     return words;
   }, py::arg("first"), py::arg("count"), py::arg("seed"), py::arg("isa"), "Words of elements [first, first + count).");
   m.def("period_copies", &period_copies, py::arg("columns"), py::arg("r"), py::arg("wanted"));
+  using Offsets = std::vector<int32_t>;
+  m.def("row_of_entry", [](const Offsets& row_offsets, int64_t p) {
+    return spectral_ops::row_of_entry(row_offsets.data(), static_cast<int64_t>(row_offsets.size()) - 1, p);
+  }, py::arg("row_offsets"), py::arg("p"));
+  m.def("row_shares", [](const Offsets& row_offsets, int64_t parts) {
+    std::vector<int64_t> begins;
+    for (int64_t part = 0; part <= parts; ++part)
+      begins.push_back(spectral_ops::row_share(row_offsets.data(), static_cast<int64_t>(row_offsets.size()) - 1, parts, part));
+    return begins;
+  }, py::arg("row_offsets"), py::arg("parts"), "Where each part's rows begin, and the last one's end.");
+  m.def("entry_shares", [](int64_t nnz, int64_t parts) {
+    std::vector<int64_t> begins;
+    for (int64_t part = 0; part <= parts; ++part) begins.push_back(spectral_ops::entry_share(nnz, parts, part));
+    return begins;
+  }, py::arg("nnz"), py::arg("parts"), "Where each part's entries begin, and the last one's end.");
+  m.def("slabs", [](int64_t tokens, int64_t columns, int64_t size, int64_t per_lane, int64_t most_groups) {
+    const spectral_ops::Slabs s = spectral_ops::slabs_of(tokens, columns, size, per_lane, most_groups);
+    return py::dict(py::arg("lanes") = s.lanes, py::arg("count") = s.count, py::arg("groups") = s.groups, py::arg("bytes") = s.bytes());
+  }, py::arg("tokens"), py::arg("columns"), py::arg("size"), py::arg("per_lane"), py::arg("most_groups"));
   m.def("grain_rows", &grain_rows, py::arg("columns"), py::arg("dropout"));
 }
