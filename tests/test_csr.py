@@ -834,6 +834,21 @@ def test_saved_bytes_of_every_route():
         spectral_ops.residents.restore(W)
 
 
+def test_x_is_saved_only_for_gradients_that_need_it():
+    csr, x, W = random_csr(8, 6), randn(3, 6).requires_grad_(), randn(8, 6)
+    A, B = randn(2, 6), randn(8, 2).requires_grad_()
+    for function in (
+        *(lambda r=r: rosa_linear(x, W, csr, route=r) for r in ("spmm", "scatter", "resident")),
+        lambda: rosa_linear(x, W, csr, A, B),
+        lambda: rosa_update(randn(3, 8), x, csr),
+        lambda: csr_spmm(x, csr),
+    ):
+        with saved_tensors() as kept:
+            function()
+        assert storage(x) not in map(storage, kept)
+    spectral_ops.residents.restore(W)
+
+
 def test_changed_values_make_backward_raise():
     """As autograd does for any saved tensor, whatever the route."""
     csr = random_csr(8, 6, trained=True)
