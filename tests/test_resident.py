@@ -108,7 +108,7 @@ def test_it_equals_scatter_bit_for_bit(dtype, values_dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_restore_is_by_copies_not_by_subtraction(dtype):
+def test_restore_is_by_copies_not_by_subtraction(dtype, backend):
     """Large values swallow W's digits, infinities and NaN would stay: all of W comes back, signed zeros included."""
     W = randn(D, K, dtype=dtype)
     W[0, 0], W[1, 1], W[2, 2], W[3, 3] = -0.0, float("inf"), float("nan"), torch.finfo(dtype).tiny

@@ -63,8 +63,9 @@ def _scatter_cost(out, values, row_offsets, columns, accumulate):
 def csr_scatter_op(out, values, row_offsets, columns, accumulate):
     """out [d, k] at the pattern becomes values (accumulate: out + values, in at least float32), rounded once."""
     index = (_entries(row_offsets, columns.numel()), columns.long())
-    values = values.to(accumulate_dtype(out.dtype))
-    out[index] = ((out[index] + values) if accumulate else values).to(out.dtype)
+    if accumulate:
+        values = out[index] + values.to(accumulate_dtype(out.dtype))
+    out[index] = values.to(out.dtype)
 
 
 def _gather_cost(out, dense, row_offsets, columns):
