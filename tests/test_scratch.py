@@ -166,6 +166,7 @@ def test_inference_mode_leaves_a_buffer_that_trains():
     scratch = Scratch()
     with torch.inference_mode(), scratch.lease((4, 4), F32, CPU) as t:
         t.fill_(1)
+    assert not any(buffer.is_inference() for buffer in scratch._buffers.values())
     with scratch.lease((4, 4), F32, CPU) as t:
         assert not t.is_inference()
         W = torch.ones(4, 4, requires_grad=True)
