@@ -5,6 +5,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "ops/bat.h"
 #include "ops/blocksum.h"
 #include "ops/csr.h"
 #include "ops/dora.h"
@@ -40,6 +41,8 @@ const Binding kBindings[] = {
     {"column_norm", TORCH_BOX(&column_norm<Cuda>)},
     {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cuda>)},
     {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cuda>)},
+    {"bat_weight_", TORCH_BOX(&bat_weight_<Cuda>)},
+    {"bat_contract_", TORCH_BOX(&bat_contract_<Cuda>)},
     {"csr_scatter_", TORCH_BOX(&csr_scatter_<Cuda>)},
     {"csr_gather_", TORCH_BOX(&csr_gather_<Cuda>)},
     {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cuda>)},

@@ -103,6 +103,8 @@ def test_no_local_memory_and_no_atomics(kernels):
         ("lowrank", "update_mma", ("HMMA", "LDG128", "STG128")),
         ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDGSTS128", "LDS128", "STG128")),
         ("dora", "norm_mma", ("HMMA", "LDG128", "LDS128")),
+        ("bat", "weight_mma", ("HMMA", "LDS128")),
+        ("bat", "contract_mma", ("HMMA", "MOVM")),
     ],
 )
 def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
@@ -118,7 +120,16 @@ def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
         assert counts["LDG128"] > 0 and counts["LDS128"] > 0, symbol
 
 
-@pytest.mark.parametrize("stem, kernel", [("lowrank", "update_fma"), ("lowrank", "backward_fma"), ("dora", "norm_fma")])
+@pytest.mark.parametrize(
+    "stem, kernel",
+    [
+        ("lowrank", "update_fma"),
+        ("lowrank", "backward_fma"),
+        ("dora", "norm_fma"),
+        ("bat", "weight_fma"),
+        ("bat", "contract_fma"),
+    ],
+)
 def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
     for symbol, counts in of(kernels, stem, kernel).items():
         assert counts["HMMA"] == 0, symbol

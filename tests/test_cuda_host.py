@@ -373,6 +373,87 @@ def test_magnitude_grad(emulated, dtype, has_bias):
     assert_near(emulated.magnitude_grad(*arguments), reference("magnitude_grad")(*arguments), 1e-5)
 
 
+# --- Bat -------------------------------------------------------------------------------------------------------------
+
+BLOCKS = [  # d, k, r
+    (96, 64, 16),
+    (96, 288, 96),  # tiles of 32
+    (32, 96, 32),
+    (64, 64, 64),
+    (128, 384, 128),  # two tiles of columns
+    (48, 240, 48),
+    (12, 20, 4),
+    (21, 14, 7),
+    (80, 40, 20),
+    (10, 200, 1),
+    (150, 75, 75),
+]
+
+
+def weight_case(emulated, dtype, d, k, r, bat_dtype, row, padding=0, wide=False):
+    W = matrix(d, k, dtype, k + padding)
+    bat = 0.1 * torch.randn((k if row else d) // r, r, r)
+    bat[0] *= 1e-4  # so small that fp16 could not hold it
+    bat = bat.to(bat_dtype)
+    for delta in (False, True):
+        out = matrix(d, k, accumulate(dtype) if wide else dtype, k + padding)
+        wanted = torch.empty(d, k, dtype=torch.float64)
+        reference("bat_weight_")(wanted, W.double(), bat.double(), row, delta)
+        emulated.bat_weight_(out, W, bat, row, delta)
+        tolerance = 1e-6 if out.dtype == torch.float32 else ROUNDED[out.dtype]
+        assert_near(out, wanted.to(out.dtype), tolerance, f"{d, k, r, row, delta}")
+        assert_untouched(out, d, k + padding)
+        if delta:  # small blocks too, relative to themselves
+            part = (slice(None), slice(r)) if row else (slice(r), slice(None))
+            assert_near(out[part], wanted[part].to(out.dtype), 2 * tolerance, f"{d, k, r, row}")
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["col", "row"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bat_weight(emulated, dtype, row):
+    for i, case in enumerate(BLOCKS):
+        bat_dtype = torch.float32 if i % 3 or dtype == torch.float64 else dtype
+        weight_case(emulated, dtype, *case, bat_dtype, row, (0, 8, 3)[i // 2 % 3], wide=i % 2 == 1)
+
+
+def contract_case(emulated, dtype, d, k, r, G_dtype, padding=0):
+    W, G = matrix(d, k, dtype, k + padding), matrix(d, k, G_dtype, k + padding)
+    if dtype == torch.float16:
+        G *= 1e-7 if G_dtype == torch.float32 else 1e-2
+    dB = torch.full((d // r, r, r), float("nan"), dtype=accumulate(dtype))
+    wanted = torch.empty(dB.shape, dtype=torch.float64)
+    reference("bat_contract_")(wanted, W.double(), G.double())
+    emulated.bat_contract_(dB, W, G)
+    assert_near(dB, wanted.to(dB.dtype), 1e-12 if dtype == torch.float64 else 1e-6, f"{d, k, r, G_dtype, padding}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bat_contract(emulated, dtype):
+    for i, case in enumerate([*BLOCKS, (16, 1040, 16), (64, 0, 16)]):
+        for G_dtype in {dtype, accumulate(dtype)}:
+            contract_case(emulated, dtype, *case, G_dtype, (0, 8, 3)[i // 2 % 3])
+
+
+def test_bat_reads_transposed_weights(emulated):
+    W, bat, G = matrix(96, 64, torch.bfloat16).t(), torch.randn(4, 16, 16), matrix(64, 96, torch.float32)
+    for row in (False, True):
+        blocks = torch.randn(6, 16, 16) if row else bat
+        out, wanted = (torch.empty(64, 96, dtype=torch.bfloat16) for _ in range(2))
+        reference("bat_weight_")(wanted, W, blocks, row, False)
+        emulated.bat_weight_(out, W, blocks, row, False)
+        assert_near(out, wanted, ROUNDED[torch.bfloat16])
+    got, wanted = torch.empty(4, 16, 16), torch.empty(4, 16, 16)
+    reference("bat_contract_")(wanted, W, G)
+    emulated.bat_contract_(got, W, G)
+    assert_near(got, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bat_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
+    weight_case(emulated, dtype, 64, 128, 32, torch.float32, False)
+    contract_case(emulated, dtype, 32, 1056, 32, torch.float32)
+
+
 # --- CSR -------------------------------------------------------------------------------------------------------------
 
 
@@ -510,6 +591,21 @@ def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
                 assert k == 0 or (splits - 1) * split < k <= splits * split
                 assert square == splits * d * r and gram == square + splits * d
                 assert stamp % 8 == 0 and total == stamp + 8 * 129
+
+
+@pytest.mark.parametrize("aligned", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_plan_covers_every_row_once(emulated, dtype, aligned):
+    for r in (1, 7, 16, 48, 64, 75, 96, 128, 256):
+        for blocks in (0, 1, 32, 500):
+            for k in (0, r, 5 * r, 64 * r):
+                units, tile, tiles, split, splits, total = plan(
+                    emulated.plans.contract_plan_of, blocks * r, k, r, CODES[dtype], aligned
+                )
+                assert units == (dtype in HALF and aligned and r % 16 == 0)
+                assert tiles == (-(-r // tile)) ** 2 and (not units or r % tile == 0)
+                assert split % 16 == 0 and (splits - 1) * split < k <= splits * split
+                assert total == splits * blocks * r * r * accumulate(dtype).itemsize
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

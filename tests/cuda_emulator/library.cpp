@@ -4,6 +4,7 @@
 
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/ops/bat.h"
 #include "../../csrc/ops/blocksum.h"
 #include "../../csrc/ops/csr.h"
 #include "../../csrc/ops/dora.h"
@@ -41,6 +42,8 @@ STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
   m.impl("column_norm", TORCH_BOX(&column_norm<Emulated>));
   m.impl("column_norm_cached_", TORCH_BOX(&column_norm_cached_<Emulated>));
   m.impl("magnitude_grad", TORCH_BOX(&magnitude_grad<Emulated>));
+  m.impl("bat_weight_", TORCH_BOX(&bat_weight_<Emulated>));
+  m.impl("bat_contract_", TORCH_BOX(&bat_contract_<Emulated>));
   m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_<Emulated>));
   m.impl("csr_gather_", TORCH_BOX(&csr_gather_<Emulated>));
   m.impl("csr_spmm_", TORCH_BOX(&csr_spmm_<Emulated>));
@@ -63,6 +66,14 @@ extern "C" __attribute__((visibility("default"))) int norm_plan_of(int64_t rows,
   const auto p = spectral_ops::cuda::norm_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), unit_columns, square, stamp);
   const int64_t values[] = {p.matrix_units, p.ranks,     p.tile_rows, p.row_tiles, p.split_columns,
                             p.splits,       p.square_at, p.gram_at,   p.stamp_at,  p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
+
+extern "C" __attribute__((visibility("default"))) int contract_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
+                                                                        int64_t aligned, int64_t* out) {
+  const auto p = spectral_ops::cuda::contract_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), aligned);
+  const int64_t values[] = {p.matrix_units, p.tile, p.tiles, p.split_rows, p.splits, p.bytes};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
 }
