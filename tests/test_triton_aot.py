@@ -69,6 +69,30 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
             f"dropout_outer r{r}": ("dropout", "dropout_outer", (h, x, seed, 0.1)),
             f"dropout_lift_ r{r}": ("dropout", "dropout_lift_", (x, h, A, seed, 0.1)),
         }
+    for r in (16, 64, 256):
+        col, row, col32 = make(d // r, r, r), make(k // r, r, r), make(d // r, r, r, dtype=wide)
+        G, few, dC = make(d, k, dtype=wide), make(min(r - 1, 64), k), make(d // r, r, r, dtype=wide)
+        cases |= {
+            f"bat_weight_ r{r}": ("bat", "bat_weight_", (W, W, col, False, False)),
+            f"bat_weight_ row float32 C r{r}": ("bat", "bat_weight_", (W, W, row.to(wide), True, False)),
+            f"bat_weight_ delta r{r}": ("bat", "bat_weight_", (G, W, col32, False, True)),
+            f"bat_matmul r{r}": ("bat", "bat_matmul", (few, W, col32, False)),
+            f"bat_matmul transpose r{r}": ("bat", "bat_matmul", (few, W, col, True)),
+            f"bat_contract_ r{r}": ("bat", "bat_contract_", (dC[: 2048 // r], W[:2048], G[:2048])),
+            f"bat_contract_ half G r{r}": ("bat", "bat_contract_", (dC, W, W)),
+            f"bat_mix r{r}": ("bat", "bat_mix", (x, row)),
+            f"bat_mix_backward_ r{r}": ("bat", "bat_mix_backward_", (x, make(T, r), x, row.to(wide), True, True)),
+            f"bat_mix_backward_ dC r{r}": ("bat", "bat_mix_backward_", (x, make(T, r), x, row, False, True)),
+        }
+    col63, odd_W = make(65, 63, 63, dtype=wide), make(4095, 4095).t()
+    cases |= {
+        "bat_weight_ r63 odd": ("bat", "bat_weight_", (odd_W, odd_W, col63, False, False)),
+        "bat_matmul r63 odd": ("bat", "bat_matmul", (make(33, 4095), odd_W, col63, False)),
+        "bat_contract_ r63 odd": ("bat", "bat_contract_", (col63, odd_W, make(4095, 4095))),
+        "bat_mix r63 odd": ("bat", "bat_mix", (make(T, 4095), col63)),
+        "bat_mix_backward_ r63 odd": (
+            "bat", "bat_mix_backward_", (make(T, 4095), make(T, 63), make(T, 4095), col63, True, True)),
+    }  # fmt: skip
     h, B = make(T, 64), make(d, 64)
     odd = make(T, k - 1)
     cases |= {
@@ -120,7 +144,7 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in ("lowrank", "dora", "dropout", "blocksum", "csr"):
+        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr"):
             module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):
@@ -197,7 +221,8 @@ def builds(arch: int, stem: str, operator: str, args: tuple) -> list[Build]:
 
 
 PRODUCTS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
-WITH_PRODUCTS = ("matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel")
+WITH_PRODUCTS = ("matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel",
+                 "weight_kernel", "contract_kernel", "mix_kernel", "mix_backward_kernel")  # fmt: skip
 CASES = [(dtype, case) for dtype in (torch.bfloat16, torch.float32) for case in samples(dtype)]
 
 
@@ -213,8 +238,20 @@ def test_fits_the_processor(dtype, case, arch):
         half_product = b.name in WITH_PRODUCTS or (b.name == "norm_kernel" and case.startswith("column_norm"))
         if dtype == torch.bfloat16 and half_product:
             assert b.product in PRODUCTS[arch], (b.name, b.product)
-        if (b.name, arch, dtype) == ("matmul_kernel", 90, torch.bfloat16):
+        if (b.name, arch, dtype) == ("matmul_kernel", 90, torch.bfloat16) and case.startswith("lowrank"):
             assert b.product == "HGMMA" and not b.count("HMMA")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    ["bat_weight_ r64", "bat_weight_ row float32 C r64", "bat_weight_ delta r64", "bat_contract_ r64",
+     "bat_contract_ half G r64", "bat_mix r64", "bat_mix_backward_ r64"],
+)  # fmt: skip
+def test_blocks_of_64_use_warpgroups(case):
+    """On sm_90 every product of Bat's blocks, their float32 factors included, is a warpgroup's."""
+    kernel = builds(90, *samples(torch.bfloat16)[case])[0]
+    assert kernel.count("HGMMA") and not kernel.count("HMMA")
 
 
 @pytest.mark.slow
@@ -237,10 +274,11 @@ def test_streams_move_16_bytes_per_access(case):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_tables_are_complete(arch):
-    from spectral_ops.triton_kernels import blocksum, dora, dropout, lowrank
+    from spectral_ops.triton_kernels import bat, blocksum, dora, dropout, lowrank
 
     tables = (lowrank.MATMUL, lowrank.UPDATE, lowrank.BACKWARD, dora.NORM, blocksum.SUM, blocksum.TILE,
-              dropout.PROJECT, dropout.OUTER, dropout.LIFT)  # fmt: skip
+              dropout.PROJECT, dropout.OUTER, dropout.LIFT,
+              bat.WEIGHT, bat.CONTRACT, bat.MATMUL, bat.MIX, bat.BACKWARD)  # fmt: skip
     for table in tables:
         assert {(arch, 2), (arch, 4)} <= set(table)
 

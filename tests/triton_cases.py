@@ -28,9 +28,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tokens, in_features, out_features, rank: one token; odd sizes; 4 and 8 dividing k; past a tile on every side
 SIZES = [(6, 21, 34, 5), (1, 24, 40, 1), (67, 48, 57, 3), (5, 260, 72, 16), (3, 130, 259, 17), (70, 64, 136, 64)]
 SIZES_MORE = [(300, 20, 33, 3), (4, 1030, 8, 16), (9, 40, 36, 130), (40, 8, 8, 300)]  # several ranges; large ranks
+# blocks of Bat: r no power of two; then sums in two stages, and blocks in several steps, with aligned rows and without
+SIZES_BAT = [(6, 11, 15, 5), (1, 4, 3, 1), (3, 34, 51, 17), (70, 64, 128, 64)]
+SIZES_BAT_MORE = [(37, 12, 9, 3), (4, 96, 32, 16), (5, 160, 80, 80), (3, 72, 36, 36)]
 # kernels with few tokens or rows per program: the interpreter's time goes by programs, so they get fewer of either
 SMALL_TILES = {"block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40)}
-REDUCTIONS = ("lowrank_backward", "row_square", "column_norm", "magnitude_grad", "dropout_project", "dropout_outer")
+REDUCTIONS = ("lowrank_backward", "row_square", "column_norm", "magnitude_grad", "dropout_project", "dropout_outer",
+              "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_", "csr_sddmm")  # fmt: skip
 OPERATORS = sorted(helpers.operator_samples())
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -52,7 +56,7 @@ def samples(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> l
     made = helpers.operator_samples(dtype, T=T, k=k, d=d, r=r)[name]
     if name == "block_sum":
         made = [args for args in made if args[1] <= k]
-    if size == SIZES[0]:
+    if size == SIZES[0] or not name.startswith("block_"):
         return made
     return [args for args in made if not any(isinstance(a, torch.Tensor) and a.dtype == torch.int32 for a in args)]
 
@@ -68,9 +72,13 @@ def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> Non
                     assert torch.equal(a, b), f"{name}: two runs differ"
 
 
-_sizes = {torch.float32: SIZES, torch.bfloat16: SIZES + SIZES_MORE, torch.float16: SIZES[:2] + SIZES[-1:]}
+def sizes(name: str, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
+    some, more = (SIZES_BAT, SIZES_BAT_MORE) if name.startswith("bat_") else (SIZES, SIZES_MORE)
+    return {torch.float32: some, torch.bfloat16: some + more, torch.float16: some[:2] + some[-1:]}[dtype]
+
+
 for _name in OPERATORS:
-    for _dtype, _size in [(dtype, size) for dtype in DTYPES for size in _sizes[dtype]]:
+    for _dtype, _size in [(dtype, size) for dtype in DTYPES for size in sizes(_name, dtype)]:
         _label = f"{_name}-{str(_dtype)[6:]}-{'x'.join(map(str, _size))}"
         CASES[_label] = functools.partial(check, _name, _dtype, _size)
 
@@ -79,7 +87,7 @@ def check_empty(name: str) -> None:
     """No tokens, no inputs, no outputs, no rank: the shapes and zeros of the reference."""
     for T, k, d, r in [(0, 8, 12, 2), (3, 0, 12, 2), (3, 8, 0, 2), (3, 8, 12, 0)]:
         for args in samples(name, torch.float32, (T, k, d, r)):
-            if name in ("block_sum", "block_tile_") and 0 in (k, d, r):
+            if name.startswith(("block_", "bat_")) and 0 in (k, d, r):
                 continue  # no shard to belong to
             operator = _library.OPERATORS[name]
             with helpers.poisoned():

@@ -128,6 +128,40 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def wide_dot(a, b, acc, base: tl.constexpr, PARTS: tl.constexpr):
+    """acc + a b where a factor may be wider than ``base``, and is not rounded to it. In half precision, two unlike
+    factors each become a sum of bfloat16 numbers, whose exponents hold any float32: two (16 bits) or, for b and where
+    PARTS is 3, three (all bits)."""
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return dot(a, b, acc, "ieee")
+    elif base == tl.float32:
+        return dot(a.to(tl.float32), b.to(tl.float32), acc, "ieee")
+    else:
+        high_a, low_a = _halved(a)
+        high_b, low_b = _halved(b)
+        if b.dtype != tl.bfloat16:
+            if PARTS == 3:
+                rest = b.to(tl.float32) - high_b.to(tl.float32) - low_b.to(tl.float32)
+                acc = dot(high_a, narrow(rest, tl.bfloat16), acc, "ieee")
+                if a.dtype != tl.bfloat16:
+                    acc = dot(low_a, low_b, acc, "ieee")
+            acc = dot(high_a, low_b, acc, "ieee")
+        if a.dtype != tl.bfloat16:
+            acc = dot(low_a, high_b, acc, "ieee")
+        return dot(high_a, high_b, acc, "ieee")
+
+
+@triton.jit
+def _halved(x):
+    """x as (high, low) in bfloat16; low is of no use where x is bfloat16."""
+    if x.dtype == tl.bfloat16:
+        return x, x
+    else:
+        high = narrow(x.to(tl.float32), tl.bfloat16)
+        return high, narrow(x.to(tl.float32) - high.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
 def kept(seed, start, column, threshold, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
     """Which of the elements ``start + column + [0, COLUMNS)`` dropout keeps: ``start`` [..., 1] int64, ``column`` any
     int that broadcasts with it. One Philox counter serves four elements where 4 divides start and column (ALIGNED);
