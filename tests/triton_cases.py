@@ -31,6 +31,9 @@ SIZES_MORE = [(300, 20, 33, 3), (4, 1030, 8, 16), (9, 40, 36, 130), (40, 8, 8, 3
 # blocks of Bat: r no power of two; then sums in two stages, and blocks in several steps, with aligned rows and without
 SIZES_BAT = [(6, 11, 15, 5), (1, 4, 3, 1), (3, 34, 51, 17), (70, 64, 128, 64)]
 SIZES_BAT_MORE = [(37, 12, 9, 3), (4, 96, 32, 16), (5, 160, 80, 80), (3, 72, 36, 36)]
+# a row of several steps; tokens past a tile, and in several ranges
+SIZES_CSR = [(6, 21, 34, 5), (1, 150, 12, 1), (67, 24, 9, 3)]
+SIZES_CSR_MORE = [(3, 260, 70, 1), (300, 10, 17, 3)]
 # kernels with few tokens or rows per program: the interpreter's time goes by programs, so they get fewer of either
 SMALL_TILES = {"block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40)}
 REDUCTIONS = ("lowrank_backward", "row_square", "column_norm", "magnitude_grad", "dropout_project", "dropout_outer",
@@ -73,7 +76,8 @@ def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> Non
 
 
 def sizes(name: str, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
-    some, more = (SIZES_BAT, SIZES_BAT_MORE) if name.startswith("bat_") else (SIZES, SIZES_MORE)
+    of_row = {"bat": (SIZES_BAT, SIZES_BAT_MORE), "csr": (SIZES_CSR, SIZES_CSR_MORE)}
+    some, more = of_row.get(name.partition("_")[0], (SIZES, SIZES_MORE))
     return {torch.float32: some, torch.bfloat16: some + more, torch.float16: some[:2] + some[-1:]}[dtype]
 
 
