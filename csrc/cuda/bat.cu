@@ -2,6 +2,9 @@
 // tensor cores, in bf16 products of parts that add up to their factor: an fp16 one is two parts (without fp16's range), a
 // float32 one three; two leave 2^-16 of it, enough where the result is rounded to 16 bits. The order inside a product is such that four neighbouring elements of a row, read at
 // once, are a lane's fragment: 16 columns in the order 4q, 4q+1 (q = 0..3), then 4q+2, 4q+3.
+//
+// d = k = 4096, r = 64, bf16, at 3.3 TB/s: W' moves 67 MB, 20 us, for 4 GFLOP; dB moves 100 MB, 30 us, with G in float32, for
+// 6 GFLOP. Predicted, not measured.
 #include "common.cuh"
 #include "launch.h"
 #include "plan.h"
