@@ -295,6 +295,65 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bat_does_not_depend_on_the_number_of_threads(dtype):
+    T, n, m, r = 150, 3, 40, 64
+    W, G, x, g = (randn(*shape, dtype=dtype) for shape in ((n * r, m * r), (n * r, m * r), (T, m * r), (T, m * r)))
+    B, C, q, dy = randn(n, r, r), randn(m, r, r), randn(T, r, dtype=dtype), randn(20, n * r, dtype=dtype)
+
+    def results():
+        out, dB, dx = torch.empty_like(W), torch.empty_like(B), g.clone()
+        bat.bat_weight_op.default(out, W, B, False, False)
+        bat.bat_contract_op.default(dB, W, G)
+        products = [
+            bat.bat_matmul_op.default(x[:20], W, B, False),
+            bat.bat_matmul_op.default(dy, W, B, True),
+            *bat.bat_mix_op.default(x, C),
+            bat.bat_mix_backward_op.default(dx, q, x, C, True, True),
+        ]
+        return [out, dB, dx, *products]
+
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            runs.append(results())
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_bat_leaves_the_neighbours_of_a_strided_output_alone():
+    for dtype in (torch.float32, torch.bfloat16):
+        storage = torch.full((40, 150), 7.0, dtype=dtype)
+        W, G = randn(32, 128, dtype=dtype), torch.full((40, 150), float("nan"), dtype=dtype)
+        for r in (4, 16, 32):
+            B = randn(32 // r, r, r)
+            check(bat.bat_weight_op, storage[3:35, 5:133], W, B, False, False, written=(0,))
+            bat.bat_weight_op.default(storage[3:35, 5:133], W, B, False, False)
+            storage[3:35, 5:133] = 7
+            assert (storage == 7).all()
+            G[3:35, 5:133] = W
+            check(bat.bat_contract_op, torch.empty(32 // r, r, r), W, G[3:35, 5:133], written=(0,), units=32)
+            assert not bat.bat_matmul_op.default(G[3:7, 5:133], W, B, False).isnan().any()
+
+
+def test_bat_refuses_what_does_not_fit():
+    W, B = randn(8, 12), randn(2, 4, 4)
+    with pytest.raises(RuntimeError, match="bat"):
+        bat.bat_weight_op.default(torch.empty(8, 12), W, randn(3, 4, 4), False, False)
+    with pytest.raises(RuntimeError, match="multiple of 4"):
+        bat.bat_weight_op.default(torch.empty(8, 10), randn(8, 10), B, False, False)
+    with pytest.raises(RuntimeError, match="out"):
+        bat.bat_weight_op.default(torch.empty(8, 12, dtype=torch.bfloat16), W, B, False, False)
+    with pytest.raises(RuntimeError, match="x"):
+        bat.bat_matmul_op.default(randn(3, 8), W, B, False)
+    with pytest.raises(RuntimeError, match="dB"):
+        bat.bat_contract_op.default(torch.empty(2, 4, 4, dtype=torch.float64), W, W)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_reach_what_they_reach_in_the_reference(bad, dtype):

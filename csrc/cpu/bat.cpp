@@ -14,11 +14,11 @@ template <class A> inline void zero(A* p, int64_t count) {
   if (count > 0) std::memset(p, 0, count * sizeof(A));
 }
 
-// Calls f(unit, the task's memory) for every unit of tasks [begin, end).
+// Calls f(owner, part, memory) for every unit of tasks [begin, end): one after the other in the first one's workspace.
 template <class A, class F> inline void for_units(const BlockPlan& plan, int64_t begin, int64_t end, const F& f) {
-  for (int64_t task = begin; task < end; ++task)
-    for (int64_t unit = plan.first_unit(task); unit < plan.first_unit(task + 1); ++unit)
-      f(unit / plan.parts, unit % plan.parts, reinterpret_cast<A*>(plan.memory + task * plan.room));
+  if (begin == end) return;
+  A* const memory = reinterpret_cast<A*>(plan.memory + begin * plan.room);
+  for (int64_t unit = plan.first_unit(begin); unit < plan.first_unit(end); ++unit) f(unit / plan.parts, unit % plan.parts, memory);
 }
 
 // The groups of a row, row after row: view row v is group first_group + v % per_row of row first_row + v / per_row.
@@ -47,6 +47,15 @@ struct GroupRows {
   }
 };
 
+// Calls f(j, panel, column of the panel, n) for the pieces [j, j + n) of r columns from `begin` on that lie in one panel.
+template <class F> inline void for_panels(int64_t begin, int64_t r, const F& f) {
+  for (int64_t j = 0; j < r;) {
+    const int64_t column = begin + j, n = smaller(r - j, kTile - column % kTile);
+    f(j, column / kTile, column % kTile, n);
+    j += n;
+  }
+}
+
 // Blocks first, first + step, ... of bat (or their transposes) on the diagonal of a matrix [size, size], zero elsewhere, in
 // panels of kTile columns: [tiles(padded), groups.size, kTile].
 template <class A>
@@ -58,11 +67,14 @@ void pack_panels(A* panels, const BlockGroups& groups, int64_t size, const void*
     const auto* block = static_cast<decltype(type)>(const_cast<void*>(bat)) + first * r * r;
     for (int64_t b = 0; b < size; b += r, block += step * r * r)
       for (int64_t i = 0; i < r; ++i)
-        for (int64_t j = 0; j < r; ++j) {
-          const int64_t column = b + j;
-          panels[column / kTile * groups.size * kTile + (b + i) * kTile + column % kTile] =
-              static_cast<A>(value(block[transpose ? j * r + i : i * r + j]));
-        }
+        for_panels(b, r, [&](int64_t j, int64_t panel, int64_t at, int64_t n) {
+          A* const to = panels + (panel * groups.size + b + i) * kTile + at;
+          const auto* const from = block + (transpose ? j * r + i : i * r + j);
+          if (transpose)
+            for (int64_t c = 0; c < n; ++c) to[c] = static_cast<A>(value(from[c * r]));
+          else
+            for (int64_t c = 0; c < n; ++c) to[c] = static_cast<A>(value(from[c]));
+        });
   });
 }
 
@@ -86,6 +98,79 @@ template <class A> inline void add_to(A* sums, const A* x, int64_t n) {
 
 // --- W' ---
 
+constexpr int64_t kStreamed = 1024;  // elements of W that are widened at a time
+
+// out = added + x m + w (null: nothing) for N view rows by V vectors of columns, all in registers; steps: between view rows.
+template <int N, int V, class A, class U>
+__attribute__((noinline)) void weight_block(U* out, const A* x, const A* w, int64_t step, const A* m, int64_t count, const A* added) {
+  using Vec = vec<A>;
+  constexpr int L = kLanes<A>;
+  Vec sums[N][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) sums[i][v] = load(added + v * L);
+  for (int64_t k = 0; k < count; ++k) {
+    Vec row[V];
+    for (int v = 0; v < V; ++v) row[v] = load(m + k * kTile + v * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      for (int v = 0; v < V; ++v) sums[i][v] += row[v] * x[i * step + k];
+  }
+  if (w)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      for (int v = 0; v < V; ++v) sums[i][v] += load(w + i * step + v * L);
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i)
+    for (int v = 0; v < V; ++v) store(out + i * step + v * L, sums[i][v]);
+}
+
+// The same for n view rows and all columns.
+template <int V, class A, class U>
+inline int64_t weight_columns(U* out, const A* x, bool delta, int64_t size, const A* factor, const A* added, int64_t n,
+                              int64_t e) {
+  constexpr int L = kLanes<A>, N = kAccumulators / V;
+  for (; e + V * L <= size; e += V * L) {
+    const A* const m = factor + e / kTile * size * kTile + e % kTile;
+    int64_t i = 0;
+    const auto block = [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      for (; i + M <= n; i += M)
+        weight_block<M, V>(out + i * size + e, x + i * size, delta ? nullptr : x + i * size + e, size, m, size, added + e);
+    };
+    block(std::integral_constant<int, N>{});
+    if constexpr (N > 4) block(std::integral_constant<int, 4>{});
+    block(std::integral_constant<int, 1>{});
+  }
+  return e;
+}
+
+// The whole unit where groups fill vectors and memory is in order.
+template <class T, class U>
+void weight_stream(const BatWeightPass& a, const GroupRows& view, int64_t total, const acc_t<T>* factor, const acc_t<T>* added) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  const BatWeight& w = a.bat;
+  const int64_t size = a.groups.size;
+  alignas(64) A wide[kStreamed];
+  const int64_t at_once = std::is_same_v<T, A> ? total : kStreamed / size;
+  for (int64_t v = 0; v < total; v += at_once)
+    view.runs(v, smaller(at_once, total - v), [&](int64_t, int64_t row, int64_t g, int64_t n, int64_t) {
+      const T* const source = at<T>(w.weight, row * w.weight_strides[0] + g * size);
+      U* const out = at<U>(w.out, row * w.out_stride + g * size);
+      const A* x = wide;
+      if constexpr (std::is_same_v<T, A>)
+        x = source;
+      else
+        for (int64_t i = 0; i < n * size; i += L) store(wide + i, load(source + i));
+      const A* const add = added + row % w.r * a.groups.padded;
+      int64_t e = 0;
+      if constexpr (kAccumulators == 16) e = weight_columns<4>(out, x, w.delta, size, factor, add, n, e);
+      e = weight_columns<2>(out, x, w.delta, size, factor, add, n, e);
+      weight_columns<1>(out, x, w.delta, size, factor, add, n, e);
+    });
+}
+
 template <class T, class U> void weight_unit(const BatWeightPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
   using A = acc_t<T>;
   const BatWeight& w = a.bat;
@@ -99,16 +184,19 @@ template <class T, class U> void weight_unit(const BatWeightPass& a, int64_t own
   A *const factor = memory, *const added = memory + groups.panels();  // added [r, padded]: row i of the blocks
   pack_panels(factor, groups, size, w.bat, w.bat_dtype, block, step, false);
   zero(added, w.r * groups.padded);
-  for (int64_t i = 0; i < w.r; ++i)
-    for (int64_t e = 0; e < size; ++e) {
-      const int64_t source = e / w.r * w.r + i;  // the row of the panels that holds it
-      added[i * groups.padded + e] = factor[e / kTile * groups.size * kTile + source * kTile + e % kTile];
-    }
+  for (int64_t b = 0; b < size; b += w.r)
+    for (int64_t i = 0; i < w.r; ++i)
+      for_panels(b, w.r, [&](int64_t j, int64_t panel, int64_t column, int64_t n) {
+        std::memcpy(added + i * groups.padded + b + j, factor + (panel * groups.size + b + i) * kTile + column, n * sizeof(A));
+      });
 
   alignas(64) A tile[kTile * kTile], c[kTile * kTile];
   const Matrix weight{w.weight, w.weight_strides[0], w.weight_strides[1], w.dtype, nullptr};
   const GroupRows view{groups, begin, w.by_column ? owner : 0, w.by_column ? 1 : groups.count};
   const int64_t total = (end - begin) * view.per_row;
+  const bool whole = w.columns % groups.size == 0 && groups.size % kLanes<A> == 0 && groups.size <= 2 * kTile;
+  if (whole && !w.by_column && weight.column == 1)
+    return weight_stream<T, U>(a, view, total, factor, added);
   for (int64_t v = 0; v < total; v += kTile) {
     const int64_t n = smaller(kTile, total - v);
     for (int64_t e = 0; e < size; e += kTile) {
@@ -134,18 +222,87 @@ template <class T, class U> void weight_unit(const BatWeightPass& a, int64_t own
 
 // --- dB ---
 
-// out [size / r, r, r] = the diagonal blocks of c, in panels [panel, groups.size, its width]; sums: what to add, or null
+// out [size / r, r, r] = the diagonal blocks of c, in panels [panel, groups.size, its width]; step: between
+// the results of neighbouring blocks; 0 adds them up
 template <class A> void put_blocks(A* out, const BlockGroups& groups, int64_t size, const A* c, int64_t step) {
   const int64_t r = groups.r;
   for (int64_t b = 0; b < size; b += r)
     for (int64_t i = 0; i < r; ++i)
-      for (int64_t j = 0; j < r; ++j) {
-        const int64_t e = (b + j) / kTile * kTile, width = smaller(kTile, groups.padded - e);
-        const A x = c[e * groups.size + (b + i) * width + b + j - e];
+      for_panels(b, r, [&](int64_t j, int64_t panel, int64_t column, int64_t n) {
+        const int64_t e = panel * kTile, width = smaller(kTile, groups.padded - e);
+        const A* const from = c + e * groups.size + (b + i) * width + column;
         A* const to = out + b / r * step + i * r + j;
-        *to = step == 0 && b > 0 ? *to + x : x;
-      }
+        if (step == 0 && b > 0) add_to(to, from, n);
+        else std::memcpy(to, from, n * sizeof(A));
+      });
 }
+
+#ifdef __AVX512BF16__
+
+// One row of pairs [tiles(size), kPairRows, kTile]: elements of two neighbouring groups of `first` and `second` columns side
+// by side, zero beyond them.
+inline void pair_groups(Pair* slot, const bfloat16* x, int64_t size, int64_t first, int64_t second) {
+  constexpr int64_t kPanel = kPairRows * kTile;
+  int64_t j = 0;
+  for (; j + 16 <= first && j + 16 <= second; j += 16) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + j)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + size + j)));
+    _mm512_storeu_si512(slot + j / kTile * kPanel + j % kTile, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  for (; j < size; j += 16) {
+    const __mmask16 here = first - j >= 16 ? 0xffff : first > j ? (1 << (first - j)) - 1 : 0;
+    const __mmask16 there = second - j >= 16 ? 0xffff : second > j ? (1 << (second - j)) - 1 : 0;
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, x + j));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, x + size + j));
+    _mm512_storeu_si512(slot + j / kTile * kPanel + j % kTile, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+// The sums of contract_unit over rows [begin, end): bf16 products are exact in float32, and two take one instruction.
+void contract_pairs(const BatContractPass& a, int64_t begin, int64_t end, float* c, float* sums) {
+  const BatContract& w = a.bat;
+  const BlockGroups& groups = a.groups;
+  const int64_t size = groups.size;
+  constexpr int64_t kPanel = kPairRows * kTile;
+  Pair* const W_pairs = reinterpret_cast<Pair*>(sums + w.r * groups.padded);
+  Pair* const G_pairs = W_pairs + tiles(groups.padded) * kPanel;
+  zero(W_pairs, 2 * tiles(groups.padded) * kPanel);
+  const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+  int64_t filled = 0;
+  // Multiplies what is filled, while lines of what comes next, W's and G's, are fetched.
+  const auto flush = [&](const bfloat16* next_W, const bfloat16* next_G) {
+    const auto ahead = [&](const bfloat16* next) {
+      return Ahead{reinterpret_cast<const char*>(next), 4 * size, kPairRows, 4 * size / 64};
+    };
+    int64_t call = 0;
+    for (int64_t e = 0; e < size; e += kTile) {
+      const int64_t width = smaller(kTile, groups.padded - e);
+      for (int64_t i = 0; i < size; i += kTile / 2, ++call)
+        product<1, kTile>(c + e * size + i * width, width, W_pairs + i / kTile * kPanel + i % kTile, G_pairs + e * kPairRows, kTile,
+                          smaller(kTile / 2, size - i), filled, call == 0 ? ahead(next_W) : call == 1 ? ahead(next_G) : Ahead{});
+    }
+    filled = 0;
+  };
+  for (int64_t row = begin; row < end; ++row) {
+    const bfloat16* const W_row = at<bfloat16>(w.weight, row * w.weight_strides[0]);
+    const bfloat16* const G_row = at<bfloat16>(w.G, row * w.G_stride);
+    float* const sum = sums + row % w.r * groups.padded;
+    for (int64_t g = 0; g < groups.count; g += 2) {
+      const int64_t j = g * size, first = groups.size_of(g), second = g + 1 < groups.count ? groups.size_of(g + 1) : 0;
+      Pair* const G_slot = G_pairs + filled * kTile;
+      pair_groups(W_pairs + filled * kTile, W_row + j, size, first, second);
+      pair_groups(G_slot, G_row + j, size, first, second);
+      for (int64_t e = 0; e < first; e += 16) {
+        const __m512i x = _mm512_loadu_si512(G_slot + e / kTile * kPanel + e % kTile);
+        _mm512_storeu_ps(sum + e, _mm512_dpbf16_ps(_mm512_loadu_ps(sum + e), (__m512bh)x, (__m512bh)ones));
+      }
+      if (++filled == kPairRows) flush(W_row + j + 2 * size, G_row + j + 2 * size);
+    }
+  }
+  flush(nullptr, nullptr);
+}
+
+#endif
 
 template <class T, class U> void contract_unit(const BatContractPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
   using A = acc_t<T>;
@@ -158,7 +315,12 @@ template <class T, class U> void contract_unit(const BatContractPass& a, int64_t
   const Matrix weight{w.weight, w.weight_strides[0], w.weight_strides[1], w.dtype, nullptr};
   const Matrix G{w.G, w.G_stride, 1, w.G_dtype, nullptr};
   const GroupRows view{groups, owner * w.r + begin, 0, at_least_one(groups.count)};
-  const int64_t total = (end - begin) * groups.count;
+  bool paired = false;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, bfloat16> && std::is_same_v<U, bfloat16>)
+    if ((paired = weight.column == 1 && groups.padded % 16 == 0)) contract_pairs(a, owner * w.r + begin, owner * w.r + end, c, sums);
+#endif
+  const int64_t total = paired ? 0 : (end - begin) * groups.count;
   for (int64_t v = 0; v < total; v += kTile) {
     const int64_t n = smaller(kTile, total - v);
     for (int64_t i = 0; i < groups.size; i += kTile) {

@@ -22,17 +22,17 @@ struct BlockGroups {
   int64_t panels() const { return tiles(padded) * size * kTile; }  // elements of a packed factor: see pack_panels
 };
 
-// Units (owner, part) of work, shared out to tasks with a workspace each.
+// Units (owner, part) of work, shared out to tasks.
 struct BlockPlan {
   BlockGroups groups;
   int64_t owners = 0, parts = 1;
-  int64_t tasks = 0, room = 0;  // bytes of a task's workspace
-  char* memory = nullptr;       // [tasks, room]
+  int64_t tasks = 0, room = 0;  // bytes of workspace for whoever starts at a task
+  char* memory = nullptr;       // [tasks, room], of which each thread touches one
   void* partial = nullptr;      // what the parts of an owner add up to, one after the other
 
   // `work` multiply-adds in all; an owner can be cut into at most `most` parts.
   void divide(int64_t owners_, int64_t most, int64_t work) {
-    constexpr int64_t kUnits = 64, kWork = 1 << 18;
+    constexpr int64_t kUnits = 64, kWork = 1 << 22;
     owners = owners_;
     parts = 1;
     if (owners > 0) parts = at_least_one(smaller(smaller(kUnits / owners, most), work / owners / kWork));
@@ -56,6 +56,8 @@ struct BatWeightPass : BlockPlan {
   }
 };
 
+constexpr int64_t kPairRows = 32;  // of pairs of bf16 groups that are multiplied at a time
+
 struct BatContractPass : BlockPlan {
   const BatContract& bat;
 
@@ -64,6 +66,7 @@ struct BatContractPass : BlockPlan {
     groups = {a.columns, a.r};
     divide(a.rows / a.r, a.r, a.rows * a.columns * groups.size);
     room = accumulator_size(a.dtype) * (groups.size + a.r) * groups.padded;
+    if (a.dtype == DType::bfloat16) room += 2 * 4 * tiles(groups.padded) * kPairRows * kTile;
   }
 };
 

@@ -75,6 +75,7 @@ inline void product_block(A* c, int64_t c_stride, const X* x, const X* m, int64_
   const int64_t step = ahead.stride;
   const char* line = ahead.next(count);
   Vec sums[N][V];
+#pragma GCC unroll 16  // else they go through memory
   for (int i = 0; i < N; ++i)
     for (int v = 0; v < V; ++v) sums[i][v] = bits_at<Vec>(c + i * c_stride + v * L);
   for (int64_t k = 0; k < count; ++k, line += step) {
@@ -85,6 +86,7 @@ inline void product_block(A* c, int64_t c_stride, const X* x, const X* m, int64_
     for (int i = 0; i < N; ++i)
       for (int v = 0; v < V; ++v) sums[i][v] = multiply_add(sums[i][v], row[v], x[i * si + k * sk]);
   }
+#pragma GCC unroll 16
   for (int i = 0; i < N; ++i)
     for (int v = 0; v < V; ++v) std::memcpy(c + i * c_stride + v * L, &sums[i][v], sizeof(Vec));
 }
