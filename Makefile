@@ -44,10 +44,13 @@ gpu-dry: $(VENV)/.built ## the same script as far as it goes without a chip
 wheel: $(VENV)/.built
 	rm -rf dist && $(PIP) wheel . --no-build-isolation --no-deps -w dist && $(PY) -m abi3audit --verbose dist/*.whl
 
-sanitize: $(VENV)/.built ## the C++ kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	SPECTRAL_OPS_SANITIZE=address,undefined $(PIP) install . --no-build-isolation --no-deps --upgrade --target build/sanitize
-	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(CURDIR)/build/sanitize $(VENV)/bin/pytest -m "not slow" $(ARGS)
+sanitize: $(VENV)/.built ## every CPU operator on every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer
+	SPECTRAL_OPS_SANITIZE=address,undefined SPECTRAL_OPS_SKIP_CUDA_BUILD=1 $(PY) setup.py build_ext --build-lib build/sanitize
+	for isa in default avx2 avx512 avx512_bf16; do \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 SPECTRAL_OPS_CPU_ISA=$$isa \
+	  $(PY) tests/sanitized.py build/sanitize/spectral_ops/_C.abi3.so $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf build dist outputs .cache .pytest_cache .benchmarks .ruff_cache .hypothesis *.egg-info spectral_ops/*.so $(VENV)/.built

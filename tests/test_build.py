@@ -219,6 +219,48 @@ def test_unknown_instruction_set_is_named():
     assert "wanted avx512_bf16, avx512, avx2 or default" in python(code, SPECTRAL_OPS_CPU_ISA="sse9")
 
 
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """Runs tests/sanitized.py on _C as built with both sanitizers."""
+    compiler = tool(os.environ.get("CXX", "g++"))
+    runtimes = (
+        [run(compiler, f"-print-file-name=lib{n}.so").stdout.strip() for n in ("asan", "ubsan")] if compiler else []
+    )
+    if not runtimes or not all(Path(r).is_absolute() for r in runtimes):
+        pytest.skip("needs gcc's libasan and libubsan")
+    for name in ("cmake", "ninja"):
+        if tool(name) is None:
+            pytest.skip(f"{name} is not on PATH")
+    folder = tmp_path_factory.mktemp("sanitized")
+    settings = {"SPECTRAL_OPS_SANITIZE": "address,undefined", "SPECTRAL_OPS_SKIP_CUDA_BUILD": "1"}
+    run(sys.executable, "setup.py", "build_ext", "--build-lib", folder, **settings)
+
+    def call(*arguments, check=True, **env):
+        env |= {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+        script, library = ROOT / "tests/sanitized.py", folder / "spectral_ops/_C.abi3.so"
+        return run(sys.executable, script, library, *arguments, check=check, PYTHONPATH=str(ROOT), **env)
+
+    return call
+
+
+@needs_build
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [("default", "float64"), ("avx2", "float16"), ("avx512", "float32"), ("avx512_bf16", "bfloat16")],
+)
+def test_kernels_run_clean_under_sanitizers(sanitized, isa, dtype):
+    """One dtype an instruction set; `make sanitize` runs them all."""
+    assert "clean: " in sanitized(dtype, SPECTRAL_OPS_CPU_ISA=isa).stdout
+
+
+@needs_build
+@pytest.mark.slow
+def test_sanitizers_see_what_the_kernels_read(sanitized):
+    done = sanitized("overrun", check=False)
+    assert done.returncode and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stdout + done.stderr
+
+
 @needs_build
 @pytest.mark.skipif(tool("nm") is None, reason="needs nm (binutils)")
 def test_kernels_share_no_inline_function_across_instruction_sets():

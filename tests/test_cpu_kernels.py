@@ -170,8 +170,8 @@ def check_csr(T, d, k, density, threads, dtype):
         torch.set_num_threads(before)
 
 
-def sweep():
-    for dtype in DTYPES:
+def sweep(dtypes=DTYPES):
+    for dtype in dtypes:
         for shape in SPARSE:
             check_csr(*shape, dtype)
         for shape in BAT_SHAPES:
