@@ -1,4 +1,4 @@
-"""Every CPU operator at every size of its tests, with the extension at argv[1]; `make sanitize` and test_build.py run it
+"""Every CPU operator at every size of its tests, with the extension at argv[1], for `make sanitize` and test_build.py:
 under AddressSanitizer and UndefinedBehaviorSanitizer. argv[2:]: dtypes, all of them if left out; or "overrun", for one
 call that reads outside an allocation, so that it is seen to end in a report."""
 
