@@ -1,0 +1,78 @@
+"""Every method of the package in its usual configuration: what cost tables, floors and the training proof run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import spectral_ops
+from spectral_ops import adapters
+from spectral_ops.adapters.methods import layer_type
+
+RANK, BLOCK, DENSITY = 16, 64, 0.006
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: the class of its config in spectral_ops.adapters, and the fields that make its usual configuration."""
+
+    config: str
+    fields: dict
+
+    def build(self, **fields) -> adapters.AdapterConfig:
+        """The config, with ``fields`` added or replaced."""
+        return getattr(adapters, self.config)(**{**self.fields, **fields})
+
+
+def _low_rank(config: str, **fields) -> Method:
+    return Method(config, {"r": RANK, "lora_alpha": 2 * RANK, **fields})
+
+
+METHODS: dict[str, Method] = {
+    "lora": _low_rank("LoRAConfig"),
+    "rslora": _low_rank("LoRAConfig", use_rslora=True),
+    "pissa": _low_rank("LoRAConfig", init_lora_weights="pissa_niter_4"),
+    "milora": _low_rank("LoRAConfig", init_lora_weights="milora"),
+    "dora": _low_rank("DoRAConfig"),
+    "bone": Method("BoneConfig", {"r": BLOCK}),
+    "mini": Method("BoneConfig", {"r": BLOCK, "init_weights": "mini", "mini_r": BLOCK}),
+    "bat": Method("BatConfig", {"r": BLOCK}),
+    "bat_row": Method("BatConfig", {"r": BLOCK, "mode": "row"}),
+    "rosa": _low_rank("RoSAConfig", d=DENSITY),
+}
+
+
+def even_pattern(d: int, k: int, density: float = DENSITY) -> spectral_ops.CSR:
+    """A pattern with int(density d k) entries, spread evenly over the rows, with values that train."""
+    nnz = int(density * d * k)
+    offsets = torch.arange(d + 1, dtype=torch.int64) * nnz // d
+    rows = torch.repeat_interleave(torch.arange(d), offsets.diff())
+    place = torch.arange(nnz) - offsets[rows]
+    columns = place * k // offsets.diff()[rows]
+    values = nn.Parameter(torch.zeros(nnz))
+    csr = spectral_ops.CSR(values, offsets.to(torch.int32), columns.to(torch.int32), (d, k))
+    csr.validate()
+    return csr
+
+
+def layer(
+    name: str, linear: nn.Linear, pattern: spectral_ops.CSR | None = None, **fields
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.Tensor]]:
+    """Method ``name`` over ``linear``: its forward, and the parameters it trains.
+
+    ``pattern``: RoSA's, which a fresh RoSALinear does not have yet.
+    """
+    config = METHODS[name].build(**fields)
+    adapted = layer_type(config).from_linear(linear, config)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    if pattern is None or not isinstance(adapted, adapters.RoSALinear):
+        return adapted, parameters
+    A, B = adapted.lora_A["default"], adapted.lora_B["default"]
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return spectral_ops.rosa_linear(x, linear.weight, pattern, A, B, linear.bias, scale=config.scaling)
+
+    return forward, [A, B, pattern.values]

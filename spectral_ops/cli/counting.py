@@ -1,0 +1,96 @@
+"""What a piece of code computes and moves, counted operator by operator without running it.
+
+Under :func:`counted` every dispatched operator adds its floating-point operations and the least bytes that must cross
+memory: our operators by their registered formula, the library's by torch's FLOP formulas and the sizes of what they read
+and write. With fake tensors (``torch._subclasses.FakeTensorMode``) nothing is computed, so a 70B model's layer takes
+no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from spectral_ops._library import NAMESPACE, OPERATORS
+
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "alias",
+        "lift_fresh", "set_", "resize_", "is_same_size", "_local_scalar_dense"}  # fmt: skip
+
+
+@dataclass
+class Call:
+    """One operator's share: how often it ran, floating-point operations, least bytes."""
+
+    calls: int = 0
+    flops: int = 0
+    bytes: int = 0
+    each: list[tuple[int, int]] = field(default_factory=list)  # flops and bytes of every call
+
+
+class Counts(dict[str, Call]):
+    """Calls by operator name."""
+
+    @property
+    def flops(self) -> int:
+        return sum(call.flops for call in self.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(call.bytes for call in self.values())
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """The roofline floor: every call at its own bound, one after the other."""
+        each = (pair for call in self.values() for pair in call.each)
+        return sum(max(flops / flops_per_second, moved / bytes_per_second) for flops, moved in each)
+
+
+def _bytes(func, args, kwargs, out) -> int:
+    """Bytes of the distinct tensors read, and of those written."""
+    written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    outs = {n for n in written if n == "out" or n.startswith("out")}  # only written; others are read as well
+    read = [t for name, value in named.items() if name not in outs for t in tree_leaves(value)]
+    written_tensors = [t for name in written for t in tree_leaves(named.get(name))] or tree_leaves(out)
+    distinct = [{id(t): t for t in group if isinstance(t, torch.Tensor)} for group in (read, written_tensors)]
+    return sum(t.numel() * t.element_size() for group in distinct for t in group.values())
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        name = func._schema.name.split("::")[1]
+        if func.namespace == NAMESPACE:
+            cost = OPERATORS[name].cost(*args, **kwargs)
+            flops, moved = cost.flops, cost.bytes
+        elif func.is_view or name in FREE or func.namespace not in ("aten", "prims"):
+            return out
+        else:
+            formula = flop_registry.get(packet)
+            flops = formula(*args, **kwargs, out_val=out) if formula else 0
+            moved = _bytes(func, args, kwargs, out)
+        call = self.counts.setdefault(name, Call())
+        call.calls += 1
+        call.flops += flops
+        call.bytes += moved
+        call.each.append((flops, moved))
+        return out
+
+
+@contextmanager
+def counted() -> Iterator[Counts]:
+    """Counts of everything dispatched inside, the backward pass included if it runs inside."""
+    counts = Counts()
+    with _Counter(counts):
+        yield counts
