@@ -1,8 +1,8 @@
 """What a layer of each method costs on paper: arithmetic, bytes and saved bytes beside the frozen layer.
 
-Counted from the operators' registered formulas and torch's, on shapes alone: no weight exists and nothing runs. The last
-columns predict the time beside the frozen layer's, every operator of the present routes at its own bound under ceilings
-that are assumed, one after the other, nothing overlapped. ``--write-docs`` renews the tables in docs/methods.
+Counted from the operators' registered formulas and torch's, on shapes alone: no weight exists and nothing runs. The
+last columns predict the time beside the frozen layer's, every operator of the present routes at its own bound under
+ceilings that are assumed, one after the other, nothing overlapped. ``--write-docs`` renews the tables in docs/methods.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spectral_ops.cli.counting import Counts, counted
 from spectral_ops.cli.table import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# dense bf16 FLOP/s and bytes/s that large products and copies reach, not the data sheet's peaks; nothing here was measured
+# dense bf16 FLOP/s and bytes/s that large products and copies reach, below the data sheet's peaks; none was measured
 CEILINGS = {"sm_80": (2.6e14, 1.7e12), "sm_90": (7.9e14, 3.0e12), "sm_100": (1.6e15, 7.0e12)}
 DOCS = {"tokens": 8192, "d": 4096, "k": 4096}  # the shape of the tables in docs/methods
 
@@ -156,9 +156,12 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.operators:
             for direction, counts in (("forward", c.forward), ("backward", c.backward)):
                 for operator, call in counts.items():
-                    rows.append([f"  {direction} {operator} x{call.calls}", "", f"{call.flops / 1e9:.2f} G", "",
-                                 f"{call.bytes / 2**20:.1f}", "", "", "", ""])  # fmt: skip
-    print(f"T={arguments.tokens}, layer {d}x{k}, {arguments.dtype}; beside the frozen layer's {frozen.flops / 1e9:.0f} GFLOP"
-          f" and {frozen.bytes / 2**20:.0f} MiB. sm_*: predicted time, x frozen, under assumed ceilings.\n")  # fmt: skip
+                    label = f"  {direction} {operator} x{call.calls}"
+                    rows.append([label, "", f"{call.flops / 1e9:.2f} G", "", f"{call.bytes / 2**20:.1f}", *[""] * 4])
+    print(
+        f"T={arguments.tokens}, layer {d}x{k}, {arguments.dtype}; beside the frozen layer's"
+        f" {frozen.flops / 1e9:.0f} GFLOP and {frozen.bytes / 2**20:.0f} MiB."
+        " sm_*: predicted time, x frozen, under assumed ceilings.\n"
+    )
     print(table(header, rows))
     return 0

@@ -1,9 +1,9 @@
 """What a piece of code computes and moves, counted operator by operator without running it.
 
 Under :func:`counted` every dispatched operator adds its floating-point operations and the least bytes that must cross
-memory: our operators by their registered formula, the library's by torch's FLOP formulas and the sizes of what they read
-and write. With fake tensors (``torch._subclasses.FakeTensorMode``) nothing is computed, so a 70B model's layer takes
-no memory.
+memory: our operators by their registered formula, the library's by torch's FLOP formulas and the sizes of what they
+read and write. With fake tensors (``torch._subclasses.FakeTensorMode``) nothing is computed, so a 70B model's layer
+takes no memory.
 """
 
 from __future__ import annotations
