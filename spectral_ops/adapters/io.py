@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectral_ops._files import safetensors as _safetensors
+from spectral_ops._files import write as _write
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import METHODS, config_type, layer_type
@@ -39,17 +40,6 @@ IGNORED = {
     "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-
-
-def _safetensors():
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(
-            "safetensors: not installed, wanted to read or write an adapter (pip install safetensors)"
-        ) from None
-    return safetensors
 
 
 # --- save ------------------------------------------------------------------------------------------------------------
@@ -99,16 +89,6 @@ def _version() -> str:
     from spectral_ops import __version__
 
     return __version__
-
-
-def _write(path: Path, write) -> None:
-    """Write beside ``path`` and rename, so that an interrupted save leaves no half of a file under that name."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _biases(root: nn.Module, config: AdapterConfig, chosen) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, check_adapter_name, is_linear
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import layer_type
+from spectral_ops.init.svd_cache import SVDFile, stored
 
 Unit = AdapterLinear | TrainedCopy
 
@@ -197,7 +198,7 @@ def _wanted(linear: dict[str, nn.Module]) -> str:
 # --- the functions ---------------------------------------------------------------------------------------------------
 
 
-def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True, progress=None):
+def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True, progress=None, svd_cache_dir=None):
     """Put an adapter on every layer that ``config`` chooses, freeze everything else, make the adapter active.
 
     Args:
@@ -206,10 +207,14 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
         adapter_name: a model can hold several adapters of one method; :func:`set_adapter` switches.
         autocast_adapter_dtype: float32 adapters over a bf16/fp16 model (as PEFT does); else the model's dtype.
         progress: True or False to show a slow initialisation on stderr; None shows it on a terminal.
+        svd_cache_dir: where singular triplets an initialisation needs are read from, and written to where the file is
+            not there yet or lacks some, so that the next start of the same job finds them. ValueError where the file
+            belongs to other weights.
 
     Biases and modules_to_save train as the config says. Raises TypeError/ValueError that name the field.
     """
-    attach_adapter(model, config, adapter_name, autocast_adapter_dtype, progress)
+    file = None if svd_cache_dir is None else SVDFile(svd_cache_dir)
+    attach_adapter(model, config, adapter_name, autocast_adapter_dtype, progress, file=file)
     paths = [path for path, _ in walk(unwrap(model))]
     for field in ("target_modules", "modules_to_save"):
         names = getattr(config, field)
@@ -220,9 +225,9 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
 
 
 def attach_adapter(
-    model, config, adapter_name, autocast_adapter_dtype=True, progress=None, initialise=True, commit=True
+    model, config, adapter_name, autocast_adapter_dtype=True, progress=None, initialise=True, commit=True, file=None
 ):
-    """:func:`attach`; a loader leaves the initialisation, or its effect on the base, to be done by itself."""
+    """:func:`attach` (with its SVDFile); a loader leaves the initialisation, or its effect on the base, to itself."""
     root, method = unwrap(model), layer_type(config)
     check_adapter_name(adapter_name)
     if adapter_name in adapter_configs(root):
@@ -243,14 +248,17 @@ def attach_adapter(
         for path, module in _progress(chosen.items(), type(config).__name__, progress if slow else False):
             built[path] = module if isinstance(module, AdapterLinear) else method(module)
             try:
-                built[path].add_adapter(
-                    adapter_name, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
-                )
+                with stored(file, path):
+                    built[path].add_adapter(
+                        adapter_name, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
+                    )
                 base = built[path].base_layer
                 others = [other for other, holder in holders.get(_memory(base.weight), []) if holder is not base]
                 built[path].placed(adapter_name, others)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from error
+        if file is not None:
+            file.save()
     except BaseException:
         for path, layer in built.items():
             if layer is chosen[path]:

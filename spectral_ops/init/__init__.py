@@ -2,5 +2,6 @@
 
 from spectral_ops.init.masks import topk_pattern
 from spectral_ops.init.svd import SpectralInit, spectral_factors, truncated_svd
+from spectral_ops.init.svd_cache import SVDFile, clear_svd_cache
 
-__all__ = ["SpectralInit", "spectral_factors", "topk_pattern", "truncated_svd"]
+__all__ = ["SVDFile", "SpectralInit", "clear_svd_cache", "spectral_factors", "topk_pattern", "truncated_svd"]
