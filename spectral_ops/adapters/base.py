@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
+from spectral_ops.adapters.tied import BufferDict, TiedDict
 from spectral_ops.functional import checks
 
 # --- configs ---------------------------------------------------------------------------------------------------------
@@ -95,6 +96,16 @@ class AdapterConfig:
         """This config as it applies to the layer at ``path`` (rank and alpha patterns resolved)."""
         return self
 
+    def for_model(self, sizes: dict[str, tuple[int, int]]) -> AdapterConfig:
+        """This config as it applies to a model whose layers at these paths have these sizes [d, k]; ValueError where
+        they do not go together."""
+        return self
+
+    @property
+    def unsaved(self) -> frozenset[str]:
+        """Which of a layer's ``tensor_keys`` a file leaves out."""
+        return frozenset()
+
     def for_file(self, plain: bool) -> AdapterConfig:
         """The config that describes :meth:`AdapterLinear.file_tensors`."""
         return self
@@ -132,6 +143,13 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def linear_size(module: nn.Module) -> tuple[int, int]:
+    """[out_features, in_features] of a linear layer, adapted or not."""
+    if is_conv1d(module):
+        return tuple(module.weight.shape[::-1])
+    return module.out_features, module.in_features
+
+
 def why_not_dense(base: nn.Module) -> str | None:
     """Why the fused operator must not read this layer's weight itself, or None where it may."""
     if type(base) is not nn.Linear and not is_conv1d(base):
@@ -148,22 +166,6 @@ def why_not_dense(base: nn.Module) -> str | None:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-class BufferDict(nn.Module):
-    """Tensors by name that follow a module to its device and into its state_dict, and do not train."""
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._buffers[name]
-
-    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
-        self.register_buffer(name, tensor)
-
-    def __delitem__(self, name: str) -> None:
-        del self._buffers[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._buffers
-
-
 class AdapterLinear(nn.Module):
     """A frozen linear layer and its named adapters, one of them active.
 
@@ -174,6 +176,7 @@ class AdapterLinear(nn.Module):
 
     config_type: ClassVar[type[AdapterConfig]]
     tensor_keys: ClassVar[dict[str, str]]  # ParameterDict -> what follows the module's path in PEFT's file
+    tied_keys: ClassVar[frozenset[str]] = frozenset()  # those of tensor_keys that link() makes, one for several layers
     index_keys: ClassVar[dict[str, str]] = {}  # int32 buffers
     initial_keys: ClassVar[dict[str, str]] = {}  # frozen tensors that undo an initialisation which changed the base
 
@@ -183,12 +186,9 @@ class AdapterLinear(nn.Module):
             raise TypeError(f"linear: got {type(base_layer).__name__}, wanted nn.Linear or Conv1D")
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
-        if self.transposed:
-            self.in_features, self.out_features = base_layer.weight.shape
-        else:
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = linear_size(base_layer)
         for name in (*self.tensor_keys, *self.initial_keys):
-            setattr(self, name, nn.ParameterDict())
+            setattr(self, name, TiedDict() if name in self.tied_keys else nn.ParameterDict())
         for name in self.index_keys:
             setattr(self, name, BufferDict())
         self.configs: dict[str, AdapterConfig] = {}
@@ -211,6 +211,7 @@ class AdapterLinear(nn.Module):
             raise TypeError(f"config: got {type(config).__name__}, wanted {cls.config_type.__name__}")
         layer = cls(linear)
         layer.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        cls.link({"": layer}, adapter_name)
         linear.requires_grad_(False)
         layer.commit(adapter_name)
         layer.set_active(adapter_name)
@@ -253,7 +254,15 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def link(cls, layers: dict[str, AdapterLinear], name: str) -> None:
-        """Tie what the layers of a model share under adapter ``name``; called once all of them are built."""
+        """Make and tie what layers (by path) share under adapter ``name``; called once all of them are built.
+
+        Until then the tensors of ``tied_keys`` have no memory, and :meth:`reset` must leave them alone.
+        """
+
+    @classmethod
+    def file_key(cls, path: str, suffix: str) -> str:
+        """The key in PEFT's file of a tensor of the layer at ``path``; what layers share has one key for all."""
+        return f"base_model.model.{path}.{suffix}"
 
     def placed(self, name: str, sharing: list[str]) -> None:
         """Told by attach which other modules of the model hold memory of the base weight; may raise ValueError."""
@@ -305,7 +314,8 @@ class AdapterLinear(nn.Module):
 
         plain: in a form that another library loads onto the original base; else in the form this class trains.
         """
-        return {suffix: getattr(self, key)[name].detach() for key, suffix in self.held(name).items()}
+        saved = {key: s for key, s in self.held(name).items() if key not in self.settings[name].unsaved}
+        return {suffix: getattr(self, key)[name].detach() for key, suffix in saved.items()}
 
     # what all methods do alike
 
@@ -362,7 +372,8 @@ class AdapterLinear(nn.Module):
         self.configs[name], self.settings[name] = config, settings
         try:
             for key, shape in shapes.items():
-                tensor = torch.empty(shape, dtype=self.parameter_dtype(key, dtype), device=weight.device)
+                device = "meta" if key in self.tied_keys else weight.device
+                tensor = torch.empty(shape, dtype=self.parameter_dtype(key, dtype), device=device)
                 getattr(self, key)[name] = nn.Parameter(tensor, requires_grad=False)
             for key, shape in self.index_shapes(settings, self.out_features, self.in_features).items():
                 with torch.inference_mode(False):  # their versions are watched

@@ -17,7 +17,7 @@ from torch import nn
 
 from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
+from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, linear_size
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import METHODS, config_type, layer_type
 from spectral_ops.adapters.model import (
@@ -60,7 +60,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True):
     config = configs[name].for_file(plain)
     layers = {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
     tensors = {
-        f"{PREFIX}{path}.{suffix}": tensor
+        layer.file_key(path, suffix): tensor
         for path, layer in layers.items()
         for suffix, tensor in layer.file_tensors(name, plain).items()
     }
@@ -137,6 +137,7 @@ def load_adapter(
     tensors, note = _read_tensors(directory / WEIGHTS)
     try:
         chosen, copied = targets(root, config), modules_to_save(root, config)
+        sized = config.for_model({path: linear_size(module) for path, module in chosen.items()})
     except ValueError as error:
         raise ValueError(f"{directory}: the adapter does not fit this model: {error}") from None
     initial = any(key.endswith(suffix) for key in tensors for suffix in method.initial_keys.values())
@@ -144,12 +145,16 @@ def load_adapter(
     dtypes: dict[str, torch.dtype] = {}
     for path, module in chosen.items():
         layer = module if isinstance(module, AdapterLinear) else method(module)
-        sizes = config.for_layer(path), layer.out_features, layer.in_features
+        sizes = sized.for_layer(path), layer.out_features, layer.in_features
         indices = method.index_shapes(*sizes)
         shapes = method.shapes(*sizes) | indices | (method.initial_shapes(*sizes) if initial else {})
-        suffixes = method.tensor_keys | method.index_keys | method.initial_keys
-        dtypes |= {f"{PREFIX}{path}.{suffixes[key]}": torch.int32 for key in indices}
-        expected |= {f"{PREFIX}{path}.{suffixes[key]}": torch.Size(shape) for key, shape in shapes.items()}
+        names = {
+            key: method.file_key(path, suffix)
+            for key, suffix in (method.tensor_keys | method.index_keys | method.initial_keys).items()
+            if key not in config.unsaved
+        }
+        dtypes |= {names[key]: torch.int32 for key in indices}
+        expected |= {names[key]: torch.Size(shape) for key, shape in shapes.items() if key in names}
         if check_base and path in note.get("base", {}):
             _check_sample(directory, path, layer, note["base"][path])
     for key, tensor in tensors.items():
@@ -164,8 +169,8 @@ def load_adapter(
     _compare(directory / WEIGHTS, tensors, expected)
     for path, module in chosen.items():
         layer = module if isinstance(module, AdapterLinear) else method(module)
-        suffixes = {key: f"{PREFIX}{path}.{suffix}" for key, suffix in (method.tensor_keys | method.index_keys).items()}
-        found = {key: tensors[name] for key, name in suffixes.items() if name in tensors}
+        names = {key: method.file_key(path, s) for key, s in (method.tensor_keys | method.index_keys).items()}
+        found = {key: tensors[name] for key, name in names.items() if name in tensors}
         try:
             method.check_tensors(config.for_layer(path), layer.out_features, layer.in_features, found)
         except (IndexError, ValueError) as error:
@@ -177,7 +182,7 @@ def load_adapter(
     )
     with torch.no_grad():
         for path in chosen:
-            _fill(root.get_submodule(path), adapter_name, f"{PREFIX}{path}.", tensors, initial)
+            _fill(root.get_submodule(path), adapter_name, path, tensors, initial)
         for path in copied:
             copy = root.get_submodule(path).copies[adapter_name]
             copy.load_state_dict({key: tensors[f"{PREFIX}{path}.{key}"] for key in copy.state_dict()})
@@ -188,11 +193,12 @@ def load_adapter(
     return model
 
 
-def _fill(layer: AdapterLinear, name: str, prefix: str, tensors: dict[str, torch.Tensor], initial: bool) -> None:
+def _fill(layer: AdapterLinear, name: str, path: str, tensors: dict[str, torch.Tensor], initial: bool) -> None:
     for key, suffix in layer.held(name).items():
-        getattr(layer, key)[name].copy_(tensors[prefix + suffix])
+        if key not in layer.settings[name].unsaved:
+            getattr(layer, key)[name].copy_(tensors[layer.file_key(path, suffix)])
     if initial:
-        layer.set_initial(name, *(tensors[prefix + suffix] for suffix in layer.initial_keys.values()))
+        layer.set_initial(name, *(tensors[layer.file_key(path, suffix)] for suffix in layer.initial_keys.values()))
         layer.commit(name)
 
 

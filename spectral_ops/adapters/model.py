@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, check_adapter_name, is_linear
+from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, check_adapter_name, is_linear, linear_size
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import layer_type
 from spectral_ops.init.svd_cache import SVDFile, stored
@@ -233,6 +233,7 @@ def attach_adapter(
     if adapter_name in adapter_configs(root):
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted a name this model does not have yet")
     chosen, copied = targets(root, config), modules_to_save(root, config)
+    config = config.for_model({path: linear_size(module) for path, module in chosen.items()})
     for path, module in chosen.items():
         if isinstance(module, AdapterLinear) and type(module) is not method:
             raise ValueError(
