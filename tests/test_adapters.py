@@ -18,6 +18,8 @@ from spectral_ops import (
     DoRALinear,
     LoRAConfig,
     LoRALinear,
+    PiCaConfig,
+    PiCaLinear,
     RoSAConfig,
     RoSALinear,
 )
@@ -39,6 +41,8 @@ CONFIGS = {
     "rosa_resident": RoSAConfig(r=4, lora_alpha=6, d=0.1, route="resident"),
     "rosa_spa": RoSAConfig(d=0.1, schedule="spa_only", route="scatter"),
     "rosa_lora": RoSAConfig(r=4, lora_alpha=6, schedule="lora_only"),
+    "pica": PiCaConfig(r=4),
+    "pica_output": PiCaConfig(r=4, side="output"),
 }
 CLASSES = {
     LoRAConfig: LoRALinear,
@@ -46,6 +50,7 @@ CLASSES = {
     BoneConfig: BoneLinear,
     BatConfig: BatLinear,
     RoSAConfig: RoSALinear,
+    PiCaConfig: PiCaLinear,
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
@@ -94,9 +99,10 @@ def attach(model, *args, **options):
     return masked(so.attach(model, *args, **options))
 
 
-def held(layer, name="default"):
-    """The tensors that an adapter has."""
-    return [key for key in layer.tensor_keys if key in layer.held(name)]
+def trained_names(layer, path, name="default"):
+    """The parameters that an adapter trains, as the model at whose ``path`` the layer is names them."""
+    keys = [key for key in layer.trainable(name) if key in layer.held(name)]
+    return {f"{path}.{key}.{name}{'.weight' if key in layer.tied_keys else ''}" for key in keys}
 
 
 def perturb(module, scale=0.1):
@@ -116,6 +122,9 @@ def dense_weight(layer, name="default"):
         delta = torch.stack([torch.stack([block[i % r, o % q] for i in range(K)]) for o in range(D)])
         return W + delta
     config = layer.settings[name]
+    if isinstance(layer, PiCaLinear):
+        P, M = layer.pica_P[name].double(), layer.pica_M[name].double()
+        return W + (M @ P if config.side == "input" else P @ M)
     if isinstance(layer, BatLinear):
         block, rows = layer.miss_block[name].double(), []
         r = block.shape[-1]
@@ -155,7 +164,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(method, transposed,
     wanted = torch.autograd.grad(want, [x, *parameters], dy.double())
     got = layer(x)
     gradients = torch.autograd.grad(got, [x, *parameters], dy)
-    assert got.dtype == dtype and len(parameters) == len(held(layer))
+    assert got.dtype == dtype and len(parameters) == len(trained_names(layer, ""))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for g, w, like in zip([got, *gradients], [want, *wanted], [got, x, *parameters], strict=True):
         assert g.dtype == like.dtype
@@ -263,7 +272,7 @@ def test_dora_norm_is_new_after_each_step():
 @pytest.mark.parametrize("method", [name for name in CONFIGS if not name.startswith(("bat", "rosa_spa"))])  # without
 def test_dropout_is_active_in_training_only_and_replayed_by_checkpointing(method):
     config = copy.copy(CONFIGS[method])
-    setattr(config, "miss_dropout" if isinstance(config, BoneConfig) else "lora_dropout", 0.5)
+    setattr(config, next(name for name in vars(config) if name.endswith("_dropout")), 0.5)
     linear = nn.Linear(K, D)
     layer = perturb(masked(CLASSES[type(config)].from_linear(linear, config)))
     x = torch.randn(6, K, requires_grad=True)
@@ -388,8 +397,7 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
     attach(model, on(method))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    keys = held(so.adapter_layers(model)["0"])
-    assert trained == {f"{path}.{key}.default" for path in "02" for key in keys}
+    assert trained == {name for path in "02" for name in trained_names(model[int(path)], path)}
     rate = 0.1 if method == "rosa_spa" else 0.02
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
@@ -444,7 +452,7 @@ def test_disabled_and_detach_give_the_original_model_back(method):
     assert so.adapter_layers(model) == {}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa", "pica"])
 def test_several_adapters(method):
     model, x = mlp(), torch.randn(4, K)
     base = model(x)
@@ -457,7 +465,7 @@ def test_several_adapters(method):
     assert not torch.allclose(first, second, atol=1e-3)
     so.set_adapter(model, "first")
     assert torch.equal(model(x), first)
-    assert all(name.endswith(".first") for name, p in model.named_parameters() if p.requires_grad)
+    assert all(name.endswith((".first", ".first.weight")) for name, p in model.named_parameters() if p.requires_grad)
     so.set_adapter(model, "second")
     assert torch.equal(model(x), second)
     so.merge(model)
@@ -599,7 +607,7 @@ def test_target_modules_as_peft_reads_them(tiny, fields, count):
     assert set(so.adapter_layers(model)) == expected and len(expected) == count
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone", "bat", "rosa"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone", "bat", "rosa", "pica"])
 def test_llama(tiny, method):
     model, ids = tiny.llama(), tiny.tokens()
     want = model(ids).logits
@@ -637,9 +645,10 @@ def test_patterns_of_rank_and_alpha(tiny):
 def test_gpt2(tiny, method):
     model, ids = tiny.gpt2().eval(), tiny.tokens()
     want = model(ids).logits
-    config = on(method, target_modules="all-linear", **({"mini_r": 8} if method == "mini" else {}))
-    attach(model, config)
-    assert len(so.adapter_layers(model)) == 8 and all(x.transposed for x in so.adapter_layers(model).values())
+    names = ["c_attn", "c_fc"] if method.startswith("pica") else "all-linear"  # there are two sizes of c_proj
+    attach(model, on(method, target_modules=names, **({"mini_r": 8} if method == "mini" else {})))
+    assert len(so.adapter_layers(model)) == (8 if names == "all-linear" else 4)
+    assert all(x.transposed for x in so.adapter_layers(model).values())
     assert torch.allclose(model(ids).logits, want, atol=1e-5)
     adapted = perturb(model)(ids).logits
     with so.disabled(model):

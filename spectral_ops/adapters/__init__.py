@@ -16,6 +16,7 @@ from spectral_ops.adapters.model import (
     set_adapter,
     unmerge,
 )
+from spectral_ops.adapters.pica import PiCaConfig, PiCaLinear
 from spectral_ops.adapters.rosa import RoSAConfig, RoSALinear
 from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
 
@@ -31,6 +32,8 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "MasksSaved",
+    "PiCaConfig",
+    "PiCaLinear",
     "RoSAConfig",
     "RoSALinear",
     "RoSASchedule",

@@ -9,9 +9,10 @@ from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
 from spectral_ops.adapters.dora import DoRALinear
 from spectral_ops.adapters.lora import LoRALinear
+from spectral_ops.adapters.pica import PiCaLinear
 from spectral_ops.adapters.rosa import RoSALinear
 
-METHODS: tuple[type[AdapterLinear], ...] = (LoRALinear, DoRALinear, BatLinear, BoneLinear, RoSALinear)
+METHODS: tuple[type[AdapterLinear], ...] = (LoRALinear, DoRALinear, BatLinear, BoneLinear, RoSALinear, PiCaLinear)
 
 
 def layer_type(config: Any) -> type[AdapterLinear]:

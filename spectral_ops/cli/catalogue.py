@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "bat": Method("BatConfig", {"r": BLOCK}),
     "bat_row": Method("BatConfig", {"r": BLOCK, "mode": "row"}),
     "rosa": _low_rank("RoSAConfig", d=DENSITY),
+    "pica": Method("PiCaConfig", {"r": RANK, "niter": 4}),
 }
 
 

@@ -1,0 +1,40 @@
+"""y = x Wᵀ + drop(x) Aᵀ C Bᵀ + b over factors that a method makes of what it trains and what it froze (METHODS 1.1)."""
+
+from __future__ import annotations
+
+import torch
+
+from spectral_ops._library import accumulate_dtype
+from spectral_ops.adapters.base import AdapterLinear, why_not_dense
+from spectral_ops.functional import lowrank_linear, lowrank_update
+
+
+class LowRankLinear(AdapterLinear):
+    """A linear layer whose adapters add a product of low rank to its weight; a method states :meth:`factors`."""
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """A [r, k], B [d, r], and the core C: None, a diagonal [r], or [r, r]. Gradients reach what is trained."""
+        raise NotImplementedError
+
+    def adapted(self, x, name):
+        A, B, core = self.factors(name)
+        options = {"core": core, "dropout_p": self.settings[name].dropout, "training": self.training}
+        if why_not_dense(self.base_layer) is None:
+            return lowrank_linear(x, self.matrix, A, B, self.base_layer.bias, **options)
+        return lowrank_update(self.base_layer(x), x, A, B, **options)
+
+    @torch.no_grad()
+    def delta_weight(self, adapter_name=None):
+        """B Cᵀ A [d, k] in at least float32."""
+        A, B, core = self.factors(self._known(adapter_name))
+        acc = accumulate_dtype(A.dtype)
+        A, B = A.to(acc), B.to(acc)
+        if core is not None:
+            B = B * core if core.dim() == 1 else B @ core.to(acc).t()
+        return B @ A
+
+    def merged_weight(self, weight, name):
+        return weight + self.delta_weight(name), ()
+
+    def unmerged_weight(self, weight, name):
+        return weight - self.delta_weight(name)
