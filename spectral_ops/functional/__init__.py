@@ -3,6 +3,7 @@
 from spectral_ops._library import FUNCTIONS
 from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
+from spectral_ops.functional.cayley import cayley
 from spectral_ops.functional.csr import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_linear_group, lowrank_update
@@ -18,6 +19,7 @@ __all__ = [
     "block_sum",
     "bone_linear",
     "bone_update",
+    "cayley",
     "column_norm",
     "csr_add",
     "csr_sddmm",

@@ -1,0 +1,167 @@
+"""The Cayley transform against an explicit inverse in float64: values, gradients, orthogonality after training."""
+
+import pytest
+import torch
+from helpers import saved_tensors, storage
+
+import spectral_ops
+from spectral_ops import cayley
+
+SHAPES = [(1, 1), (2, 2), (7, 7), (1, 5, 5), (6, 16, 16), (3, 33, 33), (2, 64, 64), (2, 65, 65), (0, 4, 4)]
+
+
+def explicit(X):
+    """Q by the definition, in X's dtype."""
+    eye = torch.eye(X.shape[-1], dtype=X.dtype)
+    K = (X - X.mT) / 2
+    return (eye - K) @ torch.linalg.inv(eye + K)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads spend longer waiting for each other than these matrices take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_are_those_of_the_definition(shape, dtype):
+    X = torch.randn(shape).to(dtype).requires_grad_()
+    exact = X.detach().double().requires_grad_()
+    want, got = explicit(exact), cayley(X)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got.shape == X.shape
+    G = torch.randn(shape).to(got.dtype)
+    (wanted,) = torch.autograd.grad(want, exact, G.double())
+    (gradient,) = torch.autograd.grad(got, X, G)
+    assert gradient.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert (got - want).norm() <= tolerance * max(want.norm(), 1)
+    tolerance = max(tolerance, 2 * torch.finfo(dtype).eps)  # the gradient comes back in X's dtype
+    assert (gradient - wanted).norm() <= tolerance * wanted.norm()
+    assert torch.equal(gradient, -gradient.mT)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 5, 5), (1, 1)])
+def test_gradcheck(shape):
+    assert torch.autograd.gradcheck(cayley, torch.randn(shape, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_layouts(layout):
+    X = {
+        "transposed": torch.randn(3, 6, 6, dtype=torch.float64).mT,
+        "strided": torch.randn(6, 12, 12, dtype=torch.float64)[::2, ::2, ::2],
+        "expanded": torch.randn(6, 6, dtype=torch.float64).expand(3, 6, 6),
+    }[layout]
+    torch.testing.assert_close(cayley(X), explicit(X))
+    assert torch.autograd.gradcheck(cayley, X.clone(memory_format=torch.preserve_format).requires_grad_())
+
+
+def test_a_symmetric_matrix_gives_the_identity_exactly():
+    X = torch.randn(3, 9, 9)
+    for symmetric in (X + X.mT, torch.zeros_like(X)):
+        assert torch.equal(cayley(symmetric), torch.eye(9).expand(3, 9, 9))
+
+
+def test_a_batch_is_its_matrices():
+    X = torch.randn(5, 12, 12)
+    assert torch.allclose(cayley(X), torch.stack([cayley(one) for one in X]), atol=1e-6)
+
+
+def test_it_rotates():
+    Q = cayley(torch.randn(4, 8, 8, dtype=torch.float64))
+    assert torch.allclose(torch.linalg.det(Q), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("r", [8, 64])
+def test_orthogonal_in_float32_after_1000_steps_of_adamw(r):
+    """Towards random orthogonal matrices, which are far away: the rotations grow as large as training makes them."""
+    X = torch.zeros(2, r, r, requires_grad=True)
+    target = torch.linalg.qr(torch.randn(2, r, r))[0]
+    optimizer = torch.optim.AdamW([X], lr=1e-2)
+    for _ in range(1000):
+        loss = (cayley(X) - target).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert X.detach().abs().max() > 0.5, "X hardly moved"
+    Q = cayley(X).detach()
+    error = (Q.mT @ Q - torch.eye(r)).abs().max().item()
+    print(f"r={r}: |QᵀQ - I|max {error:.1e} with |X|max {X.detach().abs().max():.1f}")
+    assert error < 1e-5
+    assert (Q.double() - explicit(X.detach().double())).abs().max() < 1e-4
+
+
+def test_gradients_stay_accurate_where_the_rotation_is_extreme():
+    """Singular values of I + K up to 100: (I + Q)/2 in place of its inverse would err five times as much."""
+    X = (10 * torch.randn(16, 64, 64)).requires_grad_()
+    exact, G = X.detach().double().requires_grad_(), torch.randn(16, 64, 64)
+    (want,) = torch.autograd.grad(explicit(exact), exact, G.double())
+    (got,) = torch.autograd.grad(cayley(X), X, G)
+    errors = torch.linalg.matrix_norm(got - want) / torch.linalg.matrix_norm(want)
+    assert errors.median() <= 7e-6
+
+
+def test_saved_bytes():
+    X = torch.randn(3, 16, 16, requires_grad=True)
+    with saved_tensors() as kept:
+        cayley(X)
+    assert all(storage(t) != storage(X) for t in kept)
+    assert sum(t.untyped_storage().nbytes() for t in kept) == 3 * (16 * 16 + 16) * 4
+
+
+def test_no_graph_without_a_gradient():
+    X = torch.randn(4, 4)
+    assert not cayley(X).requires_grad
+    with torch.no_grad():
+        assert not cayley(X.requires_grad_()).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(cayley(X), cayley(X.clone()))
+
+
+def test_backward_twice_and_double_backward():
+    X = torch.randn(2, 5, 5, requires_grad=True)
+    Q = cayley(X)
+    G = torch.randn_like(Q).requires_grad_()
+    first, second = (torch.autograd.grad(Q, X, G, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (dX,) = torch.autograd.grad(Q, X, G, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dX.sum().backward()
+
+
+def test_autocast_leaves_it_in_float32():
+    X = torch.randn(2, 9, 9, requires_grad=True)
+    want = cayley(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = cayley(X)
+        (gradient,) = torch.autograd.grad(got, X, torch.ones_like(got))
+    assert torch.equal(got, want) and torch.equal(gradient, torch.autograd.grad(want, X, torch.ones_like(got))[0])
+
+
+def test_compile():
+    X = torch.randn(2, 9, 9, requires_grad=True)
+    torch._dynamo.reset()
+    got, want = torch.compile(cayley, fullgraph=True, backend="aot_eager")(X), cayley(X)
+    G = torch.randn_like(want)
+    assert torch.equal(got, want)
+    assert torch.equal(torch.autograd.grad(got, X, G)[0], torch.autograd.grad(want, X, G)[0])
+
+
+@pytest.mark.parametrize(
+    ("X", "error", "message"),
+    [
+        ("X", TypeError, r"X: got 'X' \(str\), wanted a tensor \[r, r\] or \[n, r, r\]"),
+        (torch.zeros(3, 3, dtype=torch.int64), TypeError, r"X: got \[3, 3\] int64 on cpu, wanted float64"),
+        (torch.zeros(3), ValueError, r"X: got \[3\] float32 on cpu, wanted square matrices"),
+        (torch.zeros(3, 4), ValueError, r"X: got \[3, 4\] float32 on cpu, wanted square matrices"),
+        (torch.zeros(2, 3, 3, 3), ValueError, r"X: got \[2, 3, 3, 3\] float32 on cpu, wanted square"),
+        (torch.zeros(2, 0, 0), ValueError, r"X: got \[2, 0, 0\] float32 on cpu, wanted square .* r >= 1"),
+    ],
+)
+def test_wrong_arguments(X, error, message):
+    with pytest.raises(error, match=message):
+        spectral_ops.functional.cayley(X)
