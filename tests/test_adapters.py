@@ -22,6 +22,8 @@ from spectral_ops import (
     PiCaLinear,
     RoSAConfig,
     RoSALinear,
+    SpectralConfig,
+    SpectralLinear,
 )
 from spectral_ops.init import topk_pattern
 
@@ -43,6 +45,9 @@ CONFIGS = {
     "rosa_lora": RoSAConfig(r=4, lora_alpha=6, schedule="lora_only"),
     "pica": PiCaConfig(r=4),
     "pica_output": PiCaConfig(r=4, side="output"),
+    "spectral": SpectralConfig(r=4, start=1),
+    "spectral_residual": SpectralConfig(r=4, residual=True),
+    "spectral_rotation": SpectralConfig(r=4, mode="rotation"),
 }
 CLASSES = {
     LoRAConfig: LoRALinear,
@@ -51,6 +56,7 @@ CLASSES = {
     BatConfig: BatLinear,
     RoSAConfig: RoSALinear,
     PiCaConfig: PiCaLinear,
+    SpectralConfig: SpectralLinear,
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
@@ -133,6 +139,16 @@ def dense_weight(layer, name="default"):
             W_o = W[o * r : (o + 1) * r].split(r, 1)
             rows.append(torch.cat([w + w @ b + b for w, b in zip(W_o, B, strict=True)], 1))
         return torch.cat(rows)
+    if isinstance(layer, SpectralLinear):
+        U, S, V = layer.spectral_U[name].double(), layer.spectral_S[name].double(), layer.spectral_Vh[name].double().T
+        if config.mode == "rotation":
+            eye = torch.eye(len(S), dtype=torch.float64)
+            skew = [(X - X.T) / 2 for X in layer.spectral_rotation[name].double()]
+            Q_U, Q_V = ((eye - skew_part) @ torch.linalg.inv(eye + skew_part) for skew_part in skew)
+            return W + U @ (Q_U @ torch.diag(S * layer.spectral_scale[name].double()) @ Q_V.T - torch.diag(S)) @ V.T
+        turned_U, turned_V = U + layer.spectral_delta_U[name].double(), V + layer.spectral_delta_Vh[name].double().T
+        adapted = W + turned_U @ torch.diag(S) @ turned_V.T
+        return adapted if config.residual else adapted - U @ torch.diag(S) @ V.T
     if isinstance(layer, RoSALinear) and config.sparse:
         W = W + layer.csr(name).to_dense().double()
         if not config.low_rank:
@@ -398,7 +414,7 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for path in "02" for name in trained_names(model[int(path)], path)}
-    rate = 0.1 if method == "rosa_spa" else 0.02
+    rate = 0.1 if method in ("rosa_spa", "spectral_rotation") else 0.02
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(20):
@@ -452,7 +468,12 @@ def test_disabled_and_detach_give_the_original_model_back(method):
     assert so.adapter_layers(model) == {}
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa", "pica"])
+SEVERAL = [
+    "lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa", "pica", "spectral", "spectral_rotation",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SEVERAL)
 def test_several_adapters(method):
     model, x = mlp(), torch.randn(4, K)
     base = model(x)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import spectral_ops as so
-from spectral_ops import BatConfig, BoneConfig, DoRAConfig, LoRAConfig, PiCaConfig, RoSAConfig
+from spectral_ops import BatConfig, BoneConfig, DoRAConfig, LoRAConfig, PiCaConfig, RoSAConfig, SpectralConfig
 from spectral_ops.init import topk_pattern
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -61,6 +61,9 @@ CONFIGS = {
     "rosa_lora": RoSAConfig(r=4, schedule="lora_only", target_modules=["o_proj"]),
     "pica": PiCaConfig(r=4, rank_pattern={"q_proj": 3}, target_modules="all-linear"),
     "pica_output": PiCaConfig(r=4, side="output", target_modules=["q_proj", "down_proj"]),
+    "spectral": SpectralConfig(r=3, start=2, target_modules="all-linear"),
+    "spectral_residual": SpectralConfig(r=3, residual=True, target_modules=["q_proj", "down_proj"]),
+    "spectral_rotation": SpectralConfig(r=5, mode="rotation", target_modules=["o_proj", "gate_proj"]),
     "magnitude_only": DoRAConfig(r=2, target_modules=["q_proj", "up_proj"], magnitude_only=["up_proj"]),
     "layers": LoRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["k_proj"]),
 }  # fmt: skip
@@ -81,7 +84,7 @@ def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-OURS = {"bat_row", "rosa", "rosa_spa", "rosa_lora", "pica", "pica_output"}  # that PEFT does not have
+OURS = {name for name in CONFIGS if name.startswith(("bat_row", "rosa", "pica", "spectral"))}  # that PEFT does not have
 
 
 @pytest.mark.parametrize("method", [name for name in CONFIGS if name not in OURS])

@@ -19,6 +19,8 @@ from spectral_ops.adapters.model import (
 from spectral_ops.adapters.pica import PiCaConfig, PiCaLinear
 from spectral_ops.adapters.rosa import RoSAConfig, RoSALinear
 from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
+from spectral_ops.adapters.spectral import SpectralConfig, SpectralLinear
+from spectral_ops.adapters.spectral_fusion import fuse_spectral
 
 __all__ = [
     "AdapterConfig",
@@ -37,11 +39,14 @@ __all__ = [
     "RoSAConfig",
     "RoSALinear",
     "RoSASchedule",
+    "SpectralConfig",
+    "SpectralLinear",
     "adapter_configs",
     "adapter_layers",
     "attach",
     "detach",
     "disabled",
+    "fuse_spectral",
     "load_adapter",
     "merge",
     "save_adapter",

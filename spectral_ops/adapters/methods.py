@@ -11,8 +11,11 @@ from spectral_ops.adapters.dora import DoRALinear
 from spectral_ops.adapters.lora import LoRALinear
 from spectral_ops.adapters.pica import PiCaLinear
 from spectral_ops.adapters.rosa import RoSALinear
+from spectral_ops.adapters.spectral import SpectralLinear
 
-METHODS: tuple[type[AdapterLinear], ...] = (LoRALinear, DoRALinear, BatLinear, BoneLinear, RoSALinear, PiCaLinear)
+METHODS: tuple[type[AdapterLinear], ...] = (
+    LoRALinear, DoRALinear, BatLinear, BoneLinear, RoSALinear, PiCaLinear, SpectralLinear
+)  # fmt: skip
 
 
 def layer_type(config: Any) -> type[AdapterLinear]:

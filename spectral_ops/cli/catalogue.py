@@ -43,6 +43,8 @@ METHODS: dict[str, Method] = {
     "bat_row": Method("BatConfig", {"r": BLOCK, "mode": "row"}),
     "rosa": _low_rank("RoSAConfig", d=DENSITY),
     "pica": Method("PiCaConfig", {"r": RANK, "niter": 4}),
+    "spectral": Method("SpectralConfig", {"r": RANK}),
+    "spectral_rotation": Method("SpectralConfig", {"r": RANK, "mode": "rotation"}),
 }
 
 
