@@ -24,6 +24,7 @@ BAT_SHAPES = [  # tokens, block-rows, block-columns, r
     (20, 1, 4, 24), (70, 3, 2, 64), (63, 2, 3, 64), (33, 1, 2, 96), (65, 2, 1, 130), (3, 1, 2, 256), (1, 40, 2, 32),
     (130, 2, 40, 8),
 ]  # fmt: skip
+BAT_BLOCKS = [1, 3, 8, 16, 24, 48, 63, 64, 128]
 SPARSE = [  # T, d, k, density, threads: every number of lanes, groups that go round the threads and groups that do not
     (0, 5, 7, 0.5, 1), (3, 0, 7, 0.5, 1), (3, 5, 0, 0.5, 1), (4, 6, 5, 0.0, 1), (1, 1, 1, 1.0, 1),
     (1, 300, 333, 0.1, 1), (2, 40, 31, 0.3, 2), (3, 40, 31, 0.3, 1), (17, 35, 64, 0.2, 1), (33, 600, 130, 0.05, 2),
@@ -131,6 +132,21 @@ def check_bat(T, n, m, r, dtype, factor=None):
             check_close(dC, expected.to(torch.float64), "dC", units=32)
 
 
+def check_bat_weight(r, dtype, to):
+    """Blocks in ``to``, as narrow as W or wider, with rows of W and out that lie apart and start anywhere."""
+    for n, m in ((2, 3), (1, 40 // r + 1), (0, 2), (2, 0)):
+        d, k = n * r, m * r
+        W, B = randn(d + 1, k + 7, dtype=dtype)[1:, 3 : k + 3], randn(n, r, r, dtype=to) / r**0.5
+        for delta in (False, True):
+            for out_dtype in {dtype, acc(dtype)}:
+                storage = torch.full((d, k + 6), 7.0, dtype=out_dtype)
+                mine, want = storage[:, 1 : k + 1], torch.empty(d, k, dtype=torch.float64)
+                bat.bat_weight_op.default(mine, W, B, False, delta)
+                bat.bat_weight_op.overloads["reference"](want, wide(W), wide(B), False, delta)
+                check_close(mine, want, f"W' of {n} x {m} blocks of {r}, delta {delta}")
+                assert (storage[:, :1] == 7).all() and (storage[:, k + 1 :] == 7).all()
+
+
 def sparse(d, k, density):
     """Offsets, columns and the mask of a [d, k] pattern: its first quarter empty, one row full, the rest at random."""
     mask = torch.rand(d, k) < density
@@ -176,6 +192,8 @@ def sweep(dtypes=DTYPES):
             check_csr(*shape, dtype)
         for shape in BAT_SHAPES:
             check_bat(*shape, dtype)
+        for r in BAT_BLOCKS:
+            check_bat_weight(r, dtype, dtype)
         for shape in SHAPES:
             check_lowrank(*shape, dtype)
             check_dropout(*shape, dtype)
@@ -199,6 +217,20 @@ class TestAgainstReference:
 @pytest.mark.parametrize("shape", BAT_SHAPES, ids=str)
 def test_bat_against_reference(shape, dtype):
     check_bat(*shape, dtype)
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("r", BAT_BLOCKS)
+def test_bat_weight_in_bfloat16(r, to):
+    check_bat_weight(r, torch.bfloat16, to)
+
+
+def test_bat_weight_keeps_a_weight_that_nothing_changes():
+    W, out = randn(64, 128, dtype=torch.bfloat16), torch.empty(64, 128, dtype=torch.bfloat16)
+    W[::7, ::5] = 2.0**-130  # subnormal
+    for r in (16, 64):
+        bat.bat_weight_op.default(out, W, torch.zeros(64 // r, r, r, dtype=torch.bfloat16), False, False)
+        assert torch.equal(out, W)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -100,21 +100,28 @@ template <class A> inline void add_to(A* sums, const A* x, int64_t n) {
 
 constexpr int64_t kStreamed = 1024;  // elements of W that are widened at a time
 
+// What the k-th row of a factor of X meets in x: an element, or a pair of them.
+template <class X, class T> inline X met(const T* x, int64_t k) {
+  if constexpr (std::is_same_v<X, T>) return x[k];
+  else return bits_at<X>(x + kPerFactor<X> * k);
+}
+
 // out = added + x m + w (null: nothing) for N view rows by V vectors of columns, all in registers; steps: between view rows.
-template <int N, int V, class A, class U>
-__attribute__((noinline)) void weight_block(U* out, const A* x, const A* w, int64_t step, const A* m, int64_t count, const A* added) {
-  using Vec = vec<A>;
-  constexpr int L = kLanes<A>;
+template <int N, int V, class X, class T, class U>
+__attribute__((noinline)) void weight_block(U* out, const T* x, const T* w, int64_t step, const X* m, int64_t count,
+                                            const acc_t<T>* added) {
+  using Vec = vec<acc_t<T>>;
+  constexpr int L = kLanes<acc_t<T>>;
   Vec sums[N][V];
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i)
     for (int v = 0; v < V; ++v) sums[i][v] = load(added + v * L);
   for (int64_t k = 0; k < count; ++k) {
     Vec row[V];
-    for (int v = 0; v < V; ++v) row[v] = load(m + k * kTile + v * L);
+    for (int v = 0; v < V; ++v) row[v] = bits_at<Vec>(m + k * kTile + v * L);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i)
-      for (int v = 0; v < V; ++v) sums[i][v] += row[v] * x[i * step + k];
+      for (int v = 0; v < V; ++v) sums[i][v] = multiply_add(sums[i][v], row[v], met<X>(x + i * step, k));
   }
   if (w)
 #pragma GCC unroll 16
@@ -126,17 +133,18 @@ __attribute__((noinline)) void weight_block(U* out, const A* x, const A* w, int6
 }
 
 // The same for n view rows and all columns.
-template <int V, class A, class U>
-inline int64_t weight_columns(U* out, const A* x, bool delta, int64_t size, const A* factor, const A* added, int64_t n,
+template <int V, class X, class T, class U>
+inline int64_t weight_columns(U* out, const T* x, bool delta, int64_t size, const X* factor, const acc_t<T>* added, int64_t n,
                               int64_t e) {
-  constexpr int L = kLanes<A>, N = kAccumulators / V;
+  constexpr int L = kLanes<acc_t<T>>, N = kAccumulators / V;
+  const int64_t count = size / kPerFactor<X>;
   for (; e + V * L <= size; e += V * L) {
-    const A* const m = factor + e / kTile * size * kTile + e % kTile;
+    const X* const m = factor + e / kTile * size * kTile + e % kTile;
     int64_t i = 0;
     const auto block = [&](auto rows) {
       constexpr int M = decltype(rows)::value;
       for (; i + M <= n; i += M)
-        weight_block<M, V>(out + i * size + e, x + i * size, delta ? nullptr : x + i * size + e, size, m, size, added + e);
+        weight_block<M, V>(out + i * size + e, x + i * size, delta ? nullptr : x + i * size + e, size, m, count, added + e);
     };
     block(std::integral_constant<int, N>{});
     if constexpr (N > 4) block(std::integral_constant<int, 4>{});
@@ -145,29 +153,44 @@ inline int64_t weight_columns(U* out, const A* x, bool delta, int64_t size, cons
   return e;
 }
 
+// Packed rows of bf16 values, widened, as pairs of rows in the same place.
+inline Pair* pair_rows(float* factor, int64_t size, int64_t padded) {
+  Pair* const pairs = reinterpret_cast<Pair*>(factor);
+  for (int64_t panel = 0; panel < tiles(padded); ++panel)
+    for (int64_t k = 0; k < size; k += 2)
+      for (int64_t j = 0; j < kTile; ++j) {
+        const float* const first = factor + (panel * size + k) * kTile + j;
+        const Pair pair{bits_as<uint32_t>(first[0]) >> 16 | bits_as<uint32_t>(first[kTile])};
+        std::memcpy(pairs + (panel * size + k / 2) * kTile + j, &pair, sizeof pair);
+      }
+  return pairs;
+}
+
 // The whole unit where groups fill vectors and memory is in order.
-template <class T, class U>
-void weight_stream(const BatWeightPass& a, const GroupRows& view, int64_t total, const acc_t<T>* factor, const acc_t<T>* added) {
+template <class X, class T, class U>
+void weight_stream(const BatWeightPass& a, const GroupRows& view, int64_t total, const X* factor, const acc_t<T>* added) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
+  constexpr bool widened = !std::is_same_v<T, A> && std::is_same_v<X, A>;
   const BatWeight& w = a.bat;
   const int64_t size = a.groups.size;
   alignas(64) A wide[kStreamed];
-  const int64_t at_once = std::is_same_v<T, A> ? total : kStreamed / size;
+  const int64_t at_once = widened ? kStreamed / size : total;
   for (int64_t v = 0; v < total; v += at_once)
     view.runs(v, smaller(at_once, total - v), [&](int64_t, int64_t row, int64_t g, int64_t n, int64_t) {
       const T* const source = at<T>(w.weight, row * w.weight_strides[0] + g * size);
       U* const out = at<U>(w.out, row * w.out_stride + g * size);
-      const A* x = wide;
-      if constexpr (std::is_same_v<T, A>)
-        x = source;
-      else
-        for (int64_t i = 0; i < n * size; i += L) store(wide + i, load(source + i));
       const A* const add = added + row % w.r * a.groups.padded;
-      int64_t e = 0;
-      if constexpr (kAccumulators == 16) e = weight_columns<4>(out, x, w.delta, size, factor, add, n, e);
-      e = weight_columns<2>(out, x, w.delta, size, factor, add, n, e);
-      weight_columns<1>(out, x, w.delta, size, factor, add, n, e);
+      const auto columns = [&](const auto* x) {
+        int64_t e = 0;
+        if constexpr (kAccumulators == 16) e = weight_columns<4>(out, x, w.delta, size, factor, add, n, e);
+        e = weight_columns<2>(out, x, w.delta, size, factor, add, n, e);
+        weight_columns<1>(out, x, w.delta, size, factor, add, n, e);
+      };
+      if constexpr (widened) {
+        for (int64_t i = 0; i < n * size; i += L) store(wide + i, load(source + i));
+        columns(wide);
+      } else columns(source);
     });
 }
 
@@ -195,8 +218,12 @@ template <class T, class U> void weight_unit(const BatWeightPass& a, int64_t own
   const GroupRows view{groups, begin, w.by_column ? owner : 0, w.by_column ? 1 : groups.count};
   const int64_t total = (end - begin) * view.per_row;
   const bool whole = w.columns % groups.size == 0 && groups.size % kLanes<A> == 0 && groups.size <= 2 * kTile;
-  if (whole && !w.by_column && weight.column == 1)
-    return weight_stream<T, U>(a, view, total, factor, added);
+  if (whole && !w.by_column && weight.column == 1) {
+    if constexpr (kPairs && std::is_same_v<T, bfloat16>)  // exact products; subnormal factors count as zero
+      if (w.bat_dtype == DType::bfloat16)
+        return weight_stream<Pair, T, U>(a, view, total, pair_rows(factor, size, groups.padded), added);
+    return weight_stream<A, T, U>(a, view, total, factor, added);
+  }
   for (int64_t v = 0; v < total; v += kTile) {
     const int64_t n = smaller(kTile, total - v);
     for (int64_t e = 0; e < size; e += kTile) {

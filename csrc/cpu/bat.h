@@ -56,7 +56,7 @@ struct BatWeightPass : BlockPlan {
   }
 };
 
-constexpr int64_t kPairRows = 32;  // of pairs of bf16 groups that are multiplied at a time
+constexpr int64_t kPairRows = 16;  // of pairs of bf16 groups that are multiplied at a time: with 32 the panels and sums fill L1
 
 struct BatContractPass : BlockPlan {
   const BatContract& bat;
