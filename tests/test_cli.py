@@ -17,23 +17,35 @@ SMALL = ["--tokens", "8", "--shape", "32", "48", "--repeats", "2", "--device", "
 def test_bench_measures_every_method_beside_its_peers(method, tmp_path, capsys):
     pytest.importorskip("peft")
     file = tmp_path / "results.json"
-    assert cli.main(["bench", "--methods", method, "--rank", "4", *SMALL, "--json", str(file)]) == 0
+    adapters = ["--adapter-dtype", "float32", "same"]
+    assert cli.main(["bench", "--methods", method, "--rank", "4", *SMALL, *adapters, "--json", str(file)]) == 0
     assert "RED" not in capsys.readouterr().out
     rows = json.loads(file.read_text())["measurements"]
-    for dtype in bench.DTYPES:
-        names = [row["implementation"] for row in rows if row["dtype"] == dtype]
-        assert names[:2] == ["frozen", peers.OURS] and len(names) >= 3
+    measured = {}
+    for row in rows:
+        measured.setdefault((row["dtype"], row["adapter_dtype"]), []).append(row["implementation"])
+    assert list(measured) == [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+    assert all(names[:2] == ["frozen", peers.OURS] and len(names) >= 3 for names in measured.values())
     assert all(row["milliseconds"] > 0 for row in rows)
     errors = [row["error"] for row in rows if row["implementation"] == peers.OURS]
     assert all(error is not None and error < bench.TOLERANCE[torch.bfloat16] for error in errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", [m for m in peers.METHODS if m != "rosa"])
+def test_every_layer_of_a_method_has_parameters_of_the_same_dtype(method, dtype):
+    pytest.importorskip("peft")
+    weight = torch.randn(32, 48, dtype=torch.bfloat16)
+    for layer in peers.layers(method, weight, 4, dtype).values():
+        assert {p.dtype for p in layer.parameters} == {dtype}
 
 
 def test_bench_shows_no_time_for_a_wrong_result(monkeypatch, capsys):
     pytest.importorskip("peft")
     right = peers.function_layer
 
-    def wrong(method, weight, rank):
-        layer = right(method, weight, rank)
+    def wrong(*args):
+        layer = right(*args)
         return peers.Layer(lambda x: 1.5 * layer.forward(x), layer.parameters)
 
     monkeypatch.setattr(peers, "function_layer", wrong)

@@ -2,8 +2,9 @@
 
 The implementations of a method take turns, so that a machine that drifts drifts for all of them; the tax is the median
 over turns of (adapted time / frozen time in the same turn) - 1. Parameters change before every step, outside the timed
-part, so that nothing cached from the weights survives. Adapters are float32, as PEFT makes them by default. No time is
-printed for a result that differs from the peer's (PEFT's, or plain autograd's where PEFT lacks the method).
+part, so that nothing cached from the weights survives. Adapters are float32, as PEFT makes them by default, or with
+``--adapter-dtype same`` in the layer's dtype (PEFT's ``autocast_adapter_dtype=False``). No time is printed for a result
+that differs from the peer's (PEFT's, or plain autograd's where PEFT lacks the method).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Measurement:
     method: str
     implementation: str
     dtype: str
+    adapter_dtype: str
     device: str
     tokens: int
     out_features: int
@@ -129,15 +131,19 @@ def measure(
     dtype: torch.dtype,
     device: str,
     *,
+    adapter_dtype: torch.dtype = torch.float32,
     repeats: int = 20,
     peers: bool = True,
 ) -> list[Measurement]:
-    """The frozen layer, our function, and with ``peers`` the method's peers (see peers.py), in one run."""
+    """The frozen layer, our function, and with ``peers`` the method's peers (see peers.py), in one run.
+
+    adapter_dtype, of the parameters: float32 or ``dtype``.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(T, k, generator=generator).to(device, dtype).requires_grad_()
     dy = torch.randn(T, d, generator=generator).to(device, dtype)
     weight = (torch.randn(d, k, generator=generator) * k**-0.5).to(device, dtype)
-    candidates = layers(method, weight, rank)
+    candidates = layers(method, weight, rank, adapter_dtype)
     peer = list(candidates)[-1]
     expected = step(candidates[peer], x, dy)
     timed = candidates if peers else {OURS: candidates[OURS]}
@@ -148,7 +154,7 @@ def measure(
     def change_parameters(name: str) -> None:
         with torch.no_grad():
             for p in timed[name].parameters:
-                p.mul_(1 + 1e-6)
+                p.neg_()
 
     calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in timed.items()}
     times = interleave(calls, change_parameters, repeats, x.device)
@@ -159,7 +165,8 @@ def measure(
         nan = float("nan")
         results.append(
             Measurement(
-                method, name, str(dtype).removeprefix("torch."), device, T, d, k, rank,
+                method, name, str(dtype).removeprefix("torch."), str(adapter_dtype).removeprefix("torch."),
+                device, T, d, k, rank,
                 nan if red else statistics.median(times[name]) * 1e3, nan if red else ratio - 1,
                 saved[name], errors.get(name),
             )
@@ -173,11 +180,13 @@ def format_measurements(results: list[Measurement]) -> str:
     for m in results:
         red = m.milliseconds != m.milliseconds
         rows.append([
-            m.method, m.dtype, m.implementation,
+            m.method, m.dtype, m.adapter_dtype, m.implementation,
             "RED" if red else f"{m.milliseconds:.2f}", "RED" if red else f"{1 + m.tax:.3f}",
             f"{m.saved_bytes / 2**20:.2f}", "-" if m.error is None else f"{m.error:.1e}",
         ])  # fmt: skip
-    return table(["method", "dtype", "implementation", "ms/step", "x frozen", "saved MiB", "diff to peer"], rows)
+    return table(
+        ["method", "dtype", "adapters", "implementation", "ms/step", "x frozen", "saved MiB", "diff to peer"], rows
+    )
 
 
 def commit() -> str | None:
@@ -194,6 +203,8 @@ def commit() -> str | None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--adapter-dtype", nargs="+", choices=("float32", "same"), default=["float32"],
+                        help="of the parameters; same: the layer's (default: float32, as PEFT makes them)")  # fmt: skip
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
     parser.add_argument("--shape", type=int, nargs=2, default=[2048, 2048], metavar=("OUT", "IN"))
     parser.add_argument("--rank", type=int, help="default: 64 for bone and bat, else 16")
@@ -210,20 +221,14 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         for method in arguments.methods:
             for dtype in arguments.dtype:
-                for T in arguments.tokens:
-                    print(f"measuring {method} {dtype} T={T} {d}x{k} ...", flush=True)
-                    rank = arguments.rank or METHODS[method]
-                    results += measure(
-                        method,
-                        T,
-                        d,
-                        k,
-                        rank,
-                        DTYPES[dtype],
-                        arguments.device,
-                        repeats=arguments.repeats,
-                        peers=arguments.peers,
-                    )
+                for adapters in dict.fromkeys(dtype if a == "same" else a for a in arguments.adapter_dtype):
+                    for T in arguments.tokens:
+                        print(f"measuring {method} {dtype}, adapters {adapters}, T={T} {d}x{k} ...", flush=True)
+                        rank = arguments.rank or METHODS[method]
+                        results += measure(
+                            method, T, d, k, rank, DTYPES[dtype], arguments.device,
+                            adapter_dtype=DTYPES[adapters], repeats=arguments.repeats, peers=arguments.peers,
+                        )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: what was measured so far follows")
     print("\n" + format_measurements(results))

@@ -24,14 +24,14 @@ class Layer:
     parameters: list[torch.Tensor]
 
 
-def _parameters(weight: torch.Tensor, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    """Float32 parameters with fixed nonzero values, the same for every implementation of a method."""
+def _parameters(weight: torch.Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Parameters with fixed nonzero values, the same for every implementation of a method."""
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(s, generator=generator) * 0.02).to(weight.device).requires_grad_() for s in shapes]
+    return [(torch.randn(s, generator=generator) * 0.02).to(weight.device, dtype).requires_grad_() for s in shapes]
 
 
-def _peft(method: str, weight: torch.Tensor, rank: int, fused: bool) -> Layer:
-    """PEFT's layer over ``weight`` as PEFT builds it, or the same accelerated."""
+def _peft(method: str, weight: torch.Tensor, rank: int, dtype: torch.dtype, fused: bool) -> Layer:
+    """PEFT's layer over ``weight`` with parameters in ``dtype``, float32 or weight's, or the same accelerated."""
     import peft
 
     base = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
@@ -40,10 +40,10 @@ def _peft(method: str, weight: torch.Tensor, rank: int, fused: bool) -> Layer:
         config = peft.MissConfig(r=rank, target_modules=["0"], init_weights="bat" if method == "bat" else True)
     else:
         config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["0"], use_dora=method == "dora")
-    model = peft.get_peft_model(torch.nn.Sequential(base), config)
+    model = peft.get_peft_model(torch.nn.Sequential(base), config, autocast_adapter_dtype=dtype == torch.float32)
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() > 1]
-    for p, value in zip(matrices, _parameters(weight, *(p.shape for p in matrices)), strict=True):
+    for p, value in zip(matrices, _parameters(weight, dtype, *(p.shape for p in matrices)), strict=True):
         p.data = value.detach().to(p)
     if fused:
         spectral_ops.accelerate(model, strict=True)
@@ -62,38 +62,38 @@ def clone_and_scatter(x, weight, values, index, A, B, scale):
     return F.linear(x, total) + scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
-def function_layer(method: str, weight: torch.Tensor, rank: int) -> Layer:
-    """The public function called directly."""
+def function_layer(method: str, weight: torch.Tensor, rank: int, dtype: torch.dtype = torch.float32) -> Layer:
+    """The public function called directly, with parameters in ``dtype``."""
     d, k = weight.shape
     if method == "bone":
-        parameters = _parameters(weight, (rank, d))
+        parameters = _parameters(weight, dtype, (rank, d))
         return Layer(lambda x: spectral_ops.bone_linear(x, weight, *parameters), parameters)
     if method == "bat":
-        parameters = _parameters(weight, (d // rank, rank, rank))
+        parameters = _parameters(weight, dtype, (d // rank, rank, rank))
         return Layer(lambda x: spectral_ops.bat_linear(x, weight, *parameters), parameters)
     if method == "rosa":
         csr = pattern(d, k, weight.device)
-        parameters = A, B, values = _parameters(weight, (rank, k), (d, rank), (csr.nnz,))
+        parameters = A, B, values = _parameters(weight, dtype, (rank, k), (d, rank), (csr.nnz,))
         csr = csr.with_values(values)
         return Layer(lambda x: spectral_ops.rosa_linear(x, weight, csr, A, B, scale=SCALE), parameters)
-    parameters = A, B = _parameters(weight, (rank, k), (d, rank))
+    parameters = A, B = _parameters(weight, dtype, (rank, k), (d, rank))
     if method == "lora":
         return Layer(lambda x: spectral_ops.lowrank_linear(x, weight, A, B, scale=SCALE), parameters)
-    m = weight.float().norm(dim=1).requires_grad_()
+    m = weight.float().norm(dim=1).to(dtype).requires_grad_()
     return Layer(lambda x: spectral_ops.dora_linear(x, weight, A, B, m, scale=SCALE), [A, B, m])
 
 
-def layers(method: str, weight: torch.Tensor, rank: int) -> dict[str, Layer]:
-    """Our function's layer and its peers; the last is the one the others' numbers are compared with."""
+def layers(method: str, weight: torch.Tensor, rank: int, dtype: torch.dtype = torch.float32) -> dict[str, Layer]:
+    """Our function's layer and its peers, parameters in ``dtype``; the others' numbers are compared with the last's."""
     if method != "rosa":
         return {
-            OURS: function_layer(method, weight, rank),
-            "PEFT accelerated": _peft(method, weight, rank, fused=True),
-            "PEFT": _peft(method, weight, rank, fused=False),
+            OURS: function_layer(method, weight, rank, dtype),
+            "PEFT accelerated": _peft(method, weight, rank, dtype, fused=True),
+            "PEFT": _peft(method, weight, rank, dtype, fused=False),
         }
     (d, k), csr = weight.shape, pattern(*weight.shape, weight.device)
     rows = torch.repeat_interleave(torch.arange(d, device=weight.device), csr.row_offsets.diff().long())
     index = (rows, csr.col_indices.long())
-    A, B, values = _parameters(weight, (rank, k), (d, rank), (csr.nnz,))
+    A, B, values = _parameters(weight, dtype, (rank, k), (d, rank), (csr.nnz,))
     peer = Layer(lambda x: clone_and_scatter(x, weight, values, index, A, B, SCALE), [A, B, values])
-    return {OURS: function_layer(method, weight, rank), "clone + scatter": peer}
+    return {OURS: function_layer(method, weight, rank, dtype), "clone + scatter": peer}
