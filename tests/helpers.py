@@ -209,6 +209,16 @@ def rosa(v, c):
     return y + v["bias"] if "bias" in v else y
 
 
+def segments(v, c):
+    """One adapter after the other, over the rows that are its own."""
+    y = v["base_out"] if "base_out" in v else v["x"] @ v["weight"].T
+    dropped = v["x"] * c["mask"] if "mask" in c else v["x"]
+    for s, scale in enumerate(c["scales"]):
+        own = (c["ids"] == s).unsqueeze(-1).to(y.dtype)
+        y = y + own * ((c["scale"] * scale) * ((dropped @ v[f"A{s}"].T) @ v[f"B{s}"].T))
+    return y + v["bias"] if "bias" in v else y
+
+
 def weight_norm(weight, A, B, scale) -> torch.Tensor:
     """‖W + scale B A‖ per row, formed, in float64."""
     return (weight.double() + scale * (B.double() @ A.double())).square().sum(1).sqrt()
@@ -471,6 +481,38 @@ def build_rosa(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p
     )  # fmt: skip
 
 
+def build_segments(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p=0.0, update=False, scale=0.75,
+                   ranks=None, ids=None):  # fmt: skip
+    """Three adapters of different ranks, rows in no order, some without an adapter."""
+    v = _common(lead, k, d, dtype, device, bias)
+    ranks = ranks or [r, r + 1, max(r - 1, 1)]
+    scales = [2.0, 1.0, -0.5, 1.5, 0.25, 1.0, 3.0, 0.5][: len(ranks)]
+    for s, rank in enumerate(ranks):
+        v[f"A{s}"] = randn(rank, k, dtype=adapter_dtype, device=device, fan=k).requires_grad_()
+        v[f"B{s}"] = randn(d, rank, dtype=adapter_dtype, device=device, fan=rank).requires_grad_()
+    if update:
+        v["base_out"] = randn(*lead, d, dtype=dtype, device=device).requires_grad_()
+        del v["weight"]
+        v.pop("bias", None)
+    if ids is None:
+        ids = torch.randint(-1, len(ranks), lead, generator=torch.Generator().manual_seed(7), dtype=torch.int32)
+    on_device = ids.to(device)
+
+    def function(v):
+        As, Bs = ([v[f"{name}{s}"] for s in range(len(ranks))] for name in "AB")
+        options = {"scales": [scale * own for own in scales], "dropout_p": p, "training": True}
+        if update:
+            return spectral_ops.segmented_lowrank_update(v["base_out"].clone(), v["x"], As, Bs, on_device, **options)
+        return spectral_ops.segmented_lowrank_linear(v["x"], v["weight"], As, Bs, on_device, v.get("bias"), **options)
+
+    full = ids.reshape(tuple(ids.shape) + (1,) * (len(lead) - ids.dim())).expand(lead)
+    constants = {"scale": scale, "scales": torch.tensor(scales).double(), "ids": full, **_mask(v, p, 1234)}
+    return Problem(
+        function, segments, v, constants, dtype, bool(p), d,
+        saved=lambda T, r, size: T * max(ranks) * size,
+    )  # fmt: skip
+
+
 LOWRANK = [
     Family("lora", build_lora),
     Family("lora-dropout", build_lora, {"p": 0.3}),
@@ -513,7 +555,11 @@ CSR = [  # the resident route, which writes into W, has its own tests
     Family("rosa-update", build_rosa, {"kind": "update", "gradient_route": "sampled"}),
     Family("csr-spmm", build_rosa, {"kind": "spmm", "gradient_route": "dense"}),
 ]
-FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR}
+SEGMENTS = [
+    Family("segments", build_segments),
+    Family("segments-update-dropout", build_segments, {"update": True, "p": 0.3}),
+]
+FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS}
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------

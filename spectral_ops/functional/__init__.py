@@ -10,6 +10,7 @@ from spectral_ops.functional.lowrank import lowrank_linear, lowrank_linear_group
 from spectral_ops.functional.norm_cache import NormCache
 from spectral_ops.functional.resident import residents
 from spectral_ops.functional.scratch import scratch
+from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
 
 __all__ = [
     "CSR",
@@ -34,6 +35,8 @@ __all__ = [
     "rosa_linear",
     "rosa_update",
     "scratch",
+    "segmented_lowrank_linear",
+    "segmented_lowrank_update",
 ]
 
 _DROPOUT = ("dropout_project", "dropout_outer", "dropout_lift_")
@@ -57,4 +60,6 @@ FUNCTIONS.update(
     lowrank_linear=("lowrank_update_", "lowrank_backward", *_DROPOUT),
     lowrank_linear_group=("lowrank_backward",),
     lowrank_update=("lowrank_update_", "lowrank_backward", *_DROPOUT),
+    segmented_lowrank_linear=("lowrank_backward", *_DROPOUT),
+    segmented_lowrank_update=("lowrank_backward", *_DROPOUT),
 )

@@ -1,0 +1,154 @@
+"""The segments row (METHODS 1.7): segmented_lowrank_linear, segmented_lowrank_update and their operators."""
+
+import pytest
+import torch
+from contract import Contract
+from helpers import FAMILIES, SEGMENTS, TYPICAL, Recorder, check, cotangent, randn, saved_tensors, storage
+
+import spectral_ops
+
+
+class TestSegments(Contract):
+    families = SEGMENTS
+
+
+SEQUENCES = {  # over x [3, 5, k] and three adapters
+    "one id per sequence": torch.tensor([2, -1, 0]),
+    "one id for all": torch.tensor(1),
+    "one adapter": torch.full((3, 5), 2, dtype=torch.int32),
+    "none": torch.full((3, 5), -1),
+    "sorted": torch.tensor([-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]).view(3, 5),
+    "alternating": torch.arange(15).view(3, 5) % 3,
+    "strided": (torch.arange(30).view(3, 10) % 4 - 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("family", ["segments", "segments-update-dropout"])
+def test_ids(family, name, backend):
+    for dtype in (torch.float64, torch.bfloat16):
+        check(FAMILIES[family].build(TYPICAL, dtype, ids=SEQUENCES[name]))
+
+
+@pytest.mark.parametrize("ranks", [[3], [1, 2], [4, 4, 4, 4], [7, 1, 3, 2, 5, 8, 1, 6]], ids=str)
+def test_numbers_of_adapters(ranks, backend):
+    check(FAMILIES["segments"].build(((37,), 24, 40, 5), ranks=ranks))
+    check(FAMILIES["segments"].build(((37,), 24, 40, 5), torch.bfloat16, torch.float32, ranks=ranks))
+
+
+def test_equals_a_layer_for_each_adapter():
+    """Each adapter's rows are what lowrank_linear makes of them, and rows without one what nn.Linear does."""
+    v = FAMILIES["segments"].build(((40,), 24, 32, 5), torch.float32, ranks=[4, 4]).inputs
+    ids = torch.arange(40) % 3 - 1
+    A, B = [v["A0"], v["A1"]], [v["B0"], v["B1"]]
+    y = spectral_ops.segmented_lowrank_linear(v["x"], v["weight"], A, B, ids, v["bias"], scales=[0.5, 2.0])
+    for s, scale in enumerate((0.5, 2.0)):
+        want = spectral_ops.lowrank_linear(v["x"], v["weight"], A[s], B[s], v["bias"], scale=scale)
+        torch.testing.assert_close(y[ids == s], want[ids == s])
+    want = torch.nn.functional.linear(v["x"], v["weight"], v["bias"])
+    torch.testing.assert_close(y[ids == -1], want[ids == -1])
+
+
+def test_an_adapter_without_rows_gets_zeros():
+    problem = FAMILIES["segments"].build(((6,), 24, 40, 5), ids=torch.zeros(6, dtype=torch.int64))
+    y = problem.call()
+    dA, dB = torch.autograd.grad(y, [problem.inputs["A1"], problem.inputs["B1"]], torch.ones_like(y))
+    assert dA.shape == problem.inputs["A1"].shape and not dA.any()
+    assert dB.shape == problem.inputs["B1"].shape and not dB.any()
+
+
+def test_one_base_product():
+    """However many adapters: x is read by the base product and the projection, and again for every dA together."""
+    problem = FAMILIES["segments"].build(((12,), 24, 40, 5))
+    with Recorder() as seen:
+        y = problem.call()
+        y.sum().backward()
+    products = [args for name, args in seen.calls if "aten.mm" in name or "aten.addmm" in name]
+    W = storage(problem.inputs["weight"])
+    assert sum(any(isinstance(t, torch.Tensor) and storage(t) == W for t in args) for args in products) == 2
+    x = storage(problem.inputs["x"])
+    assert sum(any(isinstance(t, torch.Tensor) and storage(t) == x for t in args) for args in products) == 3
+    assert len([name for name, _ in seen.calls if "lowrank_backward" in name]) == 1
+
+
+def test_frozen_adapters_are_left_alone():
+    """One of two adapters trains: the other's gradients are None, and x is kept for the first alone."""
+    problem = FAMILIES["segments"].build(TYPICAL).freeze("A0", "B0", "A2", "B2")
+    check(problem)
+    problem.freeze("A1")
+    with saved_tensors() as kept:
+        problem.call()
+    assert storage(problem.inputs["x"]) not in {storage(t) for t in kept}
+    check(problem)
+
+
+def test_the_same_adapter_twice():
+    """Gradients of a tensor that serves two ids add up."""
+    v = FAMILIES["segments"].build(((9,), 24, 40, 5)).inputs
+    ids = torch.arange(9) % 2
+    y = spectral_ops.segmented_lowrank_linear(v["x"], v["weight"], [v["A0"]] * 2, [v["B0"]] * 2, ids)
+    want = spectral_ops.lowrank_linear(v["x"], v["weight"], v["A0"], v["B0"])
+    dy = randn(*y.shape)
+    inputs = [v["x"], v["A0"], v["B0"]]
+    grads, wanted = (torch.autograd.grad(out, inputs, dy) for out in (y, want))
+    for got, w in zip((y, *grads), (want, *wanted), strict=True):
+        torch.testing.assert_close(got, w)
+
+
+def arguments(**changed):
+    v = {
+        "x": randn(2, 3, 8), "weight": randn(6, 8), "lora_A_list": [randn(2, 8), randn(3, 8)],
+        "lora_B_list": [randn(6, 2), randn(6, 3)], "segment_ids": torch.zeros(2, 3, dtype=torch.int32),
+        "scales": [1.0, 2.0],
+    }  # fmt: skip
+    return v | changed
+
+
+WRONG = {
+    "a float": ({"segment_ids": torch.zeros(2, 3)}, TypeError, "segment_ids: got [2, 3] float32"),
+    "a list": ({"segment_ids": [0, 1]}, TypeError, "segment_ids: got [0, 1] (list)"),
+    "too short": ({"segment_ids": torch.zeros(3, dtype=torch.int32)}, ValueError, "segment_ids: got [3] int32"),
+    "an id past the end": ({"segment_ids": torch.full((2, 3), 2)}, ValueError, "values from 2 to 2, wanted -1"),
+    "an id below -1": ({"segment_ids": torch.full((2,), -2)}, ValueError, "values from -2 to -2"),
+    "no adapter": ({"lora_A_list": [], "lora_B_list": []}, ValueError, "lora_A_list: got list of no adapters"),
+    "no list": ({"lora_A_list": randn(2, 8)}, ValueError, "lora_A_list: got Tensor"),
+    "one B too few": ({"lora_B_list": [randn(6, 2)]}, ValueError, "lora_B_list: got 1 tensors, wanted 2"),
+    "another rank": ({"lora_B_list": [randn(6, 2), randn(6, 2)]}, ValueError, "adapter 1: lora_B: got [6, 2]"),
+    "a scale too few": ({"scales": [1.0]}, ValueError, "scales: got 1 numbers, wanted 2"),
+    "a scalar scale": ({"scales": 2.0}, ValueError, "scales: got 2.0 (float), wanted 2"),
+    "nan": ({"scales": [1.0, float("nan")]}, ValueError, "scales[1]: got nan"),
+    "a trained weight": ({"weight": randn(6, 8).requires_grad_()}, ValueError, "weight: got requires_grad=True"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name):
+    changed, error, message = WRONG[name]
+    with pytest.raises(error) as caught:
+        spectral_ops.segmented_lowrank_linear(**arguments(**changed))
+    assert message in str(caught.value).splitlines()[-1]
+    if "weight" in changed:
+        return
+    v = arguments(**changed)
+    v.pop("weight")
+    with pytest.raises(error) as caught:
+        spectral_ops.segmented_lowrank_update(randn(2, 3, 6), **v)
+    assert message in str(caught.value).splitlines()[-1]
+
+
+def test_update_overwrites_a_fresh_base():
+    problem = FAMILIES["segments-update-dropout"].build(TYPICAL, p=0.0)
+    v = problem.inputs
+    As, Bs = [v["A0"].detach()], [v["B0"].detach()]
+    base = v["base_out"].detach().clone()
+    out = spectral_ops.segmented_lowrank_update(base, v["x"].detach(), As, Bs, torch.zeros(3, dtype=torch.int32))
+    assert storage(out) == storage(base)
+
+
+def test_cotangent_of_a_sum():
+    """The gradient of a sum arrives with stride 0."""
+    problem = FAMILIES["segments"].build(TYPICAL)
+    y = problem.call()
+    (got,) = torch.autograd.grad(y.sum(), problem.inputs["A0"], retain_graph=True)
+    (want,) = torch.autograd.grad(y, problem.inputs["A0"], torch.ones_like(cotangent(problem, y)))
+    torch.testing.assert_close(got, want)
