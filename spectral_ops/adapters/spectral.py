@@ -130,7 +130,9 @@ class SpectralLinear(AdapterLinear):
         """Record the triplets of adapter ``name``."""
         like = getattr(self, next(iter(self.held(name))))[name]
         for key, tensor in zip(self.initial_keys, (U, S, Vh), strict=True):
-            getattr(self, key)[name] = nn.Parameter(tensor.to(like).clone(), requires_grad=False)
+            getattr(self, key)[name] = nn.Parameter(
+                tensor.to(like).clone(memory_format=torch.contiguous_format), requires_grad=False
+            )
 
     # the layer
 
