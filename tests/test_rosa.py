@@ -636,8 +636,10 @@ def test_over_a_quantised_base(bits, dtype):
         assert (g.double() - w).norm() <= (1e-5 if dtype == torch.float32 else 3e-2) * w.norm()
     with so.disabled(net):
         assert torch.equal(net(x), layer.base_layer(x))
-    with pytest.raises(ValueError, match="base_layer: got Linear.*wanted a floating-point weight"):
-        so.merge(net)
+    packed = layer.base_layer.weight.data.clone()
+    so.merge(net)
+    assert not torch.equal(layer.base_layer.weight.data, packed)
+    assert torch.equal(so.unmerge(net)[0].base_layer.weight.data, packed)
     assert not residents._by_memory
 
 

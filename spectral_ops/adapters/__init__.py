@@ -13,6 +13,7 @@ from spectral_ops.adapters.model import (
     detach,
     disabled,
     merge,
+    quantize_base,
     set_adapter,
     unmerge,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "fuse_spectral",
     "load_adapter",
     "merge",
+    "quantize_base",
     "save_adapter",
     "set_adapter",
     "unmerge",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
+from spectral_ops.adapters import quantised
 from spectral_ops.adapters.tied import BufferDict, TiedDict
 from spectral_ops.functional import checks
 
@@ -154,6 +155,8 @@ def why_not_dense(base: nn.Module) -> str | None:
     """Why the fused operator must not read this layer's weight itself, or None where it may."""
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"{type(base).__name__} computes its own product"
+    if quantised.kind(base):
+        return f"the weight is a quantised {type(base.weight).__name__}"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return "the base layer carries hooks"
     if "forward" in base.__dict__:
@@ -196,7 +199,7 @@ class AdapterLinear(nn.Module):
         self.active: str | None = None
         self.merged: str | None = None
         self._undo: tuple[torch.Tensor, ...] | None = None
-        self._snapshot: torch.Tensor | None = None
+        self._snapshot: Any = None  # the weight before a merge: [d, k], or what a quantised layer held
         self._disabled = 0
         self.train(base_layer.training)
 
@@ -346,14 +349,59 @@ class AdapterLinear(nn.Module):
 
     def dense_matrix(self, why: str) -> torch.Tensor:
         """:attr:`matrix`, or a ValueError where the base is quantised."""
-        if self.base_layer.weight.is_floating_point() and self.base_layer.weight.shape.numel() == (
-            self.in_features * self.out_features
-        ):
+        if self.is_dense:
             return self.matrix
-        raise ValueError(
-            f"base_layer: got {type(self.base_layer).__name__} with a weight {checks.describe(self.base_layer.weight)},"
-            f" wanted a floating-point weight ({why} reads it)"
-        )
+        raise ValueError(f"base_layer: {self._got_weight}, wanted a floating-point weight ({why} reads it)")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the base weight is a plain floating-point matrix."""
+        weight = self.base_layer.weight
+        whole = weight.is_floating_point() and weight.shape.numel() == self.in_features * self.out_features
+        return whole and quantised.kind(self.base_layer) is None
+
+    @property
+    def _got_weight(self) -> str:
+        return f"got {type(self.base_layer).__name__} with a weight {checks.describe(self.base_layer.weight)}"
+
+    def readable(self, why: str) -> None:
+        """Raise ValueError where the weight can neither be read nor dequantised."""
+        if not self.is_dense and quantised.kind(self.base_layer) is None:
+            raise ValueError(
+                f"base_layer: {self._got_weight}, wanted a floating-point weight, or one of bitsandbytes or torchao"
+                f" ({why} reads it)"
+            )
+
+    def full_matrix(self) -> torch.Tensor:
+        """The base weight [d, k] as it is now, in float32 (float64): dequantised, or in its own memory if it can be."""
+        if self.is_dense:
+            return self.matrix.to(accumulate_dtype(self.matrix.dtype))
+        self.readable("this method")
+        return quantised.dequantised(self.base_layer)
+
+    def decomposable(self, why: str) -> torch.Tensor:
+        """The base weight [d, k] for a decomposition: as stored (what is decomposed once is known by its memory), or
+        dequantised."""
+        self.readable(why)
+        return self.matrix if self.is_dense else self.full_matrix()
+
+    def hold_matrix(self) -> Any:
+        """The base weight as stored, for :meth:`put_back_matrix`."""
+        return self.matrix.clone() if self.is_dense else quantised.held(self.base_layer)
+
+    def put_back_matrix(self, stored: Any) -> None:
+        """Make the base weight, bit for bit, what :meth:`hold_matrix` returned."""
+        if self.is_dense:
+            self.matrix.copy_(stored)
+        else:
+            quantised.put_back(self.base_layer, stored)
+
+    def write_matrix(self, weight: torch.Tensor) -> None:
+        """Make the base weight ``weight`` [d, k], rounded once to the format it is stored in."""
+        if self.is_dense:
+            self.matrix.copy_(weight)
+        else:
+            quantised.write(self.base_layer, weight)
 
     def add_adapter(self, name, config, path="", *, autocast_adapter_dtype=True, initialise=True):
         """Give the layer an adapter, not active yet; leaves the base alone. ``path`` resolves the config's patterns."""
@@ -422,7 +470,7 @@ class AdapterLinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
         """What a merge of the adapter (default: the active one) adds to the base weight: [d, k], float32 (float64)."""
-        self.dense_matrix("delta_weight")
+        self.readable("delta_weight")
         weight = self.unmerged()
         return self.merged_weight(weight, self._known(adapter_name))[0] - weight
 
@@ -438,35 +486,46 @@ class AdapterLinear(nn.Module):
         new, undo = self.merge_result()
         if safe and not torch.isfinite(new).all():
             raise ValueError(f"adapter {self.active!r}: got non-finite merged weights, wanted finite ones (safe=True)")
+        keep_base = keep_base or undo is None or not self.is_dense  # a quantised weight is never got back by arithmetic
         if not keep_base:
             self.check_undo(self.active)
-        self._snapshot = self.matrix.clone() if keep_base or undo is None else None
-        self.matrix.copy_(new)
+        self._snapshot = self.hold_matrix() if keep_base else None
+        self.write_matrix(new)
         self.merged, self._undo = self.active, undo
 
     def merge_result(self):
-        """The weight a merge would write, in the base's dtype, and its undo tensors."""
-        matrix = self.dense_matrix("merge")
-        new, undo = self.merged_weight(matrix.to(accumulate_dtype(matrix.dtype)), self.active)
-        return new.to(matrix.dtype), undo
+        """The weight a merge would write, in the base's dtype (float32 for a quantised one), and its undo tensors."""
+        self.readable("merge")
+        new, undo = self.merged_weight(self.full_matrix(), self.active)
+        return new.to(self.matrix.dtype) if self.is_dense else new, undo
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the merged adapter out of the base weight again; nothing where none is merged."""
         if self.merged is None:
             return
-        self.matrix.copy_(self.unmerged())
+        if self._snapshot is not None:
+            self.put_back_matrix(self._snapshot)
+        else:
+            self.matrix.copy_(self.unmerged())
         self.merged = self._undo = self._snapshot = None
 
     @torch.no_grad()
     def unmerged(self) -> torch.Tensor:
         """The base weight [d, k] without what is merged into it, in float32 (float64)."""
-        weight = self.matrix.to(accumulate_dtype(self.matrix.dtype))
+        weight = self.full_matrix()
         if self.merged is None:
             return weight
-        if self._snapshot is not None:
+        if self._snapshot is None:
+            return self.unmerged_weight(weight, self.merged, *(t.to(weight.device) for t in self._undo))
+        if self.is_dense:
             return self._snapshot.to(weight)
-        return self.unmerged_weight(weight, self.merged, *(t.to(weight.device) for t in self._undo))
+        merged = self.hold_matrix()
+        self.put_back_matrix(self._snapshot)
+        try:
+            return self.full_matrix()
+        finally:
+            self.put_back_matrix(merged)
 
     def _known(self, name: str | None) -> str:
         name = self.active if name is None else name

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import why_not_dense
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
-from spectral_ops.functional import NormCache, dora_linear, dora_update
+from spectral_ops.functional import NormCache, column_norm, dora_linear, dora_update, lowrank_update
 
 SMALL = 1e-4  # a row scaled by less than this cannot be unmerged by division
 
@@ -55,7 +56,7 @@ class DoRALinear(LoRALinear):
         return {**super().shapes(config, d, k), "lora_magnitude_vector": (d,)}
 
     def admit(self, config):
-        self.dense_matrix("DoRA's column norm")
+        self.readable("DoRA's column norm")
         super().admit(config)
 
     def parameter_dtype(self, key, dtype):
@@ -75,7 +76,7 @@ class DoRALinear(LoRALinear):
 
     def reset(self, name):
         super().reset(name)
-        weight = self.matrix.to(accumulate_dtype(self.matrix.dtype))
+        weight = self.full_matrix()
         if not self.settings[name].changes_base:  # a spectral start is W itself: base and product together
             weight = weight + self.product(self.lora_A[name], self.lora_B[name], name)
         self.lora_magnitude_vector[name].copy_(torch.linalg.vector_norm(weight, dim=1))
@@ -86,16 +87,27 @@ class DoRALinear(LoRALinear):
     def adapted(self, x, name):
         A, B, m = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
         base, config = self.base_layer, self.settings[name]
-        norm = self.norms[name].get(self.matrix, A, B, config.scaling)
         reason = why_not_dense(base)
+        if self.is_dense:
+            norm = self.norms[name].get(self.matrix, A, B, config.scaling)
+        else:  # nothing is kept: telling whether it is stale would need the dequantised weight as well
+            norm = column_norm(self.full_matrix(), A, B, config.scaling)
         if reason is None:
             return dora_linear(
                 x, self.matrix, A, B, m, base.bias,
                 scale=config.scaling, norm=norm, dropout_p=config.dropout, training=self.training,
             )  # fmt: skip
         if config.dropout and self.training:
-            raise ValueError(f"lora_dropout: got {config.dropout!r}, wanted 0.0 for DoRA where {reason}")
+            return self.dropped(x, A, B, (m / norm).to(x.dtype), config)
         return dora_update(base(x), x, A, B, m, norm, base.bias, scale=config.scaling)
+
+    def dropped(self, x, A, B, g, config):
+        """With dropout, over a product that is not ours: the base layer runs on x and on drop(x)."""
+        x_dropped = F.dropout(x, config.dropout)
+        plain = self.base_layer(x_dropped)
+        plain = plain if self.bias is None else plain - self.bias
+        z = lowrank_update(plain.clone(), x_dropped, A, B, scale=config.scaling)
+        return self.base_layer(x) + (g * z - plain)
 
     @torch.no_grad()
     def delta_weight(self, adapter_name=None):

@@ -124,7 +124,7 @@ class LoRALinear(AdapterLinear):
 
     def admit(self, config):
         if config.changes_base:
-            self.dense_matrix(config.init_lora_weights)
+            self.readable(config.init_lora_weights)
         if self.initial_A or (self.settings and config.changes_base):
             raise ValueError(
                 f"adapter_name: got a second adapter on a layer with {self.adapter_names}, wanted a layer of its own"
@@ -134,7 +134,8 @@ class LoRALinear(AdapterLinear):
     def reset(self, name):
         A, B, config = self.lora_A[name], self.lora_B[name], self.settings[name]
         if spectral := svd.SpectralInit.parse(config.init_lora_weights):
-            self.set_initial(name, *svd.spectral_factors(self.matrix, config.r, config.scaling, spectral))
+            weight = self.decomposable(config.init_lora_weights)
+            self.set_initial(name, *svd.spectral_factors(weight, config.r, config.scaling, spectral))
             A.copy_(self.initial_A[name])
             B.copy_(self.initial_B[name])
             return
@@ -170,12 +171,12 @@ class LoRALinear(AdapterLinear):
     @torch.no_grad()
     def commit(self, name):
         if name in self.initial_A:
-            self.matrix.copy_(self.matrix.to(accumulate_dtype(self.matrix.dtype)) - self.initial_product())
+            self.write_matrix(self.full_matrix() - self.initial_product())
 
     @torch.no_grad()
     def restore(self):
         if self.initial_A:
-            self.matrix.copy_(self.original_weight())
+            self.write_matrix(self.original_weight())
 
     def original_weight(self):
         return super().original_weight() + self.initial_product()

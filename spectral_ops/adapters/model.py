@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from spectral_ops.adapters import quantised
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, check_adapter_name, is_linear, linear_size
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import layer_type
@@ -359,6 +360,27 @@ def detach(model, adapter_name=None):
     return model
 
 
+def quantize_base(model, format="nf4", *, compute_dtype=None):
+    """Quantise the base layers under the adapters of ``model`` in place, by bitsandbytes; returns the model.
+
+    format: "nf4", "fp4" or "int8". compute_dtype: of 4-bit products; default the weight's own dtype. After ``attach``
+    of a PiSSA config this is QPiSSA: what is quantised is what the adapter left of the weight (arXiv:2404.02948).
+    Layers that are quantised already stay as they are. Raises ValueError while an adapter is merged, and for layers
+    other than nn.Linear.
+    """
+    layers = adapter_layers(model)
+    for path, layer in layers.items():
+        if layer.merged is not None:
+            raise ValueError(f"model: got {path!r} with {layer.merged!r} merged, wanted unmerged layers")
+        if layer.is_dense and type(layer.base_layer) is not nn.Linear:
+            raise ValueError(f"model: got {path!r}, a {type(layer.base_layer).__name__}, wanted nn.Linear")
+    for layer in layers.values():
+        layer.release()
+        if layer.is_dense:
+            layer.base_layer = quantised.quantise(layer.base_layer, format, compute_dtype)
+    return model
+
+
 def merge(model, *, safe=False, keep_base=False):
     """Put the active adapter into the base weights, exact in float32 and cast once; returns the model.
 
@@ -369,7 +391,7 @@ def merge(model, *, safe=False, keep_base=False):
     todo = {p: u for p, u in units(root).items() if u.merged is None and u.active in u.adapter_names}
     layers = {path: unit for path, unit in todo.items() if isinstance(unit, AdapterLinear)}
     for path, layer in layers.items():
-        layer.dense_matrix("merge")
+        layer.readable("merge")
         if tied(root, layer.weight):
             raise ValueError(f"model: got {path!r}, whose weight another module shares, wanted untied weights")
         if safe:

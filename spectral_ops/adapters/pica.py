@@ -120,7 +120,7 @@ class PiCaLinear(LowRankLinear):
 
     def reset(self, name):
         config = self.settings[name]
-        U, _, Vh = truncated_svd(self.dense_matrix("PiCa's decomposition"), config.r, niter=config.niter)
+        U, _, Vh = truncated_svd(self.decomposable("PiCa's decomposition"), config.r, niter=config.niter)
         self.pica_P[name].copy_(Vh if config.side == "input" else U)
 
     def factors(self, name):

@@ -102,7 +102,7 @@ class SpectralLinear(AdapterLinear):
 
     def admit(self, config):
         if config.residual:
-            self.dense_matrix("residual")
+            self.readable("residual=True")
         if self.settings and (config.residual or any(other.residual for other in self.settings.values())):
             raise ValueError(
                 f"adapter_name: got a second adapter on a layer with {self.adapter_names}, wanted a layer of its own"
@@ -111,20 +111,12 @@ class SpectralLinear(AdapterLinear):
 
     def reset(self, name):
         config = self.settings[name]
-        U, S, Vh = truncated_svd(self._decomposed(), config.start + config.r, niter=config.niter)
+        U, S, Vh = truncated_svd(self.decomposable("the decomposition"), config.start + config.r, niter=config.niter)
         self.set_initial(name, U[:, config.start :], S[config.start :], Vh[config.start :])
         for key in self.held(name):
             nn.init.zeros_(getattr(self, key)[name])
         if config.mode == "rotation":
             nn.init.ones_(self.spectral_scale[name])
-
-    def _decomposed(self) -> torch.Tensor:
-        """The base weight [d, k]; a quantised one as its own layer applies it to the unit vectors."""
-        try:
-            return self.dense_matrix("the decomposition")
-        except ValueError:
-            unit = torch.eye(self.in_features, device=self.base_layer.weight.device)
-            return (self.base_layer(unit) - self.base_layer(torch.zeros_like(unit[:1]))).t()
 
     def set_initial(self, name, U, S, Vh):
         """Record the triplets of adapter ``name``."""
@@ -181,13 +173,12 @@ class SpectralLinear(AdapterLinear):
     @torch.no_grad()
     def commit(self, name):
         if self.settings[name].residual:
-            wide = self.matrix.to(accumulate_dtype(self.matrix.dtype))
-            self.matrix.copy_(wide - _product(*self.triplets(name)))
+            self.write_matrix(self.full_matrix() - _product(*self.triplets(name)))
 
     @torch.no_grad()
     def restore(self):
         if self._removed() is not None:
-            self.matrix.copy_(self.original_weight())
+            self.write_matrix(self.original_weight())
 
     @torch.no_grad()
     def original_weight(self):
