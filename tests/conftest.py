@@ -14,6 +14,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+LONGEST = (
+    "test_cuda_build",
+    "test_triton_aot",
+    "test_build",
+    "test_cuda_host",
+    "test_triton",
+    "test_demo",
+    "test_compile",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that two processes that each take the next whole file end together."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
+
 def pytest_generate_tests(metafunc):
     """Classes with a ``families`` list run each of their tests that takes ``family`` on every one of them."""
     if "family" in metafunc.fixturenames and getattr(metafunc.cls, "families", None):
