@@ -1,4 +1,4 @@
-"""The build: what a wheel holds, what loads, what is refused, every instruction set, and nvcc on every CUDA kernel."""
+"""The build: what a wheel holds, what loads, what is refused, and every instruction set."""
 
 from __future__ import annotations
 
@@ -336,42 +336,3 @@ def test_kernel_checks():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call()
-
-
-# --- CUDA, without a GPU ---
-
-
-@pytest.fixture(scope="module")
-def nvcc_build():
-    """A CMake folder that builds _C_cuda for one architecture, and every kernel for three."""
-    for name in ("nvcc", "cmake", "ninja"):
-        if tool(name) is None:
-            pytest.skip(f"{name} is not on PATH")
-    if not list(ROOT.glob("csrc/cuda/*.cu")):
-        pytest.skip("csrc/cuda holds no kernel")
-    folder = ROOT / "build" / "nvcc"
-    settings = ["-DSPECTRAL_OPS_CUDA=ON", "-DSPECTRAL_OPS_CUDA_ARCHS=9.0a", f"-DPython_EXECUTABLE={sys.executable}"]
-    settings.append(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
-    run(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder, *settings)
-    return folder
-
-
-@pytest.mark.slow
-def test_cuda_kernels_compile_without_spills(nvcc_build):
-    run(tool("cmake"), "--build", nvcc_build, "--target", "cuda_objects", "--parallel", "2")
-    logs = {log: log.read_text() for log in (nvcc_build / "cuda").glob("*.sm_*.o.log")}
-    stems = {s.stem for s in ROOT.glob("csrc/cuda/*.cu")}
-    assert {log.name for log in logs} >= {f"{s}.sm_{a}.o.log" for s in stems for a in ("80", "90a", "100a")}
-    for log, text in logs.items():
-        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", text)]
-        assert spills and not any(spills), f"{log.name}: {text}"
-        assert "warning" not in text, f"{log.name}: {text}"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(tool("nm") is None, reason="needs nm (binutils)")
-def test_cuda_extension_links(nvcc_build):
-    run(tool("cmake"), "--build", nvcc_build, "--target", "_C_cuda", "--parallel", "2")
-    symbols = run(tool("nm"), "-DC", "--undefined-only", nvcc_build / "_C_cuda.abi3.so").stdout
-    assert "aoti_torch_get_current_cuda_stream" in symbols  # torch's, found once `import torch` has loaded it
-    assert "spectral_ops::" not in symbols, "a launch function is declared but not defined"

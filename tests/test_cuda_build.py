@@ -1,16 +1,15 @@
-"""The machine code of the CUDA kernels, without a GPU: what must be tensor-core or 16-byte instructions is.
-
-Spills, warnings and linking are tested in test_build.py, for three generations; what the kernels compute, in
-test_cuda_host.py.
+"""The CUDA extension, built once without a GPU for three generations: no spills, no warnings, and what must be
+tensor-core or 16-byte instructions is. What the kernels compute is tested in test_cuda_host.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
-ARCH = "90a"
+ARCHS = ("8.0", "9.0a", "10.0a")
 INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
@@ -33,6 +32,16 @@ INSTRUCTIONS = {  # as they show in SASS
 pytestmark = pytest.mark.slow
 
 
+def tool(name: str) -> str | None:
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def run(*command) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def disassembler() -> str | None:
     """cuobjdump of the CUDA toolkit, or the one that Triton brings."""
     if path := shutil.which("cuobjdump"):
@@ -44,35 +53,45 @@ def disassembler() -> str | None:
     return str(path) if path.exists() else None
 
 
-def object_of(stem: str) -> Path:
-    """The object for ``ARCH``: test_build.py's if it is newer than every source, or one of our own."""
-    newest = max(p.stat().st_mtime for p in [*SOURCES.iterdir(), ROOT / "csrc" / "arguments.h"])
-    shared = ROOT / "build" / "nvcc" / "cuda" / f"{stem}.sm_{ARCH}.o"
-    own = ROOT / "build" / "sass" / f"{stem}.o"
-    for path in (shared, own):
-        if path.exists() and path.stat().st_mtime > newest and path.stat().st_size > 0:
-            return path
-    own.parent.mkdir(parents=True, exist_ok=True)
-    partial = own.with_suffix(f".{os.getpid()}.o")
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=sm_{ARCH}"]
-    done = subprocess.run(["nvcc", *flags, "-c", SOURCES / f"{stem}.cu", "-o", partial], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return partial.replace(own)
+@pytest.fixture(scope="module")
+def nvcc_build():
+    """A CMake folder with _C_cuda for three generations, which takes minutes; ninja keeps what is up to date."""
+    for name in ("nvcc", "cmake", "ninja"):
+        if tool(name) is None:
+            pytest.skip(f"{name} is not on PATH")
+    folder = ROOT / "build" / "nvcc"
+    settings = ["-DSPECTRAL_OPS_CUDA=ON", f"-DSPECTRAL_OPS_CUDA_ARCHS={' '.join(ARCHS)}"]
+    settings += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    run(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder, *settings)
+    run(tool("cmake"), "--build", folder, "--target", "_C_cuda", "--parallel", "2")
+    return folder
+
+
+def test_every_kernel_compiles_without_spills(nvcc_build):
+    for source in SOURCES.glob("*.cu"):
+        text = (nvcc_build / "cuda" / f"{source.stem}.o.log").read_text()
+        assert set(re.findall(r"for 'sm_(\w+)'", text)) == {arch.replace(".", "") for arch in ARCHS}
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", text)]
+        assert spills and not any(spills), f"{source.name}: {text}"
+        assert "warning" not in text, f"{source.name}: {text}"
+
+
+@pytest.mark.skipif(tool("nm") is None, reason="needs nm (binutils)")
+def test_extension_links(nvcc_build):
+    symbols = run(tool("nm"), "-DC", "--undefined-only", nvcc_build / "_C_cuda.abi3.so")
+    assert "aoti_torch_get_current_cuda_stream" in symbols  # torch's, found once `import torch` has loaded it
+    assert "spectral_ops::" not in symbols, "a launch function is declared but not defined"
 
 
 @pytest.fixture(scope="module")
-def kernels():
-    """How often each instruction of INSTRUCTIONS occurs in each kernel: {name with template arguments: Counter}."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on PATH")
-    tool = disassembler()
-    if tool is None:
+def kernels(nvcc_build):
+    """How often each of INSTRUCTIONS occurs in each kernel on sm_90a: {name with template arguments: Counter}."""
+    cuobjdump = disassembler()
+    if cuobjdump is None:
         pytest.skip("cuobjdump is neither on PATH nor part of an installed Triton")
     found = {}
     for source in SOURCES.glob("*.cu"):
-        text = subprocess.run(
-            [tool, "-sass", object_of(source.stem)], capture_output=True, text=True, check=True
-        ).stdout
+        text = run(cuobjdump, "-sass", "-arch", "sm_90a", nvcc_build / "cuda" / f"{source.stem}.o")
         for part in re.split(r"Function : ", text)[1:]:
             symbol, _, body = part.partition("\n")
             counts = Counter({name: len(re.findall(pattern, body)) for name, pattern in INSTRUCTIONS.items()})
