@@ -20,6 +20,7 @@ from spectral_ops.adapters.model import (
 from spectral_ops.adapters.pica import PiCaConfig, PiCaLinear
 from spectral_ops.adapters.rosa import RoSAConfig, RoSALinear
 from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
+from spectral_ops.adapters.segments import segments, train_adapters
 from spectral_ops.adapters.spectral import SpectralConfig, SpectralLinear
 from spectral_ops.adapters.spectral_fusion import fuse_spectral
 
@@ -52,6 +53,8 @@ __all__ = [
     "merge",
     "quantize_base",
     "save_adapter",
+    "segments",
     "set_adapter",
+    "train_adapters",
     "unmerge",
 ]

@@ -17,7 +17,13 @@ from torch import nn
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, why_not_dense
-from spectral_ops.functional import checks, lowrank_linear, lowrank_update
+from spectral_ops.functional import (
+    checks,
+    lowrank_linear,
+    lowrank_update,
+    segmented_lowrank_linear,
+    segmented_lowrank_update,
+)
 from spectral_ops.init import svd
 
 
@@ -115,6 +121,8 @@ class LoRALinear(AdapterLinear):
     config_type = LoRAConfig
     tensor_keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     initial_keys = {"initial_A": "lora_initial_A.weight", "initial_B": "lora_initial_B.weight"}
+    mixed: tuple[tuple[str, ...], torch.Tensor] | None = None  # adapters and ids of rows: see adapters/segments.py
+    was_mixed = False  # the last forward was, with gradients
 
     @classmethod
     def shapes(cls, config, d, k):
@@ -185,6 +193,33 @@ class LoRALinear(AdapterLinear):
         for name in self.initial_A:  # at most one: what its initialisation took is added back
             return self.lowrank(x, self.initial_A[name], self.initial_B[name], name, 0.0)
         return self.base_layer(x)
+
+    def forward(self, x):
+        if self.mixed is not None and not self._disabled:
+            return self.segmented(x, *self.mixed)
+        if not torch.compiler.is_compiling() and self.was_mixed:
+            if torch._C._current_graph_task_id() != -1:  # a backward pass runs
+                raise RuntimeError(
+                    "segments: a checkpointed forward is computed again after its block has ended; run backward inside"
+                    " `with segments(...)`, or checkpoint what its `bind` returns"
+                )
+            self.was_mixed = False
+        return super().forward(x)
+
+    def segmented(self, x, names, ids):
+        """The output where each row has the adapter of ``names`` that its id says, or none."""
+        if not names:
+            return self.base_layer(x)
+        configs = [self.settings[name] for name in names]
+        options = {
+            "scales": [config.scaling for config in configs],
+            "dropout_p": configs[0].dropout,
+            "training": self.training,
+        }
+        adapters = [self.lora_A[name] for name in names], [self.lora_B[name] for name in names], ids
+        if why_not_dense(self.base_layer) is None:
+            return segmented_lowrank_linear(x, self.matrix, *adapters, self.base_layer.bias, **options)
+        return segmented_lowrank_update(self.base_layer(x), x, *adapters, **options)
 
     def adapted(self, x, name):
         return self.lowrank(x, self.lora_A[name], self.lora_B[name], name, self.settings[name].dropout)
