@@ -17,6 +17,8 @@ from spectral_ops import (
     DoRAConfig,
     DoRALinear,
     LoRAConfig,
+    LoRADashConfig,
+    LoRADashLinear,
     LoRALinear,
     PiCaConfig,
     PiCaLinear,
@@ -48,6 +50,7 @@ CONFIGS = {
     "spectral": SpectralConfig(r=4, start=1),
     "spectral_residual": SpectralConfig(r=4, residual=True),
     "spectral_rotation": SpectralConfig(r=4, mode="rotation"),
+    "dash": LoRADashConfig(r=4, lora_alpha=6, directions=3),
 }
 CLASSES = {
     LoRAConfig: LoRALinear,
@@ -57,6 +60,7 @@ CLASSES = {
     RoSAConfig: RoSALinear,
     PiCaConfig: PiCaLinear,
     SpectralConfig: SpectralLinear,
+    LoRADashConfig: LoRADashLinear,
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
@@ -93,8 +97,10 @@ def make(method, *, dtype=torch.float32, transposed=False, bias=True, trained=Tr
 
 
 def masked(module):
-    """The module; its RoSA layers have a random mask."""
+    """The module; its RoSA layers have a random mask, its LoRA-Dash layers their directions."""
     for layer in module.modules():
+        if isinstance(layer, LoRADashLinear) and layer.active in layer.settings:
+            layer.launch()
         if isinstance(layer, RoSALinear) and "rosa_values" in layer.held(layer.active):
             places = torch.rand(layer.out_features, layer.in_features)
             layer.set_mask(topk_pattern(places, layer.rosa_values[layer.active].numel()))
@@ -155,6 +161,8 @@ def dense_weight(layer, name="default"):
             return W
     gamma = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     V = W + gamma * layer.lora_B[name].double() @ layer.lora_A[name].double()
+    if isinstance(layer, LoRADashLinear):
+        V = V + layer.dash_U[name].double() * layer.dash_delta[name].double() @ layer.dash_V[name].double()
     if isinstance(layer, DoRALinear):
         norm = V.square().sum(1).sqrt().detach()
         V = (layer.lora_magnitude_vector[name].double() / norm)[:, None] * V
@@ -470,6 +478,7 @@ def test_disabled_and_detach_give_the_original_model_back(method):
 
 SEVERAL = [
     "lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa", "pica", "spectral", "spectral_rotation",
+    "dash",
 ]  # fmt: skip
 
 
@@ -628,7 +637,7 @@ def test_target_modules_as_peft_reads_them(tiny, fields, count):
     assert set(so.adapter_layers(model)) == expected and len(expected) == count
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone", "bat", "rosa", "pica"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone", "bat", "rosa", "pica", "dash"])
 def test_llama(tiny, method):
     model, ids = tiny.llama(), tiny.tokens()
     want = model(ids).logits

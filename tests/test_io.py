@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 import spectral_ops as so
-from spectral_ops import BatConfig, BoneConfig, DoRAConfig, LoRAConfig, PiCaConfig, RoSAConfig, SpectralConfig
+from spectral_ops import (
+    BatConfig,
+    BoneConfig,
+    DoRAConfig,
+    LoRAConfig,
+    LoRADashConfig,
+    PiCaConfig,
+    RoSAConfig,
+    SpectralConfig,
+)
 from spectral_ops.init import topk_pattern
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -59,6 +68,7 @@ CONFIGS = {
     "rosa": RoSAConfig(r=4, d=0.05, density_pattern={"q_proj": 0.1}, target_modules="all-linear"),
     "rosa_spa": RoSAConfig(d=0.05, schedule="spa_only", target_modules=["q_proj", "down_proj"]),
     "rosa_lora": RoSAConfig(r=4, schedule="lora_only", target_modules=["o_proj"]),
+    "dash": LoRADashConfig(r=4, directions=3, rank_pattern={"q_proj": 3}, target_modules="all-linear"),
     "pica": PiCaConfig(r=4, rank_pattern={"q_proj": 3}, target_modules="all-linear"),
     "pica_output": PiCaConfig(r=4, side="output", target_modules=["q_proj", "down_proj"]),
     "spectral": SpectralConfig(r=3, start=2, target_modules="all-linear"),
@@ -74,6 +84,8 @@ def adapted(tiny, method, **llama):
     """A Llama with a trained adapter: its base weights kept beside it, and its logits."""
     model = so.attach(tiny.llama(**llama), CONFIGS[method])
     for layer in so.adapter_layers(model).values():
+        if "dash_steps" in layer.held("default"):
+            layer.launch()
         if "rosa_values" in layer.held("default"):
             places = torch.rand(layer.out_features, layer.in_features)
             layer.set_mask(topk_pattern(places, layer.rosa_values["default"].numel()))
@@ -84,7 +96,7 @@ def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-OURS = {name for name in CONFIGS if name.startswith(("bat_row", "rosa", "pica", "spectral"))}  # that PEFT does not have
+OURS = {n for n in CONFIGS if n.startswith(("bat_row", "rosa", "pica", "spectral", "dash"))}  # that PEFT does not have
 
 
 @pytest.mark.parametrize("method", [name for name in CONFIGS if name not in OURS])

@@ -20,6 +20,7 @@ CONFIGS = {
     "dora_pissa": so.DoRAConfig(r=4, lora_alpha=6, init_lora_weights="pissa"),
     "bone": so.BoneConfig(r=5),
     "rosa": so.RoSAConfig(r=4, lora_alpha=6, d=0.05),
+    "dash": so.LoRADashConfig(r=4, lora_alpha=6, directions=3),
     "pica": so.PiCaConfig(r=4),
     "spectral": so.SpectralConfig(r=4),
     "spectral_rotation": so.SpectralConfig(r=4, mode="rotation"),
@@ -52,6 +53,8 @@ def perturb(net):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for layer in so.adapter_layers(net).values():
+            if isinstance(layer, so.LoRADashLinear):
+                layer.launch()
             if isinstance(layer, so.RoSALinear):
                 layer.set_mask(topk_pattern(torch.rand(D, K, generator=generator), int(0.05 * D * K)))
             for p in layer.parameters():
@@ -118,6 +121,8 @@ def test_output_and_gradients(form, method, dtype):
             rows = torch.repeat_interleave(torch.arange(D), csr.row_offsets.diff().long())
             S = torch.zeros(D, K, dtype=torch.float64).index_put((rows, csr.col_indices.long()), rest[0])
             z = z + x64 @ S.T
+        if method == "dash":
+            z = z + x64 @ layer.dash_V["default"].double().T @ (layer.dash_U["default"].double() * rest[0]).T
         if method.startswith("dora"):
             norm = (W + scale * B @ A).norm(dim=1).detach()
             z = rest[0] / norm * (z - bias) + bias

@@ -3,6 +3,7 @@
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
 from spectral_ops.adapters.bat import BatConfig, BatLinear
 from spectral_ops.adapters.bone import BoneConfig, BoneLinear
+from spectral_ops.adapters.dash import LoRADashConfig, LoRADashLinear
 from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
 from spectral_ops.adapters.io import load_adapter, save_adapter
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
@@ -34,6 +35,8 @@ __all__ = [
     "DoRAConfig",
     "DoRALinear",
     "LoRAConfig",
+    "LoRADashConfig",
+    "LoRADashLinear",
     "LoRALinear",
     "MasksSaved",
     "PiCaConfig",

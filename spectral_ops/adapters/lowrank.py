@@ -1,4 +1,4 @@
-"""y = x Wᵀ + drop(x) Aᵀ C Bᵀ + b over factors that a method makes of what it trains and what it froze (METHODS 1.1)."""
+"""y = x Wᵀ + γ drop(x) Aᵀ C Bᵀ + b over factors a method makes of what it trains and what it froze (METHODS 1.1)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ class LowRankLinear(AdapterLinear):
         """A [r, k], B [d, r], and the core C: None, a diagonal [r], or [r, r]. Gradients reach what is trained."""
         raise NotImplementedError
 
+    def scale(self, name: str) -> float:
+        """γ, which multiplies the product; a number, so that it is rounded to no narrow dtype."""
+        return 1.0
+
     def adapted(self, x, name):
         A, B, core = self.factors(name)
-        options = {"core": core, "dropout_p": self.settings[name].dropout, "training": self.training}
+        dropout = self.settings[name].dropout
+        options = {"scale": self.scale(name), "core": core, "dropout_p": dropout, "training": self.training}
         if why_not_dense(self.base_layer) is None:
             return lowrank_linear(x, self.matrix, A, B, self.base_layer.bias, **options)
         return lowrank_update(self.base_layer(x), x, A, B, **options)
 
     @torch.no_grad()
     def delta_weight(self, adapter_name=None):
-        """B Cᵀ A [d, k] in at least float32."""
-        A, B, core = self.factors(self._known(adapter_name))
+        """γ B Cᵀ A [d, k] in at least float32."""
+        name = self._known(adapter_name)
+        A, B, core = self.factors(name)
         acc = accumulate_dtype(A.dtype)
         A, B = A.to(acc), B.to(acc)
         if core is not None:
             B = B * core if core.dim() == 1 else B @ core.to(acc).t()
-        return B @ A
+        return self.scale(name) * (B @ A)
 
     def merged_weight(self, weight, name):
         return weight + self.delta_weight(name), ()

@@ -7,6 +7,7 @@ from typing import Any
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
 from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
+from spectral_ops.adapters.dash import LoRADashLinear
 from spectral_ops.adapters.dora import DoRALinear
 from spectral_ops.adapters.lora import LoRALinear
 from spectral_ops.adapters.pica import PiCaLinear
@@ -14,7 +15,7 @@ from spectral_ops.adapters.rosa import RoSALinear
 from spectral_ops.adapters.spectral import SpectralLinear
 
 METHODS: tuple[type[AdapterLinear], ...] = (
-    LoRALinear, DoRALinear, BatLinear, BoneLinear, RoSALinear, PiCaLinear, SpectralLinear
+    LoRALinear, DoRALinear, BatLinear, BoneLinear, RoSALinear, PiCaLinear, SpectralLinear, LoRADashLinear
 )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ METHODS: dict[str, Method] = {
     "bat": Method("BatConfig", {"r": BLOCK}),
     "bat_row": Method("BatConfig", {"r": BLOCK, "mode": "row"}),
     "rosa": _low_rank("RoSAConfig", d=DENSITY),
+    "dash": _low_rank("LoRADashConfig"),
     "pica": Method("PiCaConfig", {"r": RANK, "niter": 4}),
     "spectral": Method("SpectralConfig", {"r": RANK}),
     "spectral_rotation": Method("SpectralConfig", {"r": RANK, "mode": "rotation"}),

@@ -5,6 +5,7 @@ from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
 from spectral_ops.functional.cayley import cayley
 from spectral_ops.functional.csr import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
+from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_linear_group, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
@@ -37,6 +38,7 @@ __all__ = [
     "scratch",
     "segmented_lowrank_linear",
     "segmented_lowrank_update",
+    "task_direction_scores",
 ]
 
 _DROPOUT = ("dropout_project", "dropout_outer", "dropout_lift_")
