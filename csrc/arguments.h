@@ -246,4 +246,26 @@ struct BatMixBackward {
   bool need_g;
 };
 
+// --- policy: targets [rows], 0 <= target < columns, or ignore_index; else NaN ---
+
+// logprob, logsumexp [rows] in float32 (float64 for float64) of scale * logits [rows, columns], unit inner stride.
+struct TargetLogprob {
+  const void* logits;
+  const int64_t* targets;
+  void *logprob, *logsumexp;
+  double scale;
+  int64_t rows, columns, logits_stride, ignore_index;
+  DType dtype;  // of logits
+};
+
+// logits becomes scale * dlogp * (onehot - exp(scale * logits - logsumexp)); logsumexp, dlogp [rows] as above.
+struct SoftmaxGradient {
+  void* logits;
+  const int64_t* targets;
+  const void *logsumexp, *dlogp;
+  double scale;
+  int64_t rows, columns, logits_stride, ignore_index;
+  DType dtype;  // of logits
+};
+
 }  // namespace spectral_ops

@@ -10,6 +10,7 @@
 #include "ops/dora.h"
 #include "ops/dropout.h"
 #include "ops/lowrank.h"
+#include "ops/policy.h"
 
 namespace spectral_ops {
 
@@ -41,6 +42,8 @@ const Binding kBindings[] = {
     {"dropout_outer", TORCH_BOX(&dropout_outer<Cpu>)},
     {"dropout_lift_", TORCH_BOX(&dropout_lift_<Cpu>)},
     {"seeded_dropout", TORCH_BOX(&seeded_dropout<Cpu>)},
+    {"target_logprob", TORCH_BOX(&target_logprob<Cpu>)},
+    {"softmax_gradient_", TORCH_BOX(&softmax_gradient_<Cpu>)},
 };
 
 PyObject* do_register(PyObject*, PyObject*) {

@@ -743,6 +743,10 @@ def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) ->
     nnz = columns.numel()
     values, values32, order = make(nnz), make(nnz, dtype=acc), torch.randperm(nnz).to(device, torch.int32)
     half = offsets[d // 2 :].clone()  # the offsets of the lower half
+
+    logits, token = 6 * y, torch.arange(T, device=device)
+    targets = torch.where(token % 4 == 3, -7, token * 5 % d) if d else token.new_full((T,), -7)  # -7: ignored
+    lse, lse_half, dlogp = logits.to(acc).logsumexp(1), (0.5 * logits.to(acc)).logsumexp(1), make(T, dtype=acc)
     return {
         "bat_weight_": [
             (torch.zeros_like(W_bat), W_bat, col, False, False),
@@ -775,6 +779,14 @@ def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) ->
             (laid_out(y, "rows"), wide, values32, offsets, columns, order),
         ],
         "csr_sddmm": [(dy, x, offsets, columns), (laid_out(dy, "rows"), wide, offsets, columns)],
+        "target_logprob": [
+            (logits, targets, 1.0, -7),
+            (laid_out(logits, "rows"), targets, 0.5, -7),
+        ],
+        "softmax_gradient_": [
+            (logits.clone(), targets, lse, dlogp, 1.0, -7),
+            (laid_out(logits, "rows"), targets, lse_half, dlogp, 0.5, -7),
+        ],
         "lowrank_matmul": [
             (x, weight, h, B, 0.5, None, None),
             (x, weight, h, B, 0.5, g, bias),
@@ -877,6 +889,18 @@ def _squared(name: str, a):
     return a
 
 
+def _softmax_path(name: str, args: tuple, want: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What rounding is relative to where exponentials are taken: the largest exponent of a row, per result."""
+    logits, scale = args[0], args[-2]
+    size = 1 + (logits * scale).abs().sum(1) if not logits.shape[1] else 1 + (logits * scale).abs().amax(1)
+    if name == "target_logprob":
+        return [size, size]
+    targets, lse, dlogp = args[1:4]
+    onehot = torch.nn.functional.one_hot(targets.clamp(min=0), max(logits.shape[1], 1))[:, : logits.shape[1]]
+    p = (logits * scale - lse.unsqueeze(1)).exp()
+    return [(onehot + p) * (scale * dlogp.abs() * (size + lse.abs())).unsqueeze(1)]
+
+
 def check_operator(operator: _library.Operator, overload: Callable, args: tuple) -> None:
     """One implementation of an operator against its reference in float64, within the error budget."""
     reference = operator.reference
@@ -886,10 +910,19 @@ def check_operator(operator: _library.Operator, overload: Callable, args: tuple)
     if operator.name == "lowrank_backward" and absolute[6] is not None:
         absolute = (*absolute[:6], -absolute[6], *absolute[7:])  # Σ dy*(y - bias): the terms' absolute sum
     path = results(operator, reference, absolute)
+    if operator.stem == "policy":
+        path = _softmax_path(operator.name, widened(args), want)
     if operator.name.startswith("column_norm"):  # rounding of c is relative to the rows' absolute sums
         path = [p.clamp_min(1e-30) for p in path]
     squares = [None] * len(path)
-    if operator.name not in ("row_square", "column_norm", "column_norm_cached_", "magnitude_grad"):  # polynomials
+    if operator.name not in (
+        "row_square",
+        "column_norm",
+        "column_norm_cached_",
+        "magnitude_grad",
+        "target_logprob",
+        "softmax_gradient_",
+    ):  # polynomials
         names = [a.name for a in operator.default._schema.arguments]
         squares = results(operator, reference, tuple(map(_squared, names, absolute)))
     dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor))

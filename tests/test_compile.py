@@ -29,6 +29,7 @@ S = spectral_ops.CSR.from_dense(mask).with_values(v)
 turned = spectral_ops.CSR(
     v, S.row_offsets, torch.cat([c.flip(0) for c in S.col_indices.split(S.row_offsets.diff().tolist())]), (d, k),
     sorted=False).validate()
+head = torch.randn(7, k, requires_grad=True)
 W2, A2, B2 = torch.randn(d + 2, k), torch.randn(3, k, requires_grad=True), torch.randn(d + 2, 3, requires_grad=True)
 cache = NormCache()
 
@@ -64,6 +65,11 @@ FUNCTIONS = {{
     "csr_spmm": (lambda x: spectral_ops.csr_spmm(x, S), [v]),
     "csr_sddmm": (lambda x: spectral_ops.csr_sddmm(x @ W.t(), x, S), []),
     "csr_add": (lambda x: x @ spectral_ops.csr_add(W, S).t(), [v]),
+    "token_logprobs": (
+        lambda x: spectral_ops.token_logprobs(x, head, x[..., 0].long() % 7, chunk=5, temperature=0.5), [head]),
+    "token_logprobs-one-chunk": (lambda x: spectral_ops.token_logprobs(x, head, x[..., 0].long() % 7), [head]),
+    "kl_to_anchor": (lambda x: spectral_ops.kl_to_anchor(x, x.detach().flip(0)), []),
+    "preference_loss": (lambda x: spectral_ops.preference_loss(x[0], x[1]), []),
 }}
 DROPOUT = {{
     "lowrank_linear": (lambda x: spectral_ops.lowrank_linear(x, W, A, B, dropout_p=0.4, training=True), [A, B]),
@@ -92,7 +98,7 @@ for name in {names!r}:
             assert [t.shape for t in got] == [t.shape for t in want]
             for i, (ours, theirs) in enumerate(zip(got, want, strict=True)):
                 torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda m: f"{{name}}[{{i}}]: {{m}}")
-            for p in (A, B, D, mini, m, blocks, row_blocks, large_blocks, v):
+            for p in (A, B, D, mini, m, blocks, row_blocks, large_blocks, v, head):
                 p.data.mul_(1.25)
     if DYNAMIC:
         torch._dynamo.config.error_on_recompile = True
@@ -108,6 +114,7 @@ FUNCTIONS = [
     "dora_linear-cached", "dora_linear-recompute", "bone_linear", "bone_linear-mini", "bone_update", "disha_linear",
     "block_sum", "bat_linear", "bat_linear-few", "bat_linear-row", "bat_weight", "rosa_linear", "rosa_linear-spmm",
     "rosa_linear-scatter", "rosa_linear-unsorted", "rosa_update", "csr_spmm", "csr_sddmm", "csr_add",
+    "token_logprobs", "token_logprobs-one-chunk", "kl_to_anchor", "preference_loss",
 ]  # fmt: skip
 
 
@@ -126,7 +133,7 @@ def test_every_function():
 @pytest.mark.slow
 def test_dynamic_shapes():
     names = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_linear-cached", "bone_linear", "block_sum"]
-    names += ["bat_linear", "bat_linear-row", "rosa_linear", "csr_spmm"]
+    names += ["bat_linear", "bat_linear-row", "rosa_linear", "csr_spmm", "token_logprobs-one-chunk"]
     compile_and_compare(names, "aot_eager", True)
 
 

@@ -18,6 +18,10 @@ def t(*shape, dtype=torch.float32, device="cpu", trained=False):
     return torch.ones(shape, dtype=dtype, device=device, requires_grad=trained)
 
 
+def tokens(*shape, dtype=torch.int64, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 def sparse(rows=d, columns=k, dtype=torch.float32, device="cpu"):
     """A CSR with one entry, in its last place."""
     offsets = torch.tensor([0] * rows + [1], dtype=torch.int32, device=device)
@@ -48,13 +52,16 @@ def arguments(function: str) -> dict:
         "csr_sddmm": {"dy": t(T, d), "x": t(T, k), "csr": sparse()},
         "rosa_linear": {**linear, "csr": sparse(), **low_rank, "bias": t(d)},
         "rosa_update": {**update, "csr": sparse()},
+        "token_logprobs": {"hidden": t(T, k), "lm_head_weight": t(d, k), "targets": tokens(T)},
+        "kl_to_anchor": {"logp": t(T), "logp_anchor": t(T)},
+        "preference_loss": {"chosen": t(T), "rejected": t(T)},
     }[function]
 
 
 FUNCTIONS = [
     "lowrank_linear", "lowrank_update", "lowrank_linear_group", "column_norm", "dora_linear", "dora_update",
     "block_sum", "bone_linear", "bone_update", "disha_linear", "bat_linear", "bat_weight", "csr_add", "csr_spmm",
-    "csr_sddmm", "rosa_linear", "rosa_update",
+    "csr_sddmm", "rosa_linear", "rosa_update", "token_logprobs", "kl_to_anchor", "preference_loss",
 ]  # fmt: skip
 DENSE = ["lowrank_linear", "dora_linear", "bone_linear", "disha_linear", "bat_linear", "rosa_linear"]
 UPDATES = ["lowrank_update", "dora_update", "bone_update", "rosa_update"]
@@ -227,6 +234,39 @@ TABLE = [
     (["lowrank_linear_group"], "layers",
      lambda: [arguments("lowrank_linear_group")["layers"][0], (t(d, k), t(r, k), t(d, r), None, NAN)], ValueError,
      "nan", "a finite number", "layers[1]: scale"),
+    # policy
+    *[(["token_logprobs"], name, lambda v=v: v, TypeError, what, "a tensor")
+      for name in ("hidden", "lm_head_weight", "targets") for v, what in ((None, "None"), ("text", "'text'"))],
+    (["token_logprobs"], "hidden", lambda: t(), ValueError, "[] float32", "at least one dimension"),
+    (["token_logprobs"], "hidden", lambda: t(T, k, dtype=torch.int32), TypeError, "int32", "float64, float32"),
+    (["token_logprobs"], "lm_head_weight", lambda: t(d, k, 1), ValueError, f"[{d}, {k}, 1]", "2 dimensions"),
+    (["token_logprobs"], "lm_head_weight", lambda: t(d, k + 1), ValueError, f"[{d}, {k + 1}]", f"size {k} in"),
+    (["token_logprobs"], "lm_head_weight", lambda: t(d, k, device="meta"), ValueError, "meta", "cpu as hidden"),
+    (["token_logprobs"], "lm_head_weight", lambda: t(d, k, dtype=torch.bfloat16), TypeError, "bfloat16", "float32 as"),
+    (["token_logprobs"], "targets", lambda: t(T), TypeError, f"[{T}] float32", "int64 token numbers"),
+    (["token_logprobs"], "targets", lambda: tokens(T, dtype=torch.int32), TypeError, "int32", "int64 token numbers"),
+    (["token_logprobs"], "targets", lambda: tokens(T + 1), ValueError, f"[{T + 1}] int64", f"of hidden [{T}]"),
+    (["token_logprobs"], "targets", lambda: tokens(T, device="meta"), ValueError, "meta", "cpu as hidden"),
+    (["token_logprobs"], "targets", lambda: tokens(T) + d, IndexError, f"{d}", f"token numbers in [0, {d})"),
+    (["token_logprobs"], "chunk", lambda: 0, ValueError, "0", "at least 1"),
+    (["token_logprobs"], "chunk", lambda: 2.0, TypeError, "2.0", "an integer"),
+    (["token_logprobs"], "ignore_index", lambda: None, TypeError, "None", "an integer"),
+    (["token_logprobs"], "temperature", lambda: 0.0, ValueError, "0.0", "a number above 0"),
+    (["token_logprobs"], "temperature", lambda: -1, ValueError, "-1", "a number above 0"),
+    (["token_logprobs"], "temperature", lambda: NAN, ValueError, "nan", "a finite number"),
+    (["token_logprobs"], "temperature", lambda: "hot", TypeError, "'hot'", "a number"),
+    (["kl_to_anchor"], "logp", lambda: None, TypeError, "None", "a tensor"),
+    (["kl_to_anchor"], "logp_anchor", lambda: 0.5, TypeError, "0.5", "a tensor"),
+    (["kl_to_anchor"], "logp_anchor", lambda: t(1), ValueError, "[1] float32", f"the shape of logp [{T}]"),
+    (["kl_to_anchor"], "logp_anchor", lambda: t(T, dtype=torch.float64), TypeError, "float64", "float32 as logp"),
+    (["kl_to_anchor"], "logp_anchor", lambda: t(T, device="meta"), ValueError, "meta", "cpu as logp"),
+    (["kl_to_anchor"], "estimator", lambda: "k2", ValueError, "'k2'", '"k1" or "k3"'),
+    (["preference_loss"], "chosen", lambda: None, TypeError, "None", "a tensor"),
+    (["preference_loss"], "rejected", lambda: [1.0], TypeError, "[1.0]", "a tensor"),
+    (["preference_loss"], "rejected", lambda: t(T, 1), ValueError, f"[{T}, 1]", f"the shape of chosen [{T}]"),
+    (["preference_loss"], "rejected", lambda: t(T, dtype=torch.bfloat16), TypeError, "bfloat16", "float32 as chosen"),
+    (["preference_loss"], "rejected", lambda: t(T, device="meta"), ValueError, "meta", "cpu as chosen"),
+    (["preference_loss"], "reduction", lambda: "average", ValueError, "'average'", '"mean", "sum" or "none"'),
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ import spectral_ops
 from spectral_ops import BackendUnavailable, _library, _loader, explain, use_backend
 from spectral_ops._library import OPERATORS
 
-STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr")
+STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy")
 SIZES = [{}, {"T": 1, "r": 1}, {"T": 70, "k": 131, "d": 66, "r": 17}]
 
 
@@ -464,3 +464,5 @@ def test_bytes_by_hand(dtype):
     assert cost("csr_spmm_", 0) == s * (2 * t * d + t * k + nnz) + indices
     assert cost("csr_spmm_", 1) == s * (2 * t * d + t * k) + a * nnz + indices + 4 * nnz
     assert cost("csr_sddmm", 0) == s * (t * d + t * k) + a * nnz + indices
+    assert cost("target_logprob", 0) == s * t * d + t * (8 + 2 * a)
+    assert cost("softmax_gradient_", 0) == 2 * s * t * d + t * (8 + 2 * a)

@@ -137,6 +137,10 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "csr_sddmm": ("csr", "csr_sddmm", (dy, x, *indices)),
         "csr_sddmm odd": ("csr", "csr_sddmm", (dy, odd, *indices)),
     }
+    token, row = make(512, dtype=torch.int64), make(512, dtype=wide)
+    for label, V in (("", 128_256), (" odd", 50_257)):
+        cases[f"target_logprob{label}"] = ("policy", "target_logprob", (make(512, V), token, 1.0, -100))
+        cases[f"softmax_gradient_{label}"] = ("policy", "softmax_gradient_", (make(512, V), token, row, row, 1.0, -100))
     return cases
 
 
@@ -146,7 +150,7 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr"):
+        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy"):
             module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):
@@ -310,7 +314,16 @@ def test_long_passes_are_pipelined(arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["block_sum r64", "block_tile_ r64", "column_norm r16", "row_square", "seeded_dropout"]
+    "case",
+    [
+        "block_sum r64",
+        "block_tile_ r64",
+        "column_norm r16",
+        "row_square",
+        "seeded_dropout",
+        "target_logprob",
+        "softmax_gradient_",
+    ],
 )
 def test_streams_move_16_bytes_per_access(case):
     kernel = builds(90, *samples(torch.bfloat16)[case])[0]

@@ -35,6 +35,8 @@ OPERATORS: dict[str, str] = {
     "csr_gather_": "csr",
     "csr_spmm_": "csr",
     "csr_sddmm": "csr",
+    "target_logprob": "policy",
+    "softmax_gradient_": "policy",
 }
 
 

@@ -75,5 +75,7 @@ SPECTRAL_OPS_CPU_KERNEL(fingerprint, Fingerprint)
 SPECTRAL_OPS_CPU_KERNEL(magnitude_divide, MagnitudeDivide)
 SPECTRAL_OPS_CPU_KERNEL(magnitude_exact, MagnitudeExact)
 SPECTRAL_OPS_CPU_KERNEL(seeded_dropout, SeededDropout)
+SPECTRAL_OPS_CPU_KERNEL(target_logprob, TargetLogprob)
+SPECTRAL_OPS_CPU_KERNEL(softmax_gradient, SoftmaxGradient)
 
 }  // namespace spectral_ops::cpu

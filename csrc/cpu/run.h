@@ -115,6 +115,12 @@ inline void run(const BatMixBackward& a, const Tensor& like) {
   in_parallel(sum, sum.tasks(), 16);
 }
 
+// --- policy: an exponential costs about as much as a random word ---
+
+inline void run(const TargetLogprob& a, const Tensor&) { in_parallel(a, a.rows, grain_rows(a.columns, true)); }
+
+inline void run(const SoftmaxGradient& a, const Tensor&) { in_parallel(a, a.rows, grain_rows(a.columns, true)); }
+
 // --- csr ---
 
 inline void run(const CsrScatter& a, const Tensor&) { in_parallel(a, a.nnz, kEntriesPerThread); }

@@ -40,6 +40,8 @@ def arguments(
     values = randn(columns.numel(), to=acc)
     order = torch.randperm(columns.numel(), generator=generator).to(device, torch.int32)
 
+    targets = torch.where(torch.arange(T) % 5 == 4, -100, torch.arange(T) * 7 % d).to(device)
+
     samples: dict[str, Callable[[], list[tuple]]] = {
         "block_sum": lambda: [(x, r, None, None, 0.0), (x, r, offsets, None, 0.0), (x, r, None, key, P)],
         "block_tile_": lambda: [
@@ -77,5 +79,7 @@ def arguments(
             (randn(T, d), x, values, row_offsets, columns, order),
         ],
         "csr_sddmm": lambda: [(dy, x, row_offsets, columns)],
+        "target_logprob": lambda: [(4 * dy, targets, 1.0, -100), (4 * dy, targets, 0.5, -100)],
+        "softmax_gradient_": lambda: [(4 * dy, targets, (2 * dy.to(acc)).logsumexp(1), randn(T, to=acc), 0.5, -100)],
     }
     yield from samples[name]()

@@ -9,6 +9,7 @@ from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_linear_group, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
+from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_logprobs
 from spectral_ops.functional.resident import residents
 from spectral_ops.functional.scratch import scratch
 from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
@@ -29,9 +30,11 @@ __all__ = [
     "disha_linear",
     "dora_linear",
     "dora_update",
+    "kl_to_anchor",
     "lowrank_linear",
     "lowrank_linear_group",
     "lowrank_update",
+    "preference_loss",
     "residents",
     "rosa_linear",
     "rosa_update",
@@ -39,6 +42,7 @@ __all__ = [
     "segmented_lowrank_linear",
     "segmented_lowrank_update",
     "task_direction_scores",
+    "token_logprobs",
 ]
 
 _DROPOUT = ("dropout_project", "dropout_outer", "dropout_lift_")
@@ -64,4 +68,5 @@ FUNCTIONS.update(
     lowrank_update=("lowrank_update_", "lowrank_backward", *_DROPOUT),
     segmented_lowrank_linear=("lowrank_backward", *_DROPOUT),
     segmented_lowrank_update=("lowrank_backward", *_DROPOUT),
+    token_logprobs=("target_logprob", "softmax_gradient_"),
 )

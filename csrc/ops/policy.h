@@ -1,0 +1,53 @@
+// The host side of target_logprob and softmax_gradient_ for any device.
+#pragma once
+
+#include <tuple>
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+template <class Device>
+std::tuple<Tensor, Tensor> target_logprob(Tensor logits, Tensor targets, double scale, int64_t ignore_index) {
+  check_matrix("logits", logits);
+  TargetLogprob a{};
+  a.rows = logits.size(0), a.columns = logits.size(1);
+  a.dtype = dtype_of("logits", logits);
+  logits = rows_of(logits);
+  Tensor logprob = torch::stable::new_empty(logits, {a.rows}, accumulate_type(logits));
+  Tensor logsumexp = torch::stable::new_empty(logits, {a.rows}, accumulate_type(logits));
+  a.logits = logits.data_ptr(), a.logits_stride = logits.stride(0);
+  a.targets = index_data<int64_t>("targets", targets, a.rows, logits);
+  a.logprob = logprob.data_ptr(), a.logsumexp = logsumexp.data_ptr();
+  a.scale = scale, a.ignore_index = ignore_index;
+  Device::launch(a, logits);
+  return {logprob, logsumexp};
+}
+
+// The data of a contiguous vector [length] in the dtype that logits are summed in.
+inline const void* wide_vector(const char* name, const Tensor& t, int64_t length, const Tensor& logits) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == length && t.is_contiguous(), name, ": got ", t.numel(), " elements in ",
+                  t.dim(), " dimensions, wanted a contiguous vector of ", length);
+  STD_TORCH_CHECK(t.scalar_type() == accumulate_type(logits), name, ": wanted float32 (float64 for float64)");
+  check_same_device(name, t, logits);
+  return t.data_ptr();
+}
+
+template <class Device>
+void softmax_gradient_(Tensor logits, Tensor targets, Tensor logsumexp, Tensor dlogp, double scale, int64_t ignore_index) {
+  check_matrix("logits", logits);
+  check_written_once("logits", logits);
+  SoftmaxGradient a{};
+  a.rows = logits.size(0), a.columns = logits.size(1);
+  a.dtype = dtype_of("logits", logits);
+  Tensor target = rows_of(logits);
+  a.logits = target.data_ptr(), a.logits_stride = target.stride(0);
+  a.targets = index_data<int64_t>("targets", targets, a.rows, logits);
+  a.logsumexp = wide_vector("logsumexp", logsumexp, a.rows, logits);
+  a.dlogp = wide_vector("dlogp", dlogp, a.rows, logits);
+  a.scale = scale, a.ignore_index = ignore_index;
+  Device::launch(a, logits);
+  if (!unit_inner_stride(logits)) torch::stable::copy_(logits, target);
+}
+
+}  // namespace spectral_ops
