@@ -16,6 +16,8 @@ from spectral_ops import (
     BoneLinear,
     DoRAConfig,
     DoRALinear,
+    DVoRAConfig,
+    DVoRALinear,
     LoRAConfig,
     LoRADashConfig,
     LoRADashLinear,
@@ -26,6 +28,8 @@ from spectral_ops import (
     RoSALinear,
     SpectralConfig,
     SpectralLinear,
+    VeRAConfig,
+    VeRALinear,
 )
 from spectral_ops.init import topk_pattern
 
@@ -51,6 +55,8 @@ CONFIGS = {
     "spectral_residual": SpectralConfig(r=4, residual=True),
     "spectral_rotation": SpectralConfig(r=4, mode="rotation"),
     "dash": LoRADashConfig(r=4, lora_alpha=6, directions=3),
+    "vera": VeRAConfig(r=30),
+    "dvora": DVoRAConfig(r=30),
 }
 CLASSES = {
     LoRAConfig: LoRALinear,
@@ -61,6 +67,8 @@ CLASSES = {
     PiCaConfig: PiCaLinear,
     SpectralConfig: SpectralLinear,
     LoRADashConfig: LoRADashLinear,
+    VeRAConfig: VeRALinear,
+    DVoRAConfig: DVoRALinear,
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
@@ -137,6 +145,10 @@ def dense_weight(layer, name="default"):
     if isinstance(layer, PiCaLinear):
         P, M = layer.pica_P[name].double(), layer.pica_M[name].double()
         return W + (M @ P if config.side == "input" else P @ M)
+    if isinstance(layer, VeRALinear):
+        A, B = layer.vera_A[name].double()[:, : W.shape[1]], layer.vera_B[name].double()[: W.shape[0]]
+        V = W + layer.vera_lambda_b[name].double().diag() @ B @ layer.vera_lambda_d[name].double().diag() @ A
+        return V if type(layer) is VeRALinear else with_magnitude(V, layer.vera_magnitude_vector[name])
     if isinstance(layer, BatLinear):
         block, rows = layer.miss_block[name].double(), []
         r = block.shape[-1]
@@ -164,9 +176,13 @@ def dense_weight(layer, name="default"):
     if isinstance(layer, LoRADashLinear):
         V = V + layer.dash_U[name].double() * layer.dash_delta[name].double() @ layer.dash_V[name].double()
     if isinstance(layer, DoRALinear):
-        norm = V.square().sum(1).sqrt().detach()
-        V = (layer.lora_magnitude_vector[name].double() / norm)[:, None] * V
+        V = with_magnitude(V, layer.lora_magnitude_vector[name])
     return V
+
+
+def with_magnitude(V, magnitude):
+    """DoRA: the rows of V scaled to ``magnitude``, no gradient through their norms."""
+    return (magnitude.double() / V.square().sum(1).sqrt().detach())[:, None] * V
 
 
 def bias_of(layer):
@@ -422,7 +438,7 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {name for path in "02" for name in trained_names(model[int(path)], path)}
-    rate = 0.1 if method in ("rosa_spa", "spectral_rotation") else 0.02
+    rate = 0.1 if method in ("rosa_spa", "spectral_rotation", "vera", "dvora") else 0.02
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(20):
@@ -478,7 +494,7 @@ def test_disabled_and_detach_give_the_original_model_back(method):
 
 SEVERAL = [
     "lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa", "pica", "spectral", "spectral_rotation",
-    "dash",
+    "dash", "vera", "dvora",
 ]  # fmt: skip
 
 
@@ -637,7 +653,7 @@ def test_target_modules_as_peft_reads_them(tiny, fields, count):
     assert set(so.adapter_layers(model)) == expected and len(expected) == count
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone", "bat", "rosa", "pica", "dash"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "bone", "bat", "rosa", "pica", "dash", "vera", "dvora"])
 def test_llama(tiny, method):
     model, ids = tiny.llama(), tiny.tokens()
     want = model(ids).logits

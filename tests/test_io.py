@@ -12,11 +12,13 @@ from spectral_ops import (
     BatConfig,
     BoneConfig,
     DoRAConfig,
+    DVoRAConfig,
     LoRAConfig,
     LoRADashConfig,
     PiCaConfig,
     RoSAConfig,
     SpectralConfig,
+    VeRAConfig,
 )
 from spectral_ops.init import topk_pattern
 
@@ -74,6 +76,11 @@ CONFIGS = {
     "spectral": SpectralConfig(r=3, start=2, target_modules="all-linear"),
     "spectral_residual": SpectralConfig(r=3, residual=True, target_modules=["q_proj", "down_proj"]),
     "spectral_rotation": SpectralConfig(r=5, mode="rotation", target_modules=["o_proj", "gate_proj"]),
+    "vera": VeRAConfig(r=40, target_modules="all-linear"),
+    "vera_unsaved": VeRAConfig(
+        r=40, save_projection=False, projection_prng_key=7, target_modules=["q_proj", "down_proj"]
+    ),
+    "dvora": DVoRAConfig(r=40, target_modules="all-linear"),
     "magnitude_only": DoRAConfig(r=2, target_modules=["q_proj", "up_proj"], magnitude_only=["up_proj"]),
     "layers": LoRAConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], exclude_modules=["k_proj"]),
 }  # fmt: skip
@@ -96,7 +103,8 @@ def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-OURS = {n for n in CONFIGS if n.startswith(("bat_row", "rosa", "pica", "spectral", "dash"))}  # that PEFT does not have
+NONE_OF_PEFTS = ("bat_row", "rosa", "pica", "spectral", "dash", "dvora")
+OURS = {name for name in CONFIGS if name.startswith(NONE_OF_PEFTS)}
 
 
 @pytest.mark.parametrize("method", [name for name in CONFIGS if name not in OURS])

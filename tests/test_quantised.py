@@ -22,6 +22,8 @@ CONFIGS = {
     "rosa": so.RoSAConfig(r=4, lora_alpha=6, d=0.05),
     "dash": so.LoRADashConfig(r=4, lora_alpha=6, directions=3),
     "pica": so.PiCaConfig(r=4),
+    "vera": so.VeRAConfig(r=20),
+    "dvora": so.DVoRAConfig(r=20),
     "spectral": so.SpectralConfig(r=4),
     "spectral_rotation": so.SpectralConfig(r=4, mode="rotation"),
 }
@@ -113,8 +115,12 @@ def test_output_and_gradients(form, method, dtype):
     if method == "bone":
         y64 = R + F.pad(x64, (0, -K % 5)).reshape(6, -1, 5).sum(1) @ leaves[0]
     else:
-        A, B, *rest = leaves
-        scale = layer.settings["default"].scaling
+        if method in ("vera", "dvora"):
+            A, B = layer.vera_A["default"].double(), layer.vera_B["default"].double()
+            A, B, rest, scale = leaves[0][:, None] * A, leaves[1][:, None] * B, leaves[2:], 1.0
+        else:
+            A, B, *rest = leaves
+            scale = layer.settings["default"].scaling
         z = R + scale * x64 @ A.T @ B.T
         if method == "rosa":
             csr = layer.csr()
@@ -123,7 +129,7 @@ def test_output_and_gradients(form, method, dtype):
             z = z + x64 @ S.T
         if method == "dash":
             z = z + x64 @ layer.dash_V["default"].double().T @ (layer.dash_U["default"].double() * rest[0]).T
-        if method.startswith("dora"):
+        if method.startswith(("dora", "dvora")):
             norm = (W + scale * B @ A).norm(dim=1).detach()
             z = rest[0] / norm * (z - bias) + bias
         y64 = z

@@ -5,6 +5,7 @@ from spectral_ops.adapters.bat import BatConfig, BatLinear
 from spectral_ops.adapters.bone import BoneConfig, BoneLinear
 from spectral_ops.adapters.dash import LoRADashConfig, LoRADashLinear
 from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
+from spectral_ops.adapters.dvora import DVoRAConfig, DVoRALinear
 from spectral_ops.adapters.io import load_adapter, save_adapter
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.adapters.model import (
@@ -24,6 +25,7 @@ from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
 from spectral_ops.adapters.segments import segments, train_adapters
 from spectral_ops.adapters.spectral import SpectralConfig, SpectralLinear
 from spectral_ops.adapters.spectral_fusion import fuse_spectral
+from spectral_ops.adapters.vera import VeRAConfig, VeRALinear
 
 __all__ = [
     "AdapterConfig",
@@ -32,6 +34,8 @@ __all__ = [
     "BatLinear",
     "BoneConfig",
     "BoneLinear",
+    "DVoRAConfig",
+    "DVoRALinear",
     "DoRAConfig",
     "DoRALinear",
     "LoRAConfig",
@@ -46,6 +50,8 @@ __all__ = [
     "RoSASchedule",
     "SpectralConfig",
     "SpectralLinear",
+    "VeRAConfig",
+    "VeRALinear",
     "adapter_configs",
     "adapter_layers",
     "attach",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import why_not_dense
+from spectral_ops.adapters.base import AdapterLinear, why_not_dense
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.functional import NormCache, column_norm, dora_linear, dora_update, lowrank_update
 
@@ -37,41 +37,100 @@ class DoRAConfig(LoRAConfig):
         return fields
 
 
-class DoRALinear(LoRALinear):
-    """A linear layer with DoRA adapters: LoRA's tensors and ``lora_magnitude_vector`` [d], never below float32.
+class MagnitudeLinear(AdapterLinear):
+    """What DoRA adds to a direction W + γBA, whichever class beside it makes that: a magnitude [d] for its rows.
 
-    The column norm is computed once per optimizer step and reused over micro-batches and checkpoint recomputation.
+    The magnitude is never below float32. The column norm is computed once per optimizer step and reused over
+    micro-batches and checkpoint recomputation.
     """
 
-    config_type = DoRAConfig
-    tensor_keys = {**LoRALinear.tensor_keys, "lora_magnitude_vector": "lora_magnitude_vector"}
+    magnitude_key: ClassVar[str]
 
     def __init__(self, base_layer):
         super().__init__(base_layer)
         self.norms: dict[str, NormCache] = {}
-        self.magnitude_only: set[str] = set()
 
     @classmethod
     def shapes(cls, config, d, k):
-        return {**super().shapes(config, d, k), "lora_magnitude_vector": (d,)}
+        return {**super().shapes(config, d, k), cls.magnitude_key: (d,)}
 
     def admit(self, config):
         self.readable("DoRA's column norm")
         super().admit(config)
 
     def parameter_dtype(self, key, dtype):
-        return accumulate_dtype(dtype) if key == "lora_magnitude_vector" else dtype
+        return accumulate_dtype(dtype) if key == self.magnitude_key else super().parameter_dtype(key, dtype)
 
     def add_adapter(self, name, config, path="", **options):
         super().add_adapter(name, config, path, **options)
         self.norms[name] = NormCache()
+
+    def remove_adapter(self, name):
+        super().remove_adapter(name)
+        self.norms.pop(name, None)
+
+    def magnitude(self, name: str) -> torch.Tensor:
+        """m [d]."""
+        return getattr(self, self.magnitude_key)[name]
+
+    def rescaled(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, name: str) -> torch.Tensor:
+        """The layer's output with the rows of W + scale B A scaled to their magnitudes."""
+        base, dropout, m = self.base_layer, self.settings[name].dropout, self.magnitude(name)
+        reason = why_not_dense(base)
+        if self.is_dense:
+            norm = self.norms[name].get(self.matrix, A, B, scale)
+        else:  # nothing is kept: telling whether it is stale would need the dequantised weight as well
+            norm = column_norm(self.full_matrix(), A, B, scale)
+        if reason is None:
+            return dora_linear(
+                x, self.matrix, A, B, m, base.bias,
+                scale=scale, norm=norm, dropout_p=dropout, training=self.training,
+            )  # fmt: skip
+        if dropout and self.training:
+            return self.dropped(x, A, B, (m / norm).to(x.dtype), scale, dropout)
+        return dora_update(base(x), x, A, B, m, norm, base.bias, scale=scale)
+
+    def dropped(self, x, A, B, g, scale, dropout):
+        """With dropout, over a product that is not ours: the base layer runs on x and on drop(x)."""
+        x_dropped = F.dropout(x, dropout)
+        plain = self.base_layer(x_dropped)
+        plain = plain if self.bias is None else plain - self.bias
+        z = lowrank_update(plain.clone(), x_dropped, A, B, scale=scale)
+        return self.base_layer(x) + (g * z - plain)
+
+    @torch.no_grad()
+    def delta_weight(self, adapter_name=None):
+        return AdapterLinear.delta_weight(self, adapter_name)
+
+    def merged_weight(self, weight, name):
+        direction = super().merged_weight(weight, name)[0]
+        g = self.magnitude(name).detach() / torch.linalg.vector_norm(direction, dim=1)
+        invertible = bool(torch.isfinite(g).all() and (g.abs() >= SMALL).all())
+        return g.unsqueeze(1) * direction, (g,) if invertible else None
+
+    def unmerged_weight(self, weight, name, g):
+        return super().unmerged_weight(weight / g.unsqueeze(1), name)
+
+
+class DoRALinear(MagnitudeLinear, LoRALinear):
+    """A linear layer with DoRA adapters: LoRA's tensors and ``lora_magnitude_vector`` [d]."""
+
+    config_type = DoRAConfig
+    tensor_keys = {**LoRALinear.tensor_keys, "lora_magnitude_vector": "lora_magnitude_vector"}
+    magnitude_key = "lora_magnitude_vector"
+
+    def __init__(self, base_layer):
+        super().__init__(base_layer)
+        self.magnitude_only: set[str] = set()
+
+    def add_adapter(self, name, config, path="", **options):
+        super().add_adapter(name, config, path, **options)
         only = config.magnitude_only or []
         if any(path == entry or path.endswith(f".{entry}") for entry in only):
             self.magnitude_only.add(name)
 
     def remove_adapter(self, name):
         super().remove_adapter(name)
-        self.norms.pop(name, None)
         self.magnitude_only.discard(name)
 
     def reset(self, name):
@@ -82,42 +141,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector[name].copy_(torch.linalg.vector_norm(weight, dim=1))
 
     def trainable(self, name):
-        return ("lora_magnitude_vector",) if name in self.magnitude_only else super().trainable(name)
+        return (self.magnitude_key,) if name in self.magnitude_only else super().trainable(name)
 
     def adapted(self, x, name):
-        A, B, m = self.lora_A[name], self.lora_B[name], self.lora_magnitude_vector[name]
-        base, config = self.base_layer, self.settings[name]
-        reason = why_not_dense(base)
-        if self.is_dense:
-            norm = self.norms[name].get(self.matrix, A, B, config.scaling)
-        else:  # nothing is kept: telling whether it is stale would need the dequantised weight as well
-            norm = column_norm(self.full_matrix(), A, B, config.scaling)
-        if reason is None:
-            return dora_linear(
-                x, self.matrix, A, B, m, base.bias,
-                scale=config.scaling, norm=norm, dropout_p=config.dropout, training=self.training,
-            )  # fmt: skip
-        if config.dropout and self.training:
-            return self.dropped(x, A, B, (m / norm).to(x.dtype), config)
-        return dora_update(base(x), x, A, B, m, norm, base.bias, scale=config.scaling)
-
-    def dropped(self, x, A, B, g, config):
-        """With dropout, over a product that is not ours: the base layer runs on x and on drop(x)."""
-        x_dropped = F.dropout(x, config.dropout)
-        plain = self.base_layer(x_dropped)
-        plain = plain if self.bias is None else plain - self.bias
-        z = lowrank_update(plain.clone(), x_dropped, A, B, scale=config.scaling)
-        return self.base_layer(x) + (g * z - plain)
-
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
-        return super(LoRALinear, self).delta_weight(adapter_name)
-
-    def merged_weight(self, weight, name):
-        direction = super().merged_weight(weight, name)[0]
-        g = self.lora_magnitude_vector[name].detach() / torch.linalg.vector_norm(direction, dim=1)
-        invertible = bool(torch.isfinite(g).all() and (g.abs() >= SMALL).all())
-        return g.unsqueeze(1) * direction, (g,) if invertible else None
-
-    def unmerged_weight(self, weight, name, g):
-        return super().unmerged_weight(weight / g.unsqueeze(1), name)
+        return self.rescaled(x, self.lora_A[name], self.lora_B[name], self.settings[name].scaling, name)

@@ -29,9 +29,8 @@ class LowRankLinear(AdapterLinear):
         return lowrank_update(self.base_layer(x), x, A, B, **options)
 
     @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
+    def delta(self, name: str) -> torch.Tensor:
         """γ B Cᵀ A [d, k] in at least float32."""
-        name = self._known(adapter_name)
         A, B, core = self.factors(name)
         acc = accumulate_dtype(A.dtype)
         A, B = A.to(acc), B.to(acc)
@@ -39,8 +38,11 @@ class LowRankLinear(AdapterLinear):
             B = B * core if core.dim() == 1 else B @ core.to(acc).t()
         return self.scale(name) * (B @ A)
 
+    def delta_weight(self, adapter_name=None):
+        return self.delta(self._known(adapter_name))
+
     def merged_weight(self, weight, name):
-        return weight + self.delta_weight(name), ()
+        return weight + self.delta(name), ()
 
     def unmerged_weight(self, weight, name):
-        return weight - self.delta_weight(name)
+        return weight - self.delta(name)

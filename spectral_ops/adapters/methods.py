@@ -9,14 +9,25 @@ from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
 from spectral_ops.adapters.dash import LoRADashLinear
 from spectral_ops.adapters.dora import DoRALinear
+from spectral_ops.adapters.dvora import DVoRALinear
 from spectral_ops.adapters.lora import LoRALinear
 from spectral_ops.adapters.pica import PiCaLinear
 from spectral_ops.adapters.rosa import RoSALinear
 from spectral_ops.adapters.spectral import SpectralLinear
+from spectral_ops.adapters.vera import VeRALinear
 
 METHODS: tuple[type[AdapterLinear], ...] = (
-    LoRALinear, DoRALinear, BatLinear, BoneLinear, RoSALinear, PiCaLinear, SpectralLinear, LoRADashLinear
-)  # fmt: skip
+    LoRALinear,
+    DoRALinear,
+    BatLinear,
+    BoneLinear,
+    RoSALinear,
+    PiCaLinear,
+    SpectralLinear,
+    LoRADashLinear,
+    VeRALinear,
+    DVoRALinear,
+)
 
 
 def layer_type(config: Any) -> type[AdapterLinear]:

@@ -46,6 +46,8 @@ METHODS: dict[str, Method] = {
     "pica": Method("PiCaConfig", {"r": RANK, "niter": 4}),
     "spectral": Method("SpectralConfig", {"r": RANK}),
     "spectral_rotation": Method("SpectralConfig", {"r": RANK, "mode": "rotation"}),
+    "vera": Method("VeRAConfig", {"r": 256}),
+    "dvora": Method("DVoRAConfig", {"r": 256}),
 }
 
 
