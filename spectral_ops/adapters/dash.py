@@ -37,8 +37,13 @@ class LoRADashConfig(LoRAConfig):
         if self.changes_base:
             wanted = 'True, False or "gaussian" (the directions are those of the whole weight)'
             self.wrong("init_lora_weights", self.init_lora_weights, wanted)
-        checks.integer(self._field("launch_step"), self.launch_step, 1, None, "optimizer steps before the launch")
-        checks.integer(self._field("directions"), self.directions, 1, None, "singular directions")
+        check_dash(self)
+
+
+def check_dash(config: Any) -> None:
+    """Raise TypeError/ValueError where the fields of LoRA-Dash make no sense."""
+    for field, why in (("launch_step", "optimizer steps before the launch"), ("directions", "singular directions")):
+        checks.integer(f"{type(config).__name__}.{field}", getattr(config, field), 1, None, why)
 
 
 class DashLinear(LowRankLinear):
@@ -47,7 +52,7 @@ class DashLinear(LowRankLinear):
 
     Every step of a torch.optim.Optimizer that holds ``dash_delta`` counts while its adapter is active, whatever the
     number of backwards before it, and the last one launches; :meth:`launch` does so at once. A state_dict and a file
-    hold all of it. A subclass has the method as its second base, and these in its ``tensor_keys``.
+    hold all of it. A subclass has the method as its second base, and :attr:`dash_keys` in its ``tensor_keys``.
     """
 
     dash_keys = {"dash_delta": "dash_delta", "dash_U": "dash_U", "dash_V": "dash_V"}
@@ -87,16 +92,13 @@ class DashLinear(LowRankLinear):
 
     # the product
 
-    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """A [r, k], B [d, r] and the diagonal core [r] (None: ones) of the method under the directions."""
-        return self.lora_A[name], self.lora_B[name], None
-
-    def scale(self, name):
-        return self.settings[name].scaling
+    def inner(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """A [r, k], B [d, r] and the diagonal core [r] (None: ones) of the method that the directions join."""
+        return super().factors(name)
 
     def factors(self, name):
         """[A; V] [r + s, k], [B | U] [d, r + s], and the diagonal [core | Δσ/γ] [r + s]."""
-        A, B, core = self.pair(name)
+        A, B, core = self.inner(name)
         delta = self.dash_delta[name] / self.scale(name)
         core = F.pad(delta, (A.shape[0], 0), value=1.0) if core is None else torch.cat([core, delta])
         return torch.cat([A, self.dash_V[name]]), torch.cat([B, self.dash_U[name]], 1), core
@@ -115,7 +117,7 @@ class DashLinear(LowRankLinear):
         Decomposes the base weight exactly (dequantised, where it is quantised), without what is merged into it.
         """
         name = self._known(adapter_name)
-        config, (A, B, core) = self.settings[name], self.pair(name)
+        config, (A, B, core) = self.settings[name], self.inner(name)
         weight = self.unmerged() if self.merged is not None else self.decomposable("a launch")
         weight, A, B = (_whole(t) for t in (weight, A, B if core is None else B * core))
         U, S, Vh = truncated_svd(weight, min(weight.shape))
@@ -136,6 +138,12 @@ class LoRADashLinear(DashLinear, LoRALinear):
 
     config_type = LoRADashConfig
     tensor_keys = {**LoRALinear.tensor_keys, **DashLinear.dash_keys}
+
+    def inner(self, name):
+        return self.lora_A[name], self.lora_B[name], None
+
+    def scale(self, name):
+        return self.settings[name].scaling
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
