@@ -1,11 +1,13 @@
 """Decompositions that are kept: in memory by what a weight holds, in a file for the next start of the same job."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import spectral_ops as so
-from spectral_ops import DoRAConfig, LoRAConfig
+from spectral_ops import DoRAConfig, LoRAConfig, PiCaConfig, SpectralConfig
 from spectral_ops.init import SVDFile, clear_svd_cache, svd, svd_cache, truncated_svd
 
 FILE = "svd.safetensors"
@@ -149,6 +151,21 @@ def test_a_randomized_decomposition_depends_on_the_weight_alone():
 
 
 # --- in a file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [PiCaConfig(r=3), PiCaConfig(r=3, niter=2), SpectralConfig(r=3), SpectralConfig(r=3, mode="rotation")]
+)
+def test_methods_that_freeze_directions_use_the_file_and_the_progress_line(config, decomposed, tmp_path):
+    pytest.importorskip("safetensors")
+    config = dataclasses.replace(config, target_modules=["0", "2"])
+    assert config.slow_init
+    models = []
+    for _ in range(2):
+        models.append(so.attach(mlp(), config, svd_cache_dir=tmp_path))
+        assert len(decomposed) == 2
+        clear_svd_cache()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "milora", "milora_random"])

@@ -380,8 +380,7 @@ class AdapterLinear(nn.Module):
         return quantised.dequantised(self.base_layer)
 
     def decomposable(self, why: str) -> torch.Tensor:
-        """The base weight [d, k] for a decomposition: as stored (what is decomposed once is known by its memory), or
-        dequantised."""
+        """The base weight [d, k] for a decomposition: as stored, or dequantised."""
         self.readable(why)
         return self.matrix if self.is_dense else self.full_matrix()
 
