@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_ops as so
 from spectral_ops import SpectralConfig, SpectralLinear
@@ -74,6 +75,26 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(mode, dtype):
         assert torch.equal(net(x), want)
     so.detach(net)
     assert torch.equal(net(x), want) and torch.equal(net[0].weight, weight)
+
+
+class RoundedFactors(TorchDispatchMode):
+    """Products round their float32 factors to TF32's ten bits, as a GPU does where it is allowed to."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in map(torch.Tensor.contiguous, args)]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_core_keeps_its_digits_where_products_are_rounded_to_tf32():
+    layer = make("rotation")
+    with RoundedFactors():
+        assert not layer.factors("default")[2].any(), "the core of a fresh adapter is not exactly zero"
+    perturb(layer, 1e-4)
+    exact = copy.deepcopy(layer).double().factors("default")[2]
+    with torch.no_grad(), RoundedFactors():
+        core = layer.factors("default")[2]
+    assert (core - exact).norm() <= 1e-3 * exact.norm()
 
 
 def test_the_residual_base_lacks_the_triplets_and_gets_them_back():

@@ -136,14 +136,21 @@ class SpectralLinear(AdapterLinear):
         """A, B and the core of the operator, with the adapter's weight minus the base's equal to B coreᵀ A."""
         Vh, U, S = self.triplets(name)
         if self.settings[name].mode == "rotation":
-            with torch.autocast(S.device.type, enabled=False):
-                Q_U, Q_V = cayley(self.spectral_rotation[name]).unbind()
-                S = S.to(Q_U.dtype)
-                return Vh, U, (Q_V * (S * self.spectral_scale[name])) @ Q_U.t() - torch.diag(S)
+            return Vh, U, self._core(self.spectral_rotation[name], S, self.spectral_scale[name])
         dU, dVh = self.spectral_delta_U[name], self.spectral_delta_Vh[name]
         if self.settings[name].residual:
             return Vh + dVh, U + dU, S
         return torch.cat([Vh + dVh, dVh]), torch.cat([dU, U], 1), torch.cat([S, S])
+
+    @staticmethod
+    def _core(X: torch.Tensor, S: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+        """Nᵀ = Q_V D Q_Uᵀ - S with D = S C, as the sum of what Q_V - I, Q_U - I and C - 1 add: exactly zero where they
+        are, even where the library rounds the factors of products (TF32)."""
+        with torch.autocast(S.device.type, enabled=False):
+            Q = cayley(X)
+            S = S.to(Q.dtype)
+            D, turned = S * C, Q - torch.eye(len(S), dtype=Q.dtype, device=Q.device)
+            return (turned[1] * D) @ Q[0].t() + D.unsqueeze(1) * turned[0].t() + torch.diag(D - S)
 
     def adapted(self, x, name):
         return self.lowrank(x, *self.factors(name), self.settings[name].dropout)
