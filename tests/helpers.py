@@ -482,7 +482,7 @@ def build_rosa(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p
 
 
 def build_segments(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p=0.0, update=False, scale=0.75,
-                   ranks=None, ids=None):  # fmt: skip
+                   ranks=None, ids=None, route="auto"):  # fmt: skip
     """Three adapters of different ranks, rows in no order, some without an adapter."""
     v = _common(lead, k, d, dtype, device, bias)
     ranks = ranks or [r, r + 1, max(r - 1, 1)]
@@ -500,7 +500,7 @@ def build_segments(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained
 
     def function(v):
         As, Bs = ([v[f"{name}{s}"] for s in range(len(ranks))] for name in "AB")
-        options = {"scales": [scale * own for own in scales], "dropout_p": p, "training": True}
+        options = {"scales": [scale * own for own in scales], "dropout_p": p, "training": True, "route": route}
         if update:
             return spectral_ops.segmented_lowrank_update(v["base_out"].clone(), v["x"], As, Bs, on_device, **options)
         return spectral_ops.segmented_lowrank_linear(v["x"], v["weight"], As, Bs, on_device, v.get("bias"), **options)
@@ -558,6 +558,7 @@ CSR = [  # the resident route, which writes into W, has its own tests
 SEGMENTS = [
     Family("segments", build_segments),
     Family("segments-update-dropout", build_segments, {"update": True, "p": 0.3}),
+    Family("segments-grouped", build_segments, {"route": "grouped"}),
 ]
 FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS}
 
@@ -747,7 +748,20 @@ def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) ->
     logits, token = 6 * y, torch.arange(T, device=device)
     targets = torch.where(token % 4 == 3, -7, token * 5 % d) if d else token.new_full((T,), -7)  # -7: ignored
     lse, lse_half, dlogp = logits.to(acc).logsumexp(1), (0.5 * logits.to(acc)).logsumexp(1), make(T, dtype=acc)
+    As, Bs = make(4, r, k, fan=k), make(4, d, r, fan=r)
+    groups = torch.randperm(T).to(device), torch.tensor([T // 7, T // 3, T // 3, T // 2, T - T // 5], device=device)
+    alone = groups[0], torch.tensor([0, T, T, T, T], device=device)
     return {
+        "segment_project": [
+            (x, As, *groups),
+            (x, As, *alone),
+            (wide, As.transpose(1, 2).contiguous().transpose(1, 2), *groups),
+        ],
+        "segment_lift_": [
+            (y.clone(), h, Bs, *groups),
+            (laid_out(y, "rows"), laid_out(h, "rows"), Bs.transpose(0, 1).contiguous().transpose(0, 1), *alone),
+        ],
+        "segment_outer": [(u, x, *groups), (laid_out(u, "rows"), wide, *alone)],
         "bat_weight_": [
             (torch.zeros_like(W_bat), W_bat, col, False, False),
             (torch.zeros_like(W_bat), W_bat, row, True, False),

@@ -1,5 +1,7 @@
 """The segments row (METHODS 1.7): segmented_lowrank_linear, segmented_lowrank_update and their operators."""
 
+import importlib.util
+
 import pytest
 import torch
 from contract import Contract
@@ -24,16 +26,53 @@ SEQUENCES = {  # over x [3, 5, k] and three adapters
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("family", ["segments", "segments-update-dropout"])
+@pytest.mark.parametrize("family", [family.name for family in SEGMENTS])
 def test_ids(family, name, backend):
     for dtype in (torch.float64, torch.bfloat16):
         check(FAMILIES[family].build(TYPICAL, dtype, ids=SEQUENCES[name]))
 
 
 @pytest.mark.parametrize("ranks", [[3], [1, 2], [4, 4, 4, 4], [7, 1, 3, 2, 5, 8, 1, 6]], ids=str)
-def test_numbers_of_adapters(ranks, backend):
-    check(FAMILIES["segments"].build(((37,), 24, 40, 5), ranks=ranks))
-    check(FAMILIES["segments"].build(((37,), 24, 40, 5), torch.bfloat16, torch.float32, ranks=ranks))
+@pytest.mark.parametrize("family", ["segments", "segments-grouped"])
+def test_numbers_of_adapters(family, ranks, backend):
+    check(FAMILIES[family].build(((37,), 24, 40, 5), ranks=ranks))
+    check(FAMILIES[family].build(((37,), 24, 40, 5), torch.bfloat16, torch.float32, ranks=ranks))
+
+
+def test_routes_agree():
+    outputs = []
+    for route in ("stacked", "grouped"):
+        torch.manual_seed(3)
+        problem = FAMILIES["segments"].build(TYPICAL, route=route, update=True)
+        y = problem.call()
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        outputs.append((y, *torch.autograd.grad(y, [problem.inputs[n] for n in problem.trained()], dy)))
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_route_goes_by_rows_and_stacked_columns():
+    from spectral_ops.functional.segments import choose_route
+
+    assert choose_route(8192, 4 * 16, "cuda", False) == "stacked"
+    assert choose_route(8192, 32 * 16, "cuda", True) == "stacked", "its kernels draw no mask"
+    assert choose_route(8, 32 * 16, "cuda", False) == "stacked"
+    assert choose_route(8192, 2 * 16, "cpu", False) == "stacked"
+    assert choose_route(1024, 8 * 16, "cpu", False) == "grouped"
+    assert choose_route(1024, 8 * 16, "meta", False) == "stacked"
+    assert choose_route(8192, 32 * 16, "cuda", False) == (
+        "grouped" if importlib.util.find_spec("triton") else "stacked"
+    )
+
+
+def test_groups_are_stable_and_leave_out_strangers():
+    """Rows of one adapter keep their order; ids outside [0, n) belong to no group."""
+    from spectral_ops.functional.segments import group_rows
+
+    order, offsets = group_rows(torch.tensor([2, -1, 0, 5, 0, 2, -7]), 3)
+    groups = [order[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert groups == [[2, 4], [], [0, 5]]
+    assert sorted(order.tolist()) == list(range(7))
 
 
 def test_equals_a_layer_for_each_adapter():
@@ -115,6 +154,12 @@ WRONG = {
     "one B too few": ({"lora_B_list": [randn(6, 2)]}, ValueError, "lora_B_list: got 1 tensors, wanted 2"),
     "another rank": ({"lora_B_list": [randn(6, 2), randn(6, 2)]}, ValueError, "adapter 1: lora_B: got [6, 2]"),
     "a scale too few": ({"scales": [1.0]}, ValueError, "scales: got 1 numbers, wanted 2"),
+    "another route": ({"route": "sorted"}, ValueError, "route: got 'sorted', wanted one of 'auto', 'stacked'"),
+    "grouped with dropout": (
+        {"route": "grouped", "dropout_p": 0.5, "training": True},
+        ValueError,
+        "route: got 'grouped' with dropout_p 0.5",
+    ),
     "a scalar scale": ({"scales": 2.0}, ValueError, "scales: got 2.0 (float), wanted 2"),
     "nan": ({"scales": [1.0, float("nan")]}, ValueError, "scales[1]: got nan"),
     "a trained weight": ({"weight": randn(6, 8).requires_grad_()}, ValueError, "weight: got requires_grad=True"),

@@ -141,6 +141,17 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
     for label, V in (("", 128_256), (" odd", 50_257)):
         cases[f"target_logprob{label}"] = ("policy", "target_logprob", (make(512, V), token, 1.0, -100))
         cases[f"softmax_gradient_{label}"] = ("policy", "softmax_gradient_", (make(512, V), token, row, row, 1.0, -100))
+    places, As, Bs = (make(T, dtype=torch.int64), make(33, dtype=torch.int64)), make(32, 128, k), make(32, d, 128)
+    h, turned = make(T, 128), make(d, 32, 16).transpose(0, 1)
+    cases |= {
+        "segment_project r128": ("segments", "segment_project", (x, As, *places)),
+        "segment_project back r16": ("segments", "segment_project", (dy, turned.transpose(1, 2), *places)),
+        "segment_project odd": ("segments", "segment_project", (odd, make(3, 128, k - 1), *places)),
+        "segment_lift_ r128": ("segments", "segment_lift_", (y, h, Bs, *places)),
+        "segment_lift_ odd": ("segments", "segment_lift_", (odd, h, make(3, k - 1, 128), *places)),
+        "segment_outer r128": ("segments", "segment_outer", (h, x, *places)),
+        "segment_outer odd": ("segments", "segment_outer", (h, odd, *places)),
+    }
     return cases
 
 
@@ -150,7 +161,7 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy"):
+        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments"):
             module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):

@@ -38,7 +38,7 @@ SIZES_LOGITS = [(6, 21, 34, 5), (1, 24, 1, 1), (3, 1, 9000, 1)]  # V: one logit;
 # kernels with few tokens or rows per program: the interpreter's time goes by programs, so they get fewer of either
 SMALL_TILES = {"block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40)}
 REDUCTIONS = ("lowrank_backward", "row_square", "column_norm", "magnitude_grad", "dropout_project", "dropout_outer",
-              "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_", "csr_sddmm")  # fmt: skip
+              "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_", "csr_sddmm", "segment_outer")  # fmt: skip
 OPERATORS = sorted(helpers.operator_samples())
 CASES: dict[str, Callable[[], None]] = {}
 

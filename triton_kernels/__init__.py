@@ -37,6 +37,9 @@ OPERATORS: dict[str, str] = {
     "csr_sddmm": "csr",
     "target_logprob": "policy",
     "softmax_gradient_": "policy",
+    "segment_project": "segments",
+    "segment_lift_": "segments",
+    "segment_outer": "segments",
 }
 
 

@@ -82,4 +82,12 @@ def arguments(
         "target_logprob": lambda: [(4 * dy, targets, 1.0, -100), (4 * dy, targets, 0.5, -100)],
         "softmax_gradient_": lambda: [(4 * dy, targets, (2 * dy.to(acc)).logsumexp(1), randn(T, to=acc), 0.5, -100)],
     }
+    adapters = randn(3, r, k, scale=k**-0.5), randn(3, d, r, scale=0.3)
+    places = torch.randperm(T, generator=generator).to(device)  # a few rows of no adapter, then those of each
+    groups = places, torch.tensor([T // 8, T // 3, T // 2, T], device=device)
+    samples |= {
+        "segment_project": lambda: [(x, adapters[0], *groups)],
+        "segment_lift_": lambda: [(randn(T, d), h, adapters[1], *groups)],
+        "segment_outer": lambda: [(h, x, *groups)],
+    }
     yield from samples[name]()

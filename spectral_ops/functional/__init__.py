@@ -50,6 +50,7 @@ _SHARDS = ("block_sum", "block_tile_")
 _NORM = ("row_square", "column_norm", "column_norm_cached_")
 _BAT = ("bat_weight_", "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_")
 _CSR_GRADIENT = ("csr_sddmm", "csr_gather_")
+_SEGMENTS = ("segment_project", "segment_lift_", "segment_outer")
 FUNCTIONS.update(
     csr_add=("csr_scatter_", "csr_gather_"),
     csr_sddmm=("csr_sddmm", "csr_spmm_"),
@@ -66,7 +67,7 @@ FUNCTIONS.update(
     lowrank_linear=("lowrank_update_", "lowrank_backward", *_DROPOUT),
     lowrank_linear_group=("lowrank_backward",),
     lowrank_update=("lowrank_update_", "lowrank_backward", *_DROPOUT),
-    segmented_lowrank_linear=("lowrank_backward", *_DROPOUT),
-    segmented_lowrank_update=("lowrank_backward", *_DROPOUT),
+    segmented_lowrank_linear=("lowrank_backward", *_SEGMENTS, *_DROPOUT),
+    segmented_lowrank_update=("lowrank_backward", *_SEGMENTS, *_DROPOUT),
     token_logprobs=("target_logprob", "softmax_gradient_"),
 )

@@ -4,19 +4,26 @@
     backward: u_t = γ_s dy_t B_s      dx_t = dy_t W + mask * (u_t A_s)
               dB_s = γ_s Σ_t dy_tᵀ h_t      dA_s = Σ_t u_tᵀ drop(x_t)      over the rows t of adapter s
 
-The adapters are stacked, A [n r, k] and γB [d, n r], ranks padded with zeros to the largest. One product projects every
-row onto all of them, the columns that are not a row's own become zero, and the operators of 1.1 do the rest: right for
-the two to four adapters of a policy and its value model. Saved for backward: x and each row's own h [T, r].
+The adapters are stacked, A [n r, k] and γB [d, n r], ranks padded with zeros to the largest. Two routes:
+
+* stacked: one product projects every row onto all adapters, the columns that are not a row's own become zero, and the
+  operators of 1.1 do the rest. Right for the two to four adapters of a policy and its value model.
+* grouped: rows are sorted by id on their device, and the operators below give each its own adapter's product alone:
+  arithmetic T r instead of T n r, for many adapters. On the CPU their references are the library's products already.
+
+Saved for backward: x and each row's own h [T, r]; grouped, two vectors of indices besides.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import accumulate_dtype
+from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks, dropout
 from spectral_ops.functional.common import (
     apply,
@@ -88,6 +95,80 @@ def spread(own: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
     return own.unsqueeze(1).masked_fill(foreign, 0).flatten(1)
 
 
+# --- operators: rows grouped by adapter ------------------------------------------------------------------------------
+# The rows of adapter s are order[offsets[s] : offsets[s + 1]]; all others have none. Adapters are 3-d, any strides.
+
+
+def group_rows(ids: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """order [T] and offsets [n + 1], int64, of ids [T]: computed on their device, which is not waited for."""
+    ids, order = torch.sort(ids, stable=True)
+    return order, torch.searchsorted(ids, torch.arange(n + 1, dtype=ids.dtype, device=ids.device))
+
+
+def _groups(order: torch.Tensor, offsets: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """(adapter, its rows) for each that has any. Reads the offsets: only for the CPU, and as a reference."""
+    ends = offsets.tolist()
+    return [(s, order[a:b]) for s, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if a < b]
+
+
+def _project_cost(x, A, order, offsets):
+    return Cost(2 * x.numel() * A.shape[1], nbytes(x, A, order, offsets) + x.shape[0] * A.shape[1] * x.element_size())
+
+
+@define(
+    "segment_project(Tensor x, Tensor A, Tensor order, Tensor offsets) -> Tensor",
+    stem="segments",
+    fake=lambda x, A, order, offsets: x.new_empty(x.shape[0], A.shape[1]),
+    cost=_project_cost,
+)
+def segment_project_op(x, A, order, offsets):
+    """h [T, r]: h_t = x_t A_sᵀ in x's dtype, zero for a row without adapter; x [T, k], A [n, r, k] in x's dtype."""
+    acc = accumulate_dtype(x.dtype)
+    h = x.new_zeros(x.shape[0], A.shape[1])
+    for s, own in _groups(order, offsets):
+        h[own] = (x[own].to(acc) @ A[s].to(acc).t()).to(x.dtype)
+    return h
+
+
+def _lift_cost(out, h, B, order, offsets):
+    return Cost(2 * out.numel() * h.shape[1], 2 * nbytes(out) + nbytes(h, B, order, offsets))
+
+
+@define(
+    "segment_lift_(Tensor(a!) out, Tensor h, Tensor B, Tensor order, Tensor offsets) -> ()",
+    stem="segments",
+    fake=lambda out, h, B, order, offsets: None,
+    cost=_lift_cost,
+)
+def segment_lift_op(out, h, B, order, offsets):
+    """out [T, d]: out_t += h_t B_sᵀ, for h [T, r] and B [n, d, r] of out's dtype."""
+    acc = accumulate_dtype(out.dtype)
+    for s, own in _groups(order, offsets):
+        out[own] = torch.addmm(out[own].to(acc), h[own].to(acc), B[s].to(acc).t()).to(out.dtype)
+
+
+def _outer_cost(u, x, order, offsets):
+    out = (offsets.shape[0] - 1) * u.shape[1] * x.shape[1]
+    return Cost(2 * x.numel() * u.shape[1], nbytes(u, x, order, offsets) + out * accumulate_dtype(x.dtype).itemsize)
+
+
+@define(
+    "segment_outer(Tensor u, Tensor x, Tensor order, Tensor offsets) -> Tensor",
+    stem="segments",
+    fake=lambda u, x, order, offsets: x.new_empty(
+        offsets.shape[0] - 1, u.shape[1], x.shape[1], dtype=accumulate_dtype(x.dtype)
+    ),
+    cost=_outer_cost,
+)
+def segment_outer_op(u, x, order, offsets):
+    """[n, r, k]: Σ u_tᵀ x_t over the rows of each adapter, in float32 (float64); u [T, r] and x [T, k] of one dtype."""
+    acc = accumulate_dtype(x.dtype)
+    out = x.new_zeros(offsets.shape[0] - 1, u.shape[1], x.shape[1], dtype=acc)
+    for s, own in _groups(order, offsets):
+        torch.mm(u[own].to(acc).t(), x[own].to(acc), out=out[s])
+    return out
+
+
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
@@ -150,17 +231,99 @@ class SegmentedFunction(Function):
             if need_B[s]:
                 part = dB[:, s * r : s * r + Bs[s].shape[1]]
                 grads[n + s] = (ctx.scales[s] * part).to(Bs[s].dtype)
-        return (
-            dx,
-            dy if need_out else None,
-            None,
-            db.to(dy.dtype) if need_bias else None,
-            None,
-            None,
-            None,
-            None,
-            *grads,
-        )
+        db = db.to(dy.dtype) if need_bias else None
+        return dx, dy if need_out else None, None, db, None, None, None, None, *grads
+
+
+class GroupedFunction(Function):
+    """The same on the grouped route, without dropout. A gradient is computed for every adapter if one needs it."""
+
+    @staticmethod
+    def forward(ctx, x, base_out, weight, bias, ids, scales, *adapters):
+        n, x2 = len(scales), rows(x)
+        groups = group_rows(row_ids(ids, x2.shape[0]), n)
+        A, B = stack_A(adapters[:n], x.dtype), stack_B(adapters[n:], scales, x.dtype)
+        h = segment_project_op(x2, _each(A, n, 0), *groups)
+        if base_out is None:
+            y2 = F.linear(x2, weight, bias)
+        else:
+            y2 = tokens(base_out)
+            ctx.mark_dirty(base_out)
+        segment_lift_op(y2, h, _each(B, n, 1), *groups)
+        need_A, need_B = ctx.needs_input_grad[6 : 6 + n], ctx.needs_input_grad[6 + n :]
+        ctx.save_for_backward(x if any(need_A) else None, weight, *groups, h if any(need_B) else None, *adapters)
+        ctx.scales, ctx.x_shape = scales, x.shape
+        return shaped(y2, x) if base_out is None else base_out
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dy):
+        x, weight, order, offsets, h, *adapters = ctx.saved_tensors
+        n = len(ctx.scales)
+        As, Bs, groups = adapters[:n], adapters[n:], (order, offsets)
+        need_x, need_out, _, need_bias = ctx.needs_input_grad[:4]
+        need_A, need_B = ctx.needs_input_grad[6 : 6 + n], ctx.needs_input_grad[6 + n :]
+        dy2 = rows(dy)
+        dx = u = None
+        if need_x or any(need_A):
+            u = segment_project_op(dy2, _each(stack_B(Bs, ctx.scales, dy.dtype), n, 1).transpose(1, 2), *groups)
+        if need_x:
+            A = _each(stack_A(As, dy.dtype), n, 0)
+            dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], A.shape[2])
+            segment_lift_op(dx, u, A.transpose(1, 2), *groups)
+            dx = dx.reshape(ctx.x_shape)
+        grads: list[torch.Tensor | None] = [None] * (2 * n)
+        if any(need_A):
+            dA = segment_outer_op(u, rows(x), *groups)
+        if any(need_B):
+            dB = segment_outer_op(h, dy2, *groups)
+        for s in range(n):
+            if need_A[s]:
+                grads[s] = dA[s, : As[s].shape[0]].to(As[s].dtype)
+            if need_B[s]:
+                grads[n + s] = (ctx.scales[s] * dB[s, : Bs[s].shape[1]].t()).to(Bs[s].dtype)
+        db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype) if need_bias else None
+        return dx, dy if need_out else None, None, db, None, None, *grads
+
+
+def _each(stacked: torch.Tensor, n: int, axis: int) -> torch.Tensor:
+    """A view of the n adapters stacked along ``axis``, one after the other in the first dimension."""
+    return stacked.unflatten(axis, (n, stacked.shape[axis] // n)).movedim(axis, 0)
+
+
+# --- routes ----------------------------------------------------------------------------------------------------------
+
+ROUTES = ("auto", "stacked", "grouped")
+# device -> from how many stacked columns, and how many rows, sorting the rows costs less than a product with all
+# adapters: measured on the CPU; on a GPU from the operators' arithmetic, not yet measured
+GROUPED_FROM = {"cpu": (128, 256), "cuda": (128, 1024)}
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def choose_route(T: int, columns: int, device_type: str, dropout: bool) -> str:
+    """ "grouped" for many rows over many adapters, where its kernels are and draw no mask; else "stacked"."""
+    if dropout or device_type not in GROUPED_FROM or (device_type == "cuda" and not _TRITON):
+        return "stacked"
+    least_columns, least_rows = GROUPED_FROM[device_type]
+    return "grouped" if columns >= least_columns and T >= least_rows else "stacked"
+
+
+def _run(route, x, base_out, weight, bias, lora_A_list, lora_B_list, segment_ids, scales, dropout_p, training):
+    """The checked arguments through one route."""
+    if route not in ROUTES:
+        raise ValueError(f"route: got {route!r}, wanted one of {', '.join(map(repr, ROUTES))}")
+    checks.probability("dropout_p", dropout_p)
+    seed = draw_seed(x, dropout_p, training)
+    adapters = (*lora_A_list, *lora_B_list)
+    if route == "auto":
+        columns = len(lora_A_list) * max(A.shape[0] for A in lora_A_list)
+        route = choose_route(x.shape[:-1].numel(), columns, x.device.type, seed is not None)
+    common = x, base_out, weight, bias, segment_ids.reshape(-1)
+    if route == "stacked":
+        return apply(SegmentedFunction, x.device.type, *common, seed, dropout_p, scales, *adapters)
+    if seed is not None:
+        raise ValueError(f"route: got 'grouped' with dropout_p {dropout_p!r}, wanted 'stacked' (or 'auto')")
+    return apply(GroupedFunction, x.device.type, *common, scales, *adapters)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -219,6 +382,7 @@ def segmented_lowrank_linear(
     scales=None,
     dropout_p=0.0,
     training=False,
+    route="auto",
 ):
     """Linear layer whose rows each have a low-rank adapter of their own: y_t = x_t Wᵀ + γ_s drop(x_t) A_sᵀ B_sᵀ + b.
 
@@ -233,24 +397,32 @@ def segmented_lowrank_linear(
         bias: [d] or None, in x's dtype; may be trainable.
         scales: γ_s, a number for each adapter; None: all 1.
         dropout_p, training: inverted dropout on the adapter branch, active only while training.
+        route: "stacked", "grouped" (no dropout), or "auto", which goes by T, n max r_s and the device.
 
-    Returns y [..., d] in x's dtype. Saves x and h [T, max r_s] for backward. 0 times an infinite entry of one adapter
-    may reach the rows of another. Raises TypeError/ValueError that name the argument. METHODS 1.7.
+    Returns y [..., d] in x's dtype. Saves x and h [T, max r_s] for backward. On the stacked route, 0 times an infinite
+    entry of one adapter's B reaches the rows of another. Raises TypeError/ValueError that name the argument.
+    METHODS 1.7.
     """
     x, weight, bias = autocast_arguments(x, weight, bias)
     checks.linear(x, weight, bias)
     checks.same_dtype("x", x, weight=weight, bias=bias)
     scales = _check_adapters(x, weight.shape[0], lora_A_list, lora_B_list, segment_ids, scales)
-    checks.probability("dropout_p", dropout_p)
-    seed = draw_seed(x, dropout_p, training)
-    return apply(
-        SegmentedFunction, x.device.type, x, None, weight, bias, segment_ids.reshape(-1), seed,
-        dropout_p, scales, *lora_A_list, *lora_B_list,
+    return _run(
+        route, x, None, weight, bias, lora_A_list, lora_B_list, segment_ids, scales, dropout_p, training
     )  # fmt: skip
 
 
 def segmented_lowrank_update(
-    base_out, x, lora_A_list, lora_B_list, segment_ids, *, scales=None, dropout_p=0.0, training=False
+    base_out,
+    x,
+    lora_A_list,
+    lora_B_list,
+    segment_ids,
+    *,
+    scales=None,
+    dropout_p=0.0,
+    training=False,
+    route="auto",
 ):
     """The same update over a base layer somebody else computed (bitsandbytes, GPTQ, FP8), in place.
 
@@ -261,9 +433,5 @@ def segmented_lowrank_update(
     checks.base(base_out, x)
     x = x.to(base_out.dtype)
     scales = _check_adapters(x, base_out.shape[-1], lora_A_list, lora_B_list, segment_ids, scales)
-    checks.probability("dropout_p", dropout_p)
-    seed = draw_seed(x, dropout_p, training)
-    return apply(
-        SegmentedFunction, x.device.type, x, overwritable(base_out), None, None, segment_ids.reshape(-1), seed,
-        dropout_p, scales, *lora_A_list, *lora_B_list,
-    )  # fmt: skip
+    out = overwritable(base_out)
+    return _run(route, x, out, None, None, lora_A_list, lora_B_list, segment_ids, scales, dropout_p, training)
