@@ -49,7 +49,7 @@ def emulated():
     sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*"), *ROOT.glob("csrc/*.h")]
     newest = max(p.stat().st_mtime for p in sources)
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
     flags += ["-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
     host = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
     jobs, objects = [], []

@@ -7,6 +7,7 @@
 // 3 each warp as far as it gets before the next), and a barrier that some thread never reaches aborts.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -40,10 +41,11 @@ namespace emulator {
 struct Copy { void* to; const void* from; int bytes; };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t context;  // where the fiber starts
+  jmp_buf resume;
   std::unique_ptr<char[]> stack;
   unsigned index = 0;
-  bool done = true;
+  bool done = true, started = false;
   uint64_t block_barriers = 0, warp_calls = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> committed;
@@ -61,7 +63,7 @@ struct Block {
   std::vector<Warp> warps;
   unsigned size = 0, grid = 0, index = 0;
   uint64_t arrived = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   bool progress = false;
 };
@@ -75,7 +77,17 @@ alignas(128) inline unsigned char shared[kShared];
   std::abort();
 }
 
-inline void yield() { swapcontext(&current->context, &block.scheduler); }
+// _setjmp and _longjmp switch fibers without the system call that swapcontext makes.
+inline void yield() {
+  if (!_setjmp(current->resume)) _longjmp(block.scheduler, 1);
+}
+
+__attribute__((noinline)) inline void resume(Thread& t) {
+  if (_setjmp(block.scheduler)) return;
+  if (t.started) _longjmp(t.resume, 1);
+  t.started = true;
+  setcontext(&t.context);
+}
 
 inline void block_barrier() {
   const uint64_t target = ++current->block_barriers * block.size;
@@ -121,7 +133,7 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
   for (unsigned i = 0; i < block.size; ++i) {
     Thread& t = *block.threads[i];
     if (!t.stack) t.stack.reset(new char[kStack]);
-    t.index = i, t.done = false, t.block_barriers = t.warp_calls = 0;
+    t.index = i, t.done = t.started = false, t.block_barriers = t.warp_calls = 0;
     t.open.clear(), t.committed.clear();
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
@@ -136,7 +148,7 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
       Thread& t = *block.threads[sequence[n]];
       if (t.done) continue;
       current = &t;
-      swapcontext(&block.scheduler, &t.context);
+      resume(t);
       if (t.done) --left;
     }
     return block.progress;
