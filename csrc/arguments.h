@@ -268,4 +268,26 @@ struct SoftmaxGradient {
   DType dtype;  // of logits
 };
 
+// --- importance ---
+
+// A [rows_A, k], B [rows_B, r] and E [rows_E] of one layer and their gradients, contiguous: parts along the first dimension
+// of tensors with r, d and r rows.
+struct ImportanceLayer {
+  const void *p[3], *g[3];
+  DType dtypes[3];  // of p and g
+  int64_t rows_A, k, rows_B, r, rows_E;
+  int64_t offset;       // of A in exp_avg and uncertainty; B and E follow
+  int64_t first;        // of its r scores
+  int64_t row_A, row_E, d;
+};
+
+// exp_avg and uncertainty after one more step, and the scores of every triplet, or null; all float32 (float64 for float64).
+struct ImportanceUpdate {
+  const ImportanceLayer* layers;
+  void *exp_avg, *uncertainty, *scores;
+  double beta1, beta2;
+  int64_t count;  // of layers
+  DType dtype;    // of exp_avg, uncertainty and scores
+};
+
 }  // namespace spectral_ops

@@ -9,6 +9,7 @@
 #include "ops/csr.h"
 #include "ops/dora.h"
 #include "ops/dropout.h"
+#include "ops/importance.h"
 #include "ops/lowrank.h"
 #include "ops/policy.h"
 
@@ -32,6 +33,7 @@ const Binding kBindings[] = {
     {"csr_gather_", TORCH_BOX(&csr_gather_<Cpu>)},
     {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cpu>)},
     {"csr_sddmm", TORCH_BOX(&csr_sddmm<Cpu>)},
+    {"importance_update_", TORCH_BOX(&importance_update_<Cpu>)},
     {"lowrank_update_", TORCH_BOX(&lowrank_update_<Cpu>)},
     {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cpu>)},
     {"row_square", TORCH_BOX(&row_square<Cpu>)},

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import spectral_ops as so
 from spectral_ops import (
+    AdaLoRAConfig,
+    AdaLoRALinear,
     BatConfig,
     BatLinear,
     BoneConfig,
@@ -57,6 +59,7 @@ CONFIGS = {
     "dash": LoRADashConfig(r=4, lora_alpha=6, directions=3),
     "vera": VeRAConfig(r=30),
     "dvora": DVoRAConfig(r=30),
+    "adalora": AdaLoRAConfig(init_r=4, target_r=2, lora_alpha=6, total_step=20),
 }
 CLASSES = {
     LoRAConfig: LoRALinear,
@@ -69,6 +72,7 @@ CLASSES = {
     LoRADashConfig: LoRADashLinear,
     VeRAConfig: VeRALinear,
     DVoRAConfig: DVoRALinear,
+    AdaLoRAConfig: AdaLoRALinear,
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
@@ -171,6 +175,9 @@ def dense_weight(layer, name="default"):
         W = W + layer.csr(name).to_dense().double()
         if not config.low_rank:
             return W
+    if isinstance(layer, AdaLoRALinear):
+        A, B, E = (getattr(layer, key)[name].double() for key in ("lora_A", "lora_B", "lora_E"))
+        return W + config.lora_alpha / (config.init_r + 1e-5) * B @ torch.diag(E[:, 0]) @ A
     gamma = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     V = W + gamma * layer.lora_B[name].double() @ layer.lora_A[name].double()
     if isinstance(layer, LoRADashLinear):
@@ -494,7 +501,7 @@ def test_disabled_and_detach_give_the_original_model_back(method):
 
 SEVERAL = [
     "lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa", "pica", "spectral", "spectral_rotation",
-    "dash", "vera", "dvora",
+    "dash", "vera", "dvora", "adalora",
 ]  # fmt: skip
 
 

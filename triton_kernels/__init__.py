@@ -40,6 +40,8 @@ OPERATORS: dict[str, str] = {
     "segment_project": "segments",
     "segment_lift_": "segments",
     "segment_outer": "segments",
+    "importance_update_": "importance",
+    "importance_prune_": "importance",
 }
 
 

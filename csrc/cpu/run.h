@@ -357,4 +357,8 @@ inline void run(const MagnitudeGrad& a, const Tensor& like) {
   }
 }
 
+// --- importance ---
+
+inline void run(const ImportanceUpdate& a, const Tensor&) { in_parallel(a, a.count, 2); }
+
 }  // namespace spectral_ops::cpu

@@ -1,5 +1,7 @@
 """Adapters: thin modules that hold parameters and call one operator; one file per method."""
 
+from spectral_ops.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
+from spectral_ops.adapters.adalora_schedule import AdaLoRASchedule
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
 from spectral_ops.adapters.bat import BatConfig, BatLinear
 from spectral_ops.adapters.bone import BoneConfig, BoneLinear
@@ -28,6 +30,9 @@ from spectral_ops.adapters.spectral_fusion import fuse_spectral
 from spectral_ops.adapters.vera import VeRAConfig, VeRALinear
 
 __all__ = [
+    "AdaLoRAConfig",
+    "AdaLoRALinear",
+    "AdaLoRASchedule",
     "AdapterConfig",
     "AdapterLinear",
     "BatConfig",

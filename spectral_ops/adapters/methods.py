@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spectral_ops.adapters.adalora import AdaLoRALinear
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
 from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
@@ -27,6 +28,7 @@ METHODS: tuple[type[AdapterLinear], ...] = (
     LoRADashLinear,
     VeRALinear,
     DVoRALinear,
+    AdaLoRALinear,
 )
 
 

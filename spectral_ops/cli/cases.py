@@ -90,4 +90,13 @@ def arguments(
         "segment_lift_": lambda: [(randn(T, d), h, adapters[1], *groups)],
         "segment_outer": lambda: [(h, x, *groups)],
     }
+    layers = [randn(*size) for _ in range(2) for size in ((r, k), (d, r), (r, 1))]  # AdaLoRA: A, B and E, and gradients
+    state = [torch.rand(r * (k + d + 1), generator=generator, dtype=torch.float64).to(device, acc) for _ in range(2)]
+    samples |= {
+        "importance_update_": lambda: [
+            (*state, layers[:3], layers[3:], [], 0.85, 0.8, True),
+            (*state, layers[:3], layers[3:], [], 0.85, 0.8, False),
+        ],
+        "importance_prune_": lambda: [(state[0], [layers[2].flatten()], [0], min(r, 2))],
+    }
     yield from samples[name]()

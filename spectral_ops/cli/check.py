@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectral_ops import _library, backends
 from spectral_ops.cli.cases import arguments
@@ -27,32 +28,29 @@ def _convert(args: tuple, dtype: torch.dtype, device: str) -> tuple:
     """A copy of ``args`` with floating tensors in ``dtype`` on ``device``."""
 
     def one(a):
-        if not isinstance(a, torch.Tensor):
-            return a
         return a.to(device, dtype, copy=True) if a.is_floating_point() else a.to(device, copy=True)
 
-    return tuple(one(a) for a in args)
+    return tree_map_only(torch.Tensor, one, args)
 
 
 def outputs(operator: _library.Operator, call, args: tuple) -> list[torch.Tensor]:
-    """What a call computes: its results, or its mutated arguments."""
+    """What a call computes: its results and its mutated arguments."""
     results = call(*args)
-    if results is not None:
-        return list(results) if isinstance(results, (tuple, list)) else [results]
     mutated = [a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments]
-    return [a for a, m in zip(args, mutated, strict=True) if m and a.is_floating_point()]
+    written = tree_leaves([a for a, m in zip(args, mutated, strict=True) if m])
+    return [t for t in tree_leaves(results) if t is not None] + [t for t in written if t.is_floating_point()]
 
 
 def relative_error(operator, backend: str, args: tuple) -> float:
     """Largest ‖out - ref‖ / ‖ref‖ over the outputs, ref being the reference in float64 on the same (rounded) inputs."""
     exact = outputs(operator, operator.reference, _convert(args, torch.float64, "cpu"))
     with backends.use_backend(backend):
-        got = outputs(operator, operator, tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args))
+        got = outputs(operator, operator, tree_map_only(torch.Tensor, torch.clone, args))
     worst = 0.0
     for g, e in zip(got, exact, strict=True):
         if g.shape != e.shape:
             return float("inf")
-        error = (g.double().cpu() - e).norm() / e.norm().clamp_min(1e-300)
+        error = (g.double().cpu() - e.double()).norm() / e.double().norm().clamp_min(1e-300)
         worst = max(worst, float(error) if error == error else float("inf"))
     return worst
 

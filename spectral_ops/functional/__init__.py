@@ -7,6 +7,7 @@ from spectral_ops.functional.cayley import cayley
 from spectral_ops.functional.csr import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
 from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
+from spectral_ops.functional.importance import adalora_importance, adalora_prune, orthogonality_loss
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_linear_group, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
 from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_logprobs
@@ -17,6 +18,8 @@ from spectral_ops.functional.segments import segmented_lowrank_linear, segmented
 __all__ = [
     "CSR",
     "NormCache",
+    "adalora_importance",
+    "adalora_prune",
     "bat_linear",
     "bat_weight",
     "block_sum",
@@ -34,6 +37,7 @@ __all__ = [
     "lowrank_linear",
     "lowrank_linear_group",
     "lowrank_update",
+    "orthogonality_loss",
     "preference_loss",
     "residents",
     "rosa_linear",
@@ -52,6 +56,8 @@ _BAT = ("bat_weight_", "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backwa
 _CSR_GRADIENT = ("csr_sddmm", "csr_gather_")
 _SEGMENTS = ("segment_project", "segment_lift_", "segment_outer")
 FUNCTIONS.update(
+    adalora_importance=("importance_update_",),
+    adalora_prune=("importance_prune_",),
     csr_add=("csr_scatter_", "csr_gather_"),
     csr_sddmm=("csr_sddmm", "csr_spmm_"),
     csr_spmm=("csr_spmm_", *_CSR_GRADIENT),

@@ -1,0 +1,71 @@
+// The host side of importance_update_ for any device.
+#pragma once
+
+#include <vector>
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+inline void check_state(const char* name, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous() && t.size(0) == like.size(0), name, ": got ", t.numel(), " elements in ",
+                  t.dim(), " dimensions, wanted a contiguous vector of ", like.size(0));
+  check_same_device(name, t, like);
+  check_dtype(name, t, dtype_of("exp_avg", like), "exp_avg");
+  STD_TORCH_CHECK(t.scalar_type() == accumulate_type(t), name, ": wanted float32 or float64");
+}
+
+template <class Device>
+Tensor importance_update_(Tensor exp_avg, Tensor uncertainty, std::vector<Tensor> params, std::vector<Tensor> grads,
+                          std::vector<int64_t> shards, double beta1, double beta2, bool score) {
+  check_state("exp_avg", exp_avg, exp_avg);
+  check_state("uncertainty", uncertainty, exp_avg);
+  const int64_t count = static_cast<int64_t>(params.size()) / 3;
+  STD_TORCH_CHECK(params.size() % 3 == 0 && grads.size() == params.size(), "grads: got ", grads.size(), " tensors for ",
+                  params.size(), " params, wanted three of each for every layer");
+  STD_TORCH_CHECK(shards.empty() || shards.size() == params.size(), "shards: got ", shards.size(),
+                  " numbers, wanted none or three for every layer");
+  std::vector<ImportanceLayer> layers(count);
+  int64_t offset = 0, first = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    ImportanceLayer& l = layers[i];
+    l.offset = offset, l.first = first;
+    for (int64_t j = 0; j < 3; ++j) {
+      Tensor &p = params[3 * i + j], &g = grads[3 * i + j];
+      STD_TORCH_CHECK(p.dim() == 2 || (j == 2 && p.dim() == 1), "params: got ", p.dim(),
+                      " dimensions, wanted A [r, k], B [d, r] and E [r, 1] in turn");
+      STD_TORCH_CHECK(g.dim() == p.dim(), "grads: got ", g.dim(), " dimensions, wanted ", p.dim());
+      for (int64_t n = 0; n < p.dim(); ++n) check_size("grads", g, n, p.size(n), "params");
+      check_same_device("params", p, exp_avg);
+      check_same_device("grads", g, exp_avg);
+      l.dtypes[j] = dtype_of("params", p);
+      check_dtype("grads", g, l.dtypes[j], "params");
+      STD_TORCH_CHECK((l.dtypes[j] == DType::float64) == (exp_avg.scalar_type() == ScalarType::Double),
+                      "exp_avg: wanted float64 exactly where params are");
+      if (!p.is_contiguous()) p = torch::stable::contiguous(p);
+      if (!g.is_contiguous()) g = torch::stable::contiguous(g);
+      l.p[j] = p.data_ptr(), l.g[j] = g.data_ptr();
+      offset += p.numel();
+    }
+    const Tensor &A = params[3 * i], &B = params[3 * i + 1], &E = params[3 * i + 2];
+    l.rows_A = A.size(0), l.k = A.size(1), l.rows_B = B.size(0), l.r = B.size(1), l.rows_E = E.size(0);
+    STD_TORCH_CHECK(E.numel() == l.rows_E, "params: got E with ", E.numel(), " elements, wanted [r, 1] or [r]");
+    const int64_t* part = shards.empty() ? nullptr : shards.data() + 3 * i;
+    l.row_A = part ? part[0] : 0, l.row_E = part ? part[1] : 0, l.d = part ? part[2] : l.rows_B;
+    STD_TORCH_CHECK(l.row_A >= 0 && l.row_E >= 0 && l.row_A + l.rows_A <= l.r && l.row_E + l.rows_E <= l.r,
+                    "shards: got A and E past the rank ", l.r, " of B");
+    first += l.r;
+  }
+  STD_TORCH_CHECK(offset == exp_avg.size(0), "exp_avg: got ", exp_avg.size(0), " elements, wanted the ", offset, " of params");
+  Tensor scores = torch::stable::new_empty(exp_avg, {score ? first : 0});
+  ImportanceUpdate a{};
+  a.layers = layers.data(), a.count = count;
+  a.exp_avg = exp_avg.data_ptr(), a.uncertainty = uncertainty.data_ptr();
+  a.scores = score ? scores.data_ptr() : nullptr;
+  a.beta1 = beta1, a.beta2 = beta2;
+  a.dtype = dtype_of("exp_avg", exp_avg);
+  Device::launch(a, exp_avg);
+  return scores;
+}
+
+}  // namespace spectral_ops
