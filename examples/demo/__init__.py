@@ -12,4 +12,5 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the demo shows its own progress
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that nothing here uses
+for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they warn of optional kernels that nothing here uses
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -38,7 +38,7 @@ def kind(base: nn.Module) -> str | None:
     return None
 
 
-def _scales(base: nn.Module) -> torch.Tensor:
+def scales(base: nn.Module) -> torch.Tensor:
     """The scale [out] of an 8-bit weight: with the parameter until the layer first runs, with its state since."""
     return base.state.SCB if base.state.SCB is not None else base.weight.SCB
 
@@ -53,7 +53,7 @@ def dequantised(base: nn.Module) -> torch.Tensor:
 
     if form == "bnb4":
         return bnb.dequantize_4bit(weight.data, weight.quant_state).float()
-    return weight.data * (_scales(base).float().to(weight.device) / 127).unsqueeze(1)
+    return weight.data * (scales(base).float().to(weight.device) / 127).unsqueeze(1)
 
 
 def held(base: nn.Module) -> tuple[Any, ...]:

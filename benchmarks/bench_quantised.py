@@ -1,0 +1,72 @@
+"""Methods over quantised bases: step time beside the same base frozen, memory of the base, bytes saved for backward."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.harness import D, K, T
+from spectral_ops.adapters import quantised
+from spectral_ops.cli import bench, catalogue
+from spectral_ops.cli.peers import Layer
+
+FORMATS = ("float32", "nf4", "int8", "torchao")
+METHODS = ("lora", "pissa", "dora", "bone", "rosa", "pica", "spectral_rotation")
+
+
+def base(form: str) -> nn.Module:
+    """A layer [2048, 2048] in ``form``, frozen."""
+    torch.manual_seed(0)
+    linear = nn.Linear(K, D, bias=False).requires_grad_(False)
+    if form == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        net = nn.Sequential(linear)
+        quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+        return net[0]
+    return linear if form == "float32" else quantised.quantise(linear, form)
+
+
+def weight_bytes(layer: nn.Module) -> int:
+    """Bytes of the weight as stored, with its scales."""
+    weight, form = layer.weight, quantised.kind(layer)
+    if form == "torchao":
+        parts = [weight.qdata, weight.scale]
+    elif form == "bnb4":
+        parts = [weight.data, weight.quant_state.absmax]
+    elif form == "bnb8":
+        parts = [weight.data, quantised.scales(layer)]
+    else:
+        parts = [weight]
+    return sum(t.numel() * t.element_size() for t in parts)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("method", METHODS)
+def test_step(benchmark, record, method, form):
+    frozen, layer = base(form), base(form)
+    held = weight_bytes(layer)
+    pattern = catalogue.even_pattern(D, K) if method == "rosa" and form == "float32" else None
+    adapted, parameters = catalogue.layer(method, layer, pattern)
+    if method == "rosa" and form != "float32":
+        mask = catalogue.even_pattern(D, K)
+        adapted.set_mask((mask.row_offsets, mask.col_indices))
+    x, dy = torch.randn(T, K, requires_grad=True), torch.randn(T, D)
+    layers = {"frozen": Layer(frozen, []), "spectral_ops": Layer(adapted, parameters)}
+    calls = {name: (lambda layer=layer: bench.step(layer, x, dy)) for name, layer in layers.items()}
+    times = bench.interleave(calls, lambda name: None, 5, x.device)
+    ratio = sorted(a / b for a, b in zip(times["spectral_ops"], times["frozen"], strict=True))[2]
+    constants = [
+        t for m in (frozen, layer, adapted) if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())
+    ]
+    rows = []
+    for name, candidate in layers.items():
+        saved = bench.saved_bytes(candidate.forward, x, constants + parameters)
+        seconds = sorted(times[name])[2]
+        rows.append(
+            bench.Measurement(
+                f"{method} over {form}, {held / 2**20:.2f} MiB", name, "float32", "cpu", T, D, K, 0, seconds * 1e3,
+                ratio - 1 if name != "frozen" else 0.0, saved, None,
+            )
+        )  # fmt: skip
+    record(rows)
+    benchmark.extra_info.update(weight_bytes=held, ratio=ratio, saved=rows[-1].saved_bytes, frozen=rows[0].saved_bytes)
+    benchmark.pedantic(calls["spectral_ops"], rounds=3)
