@@ -1,6 +1,7 @@
 """PiCa beyond what every method is tested for: its projection, and the M that layers share, in every situation."""
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -173,6 +174,21 @@ def test_state_dict(assign):
     assert not fresh.load_state_dict(state, assign=assign).missing_keys
     assert_tied(fresh)
     assert torch.equal(fresh(x), model(x)) and len(trained(fresh)) == 2
+
+
+@pytest.mark.parametrize("config", [PiCaConfig(r=4), so.VeRAConfig(r=16)], ids=["pica", "vera"])
+def test_a_whole_model_is_saved_by_transformers(tiny, config, tmp_path):
+    """As Trainer's checkpoints are: safetensors take no tensor twice."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    config = dataclasses.replace(config, target_modules="all-linear")
+    model, ids = fill(so.attach(tiny.llama(), config)), tiny.tokens()
+    model.save_pretrained(tmp_path)
+    state = safetensors.load_file(tmp_path / "model.safetensors")
+    for key, count in (("pica_M", 7), ("vera_A", 1), ("vera_B", 1)):
+        assert sum(key in name for name in state) == (count if config.peft_type[0].lower() == key[0] else 0)
+    fresh = so.attach(tiny.llama(), config)
+    assert not fresh.load_state_dict(state, strict=False).unexpected_keys
+    assert torch.equal(fresh(ids).logits, model(ids).logits)
 
 
 def test_conversions_and_empty_memory():
