@@ -31,6 +31,7 @@ turned = spectral_ops.CSR(
     sorted=False).validate()
 head = torch.randn(7, k, requires_grad=True)
 W2, A2, B2 = torch.randn(d + 2, k), torch.randn(3, k, requires_grad=True), torch.randn(d + 2, 3, requires_grad=True)
+A3, B3, ids = torch.randn(3, k, requires_grad=True), torch.randn(d, 3, requires_grad=True), torch.arange(8) % 3 - 1
 cache = NormCache()
 
 FUNCTIONS = {{
@@ -64,6 +65,15 @@ FUNCTIONS = {{
     "rosa_update": (lambda x: spectral_ops.rosa_update(x @ W.t(), x, S), [v]),
     "csr_spmm": (lambda x: spectral_ops.csr_spmm(x, S), [v]),
     "csr_sddmm": (lambda x: spectral_ops.csr_sddmm(x @ W.t(), x, S), []),
+    "segmented_lowrank_linear": (
+        lambda x: spectral_ops.segmented_lowrank_linear(x, W, [A, A3], [B, B3], ids[: x.shape[0]], b, scales=[0.5, 2]),
+        [A, B, A3, B3, b]),
+    "segmented_lowrank_linear-grouped": (
+        lambda x: spectral_ops.segmented_lowrank_linear(
+            x, W, [A, A3], [B, B3], ids[: x.shape[0]], b, scales=[0.5, 2.0], route="grouped"), [A, B, A3, B3, b]),
+    "segmented_lowrank_update": (
+        lambda x: spectral_ops.segmented_lowrank_update(x @ W.t(), x, [A, A3], [B, B3], ids[: x.shape[0]]),
+        [A, B, A3, B3]),
     "csr_add": (lambda x: x @ spectral_ops.csr_add(W, S).t(), [v]),
     "token_logprobs": (
         lambda x: spectral_ops.token_logprobs(x, head, x[..., 0].long() % 7, chunk=5, temperature=0.5), [head]),
@@ -114,6 +124,7 @@ FUNCTIONS = [
     "dora_linear-cached", "dora_linear-recompute", "bone_linear", "bone_linear-mini", "bone_update", "disha_linear",
     "block_sum", "bat_linear", "bat_linear-few", "bat_linear-row", "bat_weight", "rosa_linear", "rosa_linear-spmm",
     "rosa_linear-scatter", "rosa_linear-unsorted", "rosa_update", "csr_spmm", "csr_sddmm", "csr_add",
+    "segmented_lowrank_linear", "segmented_lowrank_linear-grouped", "segmented_lowrank_update",
     "token_logprobs", "token_logprobs-one-chunk", "kl_to_anchor", "preference_loss",
 ]  # fmt: skip
 
@@ -134,6 +145,7 @@ def test_every_function():
 def test_dynamic_shapes():
     names = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_linear-cached", "bone_linear", "block_sum"]
     names += ["bat_linear", "bat_linear-row", "rosa_linear", "csr_spmm", "token_logprobs-one-chunk"]
+    names += ["segmented_lowrank_linear"]
     compile_and_compare(names, "aot_eager", True)
 
 

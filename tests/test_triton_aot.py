@@ -31,7 +31,7 @@ if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
 import spectral_ops  # noqa: E402, F401
-from spectral_ops.triton_kernels import bat, blocksum, common, dora, dropout, launcher, lowrank  # noqa: E402
+from spectral_ops.triton_kernels import bat, blocksum, common, dora, dropout, launcher, lowrank, segments  # noqa: E402
 
 ARCHS = (80, 90, 100)
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -148,9 +148,7 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "segment_project back r16": ("segments", "segment_project", (dy, turned.transpose(1, 2), *places)),
         "segment_project odd": ("segments", "segment_project", (odd, make(3, 128, k - 1), *places)),
         "segment_lift_ r128": ("segments", "segment_lift_", (y, h, Bs, *places)),
-        "segment_lift_ odd": ("segments", "segment_lift_", (odd, h, make(3, k - 1, 128), *places)),
         "segment_outer r128": ("segments", "segment_outer", (h, x, *places)),
-        "segment_outer odd": ("segments", "segment_outer", (h, odd, *places)),
     }
     return cases
 
@@ -246,7 +244,7 @@ def builds(arch: int, stem: str, operator: str, args: tuple) -> list[Build]:
 
 
 TABLES = (lowrank.MATMUL, lowrank.UPDATE, lowrank.BACKWARD, dora.NORM, blocksum.SUM, blocksum.TILE,
-          dropout.PROJECT, dropout.OUTER, dropout.LIFT,
+          dropout.PROJECT, dropout.OUTER, dropout.LIFT, segments.PROJECT, segments.LIFT, segments.OUTER,
           bat.WEIGHT, bat.CONTRACT, bat.MATMUL, bat.MIX, bat.BACKWARD)  # fmt: skip
 PRODUCTS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
 WITH_PRODUCTS = ("matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel",
