@@ -1,4 +1,4 @@
-# make demo | methods | test | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
+# make demo | methods | rlhf | test | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
 # The first run makes .venv and installs what requirements/ pins; later runs start in seconds.
 
 PYTHON ?= python3
@@ -19,13 +19,16 @@ TORCH_CPU      := $(if $(shell command -v nvidia-smi),false,$(PIP) install $(TOR
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard spectral_ops/_library.py spectral_ops/functional/*.py)
 
-.PHONY: demo methods test build bench lint gpu gpu-dry wheel sanitize clean
+.PHONY: demo methods rlhf test build bench lint gpu gpu-dry wheel sanitize clean
 
 demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa STEPS=n DTYPE=float32|bf16
 	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
 
 methods: $(VENV)/.built ## STEPS=n ARGS="--methods lora pica": every method trained for the same number of steps
 	$(PY) examples/every_method.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
+
+rlhf: $(VENV)/.built ## STEPS=n ARGS="--batch 16 --beta 0.1"
+	$(PY) examples/rlhf.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 test: $(VENV)/.built ## ARGS="-k dora"
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
