@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import spectral_ops
+from spectral_ops.cli import predict
 from spectral_ops.cli.peers import METHODS, OURS, Layer, layers
 from spectral_ops.cli.table import table
 
@@ -211,11 +212,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out of the timing")
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="measure nothing: print what Llama-3-8B and 70B would cost on GPUs, on paper",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the measurements, with versions and device, to FILE")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, show each method as it is done, print the table; exit status 1 where a result is red."""
+    if arguments.predict:
+        print(predict.report())
+        return 0
     results: list[Measurement] = []
     d, k = arguments.shape
     try:
