@@ -17,6 +17,7 @@ from helpers import (
     FAMILIES,
     LOWRANK,
     OPERATOR_NAMES,
+    SEGMENTS,
     check,
     check_operator,
     copied,
@@ -225,7 +226,7 @@ def test_the_mask_is_the_cpus(p, backend):
 
 class TestFunctions(Contract):
     device = "cuda"
-    families = LOWRANK + DORA + BLOCKSUM
+    families = LOWRANK + DORA + BLOCKSUM + SEGMENTS
 
     @pytest.fixture(autouse=True)
     def deterministic(self):

@@ -296,7 +296,7 @@ def _each(stacked: torch.Tensor, n: int, axis: int) -> torch.Tensor:
 ROUTES = ("auto", "stacked", "grouped")
 # device -> from how many stacked columns, and how many rows, sorting the rows costs less than a product with all
 # adapters: measured on the CPU; on a GPU from the operators' arithmetic, not yet measured
-GROUPED_FROM = {"cpu": (128, 256), "cuda": (128, 1024)}
+GROUPED_FROM = {"cpu": (96, 256), "cuda": (128, 1024)}
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
