@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import spectral_ops as so
 from spectral_ops import (
     AdaLoRAConfig,
+    AdaLoRADashConfig,
+    AdaLoRADashLinear,
     AdaLoRALinear,
     BatConfig,
     BatLinear,
@@ -33,6 +35,7 @@ from spectral_ops import (
     VeRAConfig,
     VeRALinear,
 )
+from spectral_ops.adapters.dash import DashLinear
 from spectral_ops.init import topk_pattern
 
 CONFIGS = {
@@ -60,6 +63,7 @@ CONFIGS = {
     "vera": VeRAConfig(r=30),
     "dvora": DVoRAConfig(r=30),
     "adalora": AdaLoRAConfig(init_r=4, target_r=2, lora_alpha=6, total_step=20),
+    "adalora_dash": AdaLoRADashConfig(init_r=4, target_r=2, lora_alpha=6, total_step=20, directions=3),
 }
 CLASSES = {
     LoRAConfig: LoRALinear,
@@ -73,6 +77,7 @@ CLASSES = {
     VeRAConfig: VeRALinear,
     DVoRAConfig: DVoRALinear,
     AdaLoRAConfig: AdaLoRALinear,
+    AdaLoRADashConfig: AdaLoRADashLinear,
 }
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
@@ -111,7 +116,7 @@ def make(method, *, dtype=torch.float32, transposed=False, bias=True, trained=Tr
 def masked(module):
     """The module; its RoSA layers have a random mask, its LoRA-Dash layers their directions."""
     for layer in module.modules():
-        if isinstance(layer, LoRADashLinear) and layer.active in layer.settings:
+        if isinstance(layer, DashLinear) and layer.active in layer.settings:
             layer.launch()
         if isinstance(layer, RoSALinear) and "rosa_values" in layer.held(layer.active):
             places = torch.rand(layer.out_features, layer.in_features)
@@ -175,13 +180,13 @@ def dense_weight(layer, name="default"):
         W = W + layer.csr(name).to_dense().double()
         if not config.low_rank:
             return W
+    if isinstance(layer, DashLinear):
+        W = W + layer.dash_U[name].double() * layer.dash_delta[name].double() @ layer.dash_V[name].double()
     if isinstance(layer, AdaLoRALinear):
         A, B, E = (getattr(layer, key)[name].double() for key in ("lora_A", "lora_B", "lora_E"))
         return W + config.lora_alpha / (config.init_r + 1e-5) * B @ torch.diag(E[:, 0]) @ A
     gamma = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     V = W + gamma * layer.lora_B[name].double() @ layer.lora_A[name].double()
-    if isinstance(layer, LoRADashLinear):
-        V = V + layer.dash_U[name].double() * layer.dash_delta[name].double() @ layer.dash_V[name].double()
     if isinstance(layer, DoRALinear):
         V = with_magnitude(V, layer.lora_magnitude_vector[name])
     return V
@@ -501,7 +506,7 @@ def test_disabled_and_detach_give_the_original_model_back(method):
 
 SEVERAL = [
     "lora", "dora", "bone", "mini", "bat", "bat_row", "rosa", "rosa_spa", "pica", "spectral", "spectral_rotation",
-    "dash", "vera", "dvora", "adalora",
+    "dash", "vera", "dvora", "adalora", "adalora_dash",
 ]  # fmt: skip
 
 

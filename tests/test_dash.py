@@ -1,9 +1,11 @@
 """LoRA-Dash beyond what every method is tested for: scores, when it launches, resuming, ranks, quantised bases."""
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -290,14 +292,16 @@ def test_ordinary_steps_read_nothing_from_the_device_and_a_freed_model_is_not_wa
     step(model, optimizer, generator)
     with Recorder() as recorder:
         step(model, optimizer, generator)
-    counts = {id(layer.dash_steps["default"]) for layer in layers(model)}
+    counts = {id(count) for layer in launches._watched.values() for count in layer.dash_steps.held.values()}
     for name, args in recorder.calls:  # the counts are read, which are on the CPU wherever the model is
         assert "_local_scalar_dense" not in name or id(args[0]) in counts, name
     assert all(layer.dash_steps["default"].device.type == "cpu" for layer in layers(model))
     assert not any("dash_steps" in name for name, _ in model.named_buffers())
-    watched = len(launches._watched)
+    first = weakref.ref(model[0])
+    assert any(layer is model[0] for layer in launches._watched.values())
     del model, optimizer, recorder
-    assert len(launches._watched) == watched - 2
+    gc.collect()
+    assert first() is None
 
 
 def test_no_new_graph_when_it_launches():

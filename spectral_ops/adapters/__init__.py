@@ -1,6 +1,7 @@
 """Adapters: thin modules that hold parameters and call one operator; one file per method."""
 
 from spectral_ops.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
+from spectral_ops.adapters.adalora_dash import AdaLoRADashConfig, AdaLoRADashLinear
 from spectral_ops.adapters.adalora_schedule import AdaLoRASchedule
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
 from spectral_ops.adapters.bat import BatConfig, BatLinear
@@ -31,6 +32,8 @@ from spectral_ops.adapters.vera import VeRAConfig, VeRALinear
 
 __all__ = [
     "AdaLoRAConfig",
+    "AdaLoRADashConfig",
+    "AdaLoRADashLinear",
     "AdaLoRALinear",
     "AdaLoRASchedule",
     "AdapterConfig",

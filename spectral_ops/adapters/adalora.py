@@ -153,7 +153,8 @@ class AdaLoRALinear(LowRankLinear):
         if not plain or name not in self.left:
             return tensors
         kept = torch.tensor(self.left[name], dtype=torch.bool, device=self.lora_A[name].device)
-        return {key: tensor[:, kept] if key == "lora_B" else tensor[kept] for key, tensor in tensors.items()}
+        rows = {key: tensors[key][kept] for key in ("lora_A", "lora_E")}
+        return {**tensors, **rows, "lora_B": tensors["lora_B"][:, kept]}
 
     def describe_adapter(self, name):
         return f"r={self.lora_A[name].shape[0]}, scaling={self.settings[name].scaling:g}"

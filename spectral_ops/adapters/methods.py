@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spectral_ops.adapters.adalora import AdaLoRALinear
+from spectral_ops.adapters.adalora_dash import AdaLoRADashLinear
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
 from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
@@ -29,6 +30,7 @@ METHODS: tuple[type[AdapterLinear], ...] = (
     VeRALinear,
     DVoRALinear,
     AdaLoRALinear,
+    AdaLoRADashLinear,
 )
 
 

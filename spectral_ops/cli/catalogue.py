@@ -46,6 +46,7 @@ METHODS: dict[str, Method] = {
     "pica": Method("PiCaConfig", {"r": RANK, "niter": 4}),
     "spectral": Method("SpectralConfig", {"r": RANK}),
     "adalora": Method("AdaLoRAConfig", {"init_r": RANK, "lora_alpha": 2 * RANK, "total_step": 1000}),
+    "adalora_dash": Method("AdaLoRADashConfig", {"init_r": RANK, "lora_alpha": 2 * RANK, "total_step": 1000}),
     "spectral_rotation": Method("SpectralConfig", {"r": RANK, "mode": "rotation"}),
     "vera": Method("VeRAConfig", {"r": 256}),
     "dvora": Method("DVoRAConfig", {"r": 256}),
