@@ -34,6 +34,7 @@ const Binding kBindings[] = {
     {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cpu>)},
     {"csr_sddmm", TORCH_BOX(&csr_sddmm<Cpu>)},
     {"importance_update_", TORCH_BOX(&importance_update_<Cpu>)},
+    {"importance_prune_", TORCH_BOX(&importance_prune_)},
     {"lowrank_update_", TORCH_BOX(&lowrank_update_<Cpu>)},
     {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cpu>)},
     {"row_square", TORCH_BOX(&row_square<Cpu>)},

@@ -9,7 +9,7 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
+from peft import LoHaConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
 from peft.tuners.miss import MissLinear  # noqa: E402
 from peft_tiny import (  # noqa: E402
@@ -129,10 +129,10 @@ def test_convolutions_and_embeddings_are_left_to_peft():
 
 
 def test_other_tuners_are_left_to_peft():
-    plain, ours = pair(net(kind=AdaLoraConfig, total_step=10))
+    plain, ours = pair(net(kind=LoHaConfig))
     report = accelerate(ours)
     assert [row.path for row in report.rows] == ["PEFT", "PEFT"]
-    assert report.rows[0].method == "adalora" and "left to PEFT" in report.rows[0].reason
+    assert report.rows[0].method == "loha" and "left to PEFT" in report.rows[0].reason
     assert torch.equal(plain(IDS), ours(IDS))
 
 

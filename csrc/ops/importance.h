@@ -1,6 +1,8 @@
-// The host side of importance_update_ for any device.
+// The host side of importance_update_ for any device, and importance_prune_ on the CPU: two passes over a few scores.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../ops.h"
@@ -66,6 +68,44 @@ Tensor importance_update_(Tensor exp_avg, Tensor uncertainty, std::vector<Tensor
   a.dtype = dtype_of("exp_avg", exp_avg);
   Device::launch(a, exp_avg);
   return scores;
+}
+
+template <class A> void find_kept(const A* scores, int64_t count, bool* keep, int64_t n) {
+  std::vector<A> sorted(scores, scores + n);
+  const auto below = [](A a, A b) { return a < b || (b != b && a == a); };  // a NaN is above everything
+  std::nth_element(sorted.begin(), sorted.begin() + (count - 1), sorted.end(), below);
+  const A threshold = sorted[static_cast<size_t>(count - 1)];
+  for (int64_t i = 0; i < n; ++i) keep[i] = !(scores[i] <= threshold);
+}
+
+inline Tensor importance_prune_(Tensor scores, std::vector<Tensor> lora_E, std::vector<int64_t> first, int64_t count) {
+  STD_TORCH_CHECK(scores.dim() == 1, "scores: got ", scores.dim(), " dimensions, wanted [R]");
+  STD_TORCH_CHECK(scores.scalar_type() == accumulate_type(scores), "scores: wanted float32 or float64");
+  const int64_t n = scores.size(0);
+  STD_TORCH_CHECK(count >= 0 && count <= n, "count: got ", count, ", wanted at least 0 and at most ", n);
+  STD_TORCH_CHECK(first.size() == lora_E.size(), "first: got ", first.size(), " entries for ", lora_E.size(), " layers");
+  scores = torch::stable::contiguous(scores);
+  Tensor kept = torch::stable::new_empty(scores, {n}, ScalarType::Bool);
+  bool* const keep = static_cast<bool*>(kept.data_ptr());
+  if (count == 0)
+    std::fill(keep, keep + n, true);
+  else if (scores.scalar_type() == ScalarType::Double)
+    find_kept(static_cast<const double*>(scores.data_ptr()), count, keep, n);
+  else
+    find_kept(static_cast<const float*>(scores.data_ptr()), count, keep, n);
+  for (size_t l = 0; l < lora_E.size(); ++l) {
+    const Tensor& E = lora_E[l];
+    const DType dtype = dtype_of("lora_E", E);
+    const int64_t entries = E.numel(), size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+    STD_TORCH_CHECK(E.dim() >= 1 && E.dim() <= 2 && E.size(0) == entries, "lora_E: wanted [r, 1] or [r]");
+    STD_TORCH_CHECK(first[l] >= 0 && first[l] + entries <= n, "first: got ", first[l], " for ", entries, " of ", n, " scores");
+    check_same_device("lora_E", E, scores);
+    check_written_once("lora_E", E);
+    char* const data = static_cast<char*>(E.data_ptr());
+    for (int64_t i = 0; i < entries; ++i)
+      if (!keep[first[l] + i]) std::memset(data + i * size * (entries > 1 ? E.stride(0) : 1), 0, static_cast<size_t>(size));
+  }
+  return kept;
 }
 
 }  // namespace spectral_ops

@@ -106,9 +106,9 @@ class RankAllocator:
         """Triplets of each layer."""
         return [B.shape[1] for _, B, _ in self._params()]
 
-    def budget(self, step: int) -> int:
+    def budget(self, step: int, ranks: Sequence[int] | None = None) -> int:
         """How many triplets are kept after ``step``."""
-        c, ranks = self.config, self.ranks()
+        c, ranks = self.config, self.ranks() if ranks is None else ranks
         start, target = sum(ranks), min(c.target_r * len(ranks), sum(ranks))
         if step <= c.tinit:
             return start
@@ -139,7 +139,8 @@ class RankAllocator:
         elif self.scores is None:
             raise ValueError(f"step: got {step} and no choice at {self.last}, wanted every step in turn")
         if chooses:
-            self.scores, self.count = part.total(scores), max(scores.numel() - self.budget(step), 0)
+            ranks = [B.shape[1] for B in part.whole[1::3]]
+            self.scores, self.count = part.total(scores), max(scores.numel() - self.budget(step, ranks), 0)
         if chooses or step > self.last:
             importance_prune_op(self.scores, part.E, part.first, self.count)
         return chooses

@@ -19,11 +19,11 @@ def accelerate(model: torch.nn.Module, *, strict: bool = False, recompute: bool 
     kept in float32 where PEFT rounds it to the weight's dtype). At dropout p = 0 nothing is drawn from torch's
     generator; at p > 0 the mask comes from one seed drawn there, so it is another mask than PEFT's, with the same law.
 
-    Covered: LoRA, rsLoRA, PiSSA, DoRA on ``nn.Linear`` and transformers' ``Conv1D``, MiSS (also mini and bat) on
-    ``nn.Linear``, and all of them but bat over bitsandbytes 4-bit and 8-bit layers, whose own forward is called. Every
-    other adapter layer, and every single call of a covered one that the fast path does not fit, runs PEFT's own
-    forward; the report says which and why. Calling it again is fine: it also takes in the layers that ``add_adapter``
-    has created since.
+    Covered: LoRA, rsLoRA, PiSSA, DoRA, AdaLoRA (with its rank allocation and regulariser) on ``nn.Linear`` and
+    transformers' ``Conv1D``, MiSS (also mini and bat) on ``nn.Linear``, and all of them but bat over bitsandbytes
+    4-bit and 8-bit layers, whose own forward is called. Every other adapter layer, and every single call of a covered
+    one that the fast path does not fit, runs PEFT's own forward; the report says which and why. Calling it again is
+    fine: it also takes in the layers that ``add_adapter`` has created since.
 
     Args:
         model: a PeftModel, or any module that PEFT has injected adapter layers into.

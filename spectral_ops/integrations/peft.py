@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-from peft.tuners import lora, miss
+from peft.tuners import adalora, lora, miss
+from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
@@ -31,6 +32,7 @@ from spectral_ops.functional import (
     lowrank_linear,
     lowrank_update,
 )
+from spectral_ops.integrations.peft_adalora import SVD, FusedAdaLoraModel, adalora_plan
 from spectral_ops.integrations.peft_plan import Base, Bat, Bone, LowRank, Unfit, lora_plan, miss_plan, variant_name
 from spectral_ops.integrations.report import BASE_AGNOSTIC, FUSED, PEFT, LayerState, Report, Row, note_while_tracing
 
@@ -102,6 +104,18 @@ def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torc
     return bat_linear(x, base.weight, adapter.B, bias, exact=layer._spectral_ops.exact).to(x.dtype)
 
 
+def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SVD]) -> torch.Tensor:
+    if base.weight is None:
+        out, rest = base_result(base, x), adapters
+    else:
+        A, B, core, p = adapters[0]
+        out = lowrank_linear(x, base.weight, A, B, base.bias, core=core, dropout_p=p, training=True)
+        rest = adapters[1:]
+    for A, B, core, p in rest:
+        out = lowrank_update(out, x, A, B, core=core, dropout_p=p, training=True)
+    return out
+
+
 class Fused:
     """What the accelerated layers share; it stands before PEFT's class, whose forward is the way back."""
 
@@ -157,21 +171,42 @@ class FusedMissLinear(Fused, miss.MissLinear):
     _plan, _run = miss_plan, run_miss
 
 
-REPLACEMENTS: dict[type, type] = {lora.Linear: FusedLoraLinear, miss.MissLinear: FusedMissLinear}
+class FusedAdaLora(Fused):
+    _plan, _run = adalora_plan, run_adalora
+
+
+class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
+    """``peft.tuners.adalora.SVDLinear`` through lowrank_linear with a diagonal core."""
+
+
+REPLACEMENTS: dict[type, type] = {
+    lora.Linear: FusedLoraLinear,
+    miss.MissLinear: FusedMissLinear,
+    adalora.SVDLinear: FusedSVDLinear,
+}
 
 if is_bnb_available():
 
     class FusedLoraLinear8bitLt(FusedLora, lora.Linear8bitLt):
         """``peft.tuners.lora.Linear8bitLt`` through lowrank_update and dora_update."""
 
-    REPLACEMENTS[lora.Linear8bitLt] = FusedLoraLinear8bitLt
+    class FusedSVDLinear8bitLt(FusedAdaLora, adalora.SVDLinear8bitLt):
+        """``peft.tuners.adalora.SVDLinear8bitLt`` through lowrank_update with a diagonal core."""
+
+    REPLACEMENTS |= {
+        lora.Linear8bitLt: FusedLoraLinear8bitLt,
+        adalora.SVDLinear8bitLt: FusedSVDLinear8bitLt,
+    }
 
 if is_bnb_4bit_available():
 
     class FusedLoraLinear4bit(FusedLora, lora.Linear4bit):
         """``peft.tuners.lora.Linear4bit`` through lowrank_update and dora_update."""
 
-    REPLACEMENTS[lora.Linear4bit] = FusedLoraLinear4bit
+    class FusedSVDLinear4bit(FusedAdaLora, adalora.SVDLinear4bit):
+        """``peft.tuners.adalora.SVDLinear4bit`` through lowrank_update with a diagonal core."""
+
+    REPLACEMENTS |= {lora.Linear4bit: FusedLoraLinear4bit, adalora.SVDLinear4bit: FusedSVDLinear4bit}
 
 ORIGINALS = {fused: original for original, fused in REPLACEMENTS.items()}
 
@@ -197,6 +232,8 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
     """The active methods of a layer in their usual spelling."""
     if isinstance(layer, miss.MissLinear):
         return {"mini": "MiSS mini", "bat": "MiSS bat"}.get(layer.miss_fn, "MiSS")
+    if tuner_of(layer) == "adalora":
+        return "AdaLoRA"
     if not isinstance(layer, lora.LoraLayer) or tuner_of(layer) != "lora":
         return tuner_of(layer)
     methods = []
@@ -226,7 +263,7 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_a
         return Row(*head, PEFT, reason="its own forward was replaced (a hook that accelerate's device_map added)")
     is_miss = original is miss.MissLinear
     try:
-        base, adapters = miss_plan(layer, None) if is_miss else lora_plan(layer, None)
+        base, adapters = REPLACEMENTS[original]._plan(layer, None)
     except Unfit as unfit:
         return Row(*head, PEFT, reason=str(unfit))
     if not adapters:
@@ -234,7 +271,7 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_a
     if isinstance(adapters[0], Bat):
         return Row(*head, FUSED, *bat_operator(base.weight.dtype, exact))
     first, more = ("bone_linear", "bone_update") if is_miss else ("lowrank_linear", "lowrank_update")
-    if not is_miss and adapters[0].magnitude is not None:
+    if getattr(adapters[0], "magnitude", None) is not None:
         first, more = "column_norm, dora_linear", "column_norm, dora_update"
     if base.weight is None:
         return Row(*head, BASE_AGNOSTIC, more)
@@ -278,6 +315,13 @@ def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = Fals
             state = layer._spectral_ops
             state.name, state.strict, state.recompute, state.exact = name, strict, recompute, exact
             states.append(state)
+    notes = []
+    for tuner in model.modules():
+        if type(tuner) is AdaLoraModel:
+            tuner.__class__ = FusedAdaLoraModel
+            tuner.take_over()
+        if type(tuner) is FusedAdaLoraModel:
+            notes.append("AdaLoRA's update_and_allocate and regulariser: fused, one operator for all layers")
     reference = weakref.ref(model)
 
     def newcomers() -> list[str]:
@@ -286,7 +330,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = Fals
         layers = {} if alive is None else tuner_layers(alive)
         return [name for name, layer in layers.items() if type(layer) in REPLACEMENTS and name not in known]
 
-    return Report(rows, states, newcomers)
+    return Report(rows, states, newcomers, notes)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -297,4 +341,7 @@ def restore(model: nn.Module) -> nn.Module:
         if type(layer) in ORIGINALS:
             layer.__class__ = ORIGINALS[type(layer)]
             del layer._spectral_ops
+        if type(layer) is FusedAdaLoraModel:
+            layer.give_back()
+            layer.__class__ = AdaLoraModel
     return model

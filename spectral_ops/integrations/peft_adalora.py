@@ -66,7 +66,9 @@ class RankPattern(dict):
 
 def _reading(name: str):
     def method(self, *args):
-        self._read()
+        for pattern in (self, *args):
+            if isinstance(pattern, RankPattern):
+                pattern._read()
         return getattr(dict, name)(self, *args)
 
     return method
@@ -80,20 +82,14 @@ for _name in ("__getitem__", "__iter__", "__len__", "__contains__", "__eq__", "_
 class FusedAdaLoraModel(AdaLoraModel):
     """``peft.tuners.adalora.AdaLoraModel`` with our rank allocation and regulariser."""
 
-    def _layers(self) -> dict[str, AdaLoraLayer]:
-        name = self.trainable_adapter_name
-        return {
-            path: module
-            for path, module in self.model.named_modules()
-            if isinstance(module, AdaLoraLayer) and name in module.lora_A
-        }
+    _spectral_ops_layers: dict[str, AdaLoraLayer]  # of the adapter that trains, by path
 
     def _triples(self) -> list[Triple]:
         name = self.trainable_adapter_name
-        return [(m.lora_A[name], m.lora_B[name], m.lora_E[name]) for m in self._layers().values()]
+        return [(m.lora_A[name], m.lora_B[name], m.lora_E[name]) for m in self._spectral_ops_layers.values()]
 
     def _names(self, key: str) -> list[str]:
-        return [f"{path}.{key}.{self.trainable_adapter_name}" for path in self._layers()]
+        return [f"{path}.{key}.{self.trainable_adapter_name}" for path in self._spectral_ops_layers]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         matrices = [X for A, B, _ in self._triples() for X in (A, B.t())] if self._trains() else []
@@ -128,7 +124,12 @@ class FusedAdaLoraModel(AdaLoraModel):
         """Go on from what PEFT's allocator has collected."""
         if not self._trains():
             return
-        theirs = self.rankallocator
+        name, theirs = self.trainable_adapter_name, self.rankallocator
+        self._spectral_ops_layers = {
+            path: module
+            for path, module in self.model.named_modules()
+            if isinstance(module, AdaLoraLayer) and name in module.lora_A
+        }
         self._spectral_ops_allocator = allocator = RankAllocator(theirs.peft_config, self._triples)
         names = self._parameter_names()
         if names and all(name in theirs.exp_avg_ipt for name in names):
@@ -152,7 +153,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         config = self.peft_config[self.trainable_adapter_name]
         if isinstance(config.rank_pattern, RankPattern):
             config.rank_pattern = dict(config.rank_pattern.items())
-        del self._spectral_ops_allocator
+        del self._spectral_ops_allocator, self._spectral_ops_layers
 
     def _parameter_names(self) -> list[str]:
         keys = [self._names(key) for key in ("lora_A", "lora_B", "lora_E")]

@@ -86,6 +86,7 @@ class Report:
     rows: list[Row]
     states: list[LayerState] = field(repr=False, default_factory=list)
     newcomers: Callable[[], list[str]] = field(repr=False, default=list)
+    notes: list[str] = field(default_factory=list)  # what was taken over besides layers
 
     @property
     def counts(self) -> dict[str, int]:
@@ -120,6 +121,7 @@ class Report:
             table.append((str(len(names)), peft_class, method, path, operators, shorten(names), reason))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        lines += self.notes
         for fallback in self.fallbacks():
             lines.append(f"fell back: {fallback.name}: {fallback.reason} ({fallback.calls} calls)")
         return "\n".join(lines)
