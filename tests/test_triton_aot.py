@@ -125,6 +125,12 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "block_tile_ r64 add dropout": ("blocksum", "block_tile_", (x, h, None, seed, 0.1, True)),
         "block_tile_ runs": ("blocksum", "block_tile_", (x, h, offsets, None, 0.0, True)),
     }  # fmt: skip
+    layers = [make(16, k), make(d, 16), make(16, 1)] * 2
+    cases |= {
+        "importance_update_": (
+            "importance", "importance_update_", (square, square, layers, layers, [], 0.85, 0.85, True)),
+        "importance_prune_": ("importance", "importance_prune_", (make(32, dtype=wide), layers[2::3], [0, 16], 9)),
+    }  # fmt: skip
     nnz = 100_663  # 0.6 %
     indices = make(d + 1, dtype=torch.int32), make(nnz, dtype=torch.int32)
     values, few = make(nnz, dtype=wide), slice(0, 16)
@@ -159,7 +165,7 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments"):
+        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "importance"):
             module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):

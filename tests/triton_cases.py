@@ -237,6 +237,30 @@ def column_scale_does_not_round_away():
 
 
 @case
+def importance_of_all_layers():
+    """Odd sizes, parts of tensors, and a layer without rows of A; then pruned."""
+    update, prune = (_library.OPERATORS[name] for name in ("importance_update_", "importance_prune_"))
+    for dtype in (*DTYPES, torch.float64):
+        for sizes, shards in (
+            ([(5, 21, 34), (1, 7, 3), (17, 1500, 19)], []),
+            ([(5, 21, 34), (1, 7, 3)], [0, 0, 40, 1, 0, 3]),
+        ):
+            shapes = [s for r, k, d in sizes for s in ((r, k), (d, r), (r, 1))]
+            if shards:
+                shapes[3] = (0, 7)
+            params, grads = ([torch.randn(s).to(dtype) for s in shapes] for _ in range(2))
+            n, wide = sum(p.numel() for p in params), torch.promote_types(dtype, torch.float32)
+            state, first, found = [torch.rand(n).to(wide) for _ in range(2)], [0, 5, 6][: len(sizes)], []
+            for kind in ("reference", "triton"):
+                own, E = [s.clone() for s in state], [p.clone() for p in params[2::3]]
+                scores = update.overloads[kind](*own, params, grads, shards, 0.85, 0.7, True)
+                picked = scores if kind == "reference" else found[0][0]
+                found.append([scores, *own, prune.overloads[kind](picked, E, first, 4), *E])
+            for got, want in zip(*reversed(found), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@case
 def layers_run_forward_and_backward():
     from spectral_ops import functional as F
 
