@@ -91,6 +91,7 @@ class RankAllocator:
         self.forget()
         self.scores: torch.Tensor | None = None  # [R], of the last choice
         self.count = 0  # how many it pruned
+        self.chosen: list[int] = []  # of how many triplets a layer
 
     def forget(self) -> None:
         """Start the running importance anew."""
@@ -139,8 +140,8 @@ class RankAllocator:
         elif self.scores is None:
             raise ValueError(f"step: got {step} and no choice at {self.last}, wanted every step in turn")
         if chooses:
-            ranks = [B.shape[1] for B in part.whole[1::3]]
-            self.scores, self.count = part.total(scores), max(scores.numel() - self.budget(step, ranks), 0)
+            self.chosen = [B.shape[1] for B in part.whole[1::3]]
+            self.scores, self.count = part.total(scores), max(scores.numel() - self.budget(step, self.chosen), 0)
         if chooses or step > self.last:
             importance_prune_op(self.scores, part.E, part.first, self.count)
         return chooses

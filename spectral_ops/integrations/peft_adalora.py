@@ -53,7 +53,7 @@ class RankPattern(dict):
 
     def __init__(self, content=(), *, allocator: RankAllocator | None = None, names: list[str] | None = None) -> None:
         super().__init__(content)
-        self._choice = None if allocator is None else (allocator.keep, allocator.ranks(), names)
+        self._choice = None if allocator is None else (allocator.keep, allocator.chosen, names)
 
     def _read(self) -> None:
         if self._choice is not None:
