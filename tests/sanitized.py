@@ -2,17 +2,20 @@
 under AddressSanitizer and UndefinedBehaviorSanitizer. argv[2:]: dtypes, all of them if left out; or "overrun", for one
 call that reads outside an allocation, so that it is seen to end in a report."""
 
+import copy
 import ctypes
 import importlib.util
 import sys
 import warnings
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 spec = importlib.util.spec_from_file_location("spectral_ops._C", sys.argv[1])
 sys.modules["spectral_ops._C"] = importlib.util.module_from_spec(spec)  # before the package looks for its own
 
 import test_cpu_kernels  # noqa: E402
+import test_importance  # noqa: E402
 from helpers import check_operator  # noqa: E402
 from test_library import SIZES, samples  # noqa: E402
 
@@ -30,7 +33,15 @@ if sys.argv[2:] == ["overrun"]:
 torch.manual_seed(0)
 warnings.simplefilter("ignore")
 dtypes = [getattr(torch, name) for name in sys.argv[2:]] or test_cpu_kernels.DTYPES
-for name in sorted(_loader.EXTENSIONS["cpu"].operators):
+for name in test_importance.OPS:  # they take lists of tensors, which the samples of the others do not
+    operator = _library.OPERATORS[name]
+    for dtype in dtypes:
+        for arguments in test_importance.samples(dtype)[name]:
+            twin = copy.deepcopy(arguments)
+            returned = operator.default(*arguments), operator.reference(*twin)
+            got, want = (tree_leaves(part) for part in zip(returned, (arguments, twin), strict=True))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+for name in sorted(_loader.EXTENSIONS["cpu"].operators - set(test_importance.OPS)):
     operator = _library.OPERATORS[name]
     for dtype in dtypes:
         for size in [*SIZES, {"T": 0}]:

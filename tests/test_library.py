@@ -28,7 +28,7 @@ import spectral_ops
 from spectral_ops import BackendUnavailable, _library, _loader, explain, use_backend
 from spectral_ops._library import OPERATORS
 
-STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy")
+STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments")
 SIZES = [{}, {"T": 1, "r": 1}, {"T": 70, "k": 131, "d": 66, "r": 17}]
 
 
