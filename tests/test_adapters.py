@@ -819,7 +819,7 @@ def test_more_misuse():
 
 def test_progress_of_a_slow_initialisation(capsys, monkeypatch):
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("spectral_ops.adapters.model.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("spectral_ops.adapters.progress.time.monotonic", lambda: next(clock))
     so.attach(mlp(), on("pissa"), progress=True)
     shown = capsys.readouterr().err
     assert "LoRAConfig: layer 2/2 2" in shown and "2 layers in" in shown

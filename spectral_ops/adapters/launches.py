@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from spectral_ops.adapters.progress import progressing
+
 _number = itertools.count()
 _watched: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # in the order they were made, alike on all ranks
 _hook = None
@@ -75,7 +77,5 @@ def _after_step(optimizer, *_args) -> None:
         if layer.launched():
             due.append((f"{layer.out_features}x{layer.in_features}", layer))
     if due:
-        from spectral_ops.adapters.model import _progress
-
-        for _, layer in _progress(due, "LoRA-Dash", None):
+        for _, layer in progressing(due, "LoRA-Dash", None):
             layer.launch()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from spectral_ops.adapters import quantised
 from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, check_adapter_name, is_linear, linear_size
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import layer_type
+from spectral_ops.adapters.progress import progressing
 from spectral_ops.init.svd_cache import SVDFile, stored
 
 Unit = AdapterLinear | TrainedCopy
@@ -247,7 +246,7 @@ def attach_adapter(
     holders = _holders(root)
     try:
         slow = config.slow_init and initialise
-        for path, module in _progress(chosen.items(), type(config).__name__, progress if slow else False):
+        for path, module in progressing(chosen.items(), type(config).__name__, progress if slow else False):
             built[path] = module if isinstance(module, AdapterLinear) else method(module)
             try:
                 with stored(file, path):
@@ -293,19 +292,6 @@ def modules_to_save(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mod
             f"modules_to_save: got {names!r}, which matches nothing, wanted module names such as {top[:8]}"
         )
     return dict(found.values())
-
-
-def _progress(items: Iterable[tuple[str, nn.Module]], label: str, show: bool | None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield ``items``; a counter on stderr once that takes longer than a second."""
-    items, start, shown = list(items), time.monotonic(), False
-    show = sys.stderr.isatty() if show is None else show
-    for i, item in enumerate(items):
-        if show and (shown or time.monotonic() - start > 1):
-            print(f"\r{label}: layer {i + 1}/{len(items)} {item[0]}\033[K", end="", file=sys.stderr, flush=True)
-            shown = True
-        yield item
-    if shown:
-        print(f"\r{label}: {len(items)} layers in {time.monotonic() - start:.1f} s\033[K", file=sys.stderr)
 
 
 def set_adapter(model, name):
