@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import spectral_ops
 from spectral_ops.cli import predict
+from spectral_ops.cli.counting import saved_bytes
 from spectral_ops.cli.peers import METHODS, OURS, Layer, layers
 from spectral_ops.cli.table import table
 
@@ -47,23 +48,6 @@ class Measurement:
     tax: float
     saved_bytes: int
     error: float | None  # largest relative difference to the peer over output and gradients; None for the peer itself
-
-
-def saved_bytes(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, constants: list[torch.Tensor]) -> int:
-    """Bytes of the distinct storages held for backward after ``forward(x)``, besides those of x and ``constants``."""
-    known = {t.untyped_storage().data_ptr() for t in (x, *constants)}
-    held: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            held[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = forward(x)  # alive here, so that no address is reused while counting
-    del out
-    return sum(held.values())
 
 
 def _difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

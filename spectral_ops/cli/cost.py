@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from spectral_ops.cli import catalogue
-from spectral_ops.cli.counting import Counts, counted
+from spectral_ops.cli.counting import Counts, counted, saved_bytes
 from spectral_ops.cli.table import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,21 +48,6 @@ class Cost:
         return self.forward.seconds(*ceiling) + self.backward.seconds(*ceiling)
 
 
-def _saved(forward, x, constants) -> tuple[torch.Tensor, int]:
-    known = {t.untyped_storage()._cdata for t in (x, *constants)}
-    held: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in known:
-            held[storage._cdata] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = forward(x)
-    return y, sum(held.values())
-
-
 def cost(name: str | None, tokens: int, d: int, k: int, dtype: torch.dtype, **fields) -> Cost:
     """The cost of method ``name`` (None: the frozen layer) over a bias-free layer [d, k]; ``fields`` of its config."""
     pattern = catalogue.even_pattern(d, k) if name == "rosa" else None
@@ -75,8 +60,9 @@ def cost(name: str | None, tokens: int, d: int, k: int, dtype: torch.dtype, **fi
         constants = [linear.weight, *parameters]
         if isinstance(forward, nn.Module):
             constants += [*forward.parameters(), *forward.buffers()]
+        saved = saved_bytes(forward, x, constants)
         with counted() as ahead:
-            y, saved = _saved(forward, x, constants)
+            y = forward(x)
         dy = torch.empty_like(y)
         with counted() as back:
             y.backward(dy)
@@ -156,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.operators:
             for direction, counts in (("forward", c.forward), ("backward", c.backward)):
                 for operator, call in counts.items():
-                    label = f"  {direction} {operator} x{call.calls}"
+                    label = f"  {direction} {operator} x{len(call)}"
                     rows.append([label, "", f"{call.flops / 1e9:.2f} G", "", f"{call.bytes / 2**20:.1f}", *[""] * 4])
     print(
         f"T={arguments.tokens}, layer {d}x{k}, {arguments.dtype}; beside the frozen layer's"

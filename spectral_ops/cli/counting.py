@@ -8,9 +8,8 @@ takes no memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,14 +22,16 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
         "lift_fresh", "set_", "resize_", "is_same_size", "_local_scalar_dense"}  # fmt: skip
 
 
-@dataclass
-class Call:
-    """One operator's share: how often it ran, floating-point operations, least bytes."""
+class Call(list[tuple[int, int]]):
+    """One operator's share: floating-point operations and least bytes of each of its calls."""
 
-    calls: int = 0
-    flops: int = 0
-    bytes: int = 0
-    each: list[tuple[int, int]] = field(default_factory=list)  # flops and bytes of every call
+    @property
+    def flops(self) -> int:
+        return sum(flops for flops, _ in self)
+
+    @property
+    def bytes(self) -> int:
+        return sum(moved for _, moved in self)
 
 
 class Counts(dict[str, Call]):
@@ -46,7 +47,7 @@ class Counts(dict[str, Call]):
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
         """The roofline floor: every call at its own bound, one after the other."""
-        each = (pair for call in self.values() for pair in call.each)
+        each = (pair for call in self.values() for pair in call)
         return sum(max(flops / flops_per_second, moved / bytes_per_second) for flops, moved in each)
 
 
@@ -80,11 +81,7 @@ class _Counter(TorchDispatchMode):
             formula = flop_registry.get(packet)
             flops = formula(*args, **kwargs, out_val=out) if formula else 0
             moved = _bytes(func, args, kwargs, out)
-        call = self.counts.setdefault(name, Call())
-        call.calls += 1
-        call.flops += flops
-        call.bytes += moved
-        call.each.append((flops, moved))
+        self.counts.setdefault(name, Call()).append((flops, moved))
         return out
 
 
@@ -94,3 +91,20 @@ def counted() -> Iterator[Counts]:
     counts = Counts()
     with _Counter(counts):
         yield counts
+
+
+def saved_bytes(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, constants: list[torch.Tensor]) -> int:
+    """Bytes of the distinct storages held for backward after ``forward(x)``, besides those of x and ``constants``."""
+    known = {t.untyped_storage()._cdata for t in (x, *constants)}
+    held: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in known:
+            held[storage._cdata] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward(x)  # alive here, so that no address is reused while counting
+    del out
+    return sum(held.values())
