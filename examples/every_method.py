@@ -21,7 +21,7 @@ from rich.table import Table
 
 import spectral_ops
 from spectral_ops.cli import catalogue
-from spectral_ops.cli.bench import commit
+from spectral_ops.cli.results import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

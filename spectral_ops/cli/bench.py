@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ import spectral_ops
 from spectral_ops.cli import predict
 from spectral_ops.cli.counting import saved_bytes
 from spectral_ops.cli.peers import METHODS, OURS, Layer, layers
+from spectral_ops.cli.results import commit
 from spectral_ops.cli.table import table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -172,17 +171,6 @@ def format_measurements(results: list[Measurement]) -> str:
     return table(
         ["method", "dtype", "adapters", "implementation", "ms/step", "x frozen", "saved MiB", "diff to peer"], rows
     )
-
-
-def commit() -> str | None:
-    """The checkout's commit, with a + where files differ from it; None outside a checkout."""
-    git = ["git", "-C", os.path.dirname(__file__)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", "bench.py"], capture_output=True, check=True)  # ours?
-        call = [*git, "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
