@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,9 +22,10 @@ from spectral_ops.cli import predict
 from spectral_ops.cli.counting import saved_bytes
 from spectral_ops.cli.peers import METHODS, OURS, Layer, layers
 from spectral_ops.cli.results import commit
+from spectral_ops.cli.shapes import DTYPES
 from spectral_ops.cli.table import table
+from spectral_ops.cli.timing import interleave, timer  # noqa: F401
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, outputs and gradients against the peer's
 
 
@@ -63,47 +62,6 @@ def step(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
     y = layer.forward(x)
     y.backward(dy)
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters)]
-
-
-def timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """Seconds of one call: CUDA events on a GPU, the monotonic clock on a CPU."""
-    if device.type != "cuda":
-
-        def host(call: Callable[[], object]) -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return host
-
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # larger than any L2
-
-    def events(call: Callable[[], object]) -> float:
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return events
-
-
-def interleave(
-    calls: dict[str, Callable[[], object]], between: Callable[[str], None], repeats: int, device: torch.device
-):
-    """Seconds per call name and turn: every turn runs all calls once, in an order that rotates."""
-    clock, names = timer(device), list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, repeats):  # two turns of warm-up
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
-            between(name)
-            seconds = clock(calls[name])
-            if turn >= 0:
-                times[name].append(seconds)
-    return times
 
 
 def measure(

@@ -11,14 +11,9 @@ from __future__ import annotations
 import torch
 
 from spectral_ops.cli.cost import CEILINGS, cost
+from spectral_ops.cli.shapes import BLOCKS
 from spectral_ops.cli.table import table
 
-# [out, in] of a block's projections, and how many have that size
-BLOCKS: dict[str, dict[tuple[int, int], int]] = {
-    "smollm2": {(576, 576): 2, (192, 576): 2, (1536, 576): 2, (576, 1536): 1},
-    "llama3-8b": {(4096, 4096): 2, (1024, 4096): 2, (14336, 4096): 2, (4096, 14336): 1},
-    "llama3-70b": {(8192, 8192): 2, (1024, 8192): 2, (28672, 8192): 2, (8192, 28672): 1},
-}
 METHODS = ("lora", "dora", "bone", "bat", "bat_row", "rosa")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
 
