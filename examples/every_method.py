@@ -119,10 +119,10 @@ def prove(name: str, base, options, train_blocks, test_blocks, advance) -> dict:
     for step in range(options.steps):
         rows = [(step * options.batch + i) % len(train_blocks) for i in range(options.batch)]
         ids = train_blocks[rows]
-        loss = model(ids, labels=ids, use_cache=False).loss
+        loss = objective = model(ids, labels=ids, use_cache=False).loss
         if type(config).__name__.startswith("AdaLoRA"):
-            loss = loss + config.orth_reg_weight * spectral_ops.orthogonality_loss(model)
-        loss.backward()
+            objective = loss + config.orth_reg_weight * spectral_ops.orthogonality_loss(model)
+        objective.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
