@@ -142,6 +142,17 @@ def vanishing_magnitudes_are_the_reference_s():
 
 
 @case
+def rows_find_their_adapter_among_many():
+    from spectral_ops.functional.segments import group_rows
+
+    for n, T in [(1, 5), (4, 64), (7, 33), (300, 70)]:
+        order, offsets = group_rows(torch.randint(-1, n, (T,)), n)
+        x, A = torch.randn(T, 24), torch.randn(n, 3, 24)
+        wanted = _library.OPERATORS["segment_project"].reference(x, A, order, offsets)
+        torch.testing.assert_close(triton_op("segment_project")(x, A, order, offsets), wanted)
+
+
+@case
 def masks_are_the_reference_s():
     for T, k in [(7, 21), (5, 24), (3, 514), (9, 4), (11, 3), (2, 1)]:
         for p in (0.0, 0.3, 2.0**-24):

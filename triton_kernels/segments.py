@@ -59,23 +59,24 @@ OUTER_UNALIGNED = (32, 32, 32, 4, 1)
 
 
 @triton.jit
-def _places(order, offsets, first, T, n, BT: tl.constexpr, N: tl.constexpr):
-    """The rows at places first + [0, BT) of order, their adapters (-1 or n: none), and the least and greatest met."""
+def _places(order, offsets, first, T, n, BT: tl.constexpr, HALVINGS: tl.constexpr):
+    """The rows at places first + [0, BT) of order, their adapters (-1: none), and the least and greatest met."""
     i = first + tl.arange(0, BT)
     row = tl.load(order + i, mask=i < T, other=0).to(tl.int64)
-    s = tl.arange(0, N)
-    bounds = tl.load(offsets + s, mask=s <= n, other=T)
-    own = tl.sum(((bounds[None, :] <= i[:, None]) & (s <= n)[None, :]).to(tl.int32), 1) - 1
-    own = tl.where((i < T) & (own < n), own, -1)
+    own = tl.zeros([BT], tl.int32)  # the last s in [0, n] with offsets[s] <= i, or 0
+    for h in tl.static_range(HALVINGS):
+        s = own + (1 << (HALVINGS - 1 - h))
+        own = tl.where(tl.load(offsets + s, mask=s <= n, other=T) <= i, s, own)
+    own = tl.where((i < T) & (own < n) & (tl.load(offsets) <= i), own, -1)
     return i, row, own, tl.min(tl.where(own < 0, n, own), 0), tl.max(own, 0)
 
 
 @triton.jit(do_not_specialize=["T", "n"])
 def project_kernel(
     x, A, order, offsets, out, T, n, k, r, x_t, x_i, A_s, A_p, A_i,
-    BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, HALVINGS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    i, row, own, low, high = _places(order, offsets, tl.program_id(0) * BT, T, n, BT, N)
+    i, row, own, low, high = _places(order, offsets, tl.program_id(0) * BT, T, n, BT, HALVINGS)
     p = tl.program_id(1) * R + tl.arange(0, R)
     total = tl.zeros([BT, R], tl.float32)
     for s in range(low, high + 1):
@@ -109,7 +110,7 @@ def segment_project(x, A, order, offsets):
     with on_device(x):
         project_kernel[(cdiv(T, BT), cdiv(r, R))](
             x, A, order, offsets, h, T, n, k, r, *x.stride(), *A.stride(),
-            BT=BT, BK=BK, R=R, N=power_of_2(n + 1, 2, 1 << 16), STAGES=stages, num_warps=warps, num_stages=stages,
+            BT=BT, BK=BK, R=R, HALVINGS=n.bit_length(), STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return h
 
@@ -117,10 +118,10 @@ def segment_project(x, A, order, offsets):
 @triton.jit(do_not_specialize=["T", "n"])
 def lift_kernel(
     out, h, B, order, offsets, T, n, d, r, out_t, out_o, h_t, h_p, B_s, B_o, B_p,
-    BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(d, BD)
-    i, row, own, low, high = _places(order, offsets, (tl.program_id(0) // tiles) * BT, T, n, BT, N)
+    i, row, own, low, high = _places(order, offsets, (tl.program_id(0) // tiles) * BT, T, n, BT, HALVINGS)
     o = (tl.program_id(0) % tiles) * BD + tl.arange(0, BD)
     update = tl.zeros([BT, BD], tl.float32)
     for s in range(low, high + 1):
@@ -151,7 +152,7 @@ def segment_lift_(out, h, B, order, offsets) -> None:
     with on_device(out):
         lift_kernel[(cdiv(T, BT) * cdiv(d, BD),)](
             out, h, B, order, offsets, T, n, d, r, *out.stride(), *h.stride(), *B.stride(),
-            BT=BT, BD=BD, R=power_of_2(r, 16, R), N=power_of_2(n + 1, 2, 1 << 16), num_warps=warps, num_stages=1,
+            BT=BT, BD=BD, R=power_of_2(r, 16, R), HALVINGS=n.bit_length(), num_warps=warps, num_stages=1,
         )  # fmt: skip
     return None
 
