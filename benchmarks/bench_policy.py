@@ -1,5 +1,6 @@
 """Log-probabilities of tokens: each operator of the row, and forward and backward with SmolLM2's head (k = 576,
-V = 49,152) beside torch's log_softmax over all logits, with the bytes that each makes at its largest."""
+V = 49,152), frozen and trained, beside torch's log_softmax over all logits, with the bytes that each makes at its
+largest."""
 
 import pytest
 import torch
@@ -38,14 +39,16 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 @pytest.mark.parametrize("function", [token_logprobs, by_log_softmax])
-def test_forward_and_backward(benchmark, function, dtype):
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_forward_and_backward(benchmark, trained, function, dtype):
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, K, dtype=getattr(torch, dtype), requires_grad=True)
-    head = torch.randn(V, K, dtype=hidden.dtype) * 3 * K**-0.5
+    head = (torch.randn(V, K, dtype=hidden.dtype) * 3 * K**-0.5).requires_grad_(trained)
+    leaves = [hidden, head] if trained else [hidden]
     targets, dlogp = torch.randint(0, V, (TOKENS,)), torch.randn(TOKENS)
 
     def step():
-        return torch.autograd.grad(function(hidden, head, targets), hidden, dlogp)[0]
+        return torch.autograd.grad(function(hidden, head, targets), leaves, dlogp)[0]
 
     with Largest() as largest:
         gradient = step()

@@ -78,6 +78,8 @@ FUNCTIONS = {{
     "token_logprobs": (
         lambda x: spectral_ops.token_logprobs(x, head, x[..., 0].long() % 7, chunk=5, temperature=0.5), [head]),
     "token_logprobs-one-chunk": (lambda x: spectral_ops.token_logprobs(x, head, x[..., 0].long() % 7), [head]),
+    "token_logprobs-frozen": (
+        lambda x: spectral_ops.token_logprobs(x, head.detach(), x[..., 0].long() % 7, chunk=5, temperature=0.5), []),
     "kl_to_anchor": (lambda x: spectral_ops.kl_to_anchor(x, x.detach().flip(0)), []),
     "preference_loss": (lambda x: spectral_ops.preference_loss(x[0], x[1]), []),
 }}
@@ -125,7 +127,7 @@ FUNCTIONS = [
     "block_sum", "bat_linear", "bat_linear-few", "bat_linear-row", "bat_weight", "rosa_linear", "rosa_linear-spmm",
     "rosa_linear-scatter", "rosa_linear-unsorted", "rosa_update", "csr_spmm", "csr_sddmm", "csr_add",
     "segmented_lowrank_linear", "segmented_lowrank_linear-grouped", "segmented_lowrank_update",
-    "token_logprobs", "token_logprobs-one-chunk", "kl_to_anchor", "preference_loss",
+    "token_logprobs", "token_logprobs-one-chunk", "token_logprobs-frozen", "kl_to_anchor", "preference_loss",
 ]  # fmt: skip
 
 

@@ -379,37 +379,43 @@ def test_no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-# --- NormCache --------------------------------------------------------------------------------------------------------
+# --- token_logprobs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_token_logprobs(dtype):
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_token_logprobs(frozen, dtype):
     """Value and gradients as on the CPU in float64; nothing waits, not even for a target that is out of range."""
     T, k, V = 300, 64, 1003
     hidden, head = randn(T, k, dtype=dtype), 3 * randn(V, k, dtype=dtype, fan=k)
     targets, dlogp = torch.randint(0, V, (T,)), randn(T)
     targets[::7] = -100
-    leaves = [t.cuda().requires_grad_() for t in (hidden, head)]
+    on_gpu = [hidden.cuda().requires_grad_(), head.cuda().requires_grad_(not frozen)]
+    leaves = on_gpu[: 2 - frozen]
     wrong = targets.cuda()
     wrong[1] = V
     tokens, dy = targets.cuda(), dlogp.cuda()
-    warm_up = spectral_ops.token_logprobs(*leaves, tokens, chunk=128)  # compiles
+    warm_up = spectral_ops.token_logprobs(*on_gpu, tokens, chunk=128)  # compiles
     torch.autograd.grad(warm_up, leaves, dy.to(warm_up.dtype))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        logp = spectral_ops.token_logprobs(*leaves, tokens, chunk=128)
+        logp = spectral_ops.token_logprobs(*on_gpu, tokens, chunk=128)
         grads = torch.autograd.grad(logp, leaves, dy.to(logp.dtype))
-        poisoned_logp = spectral_ops.token_logprobs(*leaves, wrong, chunk=128)
+        poisoned_logp = spectral_ops.token_logprobs(*on_gpu, wrong, chunk=128)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     wide = [t.double().requires_grad_() for t in (hidden, head)]
     want = spectral_ops.token_logprobs(*wide, targets)
+    want_grads = torch.autograd.grad(want, wide, dlogp)[: len(leaves)]
     eps = 20 * torch.finfo(dtype).eps
     torch.testing.assert_close(logp.cpu().double(), want, rtol=0, atol=eps)
-    for got, wanted in zip(grads, torch.autograd.grad(want, wide, dlogp), strict=True):
+    for got, wanted in zip(grads, want_grads, strict=True):
         assert (got.cpu().double() - wanted).norm() <= eps * wanted.norm()
     assert poisoned_logp[1].isnan() and not poisoned_logp[2:].isnan().any()
+
+
+# --- NormCache --------------------------------------------------------------------------------------------------------
 
 
 def cached_layer():

@@ -44,21 +44,23 @@ def dense(hidden, head, targets, temperature=1.0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_dense_formula(shape, dtype, backend):
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_matches_dense_formula(frozen, shape, dtype, backend):
     lead, k, V, chunk = shape
     hidden, head, targets, dlogp = problem(lead, k, V, dtype)
+    head.requires_grad_(not frozen)
     before = hidden.detach().clone(), head.detach().clone(), targets.clone()
     logp = token_logprobs(hidden, head, targets, chunk=chunk, temperature=0.7)
     assert logp.shape == targets.shape
     assert logp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    grads = torch.autograd.grad(logp, [hidden, head], dlogp.to(logp.dtype))
+    grads = torch.autograd.grad(logp, [hidden] if frozen else [hidden, head], dlogp.to(logp.dtype))
     h64, head64 = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
     want = dense(h64, head64, targets, 0.7)
-    want_grads = torch.autograd.grad(want, [h64, head64], dlogp.to(logp.dtype).double())
+    want_grads = torch.autograd.grad(want, [h64, head64], dlogp.to(logp.dtype).double())[: len(grads)]
     eps, size = torch.finfo(dtype).eps, 40  # logits, after the division by the temperature
     torch.testing.assert_close(logp.double(), want, rtol=0, atol=4 * size * eps)
     cancelled = size * torch.finfo(logp.dtype).eps * dlogp.norm()  # of 1 - p where p is 1
-    for name, got, wanted, source, other in zip("hW", grads, want_grads, (hidden, head), (head, hidden), strict=True):
+    for name, got, wanted, source, other in zip("hW", grads, want_grads, (hidden, head), (head, hidden), strict=False):
         assert got.dtype == source.dtype, name
         assert got.shape == source.shape, name
         error = (got.double() - wanted).norm()
@@ -91,6 +93,9 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(
         lambda h, w: token_logprobs(h, w, targets, chunk=3, temperature=1.3), (hidden, head), nondet_tol=0.0
     )
+    assert torch.autograd.gradcheck(
+        lambda h: token_logprobs(h, head.detach(), targets, chunk=3, temperature=1.3), (hidden,), nondet_tol=0.0
+    )
     logp, anchor = randn(9).requires_grad_(), randn(9)
     for estimator in ("k1", "k3"):
         assert torch.autograd.gradcheck(lambda p, e=estimator: kl_to_anchor(p, anchor, estimator=e), (logp,))
@@ -105,6 +110,77 @@ def test_double_backward_raises():
     (dh,) = torch.autograd.grad(token_logprobs(hidden, head, targets), hidden, dlogp, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dh.sum().backward()
+    (dh,) = torch.autograd.grad(token_logprobs(hidden, head.detach(), targets), hidden, dlogp, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dh.sum().backward()
+
+
+# --- a frozen head: hidden's gradient is formed in forward -----------------------------------------------------------
+
+
+def head_products(run, V: int) -> int:
+    """How many products with the head ``run`` makes."""
+    with Recorder() as seen:
+        run()
+    return sum("aten.mm" in name and any(V in t.shape for t in args[:2]) for name, args in seen.calls)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_a_frozen_head_is_multiplied_twice_and_never_in_backward(dtype, backend):
+    """float16 looks at the logits in backward, where the loss scale is known."""
+    hidden, head, targets, dlogp = problem((6,), 5, 31, dtype)
+    head.requires_grad_(False)
+    logp = []
+    products = head_products(lambda: logp.append(token_logprobs(hidden, head, targets)), 31)
+    back = head_products(lambda: torch.autograd.grad(logp[0], hidden, dlogp.to(logp[0].dtype)), 31)
+    assert (products, back) == ((1, 2) if dtype == torch.float16 else (2, 0))
+
+
+def test_a_value_alone_costs_one_product():
+    hidden, head, targets, _ = problem((6,), 5, 31)
+    with torch.no_grad():
+        assert head_products(lambda: token_logprobs(hidden, head.detach(), targets), 31) == 1
+    assert head_products(lambda: token_logprobs(hidden.detach(), head.detach(), targets), 31) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_saved_bytes_under_a_frozen_head(dtype):
+    """The unit gradient [T, k] and targets; neither hidden nor the head, and nothing as long as the vocabulary."""
+    hidden, head, targets, dlogp = problem((8, 4), 8, 300, dtype)
+    with saved_tensors() as kept, Recorder() as seen:
+        logp = token_logprobs(hidden, head.detach(), targets, chunk=4)
+        torch.autograd.grad(logp, hidden, dlogp.float())
+    own = {storage(targets)}
+    assert [(tuple(t.shape), t.dtype) for t in kept if storage(t) not in own] == [((32, 8), dtype)]
+    assert max(t.numel() for _, _, t in seen.allocated) == 4 * 300
+
+
+def test_a_second_backward_finds_the_same_gradient():
+    hidden, head, targets, dlogp = problem((9,))
+    logp = token_logprobs(hidden, head.detach(), targets)
+    first = torch.autograd.grad(logp, hidden, dlogp, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(logp, hidden, 2 * dlogp)[0], 2 * first)
+
+
+def test_an_ignored_token_passes_no_nan():
+    """Whatever a caller's loss makes of tokens that are not there."""
+    hidden, head, targets, dlogp = problem((9,))
+    dlogp[targets == -100] = math.nan
+    for W in (head, head.detach()):
+        (grad,) = torch.autograd.grad(token_logprobs(hidden, W, targets), hidden, dlogp)
+        assert not grad[targets == -100].any() and torch.isfinite(grad).all()
+
+
+def test_kl_under_a_frozen_head():
+    """Its gradient reaches hidden through the unit gradient, one factor per token."""
+    hidden, head, targets, _ = problem((9,))
+    anchor = token_logprobs(hidden, head, targets).detach() + 0.3 * randn(9)
+    for estimator in ("k1", "k3"):
+        grads = []
+        for function in (token_logprobs, dense):
+            kl = kl_to_anchor(function(hidden, head.detach(), targets), anchor, estimator=estimator)
+            grads += torch.autograd.grad(kl.sum(), hidden)
+        torch.testing.assert_close(*grads)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -126,7 +202,7 @@ def test_no_tensor_of_tokens_by_vocabulary(dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 def test_saved_bytes(dtype):
-    """Beyond its arguments: logsumexp [T], in float32."""
+    """Where the head trains, beyond the arguments: logsumexp [T], in float32."""
     hidden, head, targets, _ = problem((8, 4), 8, 300, dtype)
     with saved_tensors() as kept:
         token_logprobs(hidden, head, targets)

@@ -3,12 +3,15 @@
     log π(target) = z_target - logsumexp(z),  z = hidden · headᵀ / temperature
     backward, p = softmax(z):  dz = (onehot - p) · dlogp / temperature     dhidden = dz · head     dhead = dzᵀ hidden
 
-A chunk of tokens at a time, forward and backward, so that no [T, V] tensor exists: a chunk's logits are the library's
-product, reduced to two numbers per token forward, computed again and overwritten by their own gradient backward.
-Saved for backward: hidden, targets, logsumexp [T].
+A chunk of tokens at a time, so that no [T, V] tensor exists: a chunk's logits are the library's product, reduced to two
+numbers per token. Under a frozen head forward also overwrites them with their gradient for dlogp = 1 and multiplies it
+with the head, so that backward is one product by dlogp per element; saved: that unit gradient [T, k] and targets. Where
+the head trains, backward computes the logits again; saved: hidden, targets, logsumexp [T].
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -98,18 +101,48 @@ def _parts(T: int, chunk: int) -> list[slice]:
     return [slice(i * chunk, min((i + 1) * chunk, T)) for i in range((T + chunk - 1) // chunk)]
 
 
+def _logit_chunks(hidden, head, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(tokens, their logits before the temperature), a chunk at a time, all in one buffer."""
+    T = hidden.shape[0]
+    logits = hidden.new_empty(min(chunk, T), head.shape[0])
+    for part in _parts(T, chunk):
+        h = hidden[part]
+        yield part, torch.mm(h, head.t(), out=logits[: h.shape[0]])
+
+
+class FrozenHeadFunction(Function):
+    """[T] log-probabilities of targets [T] under hidden [T, k] and a head [V, k] that has no gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, scale, ignore_index, chunk):
+        T = hidden.shape[0]
+        logp = hidden.new_empty(T, dtype=accumulate_dtype(hidden.dtype))
+        unit = torch.empty_like(hidden, memory_format=torch.contiguous_format)  # the gradient where dlogp is 1
+        ones = torch.ones_like(logp)
+        for part, z in _logit_chunks(hidden, head, chunk):
+            logp[part], lse = target_logprob_op(z, targets[part], scale, ignore_index)
+            softmax_gradient_op(z, targets[part], lse, ones[part], scale, ignore_index)
+            torch.mm(z, head, out=unit[part])
+        ctx.save_for_backward(unit, targets)
+        ctx.ignore_index = ignore_index
+        return logp
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dlogp):
+        unit, targets = ctx.saved_tensors
+        factor = dlogp.masked_fill(targets == ctx.ignore_index, 0.0).unsqueeze(1)
+        return torch.mul(unit, factor, out=torch.empty_like(unit)), None, None, None, None, None
+
+
 class TokenLogprobsFunction(Function):
     """[T] log-probabilities of targets [T] under hidden [T, k] and head [V, k]."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, scale, ignore_index, chunk):
-        T, V = hidden.shape[0], head.shape[0]
-        logp = hidden.new_empty(T, dtype=accumulate_dtype(hidden.dtype))
+        logp = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden.dtype))
         lse = torch.empty_like(logp)
-        logits = hidden.new_empty(min(chunk, T), V)
-        for part in _parts(T, chunk):
-            h = hidden[part]
-            z = torch.mm(h, head.t(), out=logits[: h.shape[0]])
+        for part, z in _logit_chunks(hidden, head, chunk):
             logp[part], lse[part] = target_logprob_op(z, targets[part], scale, ignore_index)
         ctx.save_for_backward(hidden, head, targets, lse)
         ctx.scale, ctx.ignore_index, ctx.chunk = scale, ignore_index, chunk
@@ -120,22 +153,18 @@ class TokenLogprobsFunction(Function):
     def backward(ctx, dlogp):
         hidden, head, targets, lse = ctx.saved_tensors
         need_hidden, need_head = ctx.needs_input_grad[:2]
-        (T, V), chunk = (hidden.shape[0], head.shape[0]), ctx.chunk
         dlogp = dlogp.contiguous()
-        logits = hidden.new_empty(min(chunk, T), V)
         dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
         wide = accumulate_dtype(head.dtype)
         dhead = torch.zeros_like(head, dtype=wide, memory_format=torch.contiguous_format) if need_head else None
-        for part in _parts(T, chunk):
-            h = hidden[part]
-            z = torch.mm(h, head.t(), out=logits[: h.shape[0]])
+        for part, z in _logit_chunks(hidden, head, ctx.chunk):
             softmax_gradient_op(z, targets[part], lse[part], dlogp[part], ctx.scale, ctx.ignore_index)
             if need_hidden:
                 torch.mm(z, head, out=dhidden[part])
             if need_head and head.dtype == wide:
-                dhead.addmm_(z.t(), h)
+                dhead.addmm_(z.t(), hidden[part])
             elif need_head:
-                dhead += mm(z.t(), h, wide)
+                dhead += mm(z.t(), hidden[part], wide)
         return dhidden, dhead.to(head.dtype) if need_head else None, None, None, None, None
 
 
@@ -190,15 +219,22 @@ def token_logprobs(hidden, lm_head_weight, targets, *, chunk=None, ignore_index=
         targets: [...] int64 token numbers below V, already shifted against hidden. On the CPU one out of range raises
             IndexError; elsewhere, where looking would stop the device, and while compiling its result and gradient are
             NaN.
-        chunk: tokens whose logits exist at a time, forward and backward; by default as many as fit 32 MiB (CUDA:
-            256 MiB).
+        chunk: tokens whose logits exist at a time; by default as many as fit 32 MiB (CUDA: 256 MiB).
         ignore_index: targets that are not there (padding): their log-probability is 0 and has no gradient.
         temperature: divides the logits, as in sampling.
 
     Returns [...] float32 (float64 for float64). Logits are rounded to hidden's dtype, as the model's own head rounds
     them; everything after is float32. Differentiable in hidden and, where it requires grad, in the head, whose gradient
-    is summed in float32 over the chunks. Saves hidden, targets and logsumexp [T]. Raises TypeError, ValueError or
-    IndexError that name the argument. METHODS 1.8; chunking as in Liger-Kernel, arXiv:2410.10989.
+    is summed in float32 over the chunks.
+
+    Where hidden requires grad and the head does not, forward already forms hidden's gradient up to the factor of each
+    token, and backward multiplies by that: as many products with the head as with all logits in memory. It saves that
+    unit gradient [..., k] in hidden's dtype, and targets; hidden and the head are free. Where the head trains, and in
+    float16, whose small probabilities need the loss scale that comes with the backward pass, backward computes the
+    logits once more; saved: hidden, the head, targets and logsumexp [...].
+
+    Raises TypeError, ValueError or IndexError that name the argument. METHODS 1.8; chunking and the gradient in forward
+    as in Liger-Kernel, arXiv:2410.10989.
     """
     hidden, lm_head_weight = autocast_arguments(hidden, lm_head_weight)
     checks.tensor("hidden", hidden, "[..., k]")
@@ -219,7 +255,11 @@ def token_logprobs(hidden, lm_head_weight, targets, *, chunk=None, ignore_index=
         chunk = chunk_rows(h.shape[0], V, h.element_size(), h.device.type)
     checks.integer("chunk", chunk, 1, None, "tokens per chunk")
     args = h, lm_head_weight, targets.reshape(-1), 1.0 / temperature, ignore_index, chunk
-    return apply(TokenLogprobsFunction, hidden.device.type, *args).reshape(targets.shape)
+    forms_gradient = (
+        torch.is_grad_enabled() and h.requires_grad and not lm_head_weight.requires_grad and h.dtype != torch.float16
+    )
+    function = FrozenHeadFunction if forms_gradient else TokenLogprobsFunction
+    return apply(function, hidden.device.type, *args).reshape(targets.shape)
 
 
 def kl_to_anchor(logp, logp_anchor, *, estimator="k3"):
