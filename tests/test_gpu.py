@@ -505,6 +505,95 @@ def test_norm_recomputed_in_every_replay():
         assert agrees(norm, W, A, B)
 
 
+# --- importance: operators over lists of tensors ----------------------------------------------------------------------
+
+LAYERS = [(5, 21, 34), (1, 7, 3), (17, 1500, 19)] * 9  # 81 tensors: more than one launch takes
+
+
+def importance_arguments(dtype=torch.float32, sizes=LAYERS):
+    """exp_avg, uncertainty, params, grads."""
+    shapes = [s for r, k, d in sizes for s in ((r, k), (d, r), (r, 1))]
+    params, grads = ([randn(*s, dtype=dtype, device="cuda") for s in shapes] for _ in range(2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    state = [torch.rand(sum(p.numel() for p in params), device="cuda").to(wide) for _ in range(2)]
+    return *state, params, grads
+
+
+def importance_step(backend, exp_avg, uncertainty, params, grads, count=40):
+    """Scores, kept, Ī, Ū and every E after an update and a choice, all of them new tensors."""
+    update, prune = (implementation(name, backend)[1] for name in ("importance_update_", "importance_prune_"))
+    exp_avg, uncertainty = exp_avg.clone(), uncertainty.clone()
+    params = [p.clone() for p in params]
+    scores = update(exp_avg, uncertainty, params, grads, [], 0.85, 0.7, True)
+    first = [sum(r for r, _, _ in LAYERS[:i]) for i in range(len(LAYERS))]
+    return [scores, prune(scores, params[2::3], first, count), exp_avg, uncertainty, *params[2::3]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_importance_against_float64(backend, dtype):
+    args = importance_arguments(dtype)
+    got = importance_step(backend, *args)
+    wide = [[t.cpu().double() for t in a] if isinstance(a, list) else a.cpu().double() for a in args]
+    want = importance_step("reference", *wide)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu().to(b.dtype), b, rtol=1e-5, atol=1e-6)
+
+
+def test_importance_is_bit_reproducible_on_any_stream():
+    """Gradients are written late on a side stream: a launch on any other stream reads them too early."""
+    *args, grads = importance_arguments()
+    want = importance_step("triton", *args, grads)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = [torch.zeros_like(g) for g in grads]
+        torch.cuda._sleep(20_000_000)
+        for a, b in zip(late, grads, strict=True):
+            a.copy_(b)
+        got = importance_step("triton", *args, late)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_importance_takes_nothing_from_the_host():
+    """Gradients move when zero_grad sets them to None: no reason to wait, or to upload anything."""
+    args = importance_arguments()
+    importance_step("triton", *args)  # compiles, and uploads the sizes
+    moved = [g.clone() for g in args[3]]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            importance_step("triton", *args[:3], moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = [event.name for event in profile.events()]
+    assert any("moments_kernel" in name for name in names)
+    assert not [name for name in names if "HtoD" in name or "DtoH" in name]
+
+
+def test_importance_in_a_cuda_graph():
+    """Replays follow the gradients that were captured, whatever calls with other gradients come between."""
+    args = importance_arguments()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        importance_step("triton", *args)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = importance_step("triton", *args)
+    for _ in range(3):
+        for g in args[3]:
+            g.copy_(torch.randn_like(g))
+        want = importance_step("triton", *args[:3], [g.clone() for g in args[3]])
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
+
+
 # --- indices past 2³¹ -------------------------------------------------------------------------------------------------
 
 

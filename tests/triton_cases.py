@@ -248,9 +248,18 @@ def column_scale_does_not_round_away():
     torch.testing.assert_close(dB.double(), (dy.double() * g.double()).t() @ h.double(), rtol=1e-5, atol=1e-4)
 
 
+def fewer_at_a_time():
+    """The module of the importance kernels, with 4 tensors to a launch: the interpreter is slow with many addresses."""
+    from spectral_ops.triton_kernels import importance
+
+    importance.GROUP = 4
+    return importance
+
+
 @case
 def importance_of_all_layers():
     """Odd sizes, parts of tensors, and a layer without rows of A; then pruned."""
+    fewer_at_a_time()
     update, prune = (_library.OPERATORS[name] for name in ("importance_update_", "importance_prune_"))
     for dtype in (*DTYPES, torch.float64):
         for sizes, shards in (
@@ -270,6 +279,27 @@ def importance_of_all_layers():
                 found.append([scores, *own, prune.overloads[kind](picked, E, first, 4), *E])
             for got, want in zip(*reversed(found), strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@case
+def importance_of_moved_gradients():
+    """More tensors than one launch takes; gradients that moved need no further upload."""
+    importance = fewer_at_a_time()
+    update, prune = (_library.OPERATORS[name].overloads for name in ("importance_update_", "importance_prune_"))
+    shapes = [s for n in range(importance.GROUP + 1) for s in ((1, 2 + n % 3), (2, 1), (1, 1))]
+    params = [torch.randn(s) for s in shapes]
+    n, first = sum(p.numel() for p in params), list(range(len(shapes) // 3))
+    uploads = []
+    for _ in range(2):
+        grads, state, found = [torch.randn(s) for s in shapes], [torch.rand(n) for _ in range(2)], []
+        for kind in ("triton", "reference"):
+            own, E = [s.clone() for s in state], [p.clone() for p in params[2::3]]
+            scores = update[kind](*own, params, grads, [], 0.85, 0.7, True)
+            found.append([scores, *own, prune[kind](scores, E, first, 2), *E])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        uploads.append(importance._numbers.cache_info().misses)
+    assert uploads[0] == uploads[1]
 
 
 @case

@@ -1,11 +1,16 @@
-"""AdaLoRA's importance, scores and pruning, each one launch for all layers (METHODS 1.6).
+"""AdaLoRA's importance, scores and pruning for all layers together (METHODS 1.6).
 
-Parameters and gradients are reached through a table of addresses, which is uploaded from pinned memory without waiting.
+Parameters and gradients are arguments of the kernels, a launch for every GROUP of them: gradients move whenever they
+are set to None between steps, and a table of addresses would have to follow them. Sizes and places do not change: they
+are uploaded once. Nothing else comes from the host, so calls can be captured in a CUDA graph.
 Bytes moved: p, dp, Ī and Ū once, Ī and Ū written; with scores, Ī and Ū are read once more, from L2 where they fit: a
 program per triplet adds up a row of A, a column of B and an entry of E in a fixed order.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -13,22 +18,42 @@ import triton.language as tl
 
 from spectral_ops.triton_kernels.common import cdiv, on_device, power_of_2, reference
 
+GROUP = 64  # tensors (with their gradients) of one launch; 128 addresses are a quarter of the least room for arguments
 ELEMENTS = 2048  # per step of moments_kernel
 SPAN = 1024  # per step of a sum
 
 
-def _table(rows: list[tuple[int, ...]], device: torch.device) -> torch.Tensor:
-    host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+@functools.cache
+def _numbers(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """rows on the device. Waits for the copy, the first time; kept for good, since a captured graph may read it."""
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _groups(*lists: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, list[tuple[torch.Tensor, ...]]]]:
+    """(first, how many, GROUP tensors of each list): the last group is filled up, so that one kernel serves all."""
+    for first in range(0, len(lists[0]), GROUP):
+        parts = [tensors[first : first + GROUP] for tensors in lists]
+        count = len(parts[0])
+        yield first, count, [(*part, *[part[-1]] * (GROUP - count)) for part in parts]
 
 
 @triton.jit
-def moments_kernel(table, exp_avg, uncertainty, beta1, beta2, like, BLOCK: tl.constexpr):
-    """Ī and Ū of tensor ``program_id(0)``: its row of the table is (p, dp, place in Ī and Ū, elements)."""
-    row = table + tl.program_id(0).to(tl.int64) * 4
-    p = tl.load(row).to(tl.pointer_type(like.dtype.element_ty))
-    g = tl.load(row + 1).to(tl.pointer_type(like.dtype.element_ty))
-    place, n = tl.load(row + 2), tl.load(row + 3)
+def _chosen(tensors, index, N: tl.constexpr):
+    """tensors[index] of N tensors of one dtype."""
+    address = tensors[0].to(tl.int64)
+    for i in tl.static_range(1, N):
+        address = tl.where(index == i, tensors[i].to(tl.int64), address)
+    return address.to(tensors[0].dtype)
+
+
+@triton.jit(do_not_specialize_on_alignment=["values", "gradients"])
+def moments_kernel(
+    values, gradients, numbers, exp_avg, uncertainty, beta1, beta2, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):
+    """Ī and Ū of tensor ``program_id(0)``, whose row of numbers is (place in Ī and Ū, elements)."""
+    tensor = tl.program_id(0)
+    p, g = _chosen(values, tensor, GROUP), _chosen(gradients, tensor, GROUP)
+    place, n = tl.load(numbers + 2 * tensor), tl.load(numbers + 2 * tensor + 1)
     for start in range(tl.program_id(1) * BLOCK, n, tl.num_programs(1) * BLOCK):
         i = start + tl.arange(0, BLOCK)
         live = i < n
@@ -52,10 +77,10 @@ def _sum_products(exp_avg, uncertainty, first, n, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def score_kernel(table, exp_avg, uncertainty, scores, BLOCK: tl.constexpr):
-    """The score of triplet ``program_id(1)`` of layer ``program_id(0)``, whose row of the table is (place in Ī and Ū,
+def score_kernel(numbers, exp_avg, uncertainty, scores, BLOCK: tl.constexpr):
+    """The score of triplet ``program_id(1)`` of layer ``program_id(0)``, whose row of numbers is (place in Ī and Ū,
     place in scores, rows of A, k, rows of B, r, rows of E, first row of A, first of E, d)."""
-    row = table + tl.program_id(0).to(tl.int64) * 10
+    row = numbers + tl.program_id(0) * 10
     i = tl.program_id(1).to(tl.int64)
     place, first, rows_A, k = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     rows_B, r, rows_E = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
@@ -74,10 +99,10 @@ def importance_update_(exp_avg, uncertainty, params, grads, shards, beta1, beta2
     if exp_avg.dtype == torch.float64 or len({t.dtype for t in params}) > 1:
         return reference("importance_update_")(exp_avg, uncertainty, params, grads, shards, beta1, beta2, score)
     params, grads = ([t.contiguous() for t in tensors] for tensors in (params, grads))
-    tensors, place, most = [], 0, 0
-    for p, g in zip(params, grads, strict=True):
-        tensors.append((p.data_ptr(), g.data_ptr(), place, p.numel()))
-        place, most = place + p.numel(), max(most, p.numel())
+    tensors, place = [], 0
+    for p in params:
+        tensors.append((place, p.numel()))
+        place += p.numel()
     layers, place, first = [], 0, 0
     for i in range(0, len(params) if score else 0, 3):
         (rows_A, k), (rows_B, r), rows_E = params[i].shape, params[i + 1].shape, params[i + 2].shape[0]
@@ -86,33 +111,42 @@ def importance_update_(exp_avg, uncertainty, params, grads, shards, beta1, beta2
         place, first = place + rows_A * k + rows_B * r + rows_E, first + r
     scores = exp_avg.new_empty(first)
     with on_device(exp_avg):
-        if most:
-            table = _table(tensors, exp_avg.device)
-            grid = (len(params), min(cdiv(most, ELEMENTS), 64))
-            moments_kernel[grid](table, exp_avg, uncertainty, beta1, beta2, params[0], BLOCK=ELEMENTS, num_warps=4)
+        if place:
+            numbers = _numbers(tuple(tensors), exp_avg.device)
+            for start, count, group in _groups(params, grads):
+                most = max(p.numel() for p in group[0])
+                moments_kernel[count, min(max(cdiv(most, ELEMENTS), 1), 64)](
+                    *group, numbers[start:], exp_avg, uncertainty, beta1, beta2,
+                    BLOCK=ELEMENTS, GROUP=GROUP, num_warps=4,
+                )  # fmt: skip
         if first:
             grid = (len(layers), max(layer[5] for layer in layers))
-            score_kernel[grid](_table(layers, exp_avg.device), exp_avg, uncertainty, scores, BLOCK=SPAN, num_warps=4)
+            numbers = _numbers(tuple(layers), exp_avg.device)
+            score_kernel[grid](numbers, exp_avg, uncertainty, scores, BLOCK=SPAN, num_warps=4)
     return scores
 
 
-@triton.jit
-def prune_kernel(table, keep, like, BLOCK: tl.constexpr):
-    """E of layer ``program_id(0)``, whose row of the table is (E, place in keep, entries), is 0 where not kept."""
-    row = table + tl.program_id(0).to(tl.int64) * 3
-    E = tl.load(row).to(tl.pointer_type(like.dtype.element_ty))
-    place, n = tl.load(row + 1), tl.load(row + 2)
+@triton.jit(do_not_specialize_on_alignment=["lora_E"])
+def prune_kernel(lora_E, numbers, keep, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """E of layer ``program_id(0)``, whose row of numbers is (place in keep, entries), is 0 where not kept."""
+    layer = tl.program_id(0)
+    E = _chosen(lora_E, layer, GROUP)
+    place, n = tl.load(numbers + 2 * layer), tl.load(numbers + 2 * layer + 1)
     i = tl.arange(0, BLOCK)
     pruned = tl.load(keep + place + i, mask=i < n, other=1) == 0
-    tl.store(E + i, tl.zeros([BLOCK], like.dtype.element_ty), mask=(i < n) & pruned)
+    tl.store(E + i, tl.zeros([BLOCK], E.dtype.element_ty), mask=(i < n) & pruned)
 
 
 def importance_prune_(scores, lora_E, first, count):
     if any(not E.is_contiguous() for E in lora_E) or len({E.dtype for E in lora_E}) != 1 or count == 0:
         return reference("importance_prune_")(scores, lora_E, first, count)
     keep = ~(scores <= scores.sort().values[count - 1])
-    rows = [(E.data_ptr(), i, E.numel()) for E, i in zip(lora_E, first, strict=True)]
+    rows = tuple((i, E.numel()) for E, i in zip(lora_E, first, strict=True))
+    block = power_of_2(max(entries for _, entries in rows), 16, 1 << 20)
     with on_device(scores):
-        table, block = _table(rows, scores.device), power_of_2(max(row[2] for row in rows), 16, 1 << 20)
-        prune_kernel[(len(rows),)](table, keep.view(torch.uint8), lora_E[0], BLOCK=block, num_warps=1)
+        numbers = _numbers(rows, scores.device)
+        for start, layers, (group,) in _groups(lora_E):
+            prune_kernel[(layers,)](
+                group, numbers[start:], keep.view(torch.uint8), BLOCK=block, GROUP=GROUP, num_warps=1
+            )
     return keep
