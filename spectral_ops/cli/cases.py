@@ -12,9 +12,20 @@ P = 0.25  # dropout probability of the samples
 
 
 def arguments(
-    name: str, T: int, d: int, k: int, r: int, dtype: torch.dtype, device: str, seed: int = 0
+    name: str,
+    T: int,
+    d: int,
+    k: int,
+    r: int,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    density: float = 0.006,
 ) -> Iterator[tuple]:
-    """Argument tuples that exercise operator ``name`` for x [T, k], W [d, k], rank r; optional arguments on and off."""
+    """Argument tuples that exercise operator ``name`` for x [T, k], W [d, k], rank r; optional arguments on and off.
+
+    density: of the sparse operators' pattern.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> torch.Tensor:
@@ -34,7 +45,7 @@ def arguments(
     d_bat, k_bat = max(d // r, 1) * r, max(k // r, 1) * r  # Bat's blocks divide both
     W_bat, x_bat, bat = randn(d_bat, k_bat, scale=k**-0.5), randn(T, k_bat), randn(d_bat // r, r, r, scale=0.1, to=acc)
     row_bat = randn(k_bat // r, r, r, scale=0.1, to=acc)
-    mask = torch.rand(d, k, generator=generator) < 0.006
+    mask = torch.rand(d, k, generator=torch.Generator().manual_seed(seed)) < density  # the same for every T and r
     columns = mask.nonzero()[:, 1].to(device, torch.int32)
     row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]).to(device, torch.int32)
     values = randn(columns.numel(), to=acc)
