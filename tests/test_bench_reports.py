@@ -162,7 +162,7 @@ def test_every_picture_is_drawn(run_file, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert cli.main(["bench", "--draw", str(run_file), "--png", str(tmp_path / "pictures")]) == 0
     files = {path.name for path in (tmp_path / "pictures").iterdir()}
-    names = ("roofline", "tax", "memory", "growth-tokens", "growth-rank")
+    names = ("roofline", "tax-2048x2048", "memory-2048x2048", "growth-tokens", "growth-rank")
     assert files == {f"2026-11-22-abc1234-{name}.png" for name in names}
     assert capsys.readouterr().out.count("drawn: ") == len(files)
 

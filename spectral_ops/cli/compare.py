@@ -23,7 +23,8 @@ from spectral_ops.cli.table import table
 FALSE_RATE = 0.01  # of a comparison, all its rows together
 MINIMUM = 0.02  # the smallest relative difference that counts
 MEASURED = {"times", "ratios", "flops", "bytes", "floor_seconds", "saved_bytes", "peak_bytes", "error", "red",
-            "seconds", "predicted", "values", "verdict", "tokens_per_second", "loss"}  # fmt: skip
+            "seconds", "predicted", "values", "verdict", "tokens_per_second", "loss", "graphs",
+            "graph_breaks"}  # fmt: skip
 FORMATS = {"tokens": "T={}", "out_features": "out {}", "in_features": "in {}", "rank": "r{}",
            "density": "density {:g}", "adapter_dtype": "adapters {}", "batch": "batch {}", "length": "length {}",
            "blocks": "{} blocks"}  # fmt: skip

@@ -200,11 +200,10 @@ def _operator(axes, x: float, rows: list[Operator]) -> tuple[float, float, str]:
 
 
 def _panels(rows: list[Layer]) -> dict[str, list[Layer]]:
-    """The layers by what only one bar chart can hold: dtype, parameters' dtype and shape."""
+    """The layers by what one chart has in common: dtype, the parameters' dtype and tokens."""
     panels: dict[str, list[Layer]] = {}
     for row in rows:
-        shape = f"T={row.tokens}, {row.out_features}x{row.in_features}"
-        panels.setdefault(f"{row.dtype}, adapters {row.adapter_dtype}, {shape}", []).append(row)
+        panels.setdefault(f"{row.dtype}, adapters {row.adapter_dtype}, T={row.tokens}", []).append(row)
     return panels
 
 
@@ -229,19 +228,18 @@ def _bars(axes, rows: list[Layer], value: Callable, spread: Callable, colors: di
     axes.margins(y=0.18)
 
 
-def _bar_charts(results: Results, path: Path, title: str, rows: list[Layer], columns: list[tuple]) -> Path:
-    """A line of charts per panel of layers; ``columns``: heading, unit, value, spread and format of each chart."""
+def _bar_charts(results: Results, path: Path, title: str, rows: list[Layer], kinds: list[tuple]) -> Path:
+    """A chart per panel of layers and kind of figure: its heading, unit, value, spread and format."""
     plt = pyplot()
     panels, colors = _panels(rows), _colors(row.implementation for row in rows)
-    figure, axes = plt.subplots(
-        len(panels), len(columns), figsize=(13, 0.9 + 3.4 * len(panels)), squeeze=False, layout="constrained"
-    )
+    size = max(13.0, 0.17 * max(map(len, panels.values()))), 0.9 + 3.3 * len(panels) * len(kinds)
+    figure, axes = plt.subplots(len(panels) * len(kinds), 1, figsize=size, squeeze=False, layout="constrained")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in colors.items()]
-    _frame(figure, title, results, handles)
-    for (name, members), line in zip(panels.items(), axes, strict=True):
-        for axis, (heading, unit, value, spread, form) in zip(line, columns, strict=True):
-            _bars(axis, members, value, spread, colors, form)
-            axis.set(title=f"{heading}: {name}", ylabel=unit)
+    _frame(figure, f"{title}, {rows[0].out_features}x{rows[0].in_features}", results, handles)
+    charts = itertools.product(panels.items(), kinds)
+    for axis, ((name, members), (heading, unit, value, spread, form)) in zip(axes.flat, charts, strict=True):
+        _bars(axis, members, value, spread, colors, form)
+        axis.set(title=f"{heading}: {name}", ylabel=unit)
     return _save(figure, path)
 
 
@@ -252,26 +250,28 @@ def _quartiles(row: Layer):
     return [[100 * (middle - low)], [100 * (high - middle)]]
 
 
-def tax(results: Results, path: Path) -> Path:
+def tax(results: Results, rows: list[Layer], path: Path) -> Path:
     """What each method adds to the frozen layer's time, per cent, with the quartiles over turns."""
-    rows = [row for row in results.layers if row.implementation != "frozen"]
-    columns = [
-        ("tax", "% over the frozen layer", lambda row: row.ratio and 100 * (row.ratio - 1), _quartiles, "{:.1f}")
-    ]
-    return _bar_charts(results, path, "Adapter tax, forward and backward", rows, columns)
+
+    def percent(row: Layer) -> float | None:
+        return None if row.ratio is None else 100 * (row.ratio - 1)
+
+    rows = [row for row in rows if row.implementation != "frozen"]
+    kinds = [("tax", "% over the frozen layer", percent, _quartiles, "{:.1f}")]
+    return _bar_charts(results, path, "Adapter tax of a layer", rows, kinds)
 
 
-def memory(results: Results, path: Path) -> Path:
+def memory(results: Results, rows: list[Layer], path: Path) -> Path:
     """Bytes saved for backward and the peak of a step, by method."""
 
     def mib(size: int | None) -> float | None:
         return None if size is None else size / 2**20
 
-    columns = [
+    kinds = [
         ("saved", "MiB held for backward", lambda row: mib(row.saved_bytes), lambda row: None, "{:.2f}"),
         ("peak", "MiB at most in a step", lambda row: mib(row.peak_bytes), lambda row: None, "{:.1f}"),
     ]
-    return _bar_charts(results, path, "Memory of one layer", results.layers, columns)
+    return _bar_charts(results, path, "Memory of a layer", rows, kinds)
 
 
 def growth(results: Results, variable: str, path: Path) -> Path:
@@ -319,8 +319,13 @@ def draw(results: Results, directory: str | Path) -> list[Path]:
     files = []
     if results.ceilings and any(row.times and row.dtype in results.ceilings for row in results.operators):
         files.append(roofline(results, path("roofline")))
-    if results.layers:
-        files += [tax(results, path("tax")), memory(results, path("memory"))]
+    shapes: dict[str, list[Layer]] = {}
+    for row in results.layers:
+        shapes.setdefault(f"{row.out_features}x{row.in_features}", []).append(row)
+    for shape, rows in shapes.items():
+        files.append(memory(results, rows, path(f"memory-{shape}")))
+        if any(row.implementation != "frozen" for row in rows):
+            files.append(tax(results, rows, path(f"tax-{shape}")))
     for variable in dict.fromkeys(row.variable for row in results.growth):
         files.append(growth(results, variable, path(f"growth-{variable}")))
     return files
