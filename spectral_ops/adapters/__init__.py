@@ -3,9 +3,10 @@
 from spectral_ops.adapters.adalora import AdaLoRAConfig, AdaLoRALinear
 from spectral_ops.adapters.adalora_dash import AdaLoRADashConfig, AdaLoRADashLinear
 from spectral_ops.adapters.adalora_schedule import AdaLoRASchedule
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
+from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.bat import BatConfig, BatLinear
 from spectral_ops.adapters.bone import BoneConfig, BoneLinear
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.dash import LoRADashConfig, LoRADashLinear
 from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
 from spectral_ops.adapters.dvora import DVoRAConfig, DVoRALinear

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, why_not_dense
+from spectral_ops.adapters.base import AdapterLinear, why_not_dense
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.functional import bat_linear, bat_weight
 
 ROW = "BAT_ROW"  # peft_type of a row file: PEFT knows no such method, so that it cannot take it for its own

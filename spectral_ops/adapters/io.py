@@ -17,7 +17,8 @@ from torch import nn
 
 from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, linear_size
+from spectral_ops.adapters.base import AdapterLinear, linear_size
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import METHODS, config_type, layer_type
 from spectral_ops.adapters.model import (

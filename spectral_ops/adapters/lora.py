@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, why_not_dense
+from spectral_ops.adapters.base import AdapterLinear, why_not_dense
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.functional import (
     checks,
     lowrank_linear,

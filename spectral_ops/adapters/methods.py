@@ -6,9 +6,10 @@ from typing import Any
 
 from spectral_ops.adapters.adalora import AdaLoRALinear
 from spectral_ops.adapters.adalora_dash import AdaLoRADashLinear
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear
+from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.dash import LoRADashLinear
 from spectral_ops.adapters.dora import DoRALinear
 from spectral_ops.adapters.dvora import DVoRALinear

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from spectral_ops.adapters import quantised
-from spectral_ops.adapters.base import AdapterConfig, AdapterLinear, check_adapter_name, is_linear, linear_size
+from spectral_ops.adapters.base import AdapterLinear, check_adapter_name, is_linear, linear_size
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.methods import layer_type
 from spectral_ops.adapters.progress import progressing

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterConfig
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.lora import match_pattern
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.functional import checks

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from spectral_ops.adapters.base import AdapterConfig
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.functional import checks
 
