@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import spectral_ops
-from spectral_ops.cli import predict, reports
+from spectral_ops.cli import predict, review
 from spectral_ops.cli.counting import saved_bytes
 from spectral_ops.cli.peers import METHODS, OURS, Layer, layers
 from spectral_ops.cli.results import commit
@@ -148,12 +148,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure nothing: print what Llama-3-8B and 70B would cost on GPUs, on paper",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the measurements, with versions and device, to FILE")
-    reports.add_arguments(parser)
+    review.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, show each method as it is done, print the table; exit status 1 where a result is red."""
-    if (status := reports.run(arguments)) is not None:
+    if (status := review.run(arguments)) is not None:
         return status
     if arguments.predict:
         print(predict.report())

@@ -75,7 +75,9 @@ def arguments(
         "column_norm_cached_": lambda: [
             (torch.empty_like(norm), torch.zeros(2, dtype=torch.int64, device=device), W, A, B, 0.5, square, True)
         ],
-        "magnitude_grad": lambda: [(randn(d, to=acc), dy, x, h, W, B, 0.5, vanishing, norm, None)],
+        "magnitude_grad": lambda: [
+            (randn(d, to=acc), dy, x, h, W, B, 0.5, magnitude, norm, None) for magnitude in (g, vanishing)
+        ],
     }
     samples |= {
         "bat_weight_": lambda: [(torch.empty_like(W_bat), W_bat, bat, False, False)],

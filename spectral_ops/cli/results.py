@@ -11,6 +11,8 @@ import datetime
 import importlib.metadata
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -194,10 +196,19 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _processor() -> str:
+    """The CPU's name as the system gives it; on Linux platform.processor() does not."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return f"cpu: {(names or [platform.processor() or platform.machine()])[0]}"
+
+
 def meta(device: str) -> dict[str, object]:
     """What a run on ``device`` ("cpu" or "cuda") says of itself."""
     return {
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -1,4 +1,4 @@
-"""The options of ``bench`` that measure nothing: what it makes of results files."""
+"""The options of ``bench`` that measure nothing: what it makes of the results files of earlier runs."""
 
 from __future__ import annotations
 
