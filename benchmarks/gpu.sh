@@ -52,7 +52,8 @@ else
   step memcheck 90 "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check
   step racecheck 60 "${sanitizer[@]}" --tool racecheck "$python" -m spectral_ops check --backends cuda --operators \
     bat_contract_ bat_weight_ block_sum column_norm csr_sddmm lowrank_backward
-  step tune 60 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 4096 --shape 4096 4096 --write
+  step tune 60 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 128 8192 \
+    --shape 4096 4096 --rank 16 --repeats 9 --seconds 40 --write
   peers=() # PEFT's own layers are timed beside ours where this machine has PEFT
   "$python" -c 'import peft' 2>/dev/null || peers=(--no-peers)
   step bench 120 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --tokens 128 4096 8192 16384 \

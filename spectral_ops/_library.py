@@ -8,7 +8,8 @@ one place: its file in :mod:`spectral_ops.functional`.  Backends only *add* impl
 * ``triton``   -- the function of the same name in ``triton_kernels/<stem>.py``, imported on first use.
 
 Besides ``torch.ops.spectral_ops.<name>`` every operator has the overloads ``.reference`` and ``.triton``, which run
-exactly that implementation: that is what a forced backend calls, also under ``torch.compile``.
+exactly that implementation: that is what a forced backend calls, also under ``torch.compile``. The overload ``.tuned``
+runs what measurement chose for the sizes of the call (see :mod:`spectral_ops.tuning`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {}  # public function -> the operators i
 # Set by backends.use_backend; process-wide, because autograd runs backward passes on threads of its own.
 forced_backend: str | None = None
 require: Callable[[Operator, str, tuple], None] | None = None  # backends.require: raises where that backend cannot run
+tuned: Callable[[str, torch.device], bool] | None = None  # backends.tuned: whether a table has another choice for it
+chosen: Callable[[Operator, tuple], Callable] | None = None  # backends.chosen: the implementation for these arguments
 
 
 if torch.ops.aten.addmm_ not in flop_registry:  # torch counts addmm, but not the in-place form that the layers use
@@ -68,20 +71,24 @@ class Operator:
         library.define(schema)
         library.define(f"{self.name}.reference({arguments}")
         library.define(f"{self.name}.triton({arguments}")
+        library.define(f"{self.name}.tuned({arguments}")
         packet = getattr(torch.ops.spectral_ops, self.name)
         self.default = packet.default
         self.overloads = {"reference": packet.reference, "triton": packet.triton}
+        self.tuned = packet.tuned
+        self.library: Callable | None = None  # the library's products for the same result, where those are the default
         for name in (self.name, f"{self.name}.reference"):
             library.impl(name, self._run_reference, "CompositeExplicitAutograd")
         library.impl(f"{self.name}.triton", self._run_triton, "CompositeExplicitAutograd")
-        for name in (self.name, f"{self.name}.reference", f"{self.name}.triton"):
+        library.impl(f"{self.name}.tuned", self._run_tuned, "CompositeExplicitAutograd")
+        for name in (self.name, *(f"{self.name}.{overload}" for overload in ("reference", "triton", "tuned"))):
             torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
         register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: cost(*args).flops)
         self._triton: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
         if forced_backend is None:
-            return self.default(*args)
+            return (self.tuned if tuned(self.name, args[0].device) else self.default)(*args)
         require(self, forced_backend, args)
         return self.overloads.get(forced_backend, self.default)(*args)
 
@@ -102,6 +109,9 @@ class Operator:
 
     def _run_triton(self, *args: Any) -> Any:
         return self.triton_function()(*args)
+
+    def _run_tuned(self, *args: Any) -> Any:
+        return chosen(self, args)(*args)
 
     def __repr__(self) -> str:
         return f"<operator {NAMESPACE}::{self.schema}>"

@@ -17,6 +17,7 @@ class Extension:
     operators: frozenset[str] = frozenset()
     error: str | None = "not loaded yet"
     info: str = ""
+    isa: str = ""  # the CPU's instruction set that its kernels run on
 
 
 EXTENSIONS = {"cpu": Extension("spectral_ops._C"), "cuda": Extension("spectral_ops._C_cuda")}
@@ -45,5 +46,6 @@ def load() -> None:
             continue
         module.register()  # the kernels enter torch's dispatcher only now, after the check
         extension.operators = frozenset(module.operators)
-        extension.info = module.build_info + (f", running {module.isa()}" if hasattr(module, "isa") else "")
+        extension.isa = module.isa() if hasattr(module, "isa") else ""
+        extension.info = module.build_info + (f", running {extension.isa}" if extension.isa else "")
         extension.error = None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from spectral_ops import _library, _loader
+from spectral_ops import _library, _loader, tuning
 from spectral_ops._library import BACKENDS, Operator
 
 
@@ -97,38 +98,143 @@ def _force(name: str) -> None:
     _library.forced_backend = name
 
 
-def choose(operator: Operator, device_type: str) -> Choice:
-    """Which backend runs ``operator`` on tensors of ``device_type`` at this moment."""
-    if _library.forced_backend is not None:
-        backend = _library.forced_backend
-        reason = unavailable(operator, backend, device_type)
-        return Choice(operator.name, backend, f"forced, but it would raise: {reason}" if reason else "forced")
+def default(operator: Operator, device_type: str) -> Choice:
+    """What runs ``operator`` on tensors of ``device_type`` where nothing is forced and no table has another choice."""
+    if operator.library:
+        return Choice(operator.name, "library", "the library's products")
     why_not = []
     for backend in ("cpu",) if device_type == "cpu" else ("cuda", "triton"):
         reason = unavailable(operator, backend, device_type)
         if reason is None:
-            return Choice(operator.name, backend, f"fastest available on {device_type}")
+            return Choice(operator.name, backend, f"default on {device_type}")
         why_not.append(f"{backend}: {reason}")
     return Choice(operator.name, "reference", "; ".join(why_not))
 
 
-def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
-    """Which implementation would run on ``tensors``, and why.
+def candidates(operator: Operator, device_type: str) -> list[str]:
+    """The choices (see :mod:`spectral_ops.tuning`) that can run ``operator`` on ``device_type``, the default first."""
+    first = default(operator, device_type).backend
+    rest = [c for c in tuning.choices(operator) if c != first and not _cannot(operator, c, device_type)]
+    return [first, *(c for c in rest if device_type != "cpu" or not c.startswith("triton"))]  # not the interpreter
 
-    ``op`` names an operator (``"block_tile_"``) or a public function (``"dora_linear"``), whose choice lists the
-    backend of every operator it may call besides the library's plain products. Raises ValueError for another name.
+
+def _cannot(operator: Operator, choice: str, device_type: str) -> str | None:
+    return None if choice == "library" else unavailable(operator, choice.partition(":")[0], device_type)
+
+
+def implementation(operator: Operator, choice: str) -> Callable:
+    """The function that a choice stands for."""
+    if choice == "library":
+        return operator.library
+    backend, _, tiles = choice.partition(":")
+    if tiles:
+        return functools.partial(operator.triton_function(), tiles=tiles)
+    return operator.overloads.get(backend, operator.default)
+
+
+# --- what a table chose ----------------------------------------------------------------------------------------------
+
+_tables: dict[torch.device, tuple[frozenset[str], tuning.Table]] = {}
+
+
+def _table(device: torch.device) -> tuple[frozenset[str], tuning.Table]:
+    """The operators with another choice than the default on ``device``, and its table, read on the first call."""
+    found = _tables.get(device)
+    if found is None:
+        path = tuning.file(device)
+        table = tuning.read(path) if path else {}
+        names = set()
+        for name, dtypes in table.items():
+            operator = _library.OPERATORS[name]
+            able = {one.choice for entry in dtypes.values() for one in entry.classes}
+            able = {c for c in able if not _cannot(operator, c, device.type)}
+            if able - {default(operator, device.type).backend}:
+                names.add(name)
+        found = _tables[device] = frozenset(names), table
+    return found
+
+
+def forget_tables() -> None:
+    """Read the tables again on the next call; graphs compiled before keep what they chose to look up."""
+    _tables.clear()
+    _chosen.cache_clear()
+
+
+def tuned(name: str, device: torch.device) -> bool:
+    """Whether the table of ``device`` has another choice than the default for this operator."""
+    found = _tables.get(device)
+    return name in (_table(device) if found is None else found)[0]
+
+
+tuned._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result would, which imports the compiler
+
+
+def chosen(operator: Operator, args: tuple) -> Callable:
+    """The implementation that the table has for these arguments; the default where it has none that can run."""
+    return _chosen(operator, args[0].device, *tuning.signature(args))
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(operator: Operator, device: torch.device, dtype: torch.dtype | None, arguments: tuple) -> Callable:
+    return implementation(operator, _look_up(operator, device, dtype, arguments).backend)
+
+
+def _look_up(operator: Operator, device: torch.device, dtype: torch.dtype | None, arguments: tuple) -> Choice:
+    """What runs for these arguments where nothing is forced, and why."""
+    name, usual = operator.name, default(operator, device.type)
+    path = tuning.file(device)
+    if path is None:
+        return usual
+    dtypes = _table(device)[1].get(name, {})
+    short = str(dtype).removeprefix("torch.")
+    entry = dtypes.get(short)
+    if entry is None:
+        reason = f"default: no measurement for {name}{f' in {short}' if dtypes else ''} in {path.name}"
+        return Choice(name, usual.backend, f"{reason}; {usual.reason}" if usual.backend == "reference" else reason)
+    nearest = tuning.nearest(entry, arguments)
+    source = f"{path.name}, {short} class {nearest}: {entry.source}"
+    if reason := _cannot(operator, nearest.choice, device.type):
+        return Choice(name, usual.backend, f"default: {nearest.choice}, chosen by {source}, cannot run here: {reason}")
+    return Choice(name, nearest.choice, source)
+
+
+_library.tuned, _library.chosen = tuned, chosen
+
+
+def choose(operator: Operator, device: str | torch.device, tensors: tuple[torch.Tensor, ...] = ()) -> Choice:
+    """Which implementation runs ``operator`` on ``device`` at this moment, given its arguments as far as they are
+    tensors; without any, a table's choices are told together."""
+    device = torch.device(device)
+    if _library.forced_backend is not None:
+        backend = _library.forced_backend
+        reason = unavailable(operator, backend, device.type)
+        return Choice(operator.name, backend, f"forced, but it would raise: {reason}" if reason else "forced")
+    dtype, arguments = tuning.signature(tensors)
+    if tensors or operator.name not in _table(device)[0]:
+        return _look_up(operator, device, dtype, arguments)
+    entries = _table(device)[1][operator.name]
+    backends = dict.fromkeys(one.choice for entry in entries.values() for one in entry.classes)
+    return Choice(operator.name, " or ".join(backends), f"by sizes, {tuning.file(device).name}")
+
+
+def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
+    """Which implementation would run on ``tensors``, and where that choice came from.
+
+    ``op`` names an operator (``"block_tile_"``), whose arguments ``tensors`` are, or a public function
+    (``"dora_linear"``), whose choice lists the backend of every operator it may call besides the library's plain
+    products. Raises ValueError for another name.
     """
     names = [op.name] if isinstance(op, Operator) else [op] if op in _library.OPERATORS else _library.FUNCTIONS.get(op)
     if names is None:
         known = ", ".join(sorted({*_library.OPERATORS, *_library.FUNCTIONS}))
         raise ValueError(f"op: got {op!r}, wanted one of {known}")
-    devices = {t.device.type for t in tensors} or {"cpu"}
+    devices = {t.device for t in tensors} or {torch.device("cpu")}
     if len(devices) > 1:
-        raise ValueError(f"tensors: got tensors on {', '.join(sorted(devices))}, wanted one device")
+        raise ValueError(f"tensors: got tensors on {', '.join(sorted(map(str, devices)))}, wanted one device")
     device = devices.pop()
-    choices = [choose(_library.OPERATORS[name], device) for name in names]
     if not isinstance(op, str) or op in _library.OPERATORS:
-        return choices[0]
+        return choose(_library.OPERATORS[names[0]], device, tensors)
+    choices = [choose(_library.OPERATORS[name], device) for name in names]
     return Choice(op, ", ".join(dict.fromkeys(c.backend for c in choices)), "; ".join(map(str, choices)))
 
 

@@ -59,11 +59,12 @@ def test_tune_measures_every_rate_and_writes_only_when_asked(monkeypatch, tmp_pa
     before = (tune.Path(routes.__file__).parent / "rates.json").read_text()
     file.write_text(before)
     monkeypatch.setattr(routes, "__file__", str(tmp_path / "routes.py"))
-    assert cli.main(["tune", "--dtype", "float32", *SMALL]) == 0
+    rates = ["tune", "--parts", "rates", "--dtype", "float32", *SMALL]
+    assert cli.main(rates) == 0
     assert file.read_text() == before
     out = capsys.readouterr().out
     assert all(route in out for route in (*routes.GRADIENT_ROUTES, "spmm", "scatter"))
-    assert cli.main(["tune", "--dtype", "float32", *SMALL, "--write"]) == 0
+    assert cli.main([*rates, "--write"]) == 0
     kept = routes.load(file.read_text())
     assert all(math.isfinite(rate) and rate > 0 for rate in kept["cpu"]["float32"])
     assert kept["cpu"]["bfloat16"] == routes.load(before)["cpu"]["bfloat16"]

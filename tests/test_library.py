@@ -226,7 +226,7 @@ def test_explain():
     assert choice.operator == "block_sum"
     if extension_loaded():
         assert choice.backend == "cpu"
-        assert choice.reason == "fastest available on cpu"
+        assert choice.reason == "default on cpu"
     else:
         assert choice.backend == "reference"
         assert _loader.EXTENSIONS["cpu"].error in choice.reason

@@ -31,7 +31,17 @@ if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
 import spectral_ops  # noqa: E402, F401
-from spectral_ops.triton_kernels import bat, blocksum, common, dora, dropout, launcher, lowrank, segments  # noqa: E402
+from spectral_ops.triton_kernels import (  # noqa: E402
+    TILES,
+    bat,
+    blocksum,
+    common,
+    dora,
+    dropout,
+    launcher,
+    lowrank,
+    segments,
+)
 
 ARCHS = (80, 90, 100)
 PROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -242,9 +252,9 @@ def build(arch: int, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict
     return _builds[key]
 
 
-def builds(arch: int, stem: str, operator: str, args: tuple) -> list[Build]:
+def builds(arch: int, stem: str, operator: str, args: tuple, **options: str) -> list[Build]:
     with recorded(arch) as launches:
-        launcher(stem, operator)(*args)
+        launcher(stem, operator)(*args, **options)
     assert launches
     return [build(arch, *launch) for launch in launches]
 
@@ -288,6 +298,18 @@ def test_fits_the_processor(dtype, case, arch):
             assert b.product in PRODUCTS[arch], (b.name, b.product)
         if (b.name, arch, dtype) == ("matmul_kernel", 90, torch.bfloat16) and case.startswith("lowrank"):
             assert b.product == "HGMMA" and "mma.sync" not in b.ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case, tiles, arch", [("lowrank_update_ r64", "wide", 100), ("lowrank_matmul r64", "deep", 90)]
+)
+def test_other_tiles_fit_too(case, tiles, arch):
+    """The largest of those that the tuner may choose; the rest were compiled once when they were listed."""
+    stem, operator, args = samples(torch.bfloat16)[case]
+    assert tiles in TILES[operator]
+    for b in builds(arch, stem, operator, args, tiles=tiles):
+        assert b.spills == 0 and b.registers <= REGISTERS and b.shared <= SHARED[arch] * 1024, b.name
 
 
 @pytest.mark.slow

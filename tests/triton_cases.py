@@ -23,6 +23,7 @@ import torch
 
 from spectral_ops import _library, use_backend
 from spectral_ops.functional import random
+from spectral_ops.triton_kernels import TILES, launcher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tokens, in_features, out_features, rank: one token; odd sizes; 4 and 8 dividing k; past a tile on every side
@@ -121,6 +122,19 @@ def check_float64(name: str) -> None:
 
 for _name in OPERATORS:
     CASES[f"{_name}-float64"] = functools.partial(check_float64, _name)
+
+
+def check_tiles(name: str) -> None:
+    """Every other tile that the launcher takes, over rows that are aligned, as tables are for those."""
+    launch = launcher(_library.OPERATORS[name].stem, name)
+    for tiles in TILES[name]:
+        with helpers.poisoned():
+            call = functools.partial(launch, tiles=tiles)
+            helpers.check_operator(_library.OPERATORS[name], call, samples(name, torch.float32, (40, 32, 48, 16))[0])
+
+
+for _name in sorted(TILES):
+    CASES[f"{_name}-tiles"] = functools.partial(check_tiles, _name)
 
 
 @case

@@ -44,6 +44,26 @@ OPERATORS: dict[str, str] = {
     "importance_prune_": "importance",
 }
 
+# operator -> names of further tiles that its launcher takes as ``tiles=``, beside its table's: the tuner's candidates
+TILES: dict[str, tuple[str, ...]] = {
+    "block_sum": ("short", "tall"),
+    "block_tile_": ("short", "tall"),
+    "lowrank_matmul": ("shallow", "deep"),
+    "lowrank_update_": ("short", "wide"),
+    "lowrank_backward": ("short", "narrow"),
+    "row_square": ("short", "wide"),
+    "column_norm": ("short", "wide"),
+    "column_norm_cached_": ("short", "wide"),
+    "dropout_project": ("short", "narrow"),
+    "dropout_outer": ("short", "narrow"),
+    "dropout_lift_": ("short", "narrow"),
+    "bat_weight_": ("short", "shallow"),
+    "bat_mix": ("shallow",),
+    "segment_project": ("short", "narrow"),
+    "segment_lift_": ("short",),
+    "segment_outer": ("short", "narrow"),
+}
+
 
 def launcher(stem: str, name: str) -> Callable:
     """The launcher of operator ``name`` in ``triton_kernels/<stem>.py``."""

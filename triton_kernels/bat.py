@@ -33,6 +33,7 @@ from spectral_ops.triton_kernels.common import (
     split,
     sum_partials,
     tile,
+    varied,
     wide_dot,
 )  # fmt: skip
 
@@ -85,12 +86,12 @@ BACKWARD = {
 GREATEST_UNALIGNED = 32  # entry for blocks whose rows are not aligned, with 8 warps: every element takes an address
 
 
-def _tile(table, r: int, *tensors: torch.Tensor) -> tuple[int, ...]:
+def _tile(table, r: int, *tensors: torch.Tensor, tiles: str = "") -> tuple[int, ...]:
     """The table's entry for blocks of r in these matrices; the first is what the kernel reads most."""
     by_size = tile(table, tensors[0])
     size = power_of_2(r, min(by_size), max(by_size))
     if r % 16 == 0 and aligned(*tensors):
-        return by_size[size]
+        return varied(by_size[size], tiles)
     return *by_size[min(size, GREATEST_UNALIGNED)][:-2], 8, 1
 
 
@@ -150,13 +151,13 @@ def weight_kernel(
                 tl.store(target + p[None, :] * out_i, narrow(change, out.dtype.element_ty), mask=inside)
 
 
-def bat_weight_(out, weight, bat, row: bool, delta: bool) -> None:
+def bat_weight_(out, weight, bat, row: bool, delta: bool, tiles: str = "") -> None:
     if weight.dtype == torch.float64:
         return reference("bat_weight_")(out, weight, bat, row, delta)
     if weight.numel() == 0:
         return None
     (d, k), (n, r, _), bat = weight.shape, bat.shape, _narrowed(bat)
-    BM, BN, BC, warps, stages = _tile(WEIGHT, r, weight, out)
+    BM, BN, BC, warps, stages = _tile(WEIGHT, r, weight, out, tiles=tiles)
     rows, row_length = (d, d) if row else (k, k // r)
     tiles = cdiv(rows, BM)
     ranges, span = split(tiles, n, 8 * processors(weight))
@@ -340,14 +341,14 @@ def mix_kernel(
     tl.store(target, narrow(total, s.dtype.element_ty), mask=inside)
 
 
-def bat_mix(x, bat):
+def bat_mix(x, bat, tiles: str = ""):
     if x.dtype == torch.float64:
         return reference("bat_mix")(x, bat)
     (T, k), (n, r, _), bat = x.shape, bat.shape, _narrowed(bat)
     z, s = x.new_empty(T, k), x.new_empty(T, r)
     if z.numel() == 0:
         return z, s.zero_()
-    BT, BE, BC, warps, stages = _tile(MIX, r, x)
+    BT, BE, BC, warps, stages = _tile(MIX, r, x, tiles=tiles)
     BT = power_of_2(T, 16, BT)
     tiles = cdiv(T, BT) * cdiv(r, BE)
     ranges, span = split(n, tiles, 4 * processors(x))

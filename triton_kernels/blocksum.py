@@ -78,14 +78,14 @@ def run_sum_kernel(x, h, offsets, seed, limit, factor, T, k, r, x_t, x_i, BT: tl
     tl.store(h + t * r + p, narrow(tl.sum(total, 1) * factor, h.dtype.element_ty), mask=t < T)
 
 
-def block_sum(x: torch.Tensor, r: int, offsets: torch.Tensor | None, seed: torch.Tensor | None, p: float):
+def block_sum(x, r: int, offsets: torch.Tensor | None, seed: torch.Tensor | None, p: float, tiles: str = ""):
     if x.dtype == torch.float64:
         return reference("block_sum")(x, r, offsets, seed, p)
     T, k = x.shape
     h = x.new_empty(T, r)
     if h.numel() == 0:
         return h
-    elements, width, warps = tile(SUM, x)
+    elements, width, warps = tile(SUM, x, tiles)
     limit, factor = (0, 1.0) if seed is None else (threshold(p), 1.0 / (1.0 - p))
     with on_device(x):
         if offsets is not None:
@@ -156,14 +156,16 @@ def run_tile_kernel(
         tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
 
 
-def block_tile_(out, s, offsets: torch.Tensor | None, seed: torch.Tensor | None, p: float, accumulate: bool) -> None:
+def block_tile_(
+    out, s, offsets: torch.Tensor | None, seed: torch.Tensor | None, p: float, accumulate: bool, tiles: str = ""
+) -> None:
     if out.dtype == torch.float64 or s.dtype == torch.float64:
         return reference("block_tile_")(out, s, offsets, seed, p, accumulate)
     T, n = out.shape
     r = s.shape[1]
     if out.numel() == 0:
         return
-    elements, width, warps = tile(TILE, out)
+    elements, width, warps = tile(TILE, out, tiles)
     limit, factor = (0, 1.0) if seed is None else (threshold(p), 1.0 / (1.0 - p))
     BT = elements // width
     with on_device(out):

@@ -16,6 +16,15 @@ from triton import knobs
 from spectral_ops import _library
 
 INTERPRET = tl.constexpr(knobs.runtime.interpret)
+# a name in TILES -> which number of a tile it changes, and how; products take 16 at least
+VARIANTS: dict[str, tuple[int, Callable[[int], int]]] = {
+    "short": (0, lambda n: max(n // 2, 16)),
+    "tall": (0, lambda n: 2 * n),
+    "narrow": (1, lambda n: max(n // 2, 16)),
+    "wide": (1, lambda n: 2 * n),
+    "shallow": (-1, lambda n: n - 1),
+    "deep": (-1, lambda n: n + 1),
+}
 INTERPRETED_PROCESSORS = 4  # what the interpreter pretends to have, so that small tests split their work too
 
 
@@ -70,9 +79,19 @@ def processors(x: torch.Tensor) -> int:
     return _properties(x.get_device())[1] if x.is_cuda else INTERPRETED_PROCESSORS
 
 
-def tile(table: Mapping[tuple[int, int], Any], x: torch.Tensor) -> Any:
-    """The entry of a tile table, keyed by (architecture, bytes per element), for x."""
-    return table[arch(x), x.element_size()]
+def tile(table: Mapping[tuple[int, int], Any], x: torch.Tensor, tiles: str = "") -> Any:
+    """The entry of a tile table, keyed by (architecture, bytes per element), for x, or the variant ``tiles`` of it."""
+    return varied(table[arch(x), x.element_size()], tiles)
+
+
+def varied(entry: Any, tiles: str) -> Any:
+    """A tile as ``tiles`` changes it; itself where that is empty."""
+    if not tiles:
+        return entry
+    place, change = VARIANTS[tiles]
+    numbers = list(entry)
+    numbers[place] = change(numbers[place])
+    return tuple(numbers)
 
 
 def aligned(*tensors: torch.Tensor) -> bool:

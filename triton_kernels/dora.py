@@ -161,13 +161,13 @@ def _mix(source, n, columns, s0, s1, program, PRINTS: tl.constexpr, BLOCK: tl.co
     return total
 
 
-def _square_sums(out, root, weight, A, B, scale, stamp=None, force=False) -> None:
+def _square_sums(out, root, weight, A, B, scale, stamp=None, force=False, tiles="") -> None:
     """out [d] float32 = ‖W_o‖² or, with A and B, ‖W_o + scale (BA)_o‖²; ``root`` takes the square root."""
     d, k = weight.shape
     r = 0 if A is None else A.shape[0]
     if r == 0 and stamp is None:
         A = B = None
-    BM, BK, greatest, warps = tile(NORM, weight)
+    BM, BK, greatest, warps = tile(NORM, weight, tiles)
     precision = "half"
     if A is not None and (A.dtype != B.dtype or A.dtype == torch.float32):
         precision = "ieee" if weight.dtype == torch.float32 or torch.version.hip else "tf32x3"
@@ -207,29 +207,29 @@ def _narrowed(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.to(torch.float32) if t.dtype == torch.float64 else t for t in tensors]
 
 
-def row_square(weight):
+def row_square(weight, tiles: str = ""):
     if weight.dtype == torch.float64:
         return reference("row_square")(weight)
     out = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     if out.numel():
-        _square_sums(out, False, weight, None, None, 0.0)
+        _square_sums(out, False, weight, None, None, 0.0, tiles=tiles)
     return out
 
 
-def column_norm(weight, A, B, scale: float, square):
+def column_norm(weight, A, B, scale: float, square, tiles: str = ""):
     if weight.dtype == torch.float64:
         return reference("column_norm")(weight, A, B, scale, square)
     out = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     if out.numel():
-        _square_sums(out, True, weight, *_narrowed(A, B), scale)
+        _square_sums(out, True, weight, *_narrowed(A, B), scale, tiles=tiles)
     return out
 
 
-def column_norm_cached_(norm, stamp, weight, A, B, scale: float, square, force: bool) -> None:
+def column_norm_cached_(norm, stamp, weight, A, B, scale: float, square, force: bool, tiles: str = "") -> None:
     if weight.dtype == torch.float64:
         reference("column_norm_cached_")(norm, stamp, weight, A, B, scale, square, force)
     elif norm.numel():
-        _square_sums(norm, True, weight, *_narrowed(A, B), scale, stamp, force)
+        _square_sums(norm, True, weight, *_narrowed(A, B), scale, stamp, force, tiles)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -84,14 +84,14 @@ def project_kernel(
     tl.store(target, narrow(total * factor, h.dtype.element_ty), mask=(t < T)[:, None] & (p < r)[None, :])
 
 
-def dropout_project(x, A, seed, p: float):
+def dropout_project(x, A, seed, p: float, tiles: str = ""):
     if x.dtype == torch.float64:
         return reference("dropout_project")(x, A, seed, p)
     (T, k), r = x.shape, A.shape[0]
     h = x.new_empty(T, r)
     if h.numel() == 0:
         return h
-    BT, BK, greatest, warps = tile(PROJECT, x)
+    BT, BK, greatest, warps = tile(PROJECT, x, tiles)
     if k % 4 or not aligned(x, A):
         BK, greatest = min(BK, UNALIGNED), min(greatest, UNALIGNED)
     R = power_of_2(r, 16, greatest)
@@ -135,7 +135,7 @@ def outer_kernel(
     tl.store(target, total * factor, mask=(p < r)[:, None] & (i < k)[None, :])
 
 
-def dropout_outer(u, x, seed, p: float):
+def dropout_outer(u, x, seed, p: float, tiles: str = ""):
     if x.dtype == torch.float64:
         return reference("dropout_outer")(u, x, seed, p)
     (T, k), r = x.shape, u.shape[1]
@@ -144,7 +144,7 @@ def dropout_outer(u, x, seed, p: float):
     dA = torch.empty(r, k, dtype=torch.float32, device=x.device)
     if dA.numel() == 0:
         return dA
-    BT, BK, greatest, warps = tile(OUTER, x)
+    BT, BK, greatest, warps = tile(OUTER, x, tiles)
     if k % 4 or not aligned(x, u):
         BK, greatest = min(BK, UNALIGNED), min(greatest, UNALIGNED)
     R = power_of_2(r, 16, greatest)
@@ -184,13 +184,13 @@ def lift_kernel(
     tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
 
 
-def dropout_lift_(out, u, A, seed, p: float) -> None:
+def dropout_lift_(out, u, A, seed, p: float, tiles: str = "") -> None:
     if out.dtype == torch.float64:
         return reference("dropout_lift_")(out, u, A, seed, p)
     (T, k), r = out.shape, A.shape[0]
     if out.numel() == 0:
         return None
-    BT, BK, greatest, warps = tile(LIFT, out)
+    BT, BK, greatest, warps = tile(LIFT, out, tiles)
     if k % 4 or not aligned(out, u, A):
         BK, greatest = min(BK, UNALIGNED), min(greatest, UNALIGNED)
     with on_device(out):

@@ -32,6 +32,7 @@ from spectral_ops.triton_kernels.common import (
     strides,
     sum_partials,
     tile,
+    varied,
 )  # fmt: skip
 
 # (architecture, element size): tokens, outputs, inputs per step, tiles of tokens per group, warps, stages
@@ -109,14 +110,14 @@ def matmul_kernel(
         tl.store(target, narrow(total, out.dtype.element_ty), mask=(t < T)[:, None] & (o < d)[None, :])
 
 
-def lowrank_matmul(x, weight, h, B, scale: float, g, bias):
+def lowrank_matmul(x, weight, h, B, scale: float, g, bias, tiles: str = ""):
     if x.dtype == torch.float64:
         return reference("lowrank_matmul")(x, weight, h, B, scale, g, bias)
     (T, k), (d, r) = x.shape, B.shape
     y = x.new_empty(T, d)
     if y.numel() == 0:
         return y
-    BT, BD, BK, group, warps, stages = tile(MATMUL, x)
+    BT, BD, BK, group, warps, stages = tile(MATMUL, x, tiles)
     even = k % BK == 0
     if not (even and aligned(x, weight, h, B)):
         (BT, BD, BK, group, warps, stages), even = MATMUL_UNALIGNED, False
@@ -157,13 +158,13 @@ def update_kernel(
     tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
 
 
-def lowrank_update_(out, h, B, scale: float, g, shift) -> None:
+def lowrank_update_(out, h, B, scale: float, g, shift, tiles: str = "") -> None:
     if out.dtype == torch.float64:
         return reference("lowrank_update_")(out, h, B, scale, g, shift)
     T, (d, r) = out.shape[0], B.shape
     if out.numel() == 0:
         return None
-    BT, BD, R, warps = tile(UPDATE, out) if aligned(out, h, B) else UPDATE_UNALIGNED
+    BT, BD, R, warps = tile(UPDATE, out, tiles) if aligned(out, h, B) else UPDATE_UNALIGNED
     with on_device(out):
         update_kernel[(cdiv(d, BD) * cdiv(T, BT),)](
             out, h, B, g, shift, scale, T, d, r, *out.stride(), *h.stride(), *B.stride(),
@@ -233,7 +234,7 @@ def backward_kernel(
         tl.store(target, narrow(lifted * scale, u.dtype.element_ty), mask=(t < T)[:, None] & (p < r)[None, :])
 
 
-def lowrank_backward(dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_db, need_gdy):
+def lowrank_backward(dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_db, need_gdy, tiles: str = ""):
     if dy.dtype == torch.float64:
         return reference("lowrank_backward")(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, need_gdy)
     (T, d), r = dy.shape, B.shape[1]
@@ -249,8 +250,8 @@ def lowrank_backward(dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_d
         return u, dB, db, dyz, gdy
     heavy = y is not None or need_gdy  # twice the registers per token: half the tokens, two programs per processor
     R = power_of_2(r, 16, 64 if heavy else 128)
-    BT, BD, warps, stages = tile(BACKWARD, dy)[R]
-    BT = BT // 2 if heavy else BT
+    BT, BD, warps, stages = varied(tile(BACKWARD, dy)[R], tiles)
+    BT = max(BT // 2, 16) if heavy else BT
     if not aligned(dy, h, B) or (y is not None and not aligned(y)):
         (BT, BD, warps, stages), R = BACKWARD_UNALIGNED[dy.element_size()], min(R, 32)
     blocks = cdiv(T, BT)

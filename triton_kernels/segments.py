@@ -96,14 +96,14 @@ def project_kernel(
     tl.store(target, narrow(total, out.dtype.element_ty), mask=(i < T)[:, None] & (p < r)[None, :])
 
 
-def segment_project(x, A, order, offsets):
+def segment_project(x, A, order, offsets, tiles: str = ""):
     if x.dtype == torch.float64:
         return reference("segment_project")(x, A, order, offsets)
     (T, k), (n, r, _) = x.shape, A.shape
     h = x.new_empty(T, r)
     if h.numel() == 0:
         return h
-    BT, BK, R, warps, stages = tile(PROJECT, x)
+    BT, BK, R, warps, stages = tile(PROJECT, x, tiles)
     if not aligned(x):
         BT, BK, R, warps, stages = PROJECT_UNALIGNED
     R = power_of_2(r, 16, R)
@@ -142,13 +142,13 @@ def lift_kernel(
     tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
 
 
-def segment_lift_(out, h, B, order, offsets) -> None:
+def segment_lift_(out, h, B, order, offsets, tiles: str = "") -> None:
     if out.dtype == torch.float64:
         return reference("segment_lift_")(out, h, B, order, offsets)
     (T, d), (n, _, r) = out.shape, B.shape
     if out.numel() == 0:
         return None
-    BT, BD, R, warps = tile(LIFT, out) if aligned(out) else LIFT_UNALIGNED
+    BT, BD, R, warps = tile(LIFT, out, tiles) if aligned(out) else LIFT_UNALIGNED
     with on_device(out):
         lift_kernel[(cdiv(T, BT) * cdiv(d, BD),)](
             out, h, B, order, offsets, T, n, d, r, *out.stride(), *h.stride(), *B.stride(),
@@ -178,14 +178,14 @@ def outer_kernel(
     tl.store(target, total, mask=(p < r)[:, None] & (c < k)[None, :])
 
 
-def segment_outer(u, x, order, offsets):
+def segment_outer(u, x, order, offsets, tiles: str = ""):
     if x.dtype == torch.float64:
         return reference("segment_outer")(u, x, order, offsets)
     n, r, k = offsets.shape[0] - 1, u.shape[1], x.shape[1]
     out = torch.empty((n, r, k), dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
-    BT, BK, R, warps, stages = tile(OUTER, x) if aligned(x) else OUTER_UNALIGNED
+    BT, BK, R, warps, stages = tile(OUTER, x, tiles) if aligned(x) else OUTER_UNALIGNED
     R = power_of_2(r, 16, R)
     with on_device(x):
         outer_kernel[(cdiv(k, BK), n, cdiv(r, R))](

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
 from spectral_ops._library import accumulate_dtype
 
@@ -26,16 +27,17 @@ def arguments(
 
     density: of the sparse operators' pattern.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    on = {"generator": generator, "device": device}
 
     def randn(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> torch.Tensor:
-        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(device, to)
+        return (scale * torch.randn(*shape, dtype=torch.float64, **on)).to(to)
 
     acc = accumulate_dtype(dtype)
     x, W, dy, y = randn(T, k), randn(d, k, scale=k**-0.5), randn(T, d), randn(T, d)
     A, B, h = randn(r, k, scale=k**-0.5), randn(d, r, scale=0.3), randn(T, r)
     g, bias = 1 + randn(d, scale=0.1, to=acc), randn(d)
-    key = torch.randint(0, 2**62, (1,), generator=generator).to(device)
+    key = torch.randint(0, 2**62, (1,), **on)
     offsets = torch.tensor([0, *range(2, r + 1), k], dtype=torch.int32, device=device)  # uneven blocks
     square = W.to(acc).square().sum(1)
     norm = square.sqrt()
@@ -45,11 +47,12 @@ def arguments(
     d_bat, k_bat = max(d // r, 1) * r, max(k // r, 1) * r  # Bat's blocks divide both
     W_bat, x_bat, bat = randn(d_bat, k_bat, scale=k**-0.5), randn(T, k_bat), randn(d_bat // r, r, r, scale=0.1, to=acc)
     row_bat = randn(k_bat // r, r, r, scale=0.1, to=acc)
-    mask = torch.rand(d, k, generator=torch.Generator().manual_seed(seed)) < density  # the same for every T and r
-    columns = mask.nonzero()[:, 1].to(device, torch.int32)
-    row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)]).to(device, torch.int32)
+    same = torch.Generator(device).manual_seed(seed)  # for every T and r
+    mask = torch.rand(d, k, generator=same, device=device) < density
+    columns = mask.nonzero()[:, 1].to(torch.int32)
+    row_offsets = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     values = randn(columns.numel(), to=acc)
-    order = torch.randperm(columns.numel(), generator=generator).to(device, torch.int32)
+    order = torch.randperm(columns.numel(), **on).to(torch.int32)
 
     targets = torch.where(torch.arange(T) % 5 == 4, -100, torch.arange(T) * 7 % d).to(device)
 
@@ -96,7 +99,7 @@ def arguments(
         "softmax_gradient_": lambda: [(4 * dy, targets, (2 * dy.to(acc)).logsumexp(1), randn(T, to=acc), 0.5, -100)],
     }
     adapters = randn(3, r, k, scale=k**-0.5), randn(3, d, r, scale=0.3)
-    places = torch.randperm(T, generator=generator).to(device)  # a few rows of no adapter, then those of each
+    places = torch.randperm(T, **on)  # a few rows of no adapter, then those of each
     groups = places, torch.tensor([T // 8, T // 3, T // 2, T], device=device)
     samples |= {
         "segment_project": lambda: [(x, adapters[0], *groups)],
@@ -104,7 +107,7 @@ def arguments(
         "segment_outer": lambda: [(h, x, *groups)],
     }
     layers = [randn(*size) for _ in range(2) for size in ((r, k), (d, r), (r, 1))]  # AdaLoRA: A, B and E, and gradients
-    state = [torch.rand(r * (k + d + 1), generator=generator, dtype=torch.float64).to(device, acc) for _ in range(2)]
+    state = [torch.rand(r * (k + d + 1), dtype=torch.float64, **on).to(acc) for _ in range(2)]
     samples |= {
         "importance_update_": lambda: [
             (*state, layers[:3], layers[3:], [], 0.85, 0.8, True),

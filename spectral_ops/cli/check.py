@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="print every line, not only a summary and the failures")
 
 
-def _convert(args: tuple, dtype: torch.dtype, device: str) -> tuple:
+def converted(args: tuple, dtype: torch.dtype, device: str) -> tuple:
     """A copy of ``args`` with floating tensors in ``dtype`` on ``device``."""
 
     def one(a):
@@ -43,14 +43,19 @@ def outputs(operator: _library.Operator, call, args: tuple) -> list[torch.Tensor
 
 def relative_error(operator, backend: str, args: tuple) -> float:
     """Largest ‖out - ref‖ / ‖ref‖ over the outputs, ref being the reference in float64 on the same (rounded) inputs."""
-    exact = outputs(operator, operator.reference, _convert(args, torch.float64, "cpu"))
+    exact = outputs(operator, operator.reference, converted(args, torch.float64, "cpu"))
     with backends.use_backend(backend):
         got = outputs(operator, operator, tree_map_only(torch.Tensor, torch.clone, args))
+    return largest_error(got, exact)
+
+
+def largest_error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Largest ‖got - exact‖ / ‖exact‖ of several tensors; infinite for another shape or a NaN."""
     worst = 0.0
     for g, e in zip(got, exact, strict=True):
         if g.shape != e.shape:
             return float("inf")
-        error = (g.double().cpu() - e.double()).norm() / e.double().norm().clamp_min(1e-300)
+        error = (g.to(e.device).double() - e.double()).norm() / e.double().norm().clamp_min(1e-300)
         worst = max(worst, float(error) if error == error else float("inf"))
     return worst
 

@@ -1,19 +1,26 @@
-"""Measure the rates that RoSA's cost model predicts with on this device, and show prediction beside measurement."""
+"""Measure this device: the rates that RoSA's cost model predicts with, then the candidates of every operator.
+
+Prints each measurement, for the rates prediction beside measurement, and what it would store: the rates in
+``functional/rates.json``, the choices in ``tuned/<architecture>.json``. ``--write`` stores it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from spectral_ops.cli.bench import DTYPES, commit, timer
+from spectral_ops import _files, _library, backends, tuning
+from spectral_ops.cli import candidates
+from spectral_ops.cli.shapes import DTYPES
 from spectral_ops.cli.table import table
+from spectral_ops.cli.timing import timer
 from spectral_ops.functional import routes
 from spectral_ops.functional.csr import (
     CSR,
@@ -28,12 +35,18 @@ DENSITIES = (0.001, 0.006, 0.02, 0.1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--parts", nargs="+", choices=("rates", "operators"), default=["rates", "operators"])
+    parser.add_argument("--operators", nargs="+", choices=sorted(_library.OPERATORS), help="only these")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--shape", type=int, nargs=2, default=[2048, 2048], metavar=("OUT", "IN"))
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1 128 1024, and 8192 on a GPU; rates: the last")
+    parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("OUT", "IN"),
+                        help="may be repeated; rates: the first (default: 2048 2048, on a GPU 4096 4096)")  # fmt: skip
+    parser.add_argument("--rank", type=int, nargs="+", help="default: 16, and 64 on a GPU")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", action="store_true", help="put the rates into the package's rates.json")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="measure no further operator after these")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--write", action="store_true", help="store what was measured in the package")
 
 
 class Problem:
@@ -118,24 +131,54 @@ def compare(problem: Problem, rates: routes.Rates) -> list[list[str]]:
     return lines
 
 
-def run(arguments: argparse.Namespace) -> int:
+def rates(arguments: argparse.Namespace, device: torch.device) -> None:
     """Print the rates and the comparison per dtype; with ``--write``, keep the rates."""
     found = {}
     for dtype in arguments.dtype:
-        problem = Problem(arguments.tokens, *arguments.shape, DTYPES[dtype], arguments.device, arguments.repeats)
-        rates = problem.rates()
-        found[dtype] = {name: float(f"{value:.2g}") for name, value in rates._asdict().items()}
-        print(
-            f"{arguments.device} {dtype}: " + ", ".join(f"{name} {value:.2g}" for name, value in found[dtype].items())
-        )
-        print(table(["density", "route", "predicted ms", "measured ms", ""], compare(problem, rates)) + "\n")
+        problem = Problem(arguments.tokens[-1], *arguments.shape[0], DTYPES[dtype], str(device), arguments.repeats)
+        measured = problem.rates()
+        found[dtype] = {name: float(f"{value:.2g}") for name, value in measured._asdict().items()}
+        print(f"{device} {dtype}: " + ", ".join(f"{name} {value:.2g}" for name, value in found[dtype].items()))
+        print(table(["density", "route", "predicted ms", "measured ms", ""], compare(problem, measured)) + "\n")
     if arguments.write:
         path = Path(routes.__file__).parent / "rates.json"
         kept = json.loads(path.read_text())
-        name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        source = f"{name}, torch {torch.__version__}, {datetime.date.today()}, commit {commit()}"
-        entry = kept.get(arguments.device, {"rates": {}})
-        kept[arguments.device] = {"source": source, "rates": entry["rates"] | found}
+        entry = kept.get(device.type, {"rates": {}})
+        kept[device.type] = {"source": candidates.source(device), "rates": entry["rates"] | found}
         path.write_text(json.dumps(kept, indent=2) + "\n")
         print(f"written to {path}")
-    return 0
+
+
+def operators(arguments: argparse.Namespace, device: torch.device, path: Path | None, deadline: float) -> int:
+    """Print what won where and the entries to keep; with ``--write``, put them into the table of this architecture."""
+    sizes = [(T, d, k, r) for r in arguments.rank for T in arguments.tokens for d, k in arguments.shape]
+    names, repeats = arguments.operators, arguments.repeats
+    found, red = candidates.search(names, arguments.dtype, sizes, device, repeats, deadline)
+    new = candidates.entries(found, device)
+    print(tuning.text(new) if new else "nothing beat the default")
+    if arguments.write and path and found:
+        kept = candidates.merged(tuning.read(path), found, new)
+        if kept or path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _files.write(path, lambda part: part.write_text(tuning.text(kept)))
+            backends.forget_tables()
+            print(f"written to {path}")
+    return 1 if red else 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure both parts; exit status 1 where a candidate is red."""
+    device = torch.device(arguments.device)
+    cuda = device.type == "cuda"
+    arguments.tokens = arguments.tokens or [1, 128, 1024] + [8192] * cuda
+    arguments.shape = arguments.shape or [[4096, 4096] if cuda else [2048, 2048]]
+    arguments.rank = arguments.rank or [16] + [64] * cuda
+    deadline = time.monotonic() + arguments.seconds
+    path = tuning.file(device)
+    if arguments.write and "operators" in arguments.parts and path is None:
+        raise SystemExit(
+            f"tune: --write: {device} has no table here: no compiled kernels, or SPECTRAL_OPS_TUNED is empty"
+        )
+    if "rates" in arguments.parts:
+        rates(arguments, device)
+    return operators(arguments, device, path, deadline) if "operators" in arguments.parts else 0

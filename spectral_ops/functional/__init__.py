@@ -70,7 +70,7 @@ FUNCTIONS.update(
     disha_linear=_SHARDS,
     dora_linear=(*_NORM, "lowrank_update_", "lowrank_backward", "magnitude_grad", "seeded_dropout", "dropout_outer"),
     dora_update=("lowrank_update_", "lowrank_backward"),
-    lowrank_linear=("lowrank_update_", "lowrank_backward", *_DROPOUT),
+    lowrank_linear=("lowrank_matmul", "lowrank_update_", "lowrank_backward", *_DROPOUT),
     lowrank_linear_group=("lowrank_backward",),
     lowrank_update=("lowrank_update_", "lowrank_backward", *_DROPOUT),
     segmented_lowrank_linear=("lowrank_backward", *_SEGMENTS, *_DROPOUT),

@@ -80,6 +80,18 @@ def lowrank_update_op(out, h, B, scale, g, shift):
     out.copy_(y if shift is None else y + shift)
 
 
+def library_matmul(x, weight, h, B, scale, g, bias):
+    """lowrank_matmul as the library's product and an accumulating second one or, with g, our epilogue pass."""
+    if g is None:
+        return F.linear(x, weight, bias).addmm_(h, B.t(), alpha=scale)
+    y = F.linear(x, weight)
+    lowrank_update_op(y, h, B, scale, g, None if bias is None else bias.to(g.dtype))
+    return y
+
+
+lowrank_matmul_op.library = library_matmul
+
+
 def _backward_fake(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, need_gdy):
     (T, d), r, acc = dy.shape, B.shape[1], accumulate_dtype(dy.dtype)
     return (
@@ -153,16 +165,13 @@ def core_backward(h, u, core, need_core):
 def fused_forward(x, weight, h, B, scale, g, bias):
     """y [T, d] = g * (x Wᵀ + scale h Bᵀ) + b for x [T, k], h [T, r]; makes no [T, d] tensor besides y.
 
-    The route is the library's product with an accumulating second product (or, with g, our epilogue pass); the
-    single-GEMM kernel runs where a backend that has one is forced.
+    The library's products, unless a backend that has the single-GEMM kernel is forced or a table of measurements has
+    another choice than the library for it.
     """
-    if _library.forced_backend in ("triton", "reference"):
+    forced = _library.forced_backend
+    if forced in ("triton", "reference") or (forced is None and _library.tuned("lowrank_matmul", x.device)):
         return lowrank_matmul_op(x, weight, h, B, scale, g, bias)
-    if g is None:
-        return F.linear(x, weight, bias).addmm_(h, B.t(), alpha=scale)
-    y = F.linear(x, weight)
-    lowrank_update_op(y, h, B, scale, g, None if bias is None else bias.to(g.dtype))
-    return y
+    return library_matmul(x, weight, h, B, scale, g, bias)
 
 
 def scales_tokens(T, weight, g):
