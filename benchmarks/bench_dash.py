@@ -12,8 +12,11 @@ import torch.nn.functional as F
 
 from benchmarks import harness
 from spectral_ops import LoRADashConfig, LoRADashLinear, lowrank_linear, lowrank_update, task_direction_scores
-from spectral_ops.cli import bench
+from spectral_ops.cli.check import largest_error
+from spectral_ops.cli.layers import TOLERANCE, step
 from spectral_ops.cli.peers import Layer
+from spectral_ops.cli.shapes import DTYPES
+from spectral_ops.cli.timing import interleave
 
 S = 8
 
@@ -48,22 +51,22 @@ def candidates(weight):
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 def test_tax(benchmark, dtype):
-    dtype = bench.DTYPES[dtype]
+    dtype = DTYPES[dtype]
     weight = (torch.randn(harness.D, harness.K) * harness.K**-0.5).to(dtype)
     x = torch.randn(harness.T, harness.K, dtype=dtype, requires_grad=True)
     dy = torch.randn(harness.T, harness.D, dtype=dtype)
     layers = candidates(weight)
-    got, want = (bench.step(layers[name], x, dy) for name in ("cat", "separate"))
-    assert bench._difference(got, want) < bench.TOLERANCE[dtype]
-    calls = {name: (lambda layer=layer: bench.step(layer, x, dy)) for name, layer in layers.items()}
-    times = bench.interleave(calls, lambda _: None, 9, torch.device("cpu"))
+    got, want = (step(layers[name], x, dy) for name in ("cat", "separate"))
+    assert largest_error(got, want) < TOLERANCE[dtype]
+    calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
+    times = interleave(calls, lambda _: None, 9, torch.device("cpu"))
     ratios = {
         name: round(statistics.median(a / b for a, b in zip(times[name], times["frozen"], strict=True)), 4)
         for name in layers
     }
     benchmark.extra_info.update(ratios=ratios)
     print("\n", dtype, ratios)
-    benchmark.pedantic(bench.step, (layers["cat"], x, dy), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(step, (layers["cat"], x, dy), rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("form", ["factored", "dense"])
@@ -77,5 +80,5 @@ def test_scores(benchmark, form):
         return ((U.t() @ (2.0 * B @ A)) * Vh).sum(1).abs() / (S + 1e-6)
 
     calls = {"factored": lambda: task_direction_scores(A, B, U, S, Vh, 2.0), "dense": dense}
-    assert bench._difference([calls["factored"]()], [dense()]) < 1e-4
+    assert largest_error([calls["factored"]()], [dense()]) < 1e-4
     benchmark.pedantic(calls[form], rounds=5, warmup_rounds=1)

@@ -11,7 +11,7 @@ import statistics
 import pytest
 import torch
 
-from spectral_ops.cli import bench
+from spectral_ops.cli.timing import interleave
 from spectral_ops.init import clear_svd_cache, truncated_svd
 
 PROJECTIONS = {
@@ -73,7 +73,7 @@ def test_randomized_pissa(benchmark, weights, niter):
         for name, weight in weights.items()
         for kind, n in (("exact", None), ("randomized", niter))
     }
-    times = bench.interleave(calls, lambda _: clear_svd_cache(), 3, torch.device("cpu"))
+    times = interleave(calls, lambda _: clear_svd_cache(), 3, torch.device("cpu"))
     ratio = {
         name: statistics.median(a / b for a, b in zip(times[f"exact {name}"], times[f"randomized {name}"], strict=True))
         for name in weights

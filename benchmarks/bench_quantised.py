@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import harness
 from benchmarks.harness import D, K, T
 from spectral_ops.adapters import quantised
-from spectral_ops.cli import bench, catalogue
+from spectral_ops.cli import catalogue, results
+from spectral_ops.cli.counting import counted, peak_bytes, saved_bytes
+from spectral_ops.cli.layers import share, step
 from spectral_ops.cli.peers import Layer
+from spectral_ops.cli.timing import interleave
 
 FORMATS = ("float32", "nf4", "int8")  # torchao's tensors have no storage whose bytes could be told apart
 METHODS = ("lora", "pissa", "dora", "bone", "rosa", "pica", "spectral_rotation")
@@ -47,20 +51,23 @@ def test_step(benchmark, record, method, form):
         adapted.set_mask((mask.row_offsets, mask.col_indices))
     x, dy = torch.randn(T, K, requires_grad=True), torch.randn(T, D)
     layers = {"frozen": Layer(frozen, []), "spectral_ops": Layer(adapted, parameters)}
-    calls = {name: (lambda layer=layer: bench.step(layer, x, dy)) for name, layer in layers.items()}
-    times = bench.interleave(calls, lambda name: None, 5, x.device)
-    ratio = sorted(a / b for a, b in zip(times["spectral_ops"], times["frozen"], strict=True))[2]
+    calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
+    times = interleave(calls, lambda name: None, 5, x.device)
     known = [*constants(frozen, adapted, layer), *parameters]
     rows = []
     for name, candidate in layers.items():
-        saved = bench.saved_bytes(candidate.forward, x, known)
-        seconds = sorted(times[name])[2]
+        with counted() as counts:
+            calls[name]()
         rows.append(
-            bench.Measurement(
-                f"{method} over {form}, {held / 2**20:.2f} MiB", name, "float32", "float32", "cpu", T, D, K, 0,
-                seconds * 1e3, ratio - 1 if name != "frozen" else 0.0, saved, None,
+            results.Layer(
+                method=f"{method} over {form}, {held / 2**20:.2f} MiB", implementation=name, device="cpu",
+                dtype="float32", adapter_dtype="float32", tokens=T, out_features=D, in_features=K, rank=0,
+                times=times[name], ratios=[a / b for a, b in zip(times[name], times["frozen"], strict=True)],
+                **share(counts, harness.ceiling("float32")),
+                saved_bytes=saved_bytes(candidate.forward, x, known), peak_bytes=peak_bytes(calls[name], x.device),
             )
         )  # fmt: skip
+    ratio = rows[-1].ratio
     record(rows)
     benchmark.extra_info.update(weight_bytes=held, ratio=ratio, saved=rows[-1].saved_bytes, frozen=rows[0].saved_bytes)
     benchmark.pedantic(calls["spectral_ops"], rounds=3)

@@ -7,7 +7,8 @@ from torch import nn
 
 from benchmarks import harness
 from spectral_ops import LoRAConfig, LoRALinear, lowrank_linear, segmented_lowrank_linear
-from spectral_ops.cli import bench
+from spectral_ops.cli.shapes import DTYPES
+from spectral_ops.cli.timing import interleave
 
 T, D, K, R = harness.T, harness.D, harness.K, harness.R
 LENGTH = 128
@@ -21,7 +22,7 @@ def test_operator(benchmark, name, dtype):
 
 def problem(n: int, dtype: str):
     torch.manual_seed(0)
-    x = torch.randn(T // LENGTH, LENGTH, K, dtype=bench.DTYPES[dtype], requires_grad=True)
+    x = torch.randn(T // LENGTH, LENGTH, K, dtype=DTYPES[dtype], requires_grad=True)
     W = torch.randn(D, K, dtype=x.dtype) / K**0.5
     As = [(torch.randn(R, K) / K**0.5).requires_grad_() for _ in range(n)]
     Bs = [(torch.randn(D, R) / R**0.5).requires_grad_() for _ in range(n)]
@@ -102,7 +103,7 @@ def test_inference_beside_peft(benchmark, n, dtype):
 
 def record(benchmark, calls, reference: str) -> None:
     """The median of each call over that of ``reference``, taken in turns."""
-    seconds = bench.interleave(calls, lambda name: None, 7, torch.device("cpu"))
+    seconds = interleave(calls, lambda name: None, 7, torch.device("cpu"))
     median = {name: torch.tensor(times).median().item() for name, times in seconds.items()}
     ratios = {name: round(value / median[reference], 3) for name, value in median.items()}
     benchmark.extra_info.update(ratios=ratios)

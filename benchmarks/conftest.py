@@ -2,7 +2,7 @@
 
 import pytest
 
-from spectral_ops.cli.bench import format_measurements
+from spectral_ops.cli.report import layers_table
 
 results = []
 
@@ -16,4 +16,4 @@ def record():
 def pytest_terminal_summary(terminalreporter):
     if results:
         terminalreporter.section("adapter tax (medians of interleaved turns, one run)")
-        terminalreporter.write_line(format_measurements(results))
+        terminalreporter.write_line(layers_table(results))

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from spectral_ops import _library
-from spectral_ops.cli import bench, peers
+from spectral_ops.cli import layers, peers
 from spectral_ops.cli.cases import arguments
+from spectral_ops.cli.results import Ceiling
+from spectral_ops.cli.shapes import DTYPES as DTYPE
+from spectral_ops.cli.timing import measure_ceilings
 
 T, D, K, R = 1024, 2048, 2048, 16
-DTYPES = list(bench.DTYPES)
+DTYPES = list(DTYPE)
+
+
+@functools.cache
+def ceiling(dtype: str) -> Ceiling:
+    """This machine's, measured once."""
+    return measure_ceilings("cpu", {dtype: DTYPE[dtype]})[dtype]
 
 
 def operators(stem: str) -> list[str]:
@@ -20,23 +31,24 @@ def operators(stem: str) -> list[str]:
 def tax(benchmark, record, method: str, dtype: str, target: float) -> None:
     """Measure the layer beside its peers in one run, put the rows into the closing table, and time our step by itself.
 
-    A result that differs from the peer's fails. A missed target does not: on a shared machine it is a figure to read,
+    A result that is wrong fails. A missed target does not: on a shared machine it is a figure to read,
     and it is written beside the figure.
     """
-    rows = bench.measure(method, T, D, K, peers.METHODS[method], bench.DTYPES[dtype], "cpu")
+    rank = peers.METHODS[method]
+    rows = layers.measure(method, T, D, K, rank, DTYPE[dtype], "cpu", ceiling(dtype))
     record(rows)
-    ratios = {row.implementation: round(1 + row.tax, 4) for row in rows}
-    assert all(ratio == ratio for ratio in ratios.values()), f"red: a result differs from the peer's: {rows}"
+    assert not any(row.red for row in rows), f"red: a result is wrong: {rows}"
+    ratios = {row.implementation: round(row.ratio, 4) for row in rows}
     benchmark.extra_info.update(ratios=ratios, target=target, met=ratios["spectral_ops"] <= target)
-    x = torch.randn(T, K, dtype=bench.DTYPES[dtype], requires_grad=True)
-    layer = peers.function_layer(method, torch.randn(D, K, dtype=x.dtype), peers.METHODS[method])
-    benchmark.pedantic(bench.step, (layer, x, torch.randn(T, D, dtype=x.dtype)), rounds=5, warmup_rounds=1)
+    x = torch.randn(T, K, dtype=DTYPE[dtype], requires_grad=True)
+    subject = peers.Subject(method, torch.randn(D, K, dtype=x.dtype), rank)
+    benchmark.pedantic(layers.step, (subject.ours, x, torch.randn(T, D, dtype=x.dtype)), rounds=5, warmup_rounds=1)
 
 
 def operator(benchmark, name: str, dtype: str) -> None:
     """Time one operator on its first sample arguments; GB/s and GFLOP/s come from its cost formula."""
     op = _library.OPERATORS[name]
-    args = next(arguments(name, T, D, K, R, bench.DTYPES[dtype], "cpu"))
+    args = next(arguments(name, T, D, K, R, DTYPE[dtype], "cpu"))
     cost = op.cost(*args)
     benchmark.pedantic(op, args, rounds=15, warmup_rounds=2)
     seconds = benchmark.stats.stats.median

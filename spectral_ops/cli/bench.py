@@ -1,183 +1,162 @@
-"""Adapter tax of one layer: its forward and backward over those of the same layer frozen, beside its peers in one run.
+"""Every operator and every method's layer on this machine: time, tax, rates, share of the roofline floor, and memory.
 
-The implementations of a method take turns, so that a machine that drifts drifts for all of them; the tax is the median
-over turns of (adapted time / frozen time in the same turn) - 1. Parameters change before every step, outside the timed
-part, so that nothing cached from the weights survives. Adapters are float32, as PEFT makes them by default, or with
-``--adapter-dtype same`` in the layer's dtype (PEFT's ``autocast_adapter_dtype=False``). No time is printed for a result
-that differs from the peer's (PEFT's, or plain autograd's where PEFT lacks the method).
+A layer's tax is the median over turns of (its forward and backward / the frozen layer's in the same turn) - 1, beside
+its peers in one run. The floor comes from ceilings measured in the same run: the library's product rate and a copy. No
+time is printed for a result that fails its numerical check. Ctrl-C keeps what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-from dataclasses import asdict, dataclass
+import time
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 
-import spectral_ops
-from spectral_ops.cli import predict, review
-from spectral_ops.cli.counting import saved_bytes
-from spectral_ops.cli.peers import METHODS, OURS, Layer, layers
-from spectral_ops.cli.results import commit
-from spectral_ops.cli.shapes import DTYPES
-from spectral_ops.cli.table import table
-from spectral_ops.cli.timing import interleave, timer  # noqa: F401
+from spectral_ops.cli import growth, layers, operators, overhead, predict, results, review
+from spectral_ops.cli.peers import METHODS, USUAL, missing
+from spectral_ops.cli.report import report
+from spectral_ops.cli.shapes import BLOCKS, DTYPES, sizes
+from spectral_ops.cli.timing import measure_ceilings
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, outputs and gradients against the peer's
+Job = tuple[str, Callable[[], None]]  # what it measures, and what adds that to the results
 
-
-@dataclass
-class Measurement:
-    """One implementation of one method at one shape."""
-
-    method: str
-    implementation: str
-    dtype: str
-    adapter_dtype: str
-    device: str
-    tokens: int
-    out_features: int
-    in_features: int
-    rank: int
-    milliseconds: float
-    tax: float
-    saved_bytes: int
-    error: float | None  # largest relative difference to the peer over output and gradients; None for the peer itself
-
-
-def _difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return max(
-        float((p.double() - q.double()).norm() / q.double().norm().clamp_min(1e-30)) for p, q in zip(a, b, strict=True)
-    )
-
-
-def step(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
-    """One forward and backward; returns the output and every gradient."""
-    x.grad = None
-    for p in layer.parameters:
-        p.grad = None
-    y = layer.forward(x)
-    y.backward(dy)
-    return [y.detach(), x.grad, *(p.grad for p in layer.parameters)]
-
-
-def measure(
-    method: str,
-    T: int,
-    d: int,
-    k: int,
-    rank: int,
-    dtype: torch.dtype,
-    device: str,
-    *,
-    adapter_dtype: torch.dtype = torch.float32,
-    repeats: int = 20,
-    peers: bool = True,
-) -> list[Measurement]:
-    """The frozen layer, our function, and with ``peers`` the method's peers (see peers.py), in one run.
-
-    adapter_dtype, of the parameters: float32 or ``dtype``.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(T, k, generator=generator).to(device, dtype).requires_grad_()
-    dy = torch.randn(T, d, generator=generator).to(device, dtype)
-    weight = (torch.randn(d, k, generator=generator) * k**-0.5).to(device, dtype)
-    candidates = layers(method, weight, rank, adapter_dtype)
-    peer = list(candidates)[-1]
-    expected = step(candidates[peer], x, dy)
-    timed = candidates if peers else {OURS: candidates[OURS]}
-    errors = {name: _difference(step(layer, x, dy), expected) for name, layer in timed.items() if name != peer}
-    timed = {"frozen": Layer(lambda x: F.linear(x, weight), []), **timed}
-    saved = {name: saved_bytes(layer.forward, x, [weight, *layer.parameters]) for name, layer in timed.items()}
-
-    def change_parameters(name: str) -> None:
-        with torch.no_grad():
-            for p in timed[name].parameters:
-                p.neg_()
-
-    calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in timed.items()}
-    times = interleave(calls, change_parameters, repeats, x.device)
-    results = []
-    for name in timed:
-        ratio = statistics.median(a / b for a, b in zip(times[name], times["frozen"], strict=True))
-        red = errors.get(name, 0.0) > TOLERANCE[dtype]
-        nan = float("nan")
-        results.append(
-            Measurement(
-                method, name, str(dtype).removeprefix("torch."), str(adapter_dtype).removeprefix("torch."),
-                device, T, d, k, rank,
-                nan if red else statistics.median(times[name]) * 1e3, nan if red else ratio - 1,
-                saved[name], errors.get(name),
-            )
-        )  # fmt: skip
-    return results
-
-
-def format_measurements(results: list[Measurement]) -> str:
-    """The table ``bench`` prints; RED stands where numbers differ from the peer's, in place of a time."""
-    rows = []
-    for m in results:
-        red = m.milliseconds != m.milliseconds
-        rows.append([
-            m.method, m.dtype, m.adapter_dtype, m.implementation,
-            "RED" if red else f"{m.milliseconds:.2f}", "RED" if red else f"{1 + m.tax:.3f}",
-            f"{m.saved_bytes / 2**20:.2f}", "-" if m.error is None else f"{m.error:.1e}",
-        ])  # fmt: skip
-    return table(
-        ["method", "dtype", "adapters", "implementation", "ms/step", "x frozen", "saved MiB", "diff to peer"], rows
-    )
+DEFAULTS = {"tokens": [1024], "shape": [2048, 2048], "repeats": 20}
+QUICK = {"tokens": [128], "shape": [256, 256], "repeats": 3}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--ops", nargs="+", choices=[*operators.NAMES, "all", "none"], metavar="NAME",
+                        help="operators of the grid, all or none (default: all, or none beside --methods)")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, "all", "none"],
+                        help=f"methods, all or none (default: {' '.join(USUAL)}, or none beside --ops)")  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", choices=[*BLOCKS, "custom"], default=["custom"],
+                        help="every projection of these models' blocks, or --shape (the default); operators take the"
+                        " first")  # fmt: skip
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("OUT", "IN"), help="default: 2048 2048")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 1024")
+    parser.add_argument("--rank", type=int, help="default: each method's usual one, 16 for operators")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--adapter-dtype", nargs="+", choices=("float32", "same"), default=["float32"],
                         help="of the parameters; same: the layer's (default: float32, as PEFT makes them)")  # fmt: skip
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024])
-    parser.add_argument("--shape", type=int, nargs=2, default=[2048, 2048], metavar=("OUT", "IN"))
-    parser.add_argument("--rank", type=int, help="default: 64 for bone and bat, else 16")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time the peers as well")
+    parser.add_argument("--compiled", action="store_true",
+                        help="also PEFT under torch.compile (compiling takes longer than measuring)")  # fmt: skip
+    parser.add_argument("--overhead", action="store_true", help="also the host's time per layer, at T=1 and 128")
+    parser.add_argument("--growth", action="store_true",
+                        help="also each operator's time over tokens, features, rank and density")  # fmt: skip
+    parser.add_argument("--repeats", type=int, help="turns; default: 20")
+    parser.add_argument("--quick", action="store_true",
+                        help=f"whether it works, not how fast: T={QUICK['tokens'][0]}, a layer of"
+                        f" {QUICK['shape'][0]}x{QUICK['shape'][1]}, {QUICK['repeats']} turns")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave the peers out of the timing")
-    parser.add_argument(
-        "--predict",
-        action="store_true",
-        help="measure nothing: print what Llama-3-8B and 70B would cost on GPUs, on paper",
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the measurements, with versions and device, to FILE")
+    parser.add_argument("--predict", action="store_true",
+                        help="measure nothing: print what Llama-3-8B and 70B would cost on GPUs, on paper")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="keep the results in FILE, written anew after each measurement")
     review.add_arguments(parser)
 
 
+def settle(arguments: argparse.Namespace) -> None:
+    """Put the defaults in that depend on other arguments."""
+    for name, value in (QUICK if arguments.quick else DEFAULTS).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    alone = (arguments.ops is None) != (arguments.methods is None)
+    usual = {"ops": ["none"] if alone else operators.NAMES, "methods": ["none"] if alone else list(USUAL)}
+    for name, known in (("ops", operators.NAMES), ("methods", list(METHODS))):
+        chosen = getattr(arguments, name) or usual[name]
+        setattr(arguments, name, [] if "none" in chosen else known if "all" in chosen else chosen)
+
+
+def plan(arguments: argparse.Namespace, found: results.Results, note: Callable[[str], None]) -> Iterator[Job]:
+    """Everything to measure, in order; every job adds to ``found``."""
+    options = {"repeats": arguments.repeats, "peers": arguments.peers, "note": note}
+    chosen = sizes(arguments.shapes, tuple(arguments.shape))
+    for name in arguments.ops:
+        d, k = chosen[0]
+        for dtype in arguments.dtype:
+            for T in arguments.tokens:
+
+                def operator(name=name, dtype=dtype, T=T, d=d, k=k) -> None:
+                    size = (T, d, k, arguments.rank or 16, DTYPES[dtype], arguments.device)
+                    found.operators += operators.measure(name, *size, found.ceilings[dtype], **options)
+
+                yield f"{name} {dtype} T={T} {d}x{k}", operator
+    for method in arguments.methods:
+        for dtype in arguments.dtype:
+            for adapters in dict.fromkeys(dtype if a == "same" else a for a in arguments.adapter_dtype):
+                for T in arguments.tokens:
+                    for d, k in chosen:
+
+                        def layer(method=method, dtype=dtype, adapters=adapters, T=T, d=d, k=k) -> None:
+                            size = (T, d, k, arguments.rank or METHODS[method], DTYPES[dtype], arguments.device)
+                            found.layers += layers.measure(
+                                method, *size, found.ceilings[dtype],
+                                adapter_dtype=DTYPES[adapters], compiled=arguments.compiled, **options,
+                            )  # fmt: skip
+
+                        yield f"{method} {dtype}, adapters {adapters}, T={T} {d}x{k}", layer
+    for method in (arguments.methods or USUAL) if arguments.overhead else ():
+
+        def host(method=method) -> None:
+            found.overhead += overhead.measure(method, arguments.device, seconds=0.02 if arguments.quick else 0.2)
+
+        yield f"host overhead of {method}", host
+    for name in (arguments.ops or operators.NAMES) if arguments.growth else ():
+        for dtype in arguments.dtype:
+
+            def over(name=name, dtype=dtype) -> None:
+                found.growth += growth.measure([name], [DTYPES[dtype]], arguments.device, found.ceilings)
+
+            yield f"growth of {name} {dtype}", over
+
+
+def perform(jobs: list[Job], keep: Callable[[], None]) -> list[str]:
+    """Run the jobs, saying what is left; ``keep`` is called after each. Returns what failed."""
+    began, failed = time.monotonic(), []
+    for i, (label, job) in enumerate(jobs):
+        left = (time.monotonic() - began) / i * (len(jobs) - i) if i else 0.0
+        print(f"[{i + 1}/{len(jobs)}] {label}" + (f", about {left:.0f} s left" if i else ""), flush=True)
+        try:
+            job()
+        except (RuntimeError, ValueError) as error:  # no memory, or a size that a method does not take
+            failed.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        keep()
+    return failed
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, show each method as it is done, print the table; exit status 1 where a result is red."""
+    """Measure, print the tables, keep the results; exit status 1 where anything is red or failed, 130 after Ctrl-C."""
     if (status := review.run(arguments)) is not None:
         return status
     if arguments.predict:
         print(predict.report())
         return 0
-    results: list[Measurement] = []
-    d, k = arguments.shape
+    settle(arguments)
+    warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)  # torch's, of CSR tensors in general
+    found = results.Results(results.meta(arguments.device))
+    notes: list[str] = []
+    jobs = list(plan(arguments, found, lambda text: notes.append(text)))
+    if arguments.peers and (absent := missing()):
+        print("not installed: " + ", ".join(absent))
+    failed, interrupted = [], False
+
+    def keep() -> None:
+        if arguments.json:
+            results.write(arguments.json, found)
+
     try:
-        for method in arguments.methods:
-            for dtype in arguments.dtype:
-                for adapters in dict.fromkeys(dtype if a == "same" else a for a in arguments.adapter_dtype):
-                    for T in arguments.tokens:
-                        print(f"measuring {method} {dtype}, adapters {adapters}, T={T} {d}x{k} ...", flush=True)
-                        rank = arguments.rank or METHODS[method]
-                        results += measure(
-                            method, T, d, k, rank, DTYPES[dtype], arguments.device,
-                            adapter_dtype=DTYPES[adapters], repeats=arguments.repeats, peers=arguments.peers,
-                        )  # fmt: skip
+        print("measuring the ceilings", flush=True)
+        found.ceilings = measure_ceilings(arguments.device, {name: DTYPES[name] for name in arguments.dtype})
+        failed = perform(jobs, keep)
     except KeyboardInterrupt:
-        print("interrupted: what was measured so far follows")
-    print("\n" + format_measurements(results))
-    if arguments.json:
-        device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-        meta = {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "spectral_ops": spectral_ops.__version__, "commit": commit()}  # fmt: skip
-        with open(arguments.json, "w") as file:
-            json.dump({"meta": meta, "measurements": [asdict(m) for m in results]}, file, indent=1)
-    return 1 if any(m.milliseconds != m.milliseconds for m in results) else 0
+        interrupted = True
+        print("\ninterrupted: what was measured so far follows")
+    keep()
+    print("\n" + report(found, arguments.shapes))
+    if arguments.png:
+        review.draw(found, arguments.png)
+    for text in dict.fromkeys((*notes, *(f"FAILED {text}" for text in failed))):
+        print(text)
+    return 130 if interrupted else 1 if found.red or failed else 0

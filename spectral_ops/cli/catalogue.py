@@ -67,14 +67,19 @@ def even_pattern(d: int, k: int, density: float = DENSITY) -> spectral_ops.CSR:
 
 
 def layer(
-    name: str, linear: nn.Linear, pattern: spectral_ops.CSR | None = None, **fields
+    name: str,
+    linear: nn.Linear,
+    pattern: spectral_ops.CSR | None = None,
+    *,
+    autocast_adapter_dtype: bool = True,
+    **fields,
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.Tensor]]:
     """Method ``name`` over ``linear``: its forward, and the parameters it trains.
 
     ``pattern``: RoSA's, which a fresh RoSALinear does not have yet.
     """
     config = METHODS[name].build(**fields)
-    adapted = layer_type(config).from_linear(linear, config)
+    adapted = layer_type(config).from_linear(linear, config, autocast_adapter_dtype=autocast_adapter_dtype)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     if pattern is None or not isinstance(adapted, adapters.RoSALinear):
         return adapted, parameters
