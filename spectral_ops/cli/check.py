@@ -41,10 +41,9 @@ def outputs(operator: _library.Operator, call, args: tuple) -> list[torch.Tensor
     return [t for t in tree_leaves(results) if t is not None] + [t for t in written if t.is_floating_point()]
 
 
-def relative_error(operator, backend: str, args: tuple, where: str = "cpu") -> float:
-    """Largest ‖out - ref‖ / ‖ref‖ over the outputs, ref being the reference in float64 on the same (rounded) inputs,
-    computed on the device ``where``."""
-    exact = outputs(operator, operator.reference, converted(args, torch.float64, where))
+def relative_error(operator, backend: str, args: tuple) -> float:
+    """Largest ‖out - ref‖ / ‖ref‖ over the outputs, ref being the reference in float64 on the same (rounded) inputs."""
+    exact = outputs(operator, operator.reference, converted(args, torch.float64, "cpu"))
     with backends.use_backend(backend):
         got = outputs(operator, operator, tree_map_only(torch.Tensor, torch.clone, args))
     return largest_error(got, exact)

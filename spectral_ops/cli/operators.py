@@ -1,7 +1,7 @@
 """Every operator of the grid by itself, on the sample arguments that tests use, beside other libraries' products.
 
-What is timed is the backend that the dispatcher takes. Its result is compared with the reference in float64 on the same
-arguments, at the size that is timed.
+What is timed is what a call takes by itself: the default, or what the tuner chose for the sizes. Its result is compared
+with the reference in float64 on the same arguments, at the size that is timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from spectral_ops import _library, backends
 from spectral_ops.cli import results
 from spectral_ops.cli.cases import arguments
 from spectral_ops.cli.catalogue import DENSITY
-from spectral_ops.cli.check import BOUNDS, largest_error, relative_error
+from spectral_ops.cli.check import BOUNDS, converted, largest_error, outputs
 from spectral_ops.cli.peers import missing
 from spectral_ops.cli.timing import interleave, repeat
 
@@ -64,6 +64,12 @@ PEERS: dict[str, tuple[Callable[[str, tuple], Call], tuple[str, ...]]] = {
 }
 
 
+def _error(operator: _library.Operator, args: tuple) -> float:
+    """Of what the dispatcher runs, to the reference in float64, on the arguments' device."""
+    exact = outputs(operator, operator.reference, converted(args, torch.float64, args[0].device))
+    return largest_error(outputs(operator, operator, tree_map_only(torch.Tensor, torch.clone, args)), exact)
+
+
 def _expected(operator: _library.Operator, args: tuple) -> list[torch.Tensor]:
     """What a peer of the operator is to compute, in float64; products that ours adds to something start from zero."""
     args = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
@@ -92,9 +98,9 @@ def measure(
     """Operator ``name`` on its first sample arguments for x [T, k], W [d, k] and rank, and with ``peers`` its peers."""
     operator = _library.OPERATORS[name]
     args = next(arguments(name, T, d, k, rank, dtype, device, density=DENSITY))
-    backend, bound = backends.choose(operator, torch.device(device).type).backend, SLACK * BOUNDS[dtype]
+    backend, bound = backends.choose(operator, device, args).backend, SLACK * BOUNDS[dtype]
     calls: dict[str, Callable[[], object]] = {backend: lambda: operator(*args)}
-    errors = {backend: relative_error(operator, backend, args, device)}
+    errors = {backend: _error(operator, args)}
     absent = missing()
     for peer, (build, names) in PEERS.items():
         if not peers or name not in names or peer in absent or (peer == "Liger" and device == "cpu"):
