@@ -150,15 +150,17 @@ def signature(args: Sequence) -> tuple[torch.dtype | None, tuple]:
     for a in args:
         tensor = a
         if isinstance(a, torch.Tensor):
-            found.append(tuple(a.shape))
+            found.append(a.shape)
         elif isinstance(a, (list, tuple)):
             found.append(len(a))
             tensor = a[0] if a else None
         else:
             found.append(None if isinstance(a, float) else a)
-        if isinstance(tensor, torch.Tensor) and tensor.dtype.is_floating_point:
-            if dtype is None or tensor.dtype.itemsize < dtype.itemsize:
-                dtype = tensor.dtype
+            continue
+        narrower = getattr(tensor, "dtype", dtype)
+        if narrower is not dtype and narrower.is_floating_point:
+            if dtype is None or narrower.itemsize < dtype.itemsize:
+                dtype = narrower
     return dtype, tuple(found)
 
 

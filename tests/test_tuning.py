@@ -249,7 +249,7 @@ def slow_kernel(monkeypatch):
         return {name: [2.0 if name == "cpu" else 1.0] * repeats for name in calls}
 
     monkeypatch.setattr(candidates, "interleave", interleave)
-    monkeypatch.setattr(candidates, "lookup_seconds", lambda device: 0.0)
+    monkeypatch.setattr(candidates, "lookup_seconds", lambda: 0.0)
 
 
 def test_tune_writes_only_when_asked_and_the_table_is_used(folder, slow_kernel, capsys):
@@ -277,6 +277,19 @@ def test_a_wrong_candidate_is_refused(folder, slow_kernel, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "reference RED" in out and "nothing beat the default" in out
     assert not list(folder.iterdir())
+
+
+def test_a_candidate_whose_runs_differ_is_refused(monkeypatch):
+    right = backends.implementation
+
+    def implementation(operator, choice):
+        call = right(operator, choice)
+        return (lambda *args: call(*args) * (1 + 1e-6 * torch.rand(()))) if choice == "reference" else call
+
+    monkeypatch.setattr(backends, "implementation", implementation)
+    args = torch.randn(4, 32), 4, None, None, 0.0
+    times, refused = candidates.measure(block_sum_op, args, lambda _: None, 2, 0.0)
+    assert list(times) == ["cpu"] and refused == {"reference": "differs between two runs"}
 
 
 def test_an_interrupted_run_keeps_what_it_measured(folder, slow_kernel, monkeypatch):
@@ -333,7 +346,7 @@ def test_a_real_clock_measures_every_candidate(folder, capsys):
     """Caches are overwritten between calls, and what looking up costs is counted."""
     between, called = candidates.flush(CPU), []
     args = torch.randn(4, 32), 4, None, None, 0.0
-    lookup = candidates.lookup_seconds(CPU, repeats=5)
+    lookup = candidates.lookup_seconds(repeats=5)
     times, refused = candidates.measure(
         block_sum_op, args, lambda name: called.append(name) or between(name), 3, lookup
     )
