@@ -268,6 +268,24 @@ struct SoftmaxGradient {
   DType dtype;  // of logits
 };
 
+// --- cayley: contiguous matrices [n, r, r] ---
+
+// Q = 2 (I + K)⁻¹ - I, K = (X - Xᵀ) / 2, in float32 (float64 for float64).
+struct CayleyForward {
+  const void* X;
+  void* Q;
+  int64_t n, r;
+  DType dtype;  // of X
+};
+
+// dX = (V - Vᵀ) / 4, V = M Gᵀ M, M = I + Q; all float32 or float64.
+struct CayleyBackward {
+  const void *Q, *G;
+  void* dX;
+  int64_t n, r;
+  DType dtype;
+};
+
 // --- importance ---
 
 // A [rows_A, k], B [rows_B, r] and E [rows_E] of one layer and their gradients, contiguous: parts along the first dimension

@@ -6,6 +6,7 @@
 #include "cpu/tiling.h"
 #include "ops/bat.h"
 #include "ops/blocksum.h"
+#include "ops/cayley.h"
 #include "ops/csr.h"
 #include "ops/dora.h"
 #include "ops/dropout.h"
@@ -29,6 +30,8 @@ const Binding kBindings[] = {
     {"bat_contract_", TORCH_BOX(&bat_contract_<Cpu>)},
     {"bat_mix", TORCH_BOX(&bat_mix<Cpu>)},
     {"bat_mix_backward_", TORCH_BOX(&bat_mix_backward_<Cpu>)},
+    {"cayley_forward", TORCH_BOX(&cayley_forward<Cpu>)},
+    {"cayley_backward", TORCH_BOX(&cayley_backward<Cpu>)},
     {"csr_scatter_", TORCH_BOX(&csr_scatter_<Cpu>)},
     {"csr_gather_", TORCH_BOX(&csr_gather_<Cpu>)},
     {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cpu>)},

@@ -712,6 +712,12 @@ def sparse_pattern(d: int, k: int, device="cpu", density: float = 0.3) -> tuple[
     return offsets.to(device), mask.nonzero()[:, 1].to(device, torch.int32)
 
 
+def _orthogonal(X: torch.Tensor) -> torch.Tensor:
+    """The Cayley transform of X [n, r, r] in float64."""
+    X, eye = X.cpu().double(), torch.eye(X.shape[-1], dtype=torch.float64)
+    return torch.linalg.inv(eye + (X - X.mT) / 2) * 2 - eye
+
+
 def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) -> dict[str, list[tuple]]:
     """Arguments for every operator, None options included."""
     acc = accumulate(dtype)
@@ -751,7 +757,12 @@ def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) ->
     As, Bs = make(4, r, k, fan=k), make(4, d, r, fan=r)
     groups = torch.randperm(T).to(device), torch.tensor([T // 7, T // 3, T // 3, T // 2, T - T // 5], device=device)
     alone = groups[0], torch.tensor([0, T, T, T, T], device=device)
+
+    X, dQ = make(min(T, 3), r, r), make(min(T, 3), r, r, dtype=acc)
+    Q = _orthogonal(X).to(dQ)
     return {
+        "cayley_forward": [(X,), (X.mT,)],
+        "cayley_backward": [(Q, dQ), (Q.mT, dQ[:1].expand_as(dQ))],
         "segment_project": [
             (x, As, *groups),
             (x, As, *alone),
@@ -915,6 +926,17 @@ def _softmax_path(name: str, args: tuple, want: list[torch.Tensor]) -> list[torc
     return [(onehot + p) * (scale * dlogp.abs() * (size + lse.abs())).unsqueeze(1)]
 
 
+def _cayley_path(name: str, args: tuple, want: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What an elimination of I + K and two products sum: entries do not cancel as those of a skew difference do."""
+    eye = torch.eye(args[0].shape[-1], dtype=torch.float64)
+    if name == "cayley_forward":
+        M = (want[0] + eye).abs()
+        return [1 + M @ (eye + (args[0] - args[0].mT).abs() / 2) @ M / 2]
+    M = (args[0] + eye).abs()
+    V = M @ args[1].abs().mT @ M
+    return [(V + V.mT) / 4]
+
+
 def check_operator(operator: _library.Operator, overload: Callable, args: tuple) -> None:
     """One implementation of an operator against its reference in float64, within the error budget."""
     reference = operator.reference
@@ -926,6 +948,8 @@ def check_operator(operator: _library.Operator, overload: Callable, args: tuple)
     path = results(operator, reference, absolute)
     if operator.stem == "policy":
         path = _softmax_path(operator.name, widened(args), want)
+    if operator.stem == "cayley":
+        path = _cayley_path(operator.name, widened(args), want)
     if operator.name.startswith("column_norm"):  # rounding of c is relative to the rows' absolute sums
         path = [p.clamp_min(1e-30) for p in path]
     squares = [None] * len(path)
@@ -939,6 +963,8 @@ def check_operator(operator: _library.Operator, overload: Callable, args: tuple)
     ):  # polynomials
         names = [a.name for a in operator.default._schema.arguments]
         squares = results(operator, reference, tuple(map(_squared, names, absolute)))
+    if operator.stem == "cayley":
+        squares = [p.square() for p in path]
     dtype = next(a.dtype for a in args if isinstance(a, torch.Tensor))
     if operator.name == "magnitude_grad":
         dtype = args[1].dtype

@@ -28,7 +28,7 @@ import spectral_ops
 from spectral_ops import BackendUnavailable, _library, _loader, explain, use_backend
 from spectral_ops._library import OPERATORS
 
-STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments")
+STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "cayley")
 SIZES = [{}, {"T": 1, "r": 1}, {"T": 70, "k": 131, "d": 66, "r": 17}]
 
 
@@ -465,4 +465,6 @@ def test_bytes_by_hand(dtype):
     assert cost("csr_spmm_", 1) == s * (2 * t * d + t * k) + a * nnz + indices + 4 * nnz
     assert cost("csr_sddmm", 0) == s * (t * d + t * k) + a * nnz + indices
     assert cost("target_logprob", 0) == s * t * d + t * (8 + 2 * a)
+    assert cost("cayley_forward", 0) == 3 * r * r * (s + a)
+    assert cost("cayley_backward", 0) == 3 * 3 * r * r * a
     assert cost("softmax_gradient_", 0) == 2 * s * t * d + t * (8 + 2 * a)

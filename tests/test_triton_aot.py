@@ -141,6 +141,10 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
             "importance", "importance_update_", (square, square, layers, layers, [], 0.85, 0.85, True)),
         "importance_prune_": ("importance", "importance_prune_", (make(32, dtype=wide), layers[2::3], [0, 16], 9)),
     }  # fmt: skip
+    for r in (16, 64):
+        G = make(210, r, r, dtype=wide)
+        cases[f"cayley_forward r{r}"] = ("cayley", "cayley_forward", (make(210, r, r),))
+        cases[f"cayley_backward r{r}"] = ("cayley", "cayley_backward", (G, G))
     nnz = 100_663  # 0.6 %
     indices = make(d + 1, dtype=torch.int32), make(nnz, dtype=torch.int32)
     values, few = make(nnz, dtype=wide), slice(0, 16)
@@ -175,7 +179,18 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "importance"):
+        for stem in (
+            "lowrank",
+            "dora",
+            "dropout",
+            "blocksum",
+            "bat",
+            "csr",
+            "policy",
+            "segments",
+            "importance",
+            "cayley",
+        ):
             module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):

@@ -36,6 +36,8 @@ SIZES_BAT_MORE = [(37, 12, 9, 3), (4, 96, 32, 16), (5, 160, 80, 80), (3, 72, 36,
 SIZES_CSR = [(6, 21, 34, 5), (1, 150, 12, 1), (67, 24, 9, 3)]
 SIZES_CSR_MORE = [(3, 260, 70, 1), (300, 10, 17, 3)]
 SIZES_LOGITS = [(6, 21, 34, 5), (1, 24, 1, 1), (3, 1, 9000, 1)]  # V: one logit; several steps
+SIZES_CAYLEY = [(6, 1, 1, 5), (1, 1, 1, 1), (3, 1, 1, 17), (2, 1, 1, 33)]
+SIZES_CAYLEY_MORE = [(1, 1, 1, 64), (1, 1, 1, 65)]  # the largest of the kernels, and one past it
 # kernels with few tokens or rows per program: the interpreter's time goes by programs, so they get fewer of either
 SMALL_TILES = {"block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40)}
 REDUCTIONS = ("lowrank_backward", "row_square", "column_norm", "magnitude_grad", "dropout_project", "dropout_outer",
@@ -78,7 +80,11 @@ def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> Non
 
 
 def sizes(name: str, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
-    of_row = {"bat": (SIZES_BAT, SIZES_BAT_MORE), "csr": (SIZES_CSR, SIZES_CSR_MORE)}
+    of_row = {
+        "bat": (SIZES_BAT, SIZES_BAT_MORE),
+        "csr": (SIZES_CSR, SIZES_CSR_MORE),
+        "cayley": (SIZES_CAYLEY, SIZES_CAYLEY_MORE),
+    }
     some, more = of_row.get(name.partition("_")[0], (SIZES, SIZES_MORE))
     if name in ("target_logprob", "softmax_gradient_"):
         some, more = SIZES_LOGITS, []

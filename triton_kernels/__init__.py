@@ -31,6 +31,8 @@ OPERATORS: dict[str, str] = {
     "bat_contract_": "bat",
     "bat_mix": "bat",
     "bat_mix_backward_": "bat",
+    "cayley_forward": "cayley",
+    "cayley_backward": "cayley",
     "csr_scatter_": "csr",
     "csr_gather_": "csr",
     "csr_spmm_": "csr",

@@ -5,6 +5,7 @@
 
 #include "../arguments.h"
 #include "bat.h"
+#include "cayley.h"
 #include "csr.h"
 #include "isa.h"
 #include "skinny.h"
@@ -55,6 +56,8 @@ SPECTRAL_OPS_CPU_KERNEL(bat_mix_pack, BatMixPack)
 SPECTRAL_OPS_CPU_KERNEL(bat_mix, BatMixPass)
 SPECTRAL_OPS_CPU_KERNEL(bat_mix_backward, BatMixBackwardPass)
 SPECTRAL_OPS_CPU_KERNEL(part_sum, PartSum)
+SPECTRAL_OPS_CPU_KERNEL(cayley_forward, CayleyForwardPass)
+SPECTRAL_OPS_CPU_KERNEL(cayley_backward, CayleyBackwardPass)
 SPECTRAL_OPS_CPU_KERNEL(csr_scatter, CsrScatter)
 SPECTRAL_OPS_CPU_KERNEL(csr_gather, CsrGather)
 SPECTRAL_OPS_CPU_KERNEL(csr_widen, CsrWiden)

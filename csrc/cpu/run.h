@@ -357,6 +357,25 @@ inline void run(const MagnitudeGrad& a, const Tensor& like) {
   }
 }
 
+// --- cayley ---
+
+// Runs a pass over n matrices, each one thread's, in that thread's room.
+template <class Pass> void run_matrices(Pass pass, const Tensor& like) {
+  const int64_t n = pass.cayley.n, r = pass.cayley.r, bytes = (pass.room + 63) / 64 * 64;
+  const Tensor memory = workspace(like, bytes * torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, n, grain_of(n, 2 * n * r * r * r), [&](int64_t begin, int64_t end) {
+    uint32_t thread = 0;
+    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    Pass mine = pass;
+    mine.memory = static_cast<char*>(memory.data_ptr()) + thread * bytes;
+    kernel_for(mine)(mine, begin, end);
+  });
+}
+
+inline void run(const CayleyForward& a, const Tensor& like) { run_matrices(CayleyForwardPass(a), like); }
+
+inline void run(const CayleyBackward& a, const Tensor& like) { run_matrices(CayleyBackwardPass(a), like); }
+
 // --- importance ---
 
 inline void run(const ImportanceUpdate& a, const Tensor&) { in_parallel(a, a.count, 2); }

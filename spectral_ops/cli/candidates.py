@@ -26,7 +26,8 @@ from spectral_ops.cli.shapes import DTYPES
 from spectral_ops.cli.timing import interleave, last_level_cache
 
 MARGIN = 0.05
-STEMS = ("lowrank", "dora", "bat", "csr", "blocksum", "segments", "policy", "dropout", "importance")  # in this order
+# in this order
+STEMS = ("lowrank", "dora", "bat", "csr", "blocksum", "segments", "policy", "dropout", "importance", "cayley")
 
 
 def source(device: torch.device) -> str:

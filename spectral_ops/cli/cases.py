@@ -108,7 +108,10 @@ def arguments(
     }
     layers = [randn(*size) for _ in range(2) for size in ((r, k), (d, r), (r, 1))]  # AdaLoRA: A, B and E, and gradients
     state = [torch.rand(r * (k + d + 1), dtype=torch.float64, **on).to(acc) for _ in range(2)]
+    X, G = randn(2, r, r), randn(2, r, r, to=acc)
     samples |= {
+        "cayley_forward": lambda: [(X,)],
+        "cayley_backward": lambda: [(torch.linalg.qr(G.double())[0].to(acc), G)],
         "importance_update_": lambda: [
             (*state, layers[:3], layers[3:], [], 0.85, 0.8, True),
             (*state, layers[:3], layers[3:], [], 0.85, 0.8, False),

@@ -58,6 +58,7 @@ _SEGMENTS = ("segment_project", "segment_lift_", "segment_outer")
 FUNCTIONS.update(
     adalora_importance=("importance_update_",),
     adalora_prune=("importance_prune_",),
+    cayley=("cayley_forward", "cayley_backward"),
     csr_add=("csr_scatter_", "csr_gather_"),
     csr_sddmm=("csr_sddmm", "csr_spmm_"),
     csr_spmm=("csr_spmm_", *_CSR_GRADIENT),

@@ -1,14 +1,15 @@
 """Cayley transform: an orthogonal matrix from any square one, smooth and without constraints (METHODS 2, Spectral R).
 
     K = (X - Xᵀ) / 2      Q = (I - K) (I + K)⁻¹ = 2 (I + K)⁻¹ - I
-    backward, with G = dQ:   P = (I + K)⁻ᵀ G      dK = -P (I + Q)ᵀ      dX = (dK - dKᵀ) / 2
+    backward, with G = dQ, M = I + Q and V = M Gᵀ M:   dK = -(Mᵀ G Mᵀ) / 2      dX = (dK - dKᵀ) / 2 = (V - Vᵀ) / 4
 
-K is skew, so every singular value of I + K is at least 1: it is never singular, and Q is orthogonal as closely as the
-solve is accurate. I + K and I - K commute, which puts the inverse on the left: one factorisation and triangular solves
-give Q, and the factors are kept, so that backward is two more triangular solves and a product, and factors nothing.
+K is skew, so every singular value of I + K is at least 1: it is never singular, and Q is as orthogonal as the inverse
+is accurate. Backward is two products, from Q alone: in float32 they are more accurate than autograd through a solve
+wherever K is large, since M, the inverse doubled, has digits that (I + K)⁻¹ (I - K) has lost.
 
-The factorisation and the solves stay with torch's library. Kernels of our own for small r would be several times faster
-by themselves, but beside the products of a layer there is little to gain: benchmarks/bench_cayley.py measures both.
+The inverse is an elimination with pivots: without them its entries grow with |K|², and in float32 digits are lost from
+|K| = 100 on. One matrix is one thread's (in Triton one program's, in registers for r <= 64, the library's above). The
+CPU kernels run at any r, since they beat the library at all that were measured: benchmarks/bench_cayley.py.
 """
 
 from __future__ import annotations
@@ -16,48 +17,94 @@ from __future__ import annotations
 import torch
 from torch.autograd import Function
 
-from spectral_ops._library import accumulate_dtype
+from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import checks
 from spectral_ops.functional.common import apply, backward_pass
 
 __all__ = ["cayley"]
 
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _inverse(A):
+    """A⁻¹ of each matrix, without waiting for the device as torch.linalg.inv does. On the CPU one after the other: with
+    two threads batches of r >= 160 come back wrong from torch 2.13 (MKL 2024.2), residuals of 0.1 and no error."""
+    if A.device.type != "cpu":
+        return torch.linalg.inv_ex(A)[0]
+    inverse = torch.empty_like(A)
+    for one, matrix in zip(inverse, A, strict=True):
+        one.copy_(torch.linalg.inv_ex(matrix)[0])
+    return inverse
+
+
+def _forward_cost(X):
+    out = X.numel() * accumulate_dtype(X.dtype).itemsize
+    return Cost(2 * X.numel() * X.shape[-1], nbytes(X) + out)
+
+
+@define(
+    "cayley_forward(Tensor X) -> Tensor",
+    stem="cayley",
+    fake=lambda X: X.new_empty(X.shape, dtype=accumulate_dtype(X.dtype)),
+    cost=_forward_cost,
+)
+def cayley_forward_op(X):
+    """Q [n, r, r] of X [n, r, r], in float32 (float64 for float64), contiguous."""
+    wide = X.to(accumulate_dtype(X.dtype))
+    eye = torch.eye(X.shape[-1], dtype=wide.dtype, device=X.device)
+    return (2 * _inverse(eye + (wide - wide.mT) / 2) - eye).contiguous()
+
+
+@define(
+    "cayley_backward(Tensor Q, Tensor G) -> Tensor",
+    stem="cayley",
+    fake=lambda Q, G: Q.new_empty(Q.shape),
+    cost=lambda Q, G: Cost(4 * Q.numel() * Q.shape[-1], nbytes(Q, G) + nbytes(Q)),
+)
+def cayley_backward_op(Q, G):
+    """dX [n, r, r] of G = dQ, both float32 or float64 as Q is: skew, contiguous."""
+    M = Q + torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    V = M @ (G.mT @ M)
+    return (V - V.mT) / 4
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
 
 class CayleyFunction(Function):
-    """Q [..., r, r] of X; saves Q, and the LU factors of I + K with their pivots."""
+    """Q [n, r, r] of X, of which Q alone is saved."""
 
     @staticmethod
     def forward(ctx, X):
-        wide = X.to(accumulate_dtype(X.dtype))
-        K = (wide - wide.mT) / 2
-        eye = torch.eye(X.shape[-1], dtype=wide.dtype, device=X.device)
-        LU, pivots, _ = torch.linalg.lu_factor_ex(eye + K)  # not lu_factor, which waits for the device to look at info
-        Q = torch.linalg.lu_solve(LU, pivots, eye - K)
-        ctx.save_for_backward(Q, LU, pivots)
+        Q = cayley_forward_op(X)
+        ctx.save_for_backward(Q)
         ctx.dtype = X.dtype
         return Q
 
     @staticmethod
     @backward_pass
     def backward(ctx, G):
-        Q, LU, pivots = ctx.saved_tensors
-        P = torch.linalg.lu_solve(LU, pivots, G, adjoint=True)
-        negative = P + P @ Q.mT  # -dK
-        return ((negative.mT - negative) / 2).to(ctx.dtype)
+        (Q,) = ctx.saved_tensors
+        return cayley_backward_op(Q, G).to(ctx.dtype)
+
+
+# --- public function -------------------------------------------------------------------------------------------------
 
 
 def cayley(X):
-    """The orthogonal matrix Q = (I - K)(I + K)⁻¹ of the skew part K = (X - Xᵀ)/2 of a matrix, by a linear solve.
+    """The orthogonal matrix Q = (I - K)(I + K)⁻¹ of the skew part K = (X - Xᵀ)/2 of a matrix.
 
     Args:
         X: [r, r], or [n, r, r] for n matrices at once (those of many layers may be stacked); any floating dtype and
             strides; may require grad. Only its skew part matters, and its gradient is skew.
 
-    Returns Q of X's shape, with determinant 1, in float32 (float64 for float64): exactly I where X is symmetric. Saves
-    Q and a matrix of its size for backward. Raises TypeError/ValueError that name X. METHODS 2, Spectral Adapter R,
-    arXiv:2405.13952.
+    Returns Q of X's shape, with determinant 1, in float32 (float64 for float64): exactly I where X is symmetric. What
+    is not finite stays in its own matrix. Saves Q alone for backward. Raises TypeError/ValueError that name X.
+    METHODS 2, Spectral Adapter R, arXiv:2405.13952.
     """
     checks.tensor("X", X, "[r, r] or [n, r, r]")
     if X.dim() not in (2, 3) or X.shape[-1] != X.shape[-2] or X.shape[-1] == 0:
         raise ValueError(f"X: got {checks.describe(X)}, wanted square matrices [r, r] or [n, r, r] with r >= 1")
-    return apply(CayleyFunction, X.device.type, X)
+    if X.dim() == 3:
+        return apply(CayleyFunction, X.device.type, X)
+    return apply(CayleyFunction, X.device.type, X.unsqueeze(0)).squeeze(0)

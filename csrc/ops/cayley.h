@@ -1,0 +1,42 @@
+// The host side of cayley_forward and cayley_backward for any device.
+#pragma once
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+inline void check_square(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == t.size(2), name, ": got ", t.dim(),
+                  " dimensions, or rows of another length than columns, wanted square matrices [n, r, r]");
+}
+
+template <class Device> Tensor cayley_forward(Tensor X) {
+  check_square("X", X);
+  CayleyForward a{};
+  a.n = X.size(0), a.r = X.size(1);
+  a.dtype = dtype_of("X", X);
+  X = torch::stable::contiguous(X);
+  Tensor Q = torch::stable::new_empty(X, {a.n, a.r, a.r}, accumulate_type(X));
+  a.X = X.data_ptr(), a.Q = Q.data_ptr();
+  Device::launch(a, X);
+  return Q;
+}
+
+template <class Device> Tensor cayley_backward(Tensor Q, Tensor G) {
+  check_square("Q", Q);
+  check_square("G", G);
+  for (int64_t d = 0; d < 2; ++d) check_size("G", G, d, Q.size(d), "that of Q");
+  check_same_device("G", G, Q);
+  CayleyBackward a{};
+  a.n = Q.size(0), a.r = Q.size(1);
+  a.dtype = dtype_of("Q", Q);
+  check_dtype("G", G, a.dtype, "Q");
+  STD_TORCH_CHECK(Q.scalar_type() == accumulate_type(Q), "Q: wanted float32 or float64");
+  Q = torch::stable::contiguous(Q), G = torch::stable::contiguous(G);
+  Tensor dX = torch::stable::new_empty(Q, {a.n, a.r, a.r});
+  a.Q = Q.data_ptr(), a.G = G.data_ptr(), a.dX = dX.data_ptr();
+  Device::launch(a, Q);
+  return dX;
+}
+
+}  // namespace spectral_ops
