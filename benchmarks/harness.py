@@ -9,6 +9,7 @@ import torch
 from spectral_ops import _library
 from spectral_ops.cli import layers, peers
 from spectral_ops.cli.cases import arguments
+from spectral_ops.cli.readme import TARGETS
 from spectral_ops.cli.results import Ceiling
 from spectral_ops.cli.shapes import DTYPES as DTYPE
 from spectral_ops.cli.timing import measure_ceilings
@@ -28,7 +29,7 @@ def operators(stem: str) -> list[str]:
     return [name for name, operator in sorted(_library.OPERATORS.items()) if operator.stem == stem]
 
 
-def tax(benchmark, record, method: str, dtype: str, target: float) -> None:
+def tax(benchmark, record, method: str, dtype: str) -> None:
     """Measure the layer beside its peers in one run, put the rows into the closing table, and time our step by itself.
 
     A result that is wrong fails. A missed target does not: on a shared machine it is a figure to read,
@@ -39,6 +40,7 @@ def tax(benchmark, record, method: str, dtype: str, target: float) -> None:
     record(rows)
     assert not any(row.red for row in rows), f"red: a result is wrong: {rows}"
     ratios = {row.implementation: round(row.ratio, 4) for row in rows}
+    target = TARGETS["cpu"][method, dtype]
     benchmark.extra_info.update(ratios=ratios, target=target, met=ratios["spectral_ops"] <= target)
     x = torch.randn(T, K, dtype=DTYPE[dtype], requires_grad=True)
     subject = peers.Subject(method, torch.randn(D, K, dtype=x.dtype), rank)

@@ -9,7 +9,7 @@ import torch
 
 from spectral_ops import cli
 from spectral_ops._library import Cost
-from spectral_ops.cli import compare, growth, pictures, readme, results, timing
+from spectral_ops.cli import compare, growth, pictures, readme, results, shapes, timing
 
 CEILING = results.Ceiling(1e11, 2e10)
 TRIALS = 200
@@ -189,10 +189,30 @@ def test_the_table_goes_between_the_markers(run_file, tmp_path, capsys):
     by_method = {line[0].strip("| "): line for line in lines}
     lora = by_method["lora r16"]
     assert "(autograd)" in lora[4] and lora[6] == "1.06" and lora[8] == "1.00 / 1.00"
+    assert float(lora[5].strip("*")) == pytest.approx(results.read(run_file).layers[1].ratio, abs=1e-3)
     assert by_method["rosa r16"][5] == "RED"
     page.write_text("nothing\n")
     with pytest.raises(ValueError, match="wanted 1"):
         readme.write(results.read(run_file), page)
+
+
+def test_a_whole_block_is_one_line_and_has_the_targets_of_a_gpu():
+    """Half of a block's frozen time at ratio 1.0 and half at 1.2 make 1.1; a red projection makes all of it red."""
+    block = shapes.BLOCKS["llama3-8b"]
+    rows = []
+    for i, ((d, k), count) in enumerate(block.items()):
+        seconds = 1 / count
+        for name, ratio in (("frozen", 1.0), ("spectral_ops", 1.0 + 0.2 * (i % 2))):
+            rows.append(layer(
+                implementation=name, ratios=[ratio] * 5, times=[ratio * seconds] * 5, floor_seconds=seconds / 2,
+                out_features=d, in_features=k, tokens=8192, dtype="bfloat16", device="cuda",
+            ))  # fmt: skip
+    (line,) = [line for line in readme.render(made_up(layers=rows)).splitlines() if line.startswith("| lora")]
+    cells = line.strip("| ").split(" | ")
+    assert cells[3:8] == ["llama3-8b block, T=8192", "–", "**1.100**", "1.11", "45"]
+    assert cells[8] == f"– / {sum(block.values()):.2f}"
+    rows[1] = dataclasses.replace(rows[1], red=True)
+    assert "| RED |" in readme.render(made_up(layers=rows))
 
 
 def synthetic(exponent, launch=0.0, noise=0.05):

@@ -92,11 +92,10 @@ def series(
 def measure(
     names: Iterable[str], dtypes: Iterable[torch.dtype], device: str, ceilings: dict[str, Ceiling], repeats: int = 9
 ) -> Iterator[Growth]:
-    """A series per operator, dtype, and variable that its sample arguments have, by the backend that runs by itself."""
+    """A series per operator, dtype, and variable that its sample arguments have, by what a call takes by itself."""
     base = BASE[device] | USUAL
     for name in names:
         operator = _library.OPERATORS[name]
-        backend = backends.choose(operator, device).backend
         for dtype in dtypes:
             ceiling = ceilings[str(dtype).removeprefix("torch.")]
             for variable, values in (VALUES[device] | COMMON).items():
@@ -106,6 +105,7 @@ def measure(
                     if len(samples) == 2 and len({str(_sizes(args)) for args in samples.values()}) == 1:
                         break  # the arguments do not have this variable
                 else:
+                    backend = backends.choose(operator, device, samples[value]).backend
                     yield series(operator, backend, dtype, variable, samples, ceiling, device, repeats)
 
 
