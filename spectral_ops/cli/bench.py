@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from spectral_ops.cli import growth, layers, operators, overhead, predict, results, review
+from spectral_ops.cli import growth, layers, operators, overhead, predict, results, review, training
 from spectral_ops.cli.peers import METHODS, USUAL, missing
 from spectral_ops.cli.report import report
 from spectral_ops.cli.shapes import BLOCKS, DTYPES, sizes
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of the parameters; same: the layer's (default: float32, as PEFT makes them)")  # fmt: skip
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time the peers as well")
     parser.add_argument("--compiled", action="store_true",
-                        help="also PEFT under torch.compile (compiling takes longer than measuring)")  # fmt: skip
+                        help="also PEFT (with --training every model) under torch.compile, which takes longer to"
+                        " compile than to measure")  # fmt: skip
     parser.add_argument("--overhead", action="store_true", help="also the host's time per layer, at T=1 and 128")
     parser.add_argument("--growth", action="store_true",
                         help="also each operator's time over tokens, features, rank and density")  # fmt: skip
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--predict", action="store_true",
                         help="measure nothing: print what Llama-3-8B and 70B would cost on GPUs, on paper")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=float("inf"),
+                        help="start nothing that might not end within so many, going by what was measured")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="keep the results in FILE, written anew after each measurement")
+    training.add_arguments(parser)
     review.add_arguments(parser)
 
 
@@ -71,6 +75,9 @@ def settle(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace, found: results.Results, note: Callable[[str], None]) -> Iterator[Job]:
     """Everything to measure, in order; every job adds to ``found``."""
+    if arguments.training:
+        yield from training.plan(arguments, found)
+        return
     options = {"repeats": arguments.repeats, "peers": arguments.peers, "note": note}
     chosen = sizes(arguments.shapes, tuple(arguments.shape))
     for name in arguments.ops:
@@ -112,16 +119,24 @@ def plan(arguments: argparse.Namespace, found: results.Results, note: Callable[[
             yield f"growth of {name} {dtype}", over
 
 
-def perform(jobs: list[Job], keep: Callable[[], None]) -> list[str]:
-    """Run the jobs, saying what is left; ``keep`` is called after each. Returns what failed."""
-    began, failed = time.monotonic(), []
+def perform(jobs: list[Job], keep: Callable[[], None], seconds: float = float("inf")) -> list[str]:
+    """Run the jobs, saying what is left; ``keep`` is called after each. Returns what failed.
+
+    A job is left out if, taking as long as the longest before it, it would not end within ``seconds``.
+    """
+    began, failed, longest = time.monotonic(), [], 0.0
     for i, (label, job) in enumerate(jobs):
-        left = (time.monotonic() - began) / i * (len(jobs) - i) if i else 0.0
-        print(f"[{i + 1}/{len(jobs)}] {label}" + (f", about {left:.0f} s left" if i else ""), flush=True)
+        spent = time.monotonic() - began
+        if spent + longest > seconds:
+            print(f"[{i + 1}/{len(jobs)}] {label}: left out, for it might not end within {seconds:g} s", flush=True)
+            continue
+        left = f", about {spent / i * (len(jobs) - i):.0f} s left" if i else ""
+        print(f"[{i + 1}/{len(jobs)}] {label}{left}", flush=True)
         try:
             job()
         except (RuntimeError, ValueError) as error:  # no memory, or a size that a method does not take
             failed.append(f"{label}: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        longest = max(longest, time.monotonic() - began - spent)
         keep()
     return failed
 
@@ -147,9 +162,10 @@ def run(arguments: argparse.Namespace) -> int:
             results.write(arguments.json, found)
 
     try:
-        print("measuring the ceilings", flush=True)
-        found.ceilings = measure_ceilings(arguments.device, {name: DTYPES[name] for name in arguments.dtype})
-        failed = perform(jobs, keep)
+        if not arguments.training:
+            print("measuring the ceilings", flush=True)
+            found.ceilings = measure_ceilings(arguments.device, {name: DTYPES[name] for name in arguments.dtype})
+        failed = perform(jobs, keep, arguments.seconds)
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted: what was measured so far follows")

@@ -9,6 +9,7 @@ from spectral_ops.cli import growth
 from spectral_ops.cli.results import Counted, Layer, Operator, Overhead, Results
 from spectral_ops.cli.shapes import BLOCKS
 from spectral_ops.cli.table import table
+from spectral_ops.cli.training import training_table
 
 FROZEN = "frozen"
 RATES = ["GFLOP", "MB", "GB/s", "TFLOP/s", "% of floor"]
@@ -134,6 +135,8 @@ def report(found: Results, blocks: Iterable[str] = ()) -> str:
         parts.append(operators_table(found.operators))
     if found.layers:
         parts.append(layers_table(found.layers))
+    if found.training:
+        parts.append(training_table(found.training))
     if found.overhead:
         parts.append("host overhead, forward and backward, float32:\n" + overhead_table(found.overhead))
     if found.growth:

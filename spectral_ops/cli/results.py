@@ -141,7 +141,7 @@ class Growth:
 
 @dataclass(kw_only=True)
 class Training(Timed):
-    """A training step of a whole model."""
+    """A training step of a whole model. graphs: that torch.compile made of it; graph_breaks: where it left one."""
 
     model: str
     method: str
@@ -155,6 +155,8 @@ class Training(Timed):
     tokens_per_second: float | None
     peak_bytes: int | None
     loss: float | None
+    graphs: int = 0
+    graph_breaks: int = 0
 
 
 SECTIONS = {"layers": Layer, "operators": Operator, "overhead": Overhead, "growth": Growth, "training": Training}
