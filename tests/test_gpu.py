@@ -5,6 +5,7 @@ Run by ``make gpu``; everywhere else each test is skipped with the reason.
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -36,6 +37,7 @@ import spectral_ops
 from spectral_ops import NormCache, use_backend
 from spectral_ops._library import OPERATORS
 from spectral_ops.functional import random
+from spectral_ops.triton_kernels import TILES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,6 +97,16 @@ def test_operator_against_float64(name, backend, dtype):
     for size in SIZES:
         for args in samples(name, dtype=dtype, **size):
             check_operator(op, overload, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("name", sorted(TILES))
+def test_other_tiles_against_float64(name, dtype):
+    """What the tuner may choose besides a launcher's own table."""
+    op, _ = implementation(name, "triton")
+    for tiles in TILES[name]:
+        for args in samples(name, dtype=dtype, **SIZES[-1]):
+            check_operator(op, functools.partial(op.triton_function(), tiles=tiles), args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

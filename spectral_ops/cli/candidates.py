@@ -146,8 +146,8 @@ def search(
             found.setdefault(operator.name, {}).setdefault(dtype, []).append(one)
             shown = ", ".join(f"{choice} {us:g}" for choice, us in medians.items())
             print(f"{operator.name} {dtype} {one}: {one.choice} (us: {shown})", flush=True)
-    except KeyboardInterrupt:
-        print("interrupted: what was measured so far follows")
+    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        print(f"{type(error).__name__}: what was measured so far follows")
     return found, red
 
 

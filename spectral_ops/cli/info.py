@@ -9,7 +9,7 @@ import platform
 import torch
 
 import spectral_ops
-from spectral_ops import _library, _loader, backends
+from spectral_ops import _library, _loader, backends, tuning
 from spectral_ops.cli.table import table
 
 
@@ -52,6 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"triton: {missing}")
         if torch.cuda.is_available():
             mend.append("pip install triton==3.6.0")
+    for device in devices():
+        path = tuning.file(torch.device(device))
+        state = f"{len(tuning.read(path))} operators in {path}" if path and path.exists() else "no table"
+        print(f"tuned choices on {device}: {state}")
     print(f"schemas: {_library.schema_hash()}\n")
     rows = []
     for operator in sorted(_library.OPERATORS.values(), key=lambda op: (op.stem, op.name)):
