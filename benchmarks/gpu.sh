@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # `make gpu`: everything that needs the chip, in under 10 minutes, with this machine's own Python and no network.
-# SECTIONS chooses among: build info test memcheck racecheck tune bench training. Each runs whether or not the one before it
-# passed, a table of how each ended closes the run, and the exit status is 0 only when all passed.
+# SECTIONS chooses among: build info test memcheck racecheck tune bench training report. Each runs whether or not the one
+# before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. `report` turns the
+# file that `bench` wrote at this commit today into pictures beside it and the table in README.
 # `make gpu-dry` (DRY=1) runs the same script without a chip: compilers and sanitizers are only looked for, the GPU tests
 # are collected, and what takes a device takes the CPU, at small sizes, its results thrown away.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-sections=" ${SECTIONS:-build info test memcheck racecheck tune bench training} "
+sections=" ${SECTIONS:-build info test memcheck racecheck tune bench training report} "
 dry=${DRY:-}
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 failed=0 summary=() logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
 for name in $sections; do
-  [[ " build info test memcheck racecheck tune bench training " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
+  [[ " build info test memcheck racecheck tune bench training report " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
 done
 
 step() { # section, seconds, command...
@@ -24,6 +25,12 @@ step() { # section, seconds, command...
   echo "== $name: $*"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name" || { verdict="FAILED ($?)"; failed=1; }
   summary+=("$(printf '%-10s %5d s  %-12s %s' "$name" $((SECONDS - began)) "$verdict" "$(grep -v '^ *$' "$logs/$name" | tail -1 | cut -c1-100)")")
+}
+
+report() { # results file, directory of the pictures, README
+  local pictures=(--draw "$1" --png "$2")
+  "$python" -c 'import matplotlib' 2>/dev/null || { echo "gpu: no matplotlib, so no pictures"; pictures=(); }
+  step report 90 "$python" -m spectral_ops bench "${pictures[@]}" --readme "$1" --write "$3"
 }
 
 if [ -n "$dry" ]; then
@@ -39,6 +46,8 @@ if [ -n "$dry" ]; then
   step bench 120 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --json "$logs/results.json"
   step training 120 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
     --dtype float32 --checkpointing --repeats 2 --json "$logs/training.json"
+  cp README.md "$logs"
+  report "$logs/results.json" "$logs" "$logs/README.md"
 else
   device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || { echo "gpu: no CUDA device in $python's torch"; exit 1; }
   arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
@@ -58,10 +67,12 @@ else
     --shape 4096 4096 --rank 16 --repeats 9 --seconds 40 --write
   peers=() # PEFT's own layers are timed beside ours where this machine has PEFT
   "$python" -c 'import peft' 2>/dev/null || peers=(--no-peers)
-  step bench 120 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --tokens 128 4096 8192 16384 \
-    --shape 4096 4096 --json "$stem.json" "${peers[@]}"
+  step bench 150 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --tokens 128 4096 8192 16384 \
+    --shapes llama3-8b --growth --json "$stem.json" "${peers[@]}"
+  # eager first: what torch.compile leaves no time for is named, and no failure
   step training 120 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 --device cuda \
     --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
+  report "$stem.json" "$results" README.md
   echo "results: $stem.json"
 fi
 

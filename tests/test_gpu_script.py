@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ["build", "info", "test", "memcheck", "racecheck", "tune", "bench", "training"]
+SECTIONS = ["build", "info", "test", "memcheck", "racecheck", "tune", "bench", "training", "report"]
 
 
 def run(sections: list[str], **environment: str) -> subprocess.CompletedProcess:
