@@ -8,12 +8,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
 
-from peft import LoraConfig, MissConfig, get_peft_model  # noqa: E402
+from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
 from peft_tiny import errors, one_thread, pair, perturb, worst  # noqa: E402
 
 from spectral_ops import accelerate  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+RANK = {AdaLoraConfig: "init_r"}  # "r" elsewhere
+ADALORA = {"kind": AdaLoraConfig, "target_r": 2, "tinit": 1, "tfinal": 3, "total_step": 10}
 
 
 class Net(nn.Module):
@@ -37,7 +39,9 @@ class Net(nn.Module):
 def quantised(bits, dtype, kind=LoraConfig, **settings):
     torch.manual_seed(1)
     try:
-        model = get_peft_model(Net(bits, dtype), kind(**{"r": 5, **settings}, target_modules=["first", "second"]))
+        model = get_peft_model(
+            Net(bits, dtype), kind(**{RANK.get(kind, "r"): 5, **settings}, target_modules=["first", "second"])
+        )
         model(torch.randn(2, 64, dtype=dtype, requires_grad=True)).sum().backward()
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this bitsandbytes {bnb.__version__} does not run its {bits}-bit layer on the CPU: {error}")
@@ -60,7 +64,7 @@ def fresh(bits, dtype, **settings):
     models = []
     for _ in range(2):
         torch.manual_seed(1)
-        adapter = kind(**{"r": 5, **settings}, target_modules=["first", "second"])
+        adapter = kind(**{RANK.get(kind, "r"): 5, **settings}, target_modules=["first", "second"])
         models.append(perturb(get_peft_model(Net(bits, dtype), adapter)))
     return models
 
@@ -69,8 +73,15 @@ def fresh(bits, dtype, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_dora": True}, {"lora_bias": True}, {"kind": MissConfig}, {"kind": MissConfig, "init_weights": False}],
-    ids=["lora", "dora", "lora_bias", "miss", "miss_random"],
+    [
+        {},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"kind": MissConfig},
+        {"kind": MissConfig, "init_weights": False},
+        ADALORA,
+    ],
+    ids=["lora", "dora", "lora_bias", "miss", "miss_random", "adalora"],
 )
 def test_same_as_peft(bits, dtype, settings):
     plain, ours = fresh(bits, dtype, **settings)
@@ -97,6 +108,35 @@ def test_dropout(bits):
     for model in (plain, ours):
         model.eval()
     assert worst(results(plain, torch.float32), results(ours, torch.float32)) < 5e-6
+    assert not report.fallbacks()
+
+
+def allocated(model):
+    """Losses of a run that prunes, and which triplets every choice of it kept."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    generator, losses, patterns = torch.Generator().manual_seed(4), [], []
+    for step in range(1, 11):
+        x, target = torch.randn(6, 64, generator=generator), torch.randn(6, 64, generator=generator)
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        pattern = model.peft_config["default"].rank_pattern
+        patterns.append(None if pattern is None else dict(pattern.items()))
+    return losses, patterns
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adalora_allocates_as_peft_does(bits):
+    plain, ours = fresh(bits, torch.float32, **ADALORA)
+    report = accelerate(ours, strict=True)
+    assert {row.operators for row in report.rows} == {"lowrank_update"}
+    assert "update_and_allocate and regulariser: fused" in str(report)
+    (losses, patterns), (got, chosen) = allocated(plain), allocated(ours)
+    assert got == pytest.approx(losses, rel=1e-4) and chosen == patterns
+    assert patterns[-1] is not None and sum(sum(kept) for kept in patterns[-1].values()) == 2 * 2
     assert not report.fallbacks()
 
 
