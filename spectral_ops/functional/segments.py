@@ -294,17 +294,24 @@ def _each(stacked: torch.Tensor, n: int, axis: int) -> torch.Tensor:
 # --- routes ----------------------------------------------------------------------------------------------------------
 
 ROUTES = ("auto", "stacked", "grouped")
-# device -> from how many stacked columns, and how many rows, sorting the rows costs less than a product with all
-# adapters: measured on the CPU; on a GPU from the operators' arithmetic, not yet measured
-GROUPED_FROM = {"cpu": (96, 256), "cuda": (128, 1024)}
+# device, half precision or not -> from how many stacked columns, and how many rows, sorting the rows costs less than a
+# product with all adapters: measured on the CPU, whose grouped operators multiply half precision in float32; on a GPU
+# from the operators' arithmetic, not yet measured
+GROUPED_FROM = {
+    ("cpu", False): (96, 256),
+    ("cpu", True): (128, 256),
+    ("cuda", False): (128, 1024),
+    ("cuda", True): (128, 1024),
+}
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose_route(T: int, columns: int, device_type: str, dropout: bool) -> str:
+def choose_route(T: int, columns: int, dtype: torch.dtype, device_type: str, dropout: bool) -> str:
     """ "grouped" for many rows over many adapters, where its kernels are and draw no mask; else "stacked"."""
-    if dropout or device_type not in GROUPED_FROM or (device_type == "cuda" and not _TRITON):
+    key = device_type, dtype.itemsize == 2
+    if dropout or key not in GROUPED_FROM or (device_type == "cuda" and not _TRITON):
         return "stacked"
-    least_columns, least_rows = GROUPED_FROM[device_type]
+    least_columns, least_rows = GROUPED_FROM[key]
     return "grouped" if columns >= least_columns and T >= least_rows else "stacked"
 
 
@@ -317,7 +324,7 @@ def _run(route, x, base_out, weight, bias, lora_A_list, lora_B_list, segment_ids
     adapters = (*lora_A_list, *lora_B_list)
     if route == "auto":
         columns = len(lora_A_list) * max(A.shape[0] for A in lora_A_list)
-        route = choose_route(x.shape[:-1].numel(), columns, x.device.type, seed is not None)
+        route = choose_route(x.shape[:-1].numel(), columns, x.dtype, x.device.type, seed is not None)
     common = x, base_out, weight, bias, segment_ids.reshape(-1)
     if route == "stacked":
         return apply(SegmentedFunction, x.device.type, *common, seed, dropout_p, scales, *adapters)
@@ -397,7 +404,7 @@ def segmented_lowrank_linear(
         bias: [d] or None, in x's dtype; may be trainable.
         scales: γ_s, a number for each adapter; None: all 1.
         dropout_p, training: inverted dropout on the adapter branch, active only while training.
-        route: "stacked", "grouped" (no dropout), or "auto", which goes by T, n max r_s and the device.
+        route: "stacked", "grouped" (no dropout), or "auto", which goes by T, n max r_s, the dtype and the device.
 
     Returns y [..., d] in x's dtype. Saves x and h [T, max r_s] for backward. On the stacked route, 0 times an infinite
     entry of one adapter's B reaches the rows of another. Raises TypeError/ValueError that name the argument.
