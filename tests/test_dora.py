@@ -175,6 +175,22 @@ def test_vanishing_magnitude_of_the_base_agnostic_tier(name, backend):
     torch.testing.assert_close(dm, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_large_bias_hides_no_magnitude_of_the_base_agnostic_tier(backend):
+    """b = 64 beside g z = 2⁻⁸ z: the rounded y says nothing of z, so that z itself must be kept, and is."""
+    problem = FAMILIES["dora-update-bias"].build(dtype=torch.float32)
+    v = problem.inputs
+    v["bias"] = v["bias"].detach().fill_(64.0)
+    v["magnitude"] = (v["magnitude"].detach() * 2.0**-8).requires_grad_()
+    v["base_out"] = (v["base_out"].detach() + 64.0).requires_grad_()
+    y = problem.call()
+    dy = cotangent(problem, y)
+    (dm,) = torch.autograd.grad(y, v["magnitude"], dy)
+    want = evaluate(problem, dy)[1]["magnitude"]
+    eps, tokens = torch.finfo(torch.float32).eps, problem.tokens
+    limit = eps * 64 * dy.abs().amax(0) * tokens / problem.constants["norm"]  # base_out's rounding, not 256 times that
+    assert ((dm.double() - want).abs() <= limit.double()).all()
+
+
 @pytest.mark.parametrize("name", [None, "reference"])
 def test_g_is_not_rounded_to_half_precision(name):
     """g = 1 + 3/512 lies halfway between two bf16 numbers and g = 1.001 rounds to 1; u (so dA) and dB see neither."""

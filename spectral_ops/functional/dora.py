@@ -220,8 +220,9 @@ class DoraDropoutFunction(Function):
 class DoraUpdateFunction(Function):
     """Base-agnostic tier: base_out becomes g * (base_out - b + γ h Bᵀ) + b in place; saves x, h and that output.
 
-    With a bias it saves z = base_out - b + γ h Bᵀ [T, d] instead: beside b, the rounded output would hold too few
-    digits of g z where |g| is small, and without W they cannot be computed again.
+    With a bias it saves z = base_out - b + γ h Bᵀ [T, d] instead. From the output, z = (y - b) / g is off by
+    eps |b| / |g|: no more than base_out's own rounding where |g| is about 1, everything where it is small. dora_linear
+    computes those rows again from W, which is not here; to keep z for them alone is to wait until it is known which.
     """
 
     @staticmethod
@@ -336,7 +337,11 @@ def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scal
 
     ``base_out`` = base(x), bias included, is overwritten and returned (a view or a trained leaf is copied first);
     ``norm`` c [d] float32 comes from column_norm of the dequantised weight. x is cast to base_out's dtype. No dropout:
-    PEFT's form then needs a second pass through the base layer. METHODS 1.1 and 1.2.
+    PEFT's form then needs a second pass through the base layer.
+
+    Saves x, h [T, r] and, for the magnitude's gradient, [T, d]: the output itself, which costs memory only where nobody
+    else keeps it; with a bias a tensor of its own, z = base_out - b + scale h Bᵀ, since beside b the rounded output
+    loses z where g is small. Without a bias the gradient of a magnitude that is 0 is 0. METHODS 1.1 and 1.2.
     """
     checks.base(base_out, x)
     checks.device("x", x, bias=bias)
