@@ -1,12 +1,16 @@
 """``make gpu`` as far as it goes without a chip, so that the first minute on one is not spent on a typo."""
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from spectral_ops.cli import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ["build", "info", "test", "memcheck", "racecheck", "tune", "bench", "training", "report"]
@@ -41,3 +45,12 @@ def test_an_unknown_section_is_refused():
     done = run(["info", "nonsense"])
     assert done.returncode == 2
     assert "no section nonsense" in done.stderr
+
+
+def test_every_benchmark_has_options_that_exist():
+    script = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("\\\n", " ")
+    lines = re.findall(r"-m spectral_ops bench (.*)", script)
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    parsed = [parser.parse_args([word for word in line.replace('"', "").split() if "[@]" not in word]) for line in lines]
+    assert sum(arguments.device == "cuda" for arguments in parsed) >= 2

@@ -8,9 +8,11 @@ time is printed for a result that fails its numerical check. Ctrl-C keeps what i
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 
 import torch
 
@@ -74,49 +76,45 @@ def settle(arguments: argparse.Namespace) -> None:
 
 
 def plan(arguments: argparse.Namespace, found: results.Results, note: Callable[[str], None]) -> Iterator[Job]:
-    """Everything to measure, in order; every job adds to ``found``."""
+    """Everything to measure, the first token count whole before the next; every job adds to ``found``."""
     if arguments.training:
         yield from training.plan(arguments, found)
         return
     options = {"repeats": arguments.repeats, "peers": arguments.peers, "note": note}
     chosen = sizes(arguments.shapes, tuple(arguments.shape))
-    for name in arguments.ops:
-        d, k = chosen[0]
-        for dtype in arguments.dtype:
-            for T in arguments.tokens:
+    adapter_dtypes = [
+        (dtype, adapters)
+        for dtype in arguments.dtype
+        for adapters in dict.fromkeys(dtype if a == "same" else a for a in arguments.adapter_dtype)
+    ]
+    for T in arguments.tokens:
+        for method, (dtype, adapters), (d, k) in product(arguments.methods, adapter_dtypes, chosen):
 
-                def operator(name=name, dtype=dtype, T=T, d=d, k=k) -> None:
-                    size = (T, d, k, arguments.rank or 16, DTYPES[dtype], arguments.device)
-                    found.operators += operators.measure(name, *size, found.ceilings[dtype], **options)
+            def layer(method=method, dtype=dtype, adapters=adapters, T=T, d=d, k=k) -> None:
+                size = (T, d, k, arguments.rank or METHODS[method], DTYPES[dtype], arguments.device)
+                also = {"adapter_dtype": DTYPES[adapters], "compiled": arguments.compiled}
+                found.layers += layers.measure(method, *size, found.ceilings[dtype], **also, **options)
 
-                yield f"{name} {dtype} T={T} {d}x{k}", operator
-    for method in arguments.methods:
-        for dtype in arguments.dtype:
-            for adapters in dict.fromkeys(dtype if a == "same" else a for a in arguments.adapter_dtype):
-                for T in arguments.tokens:
-                    for d, k in chosen:
+            yield f"{method} {dtype}, adapters {adapters}, T={T} {d}x{k}", layer
+        for name, dtype in product(arguments.ops, arguments.dtype):
 
-                        def layer(method=method, dtype=dtype, adapters=adapters, T=T, d=d, k=k) -> None:
-                            size = (T, d, k, arguments.rank or METHODS[method], DTYPES[dtype], arguments.device)
-                            found.layers += layers.measure(
-                                method, *size, found.ceilings[dtype],
-                                adapter_dtype=DTYPES[adapters], compiled=arguments.compiled, **options,
-                            )  # fmt: skip
+            def operator(name=name, dtype=dtype, T=T) -> None:
+                size = (T, *chosen[0], arguments.rank or 16, DTYPES[dtype], arguments.device)
+                found.operators += operators.measure(name, *size, found.ceilings[dtype], **options)
 
-                        yield f"{method} {dtype}, adapters {adapters}, T={T} {d}x{k}", layer
+            yield f"{name} {dtype} T={T} {chosen[0][0]}x{chosen[0][1]}", operator
     for method in (arguments.methods or USUAL) if arguments.overhead else ():
 
         def host(method=method) -> None:
             found.overhead += overhead.measure(method, arguments.device, seconds=0.02 if arguments.quick else 0.2)
 
         yield f"host overhead of {method}", host
-    for name in (arguments.ops or operators.NAMES) if arguments.growth else ():
-        for dtype in arguments.dtype:
+    for name, dtype in product(arguments.ops or operators.NAMES, arguments.dtype) if arguments.growth else ():
 
-            def over(name=name, dtype=dtype) -> None:
-                found.growth += growth.measure([name], [DTYPES[dtype]], arguments.device, found.ceilings)
+        def over(name=name, dtype=dtype) -> None:
+            found.growth += growth.measure([name], [DTYPES[dtype]], arguments.device, found.ceilings)
 
-            yield f"growth of {name} {dtype}", over
+        yield f"growth of {name} {dtype}", over
 
 
 def perform(jobs: list[Job], keep: Callable[[], None], seconds: float = float("inf")) -> list[str]:
@@ -161,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             results.write(arguments.json, found)
 
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a timeout keeps what Ctrl-C keeps
     try:
         if not arguments.training:
             print("measuring the ceilings", flush=True)
@@ -169,6 +168,8 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted: what was measured so far follows")
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
     keep()
     print("\n" + report(found, arguments.shapes))
     if arguments.png:
