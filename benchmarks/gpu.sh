@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # `make gpu`: everything that needs the chip, in under 10 minutes, with this machine's own Python and no network.
 # SECTIONS chooses among: build info test memcheck racecheck tune bench training report. Each runs whether or not the one
-# before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. `report` turns the
-# file that `bench` wrote at this commit today into pictures beside it and the table in README.
+# before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. `report`
+# turns the file that `bench` wrote at this commit today into pictures beside it and the table in README.
 # `make gpu-dry` (DRY=1) runs the same script without a chip: compilers and sanitizers are only looked for, the GPU tests
 # are collected, and what takes a device takes the CPU, at small sizes, its results thrown away.
 set -uo pipefail
@@ -70,8 +70,12 @@ else
   # what there is no time for is named and left out, here and in training: the targets' length first, growth last
   step bench 150 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --shapes llama3-8b --tokens 8192 128 4096 \
     --methods dora bat rosa lora bone --ops all --overhead --growth --seconds 120 --json "$stem.json" "${peers[@]}"
-  step training 120 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 --device cuda \
-    --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
+  if "$python" -c 'import peft, transformers' 2>/dev/null; then
+    step training 120 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 \
+      --device cuda --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
+  elif [[ $sections == *" training "* ]]; then
+    echo "gpu: no peft or no transformers, so no training steps"
+  fi
   report "$stem.json" "$results" README.md
   echo "results: $stem.json"
 fi
