@@ -33,13 +33,14 @@ from spectral_ops._library import BACKENDS, Operator
 from spectral_ops.triton_kernels import TILES
 
 VERSION = 1
+MEND = "delete the file, and `python -m spectral_ops tune --write` makes another"
 OTHER = 64.0  # how far apart two flags are, or two numbers of dimensions: farther than any two sizes
 FOLDER = os.environ.get("SPECTRAL_OPS_TUNED", str(Path(__file__).parent / "tuned"))
 
 
 @dataclass(frozen=True)
 class Class:
-    """One measured class: its arguments as :func:`signature` gives them, what won there, and seconds per choice."""
+    """One measured class: its arguments as :func:`signature` gives them, what won there, and every choice's median."""
 
     arguments: tuple
     choice: str
@@ -87,7 +88,7 @@ def choices(operator: Operator) -> list[str]:
 
 
 def _refuse(path: Path, what: str, got: Any, wanted: str) -> None:
-    raise ValueError(f"{path}: {what}: got {got!r}, wanted {wanted} (`python -m spectral_ops tune --write` writes it)")
+    raise ValueError(f"{path}: {what}: got {got!r}, wanted {wanted}; {MEND}")
 
 
 def read(path: Path) -> Table:
@@ -97,7 +98,7 @@ def read(path: Path) -> Table:
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); delete it, or write it anew with tune --write") from None
+        raise ValueError(f"{path}: not JSON ({error}); {MEND}") from None
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION:
         _refuse(path, "version", version, f"{VERSION}, which this package reads")
@@ -116,8 +117,12 @@ def read(path: Path) -> Table:
                     Class(_tuples(c["arguments"]), c["choice"], c["microseconds"]) for c in entry["classes"]
                 )
                 table[name][dtype] = Entry(entry["source"], classes)
+                if not classes:
+                    _refuse(path, f"{name}, {dtype}, classes", [], "one at least")
             except (KeyError, TypeError) as error:
-                raise ValueError(f"{path}: {name}, {dtype}: not an entry of version {VERSION} ({error!r})") from None
+                raise ValueError(
+                    f"{path}: {name}, {dtype}: not an entry of version {VERSION} ({error!r}); {MEND}"
+                ) from None
             for one in classes:
                 if len(one.arguments) != len(operator.default._schema.arguments):
                     _refuse(path, f"{name}, {dtype}, arguments", one.arguments, f"those of {operator.schema}")

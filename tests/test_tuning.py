@@ -193,6 +193,10 @@ def test_an_architecture_without_a_table_has_the_defaults(store, ran, monkeypatc
             "block_sum, float32: not an entry",
         ),
         ('{"version": 1, "operators": {"block_sum": {"float32": {"source": "", "classes": [{}]}}}}', "not an entry"),
+        (
+            '{"version": 1, "operators": {"block_sum": {"float32": {"source": "", "classes": []}}}}',
+            "classes: got \\[\\]",
+        ),
     ],
 )
 def test_a_file_that_is_no_table_is_an_error_that_names_it(folder, content, message):

@@ -151,13 +151,14 @@ def rates(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def operators(arguments: argparse.Namespace, device: torch.device, path: Path | None, deadline: float) -> int:
     """Print what won where and the entries to keep; with ``--write``, put them into the table of this architecture."""
+    old = tuning.read(path) if path else {}  # an error here comes before the measuring
     sizes = [(T, d, k, r) for r in arguments.rank for T in arguments.tokens for d, k in arguments.shape]
     names, repeats = arguments.operators, arguments.repeats
     found, red = candidates.search(names, arguments.dtype, sizes, device, repeats, deadline)
     new = candidates.entries(found, device)
     print(tuning.text(new) if new else "nothing beat the default")
     if arguments.write and path and found:
-        kept = candidates.merged(tuning.read(path), found, new)
+        kept = candidates.merged(old, found, new)
         if kept or path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             _files.write(path, lambda part: part.write_text(tuning.text(kept)))
