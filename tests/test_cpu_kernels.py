@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spectral_ops.functional import bat, csr, dora, dropout, lowrank, random
+from spectral_ops.functional.cayley import cayley_backward_op, cayley_forward_op
 
 _C = pytest.importorskip("spectral_ops._C", reason="the CPU extension is not built")
 
@@ -25,6 +26,7 @@ BAT_SHAPES = [  # tokens, block-rows, block-columns, r
     (130, 2, 40, 8),
 ]  # fmt: skip
 BAT_BLOCKS = [1, 3, 8, 16, 24, 48, 63, 64, 128]
+CAYLEY = [0, 1, 8, 16, 33, 64, 65, 130]
 SPARSE = [  # T, d, k, density, threads: every number of lanes, groups that go round the threads and groups that do not
     (0, 5, 7, 0.5, 1), (3, 0, 7, 0.5, 1), (3, 5, 0, 0.5, 1), (4, 6, 5, 0.0, 1), (1, 1, 1, 1.0, 1),
     (1, 300, 333, 0.1, 1), (2, 40, 31, 0.3, 2), (3, 40, 31, 0.3, 1), (17, 35, 64, 0.2, 1), (33, 600, 130, 0.05, 2),
@@ -82,6 +84,12 @@ def check_lowrank(T, d, r, dtype):
     check(lowrank.lowrank_backward_op, dy, h, B, 0.7, None, y, None, True, True, False, False)
     for scale, shift in [(None, None), (g, None), (g, b.to(acc(dtype)))]:
         check(lowrank.lowrank_update_op, y, h, B, -1.3, scale, shift, written=(0,))
+
+
+def check_cayley(r, dtype):
+    X, G = randn(2, r, r, dtype=dtype), randn(2, r, r, dtype=acc(dtype))
+    check(cayley_forward_op, X, units=64)
+    check(cayley_backward_op, torch.linalg.qr(G)[0], G, units=64)
 
 
 def check_dropout(T, k, r, dtype):
@@ -194,6 +202,8 @@ def sweep(dtypes=DTYPES):
             check_bat(*shape, dtype)
         for r in BAT_BLOCKS:
             check_bat_weight(r, dtype, dtype)
+        for r in CAYLEY:
+            check_cayley(r, dtype)
         for shape in SHAPES:
             check_lowrank(*shape, dtype)
             check_dropout(*shape, dtype)
@@ -223,6 +233,12 @@ def test_bat_against_reference(shape, dtype):
 @pytest.mark.parametrize("r", BAT_BLOCKS)
 def test_bat_weight_in_bfloat16(r, to):
     check_bat_weight(r, torch.bfloat16, to)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", CAYLEY)
+def test_cayley_against_reference(r, dtype):
+    check_cayley(r, dtype)
 
 
 def test_bat_weight_keeps_a_weight_that_nothing_changes():

@@ -517,6 +517,33 @@ def test_norm_recomputed_in_every_replay():
         assert agrees(norm, W, A, B)
 
 
+@pytest.mark.parametrize("r", [8, 64, 100])
+def test_cayley(r):
+    """As on the CPU in float64, orthogonal, without waiting for the device; small matrices in one launch each way."""
+    X, G = randn(210, r, r, device="cuda").float().requires_grad_(), randn(210, r, r, device="cuda").float()
+    for _ in range(2):  # the first compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            Q = spectral_ops.cayley(X)
+            (got,) = torch.autograd.grad(Q, X, G)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    exact = X.detach().cpu().double().requires_grad_()
+    want = spectral_ops.cayley(exact)
+    (wanted,) = torch.autograd.grad(want, exact, G.cpu().double())
+    torch.testing.assert_close(Q.cpu().double(), want, rtol=0, atol=1e-5)
+    assert (Q.mT @ Q - torch.eye(r, device="cuda")).abs().max() < 1e-5
+    assert (got.cpu().double() - wanted).norm() <= 2e-5 * wanted.norm()
+    if r > 64:
+        return  # the library's
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(spectral_ops.cayley(X), X, G)
+        torch.cuda.synchronize()
+    launched = [event.key for event in profile.key_averages() if "cayley" in event.key]
+    assert sorted(launched) == ["cayley_backward_kernel", "cayley_kernel"], launched
+
+
 # --- importance: operators over lists of tensors ----------------------------------------------------------------------
 
 LAYERS = [(5, 21, 34), (1, 7, 3), (17, 1500, 19)] * 9  # 81 tensors: more than one launch takes
