@@ -29,6 +29,8 @@ BACKENDS = {  # colour and marker
     "cuda": ("#D55E00", "s"),
     "triton": ("#009E73", "^"),
     "reference": ("#999999", "D"),
+    "library": ("#000000", "P"),
+    "torch.sparse": ("#CC79A7", "v"),
 }
 UNITS = {"tokens": "tokens", "features": "features, in and out", "rank": "rank", "density": "density of the pattern"}
 
@@ -59,7 +61,7 @@ def caption(results: Results) -> str:
     """Where and how the figures were taken."""
     meta = results.meta
     versions = f"torch {meta.get('torch')}, commit {meta.get('commit') or 'unknown'}, {str(meta.get('date'))[:10]}"
-    return f"{meta.get('device')}, {meta.get('threads')} threads, {versions}\n{meta.get('command')}"
+    return f"{meta.get('device')}, threads: {meta.get('threads')}, {versions}\n{meta.get('command')}"
 
 
 def _frame(figure, title: str, results: Results, handles: list) -> None:
@@ -185,7 +187,7 @@ def roofline(results: Results, path: Path) -> Path:
 
 
 def _point(line, backend: str):
-    color, marker = BACKENDS.get(backend, ("#000000", "x"))
+    color, marker = BACKENDS.get(backend, ("#E69F00", "X"))
     line.set(color=color, marker=marker, ms=6, mec="white", mew=0.5)
     return line
 
@@ -268,8 +270,8 @@ def memory(results: Results, rows: list[Layer], path: Path) -> Path:
         return None if size is None else size / 2**20
 
     kinds = [
-        ("saved", "MiB held for backward", lambda row: mib(row.saved_bytes), lambda row: None, "{:.2f}"),
-        ("peak", "MiB at most in a step", lambda row: mib(row.peak_bytes), lambda row: None, "{:.1f}"),
+        ("saved", "MiB held for backward", lambda row: mib(row.saved_bytes), lambda row: None, "{:.3g}"),
+        ("peak", "MiB at most in a step", lambda row: mib(row.peak_bytes), lambda row: None, "{:.3g}"),
     ]
     return _bar_charts(results, path, "Memory of a layer", rows, kinds)
 

@@ -115,7 +115,7 @@ def render(results: Results) -> str:
     """The caption and the Markdown table."""
     meta = results.meta
     caption = (
-        f"{meta.get('device')}, {meta.get('threads')} threads, torch {meta.get('torch')}, commit {meta.get('commit')},"
+        f"{meta.get('device')}, threads: {meta.get('threads')}, torch {meta.get('torch')}, commit {meta.get('commit')},"
         f" {str(meta.get('date'))[:10]}, `{meta.get('command')}`.\n"
         "Forward and backward over the frozen layer's time (1.000 is no tax), medians over turns."
     )
