@@ -3,6 +3,7 @@
 import dataclasses
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +195,14 @@ def test_the_table_goes_between_the_markers(run_file, tmp_path, capsys):
     page.write_text("nothing\n")
     with pytest.raises(ValueError, match="wanted 1"):
         readme.write(results.read(run_file), page)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_readme_has_a_place_for_every_device(device, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text((Path(__file__).resolve().parents[1] / "README.md").read_text())
+    readme.write(made_up(layers=[layer(device=device)]), page)
+    assert page.read_text().count("abc1234") == 1
 
 
 def test_a_whole_block_is_one_line_and_has_the_targets_of_a_gpu():

@@ -158,7 +158,7 @@ def roofline(results: Results, path: Path) -> Path:
     )
     backends = dict.fromkeys(row.backend for rows in timed.values() for row in rows)
     handles = [_point(plt.Line2D([], [], ls="", label=name), name) for name in backends]
-    _frame(figure, "Every operator beside the roofline (above the line: its data came from a cache)", results, handles)
+    _frame(figure, "Every operator beside the roofline (above the slope: its data came from a cache)", results, handles)
     for (dtype, rows), (left, right) in zip(timed.items(), axes, strict=True):
         memory, products = (rate / 1e9 for rate in dataclasses.astuple(results.ceilings[dtype])[::-1])
         moving, working = ([row for row in rows if bool(row.flops) is works] for works in (False, True))
