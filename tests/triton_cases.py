@@ -323,6 +323,22 @@ def importance_of_moved_gradients():
 
 
 @case
+def cayley_of_what_is_not_finite():
+    """It ends, writes every entry, and leaves the other matrices alone."""
+    ahead, back = (_library.OPERATORS[name].overloads for name in ("cayley_forward", "cayley_backward"))
+    for bad in (float("nan"), float("inf")):
+        X, G = torch.randn(3, 5, 5), torch.randn(3, 5, 5)
+        want = ahead["reference"](X)
+        X[1, 2, 2] = X[1, 0, 3] = bad
+        with helpers.poisoned():
+            Q = ahead["triton"](X)
+            dX = back["triton"](Q, G)
+        torch.testing.assert_close(Q[::2], want[::2], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dX[::2], back["reference"](want, G)[::2], rtol=1e-5, atol=1e-5)
+        assert not Q[1].isfinite().any() and not dX[1].isfinite().any()
+
+
+@case
 def layers_run_forward_and_backward():
     from spectral_ops import functional as F
 

@@ -1,4 +1,4 @@
-"""The Cayley transform of small matrices (METHODS 2, Spectral R): one program each, all in one launch.
+"""The Cayley transform of small matrices (METHODS 1.9): one program each, all in one launch.
 
 A program holds its matrix, padded to a power of two, in registers. X is read once as it is and once turned, Q written
 once; backward reads Q and G twice at most and writes dX. Above MOST the references run, as they do in float64.

@@ -1,4 +1,4 @@
-"""Cayley transform: an orthogonal matrix from any square one, smooth and without constraints (METHODS 2, Spectral R).
+"""Cayley transform: an orthogonal matrix from any square one, smooth and without constraints (METHODS 1.9).
 
     K = (X - Xᵀ) / 2      Q = (I - K) (I + K)⁻¹ = 2 (I + K)⁻¹ - I
     backward, with G = dQ, M = I + Q and V = M Gᵀ M:   dK = -(Mᵀ G Mᵀ) / 2      dX = (dK - dKᵀ) / 2 = (V - Vᵀ) / 4
@@ -100,7 +100,7 @@ def cayley(X):
 
     Returns Q of X's shape, with determinant 1, in float32 (float64 for float64): exactly I where X is symmetric. What
     is not finite stays in its own matrix. Saves Q alone for backward. Raises TypeError/ValueError that name X.
-    METHODS 2, Spectral Adapter R, arXiv:2405.13952.
+    METHODS 1.9; Spectral Adapter, arXiv:2405.13952.
     """
     checks.tensor("X", X, "[r, r] or [n, r, r]")
     if X.dim() not in (2, 3) or X.shape[-1] != X.shape[-2] or X.shape[-1] == 0:
