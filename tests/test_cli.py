@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,3 +265,54 @@ def test_tune_measures_every_rate_and_writes_only_when_asked(monkeypatch, tmp_pa
     assert kept["cpu"]["bfloat16"] == routes.load(before)["cpu"]["bfloat16"]
     assert kept["cuda"] == routes.load(before)["cuda"]
     assert "commit" in json.loads(file.read_text())["cpu"]["source"]
+
+
+def test_spops_and_liger_get_what_they_document(monkeypatch):
+    """Stand-ins with those packages' signatures; the real ones were not at hand."""
+
+    def dense(values, offsets, columns, shape):
+        assert offsets.dtype == torch.int32 and columns.dtype == torch.int16
+        out = torch.zeros(shape, dtype=values.dtype)
+        rows = torch.repeat_interleave(torch.arange(shape[0]), offsets.diff().long())
+        return out.index_put((rows, columns.long()), values)
+
+    def spmm(values, offsets, order, columns, B, M):
+        assert B.is_contiguous() and (offsets.diff()[order.long()].diff() <= 0).all()
+        return dense(values, offsets, columns, (M, len(B))) @ B
+
+    def sddmm(offsets, order, columns, A, BT):
+        assert A.is_contiguous() and BT.is_contiguous() and (offsets.diff()[order.long()].diff() <= 0).all()
+        ones = dense(torch.ones(len(columns)), offsets, columns, (len(A), len(BT)))
+        return (A @ BT.t())[ones != 0]
+
+    def cross_entropy(input, target, ignore_index, reduction):
+        return torch.nn.functional.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
+
+    monkeypatch.setitem(sys.modules, "spops", SimpleNamespace(spmm=spmm, sddmm=sddmm))
+    liger = SimpleNamespace(liger_cross_entropy=cross_entropy)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", liger)
+    kinds = {"csr_spmm_": operators._spops, "csr_sddmm": operators._spops, "target_logprob": operators._liger}
+    for name, build in kinds.items():
+        args = next(operators.arguments(name, 12, 40, 56, 4, torch.float32, "cpu", density=0.1))
+        wanted = operators._expected(operators._library.OPERATORS[name], args)
+        assert operators.largest_error([build(name, args)()], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("package", peers.EXTERNAL)
+def test_other_packages_kernels_get_peft_s_layer(package, monkeypatch):
+    """As apply_lora_o of unsloth and axolotl takes it: an owner of o_proj, and x [batch, length, k]."""
+    pytest.importorskip("peft")
+
+    def apply_lora_o(owner, X):
+        assert X.dim() == 3 and owner.training
+        layer = owner.o_proj
+        A, B = layer.lora_A[layer.active_adapters[0]].weight, layer.lora_B[layer.active_adapters[0]].weight
+        return X @ layer.base_layer.weight.t() + layer.scaling["default"] * (X @ A.t() @ B.t())
+
+    module = {"unsloth": "unsloth.kernels.fast_lora", "axolotl": "axolotl.kernels.lora"}[package]
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(apply_lora_o=apply_lora_o))
+    monkeypatch.setattr(peers.importlib, "import_module", sys.modules.__getitem__)
+    x, dy = torch.randn(8, 48, requires_grad=True), torch.randn(8, 32)
+    subject = peers.Subject("lora", torch.randn(32, 48), 4)
+    wanted = layers.step(subject.plain(), x, dy)
+    assert layers.largest_error(layers.step(subject.external(package), x, dy), wanted) < 1e-5

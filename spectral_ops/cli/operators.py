@@ -98,7 +98,7 @@ def measure(
     """Operator ``name`` on its first sample arguments for x [T, k], W [d, k] and rank, and with ``peers`` its peers."""
     operator = _library.OPERATORS[name]
     args = next(arguments(name, T, d, k, rank, dtype, device, density=DENSITY))
-    backend, bound = backends.choose(operator, device, args).backend, SLACK * BOUNDS[dtype]
+    backend, bound = backends.choose(operator, args[0].device, args).backend, SLACK * BOUNDS[dtype]
     calls: dict[str, Callable[[], object]] = {backend: lambda: operator(*args)}
     errors = {backend: _error(operator, args)}
     absent = missing()
