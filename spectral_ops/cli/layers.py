@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectral_ops.cli import results
 from spectral_ops.cli.check import largest_error
 from spectral_ops.cli.counting import Counts, counted, peak_bytes, saved_bytes
-from spectral_ops.cli.peers import OURS, Layer, Subject
+from spectral_ops.cli.peers import FROZEN, OURS, Layer, Subject
 from spectral_ops.cli.timing import interleave
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the output and of every gradient
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
-FROZEN = "frozen"
 
 
 def _clear(layer: Layer, x: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from spectral_ops.cli.layers import step
-from spectral_ops.cli.peers import METHODS, OURS, Layer, Subject, missing
+from spectral_ops.cli.peers import FROZEN, METHODS, OURS, Layer, Subject, missing
 from spectral_ops.cli.results import Overhead
 
 SIZE = 256  # features in and out; every method's usual rank fits
@@ -19,7 +19,7 @@ def measure(method: str, device: str, tokens: tuple[int, ...] = TOKENS, seconds:
     linear = torch.nn.Linear(SIZE, SIZE, bias=False, device=device).requires_grad_(False)
     subject = Subject(method, weight, METHODS[method])
     peers = {} if "peft" in missing() else {n: b for n, b in subject.peers().items() if n.startswith("PEFT")}
-    layers = {"frozen": Layer(linear, []), OURS: subject.ours, **{name: build() for name, build in peers.items()}}
+    layers = {FROZEN: Layer(linear, []), OURS: subject.ours, **{name: build() for name, build in peers.items()}}
     rows = []
     for T in tokens:
         x, dy = torch.randn(T, SIZE, device=device, requires_grad=True), torch.randn(T, SIZE, device=device)

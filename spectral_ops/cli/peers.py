@@ -25,7 +25,7 @@ METHODS = {  # every method, and its usual rank or block size
     name: method.fields.get("init_r", method.fields.get("r")) for name, method in catalogue.METHODS.items()
 }
 USUAL = ("lora", "dora", "bone", "bat", "rosa")
-OURS = "spectral_ops"
+FROZEN, OURS = "frozen", "spectral_ops"
 PEFT = ("lora", "rslora", "pissa", "milora", "dora", "bone", "mini", "bat", "adalora", "vera")  # those that PEFT has
 UNFUSED = ("vera",)  # which accelerate() leaves to PEFT
 EXTERNAL = {"unsloth": ("lora", "rslora"), "axolotl": ("lora", "rslora", "dora")}  # whose kernels take these methods

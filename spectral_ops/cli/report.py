@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Iterable
 
 from spectral_ops.cli import growth
+from spectral_ops.cli.peers import FROZEN
 from spectral_ops.cli.results import Counted, Layer, Operator, Overhead, Results
 from spectral_ops.cli.shapes import BLOCKS
 from spectral_ops.cli.table import table
 from spectral_ops.cli.training import training_table
 
-FROZEN = "frozen"
 RATES = ["GFLOP", "MB", "GB/s", "TFLOP/s", "% of floor"]
 
 
@@ -108,17 +108,15 @@ def blocks_table(rows: Iterable[Layer], names: Iterable[str]) -> str:
     lines = []
     for name in names:
         block = BLOCKS[name]
-        for (method, dtype, adapters, tokens), found in groups.items():
-            frozen = found.pop(FROZEN, [])
-            for implementation, measured in found.items():
+        for key, found in groups.items():
+            for implementation in (name for name in found if name != FROZEN):
+                measured = found[implementation]
                 saved = {(row.out_features, row.in_features): row.saved_bytes for row in measured}
                 if not set(block) <= set(saved):
                     continue
-                ratio = block_ratio([*measured, *frozen], block)
+                ratio = block_ratio([*measured, *found.get(FROZEN, [])], block)
                 total = sum(count * saved[size] for size, count in block.items())
-                cells = ["RED" if ratio is None else f"{ratio:.3f}", _mib(total)]
-                lines.append([name, method, dtype, adapters, tokens, implementation, *cells])
-            found[FROZEN] = frozen
+                lines.append([name, *key, implementation, "RED" if ratio is None else f"{ratio:.3f}", _mib(total)])
     return table(["block", "method", "dtype", "adapters", "T", "implementation", "x frozen", "saved MiB"], lines)
 
 
@@ -135,6 +133,11 @@ def report(found: Results, blocks: Iterable[str] = ()) -> str:
         parts.append(operators_table(found.operators))
     if found.layers:
         parts.append(layers_table(found.layers))
+    if above := sum(row.times != [] and row.of_floor > 1.1 for row in (*found.layers, *found.operators)):
+        parts.append(
+            f"{above} rows lie above 100 % of their floor: their data stayed in a cache, or the machine was busier when"
+            " the ceilings were measured"
+        )
     if found.training:
         parts.append(training_table(found.training))
     if found.overhead:
