@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectral_ops import cli
+from spectral_ops import _loader, cli
 from spectral_ops.cli import bench, layers, operators, peers, report, results, shapes, timing, tune
 from spectral_ops.cli.counting import counted, peak_bytes
 from spectral_ops.functional import routes
@@ -80,6 +80,12 @@ def test_columns_of_the_layers(capsys):
         assert column in header
     assert [line.split()[5] for line in out.splitlines() if line.startswith("bone")][-2:] == ["frozen", peers.OURS]
     assert "ceilings measured in this run" in out and "[1/1] bone float32" in out
+
+
+def test_missing_kernels_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(_loader.EXTENSIONS["cpu"], "error", "it was not built")
+    assert cli.main(["bench", "--methods", "bone", "--dtype", "float32", "--no-peers", *SMALL]) == 0
+    assert "it was not built" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_absent_packages_are_named_and_left_out(monkeypatch, tmp_path, capsys):

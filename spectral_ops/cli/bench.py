@@ -151,6 +151,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = results.Results(results.meta(arguments.device))
     notes: list[str] = []
     jobs = list(plan(arguments, found, lambda text: notes.append(text)))
+    print("{device}, {threads} threads, torch {torch}; {kernels}".format(**found.meta))
     if arguments.peers and (absent := missing()):
         print("not installed: " + ", ".join(absent))
     failed, interrupted = [], False

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import spectral_ops
-from spectral_ops import _files
+from spectral_ops import _files, _loader
 
 FORMAT = 1
 
@@ -208,7 +208,8 @@ def _processor() -> str:
 
 
 def meta(device: str) -> dict[str, object]:
-    """What a run on ``device`` ("cpu" or "cuda") says of itself."""
+    """What a run on ``device`` ("cpu" or "cuda") says of itself; kernels: the compiled ones, or why there are none."""
+    extension = _loader.EXTENSIONS[torch.device(device).type]
     return {
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -216,6 +217,7 @@ def meta(device: str) -> dict[str, object]:
         "triton": _version("triton"),
         "peft": _version("peft"),
         "spectral_ops": spectral_ops.__version__,
+        "kernels": extension.error or extension.info,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m spectral_ops", *sys.argv[1:]]),
