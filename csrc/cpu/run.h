@@ -362,6 +362,7 @@ inline void run(const MagnitudeGrad& a, const Tensor& like) {
 // Runs a pass over n matrices, each one thread's, in that thread's room.
 template <class Pass> void run_matrices(Pass pass, const Tensor& like) {
   const int64_t n = pass.cayley.n, r = pass.cayley.r, bytes = (pass.room + 63) / 64 * 64;
+  if (n == 0 || r == 0) return;
   const Tensor memory = workspace(like, bytes * torch::stable::get_num_threads());
   torch::stable::parallel_for(0, n, grain_of(n, 2 * n * r * r * r), [&](int64_t begin, int64_t end) {
     uint32_t thread = 0;
