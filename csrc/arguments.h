@@ -286,6 +286,17 @@ struct CayleyBackward {
   DType dtype;
 };
 
+// --- transpose ---
+
+// out [columns, rows] = xᵀ, x [rows, columns]; unit inner strides.
+struct Transpose {
+  const void* x;
+  void* out;
+  int64_t rows, columns;
+  int64_t x_stride, out_stride;  // elements between rows
+  DType dtype;
+};
+
 // --- importance ---
 
 // A [rows_A, k], B [rows_B, r] and E [rows_E] of one layer and their gradients, contiguous: parts along the first dimension

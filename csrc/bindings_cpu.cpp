@@ -13,6 +13,7 @@
 #include "ops/importance.h"
 #include "ops/lowrank.h"
 #include "ops/policy.h"
+#include "ops/transpose.h"
 
 namespace spectral_ops {
 
@@ -50,6 +51,7 @@ const Binding kBindings[] = {
     {"seeded_dropout", TORCH_BOX(&seeded_dropout<Cpu>)},
     {"target_logprob", TORCH_BOX(&target_logprob<Cpu>)},
     {"softmax_gradient_", TORCH_BOX(&softmax_gradient_<Cpu>)},
+    {"transpose_", TORCH_BOX(&transpose_<Cpu>)},
 };
 
 PyObject* do_register(PyObject*, PyObject*) {

@@ -785,6 +785,7 @@ def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) ->
             (laid_out(x_bat, "rows"), laid_out(W_bat, "transposed"), col32, False),
         ],
         "bat_contract_": [(dB, W_bat, G_bat), (dB, laid_out(W_bat, "transposed"), G_bat.to(acc))],
+        "transpose_": [(make(d, T), dy), (laid_out(make(k, T), "rows"), wide)],
         "bat_mix": [(x_bat, row), (laid_out(x_bat, "rows"), row.to(acc))],
         "bat_mix_backward_": [
             (make(T, kr), u, x_bat, row, True, True),

@@ -285,7 +285,7 @@ def test_x_is_all_that_is_saved(T, options):
 
 def test_no_gradient_of_the_weight_is_allocated():
     """d above a tile: neither W' (once its buffer is there) nor dyᵀx [d, k] is allocated, forward or backward."""
-    assert common.TILE_ROWS["cpu"] == 512
+    assert common.TILE_ROWS["cpu"] == 1024
     d, k, r, T = 2048, 48, 16, 64
     for options in ({}, {"mode": "row"}):
         x, W, blocks, dy = problem_of(d, k, r, options.get("mode", "col"), T, torch.float32)
@@ -302,8 +302,8 @@ def test_no_gradient_of_the_weight_is_allocated():
     spectral_ops.scratch.release()
     with Recorder() as seen:
         torch.autograd.grad(y, blocks, dy)
-    assert max(t.untyped_storage().nbytes() for *_, t in seen.allocated) < d * k * 4 / 2
-    assert spectral_ops.scratch.nbytes == 512 * k * 4
+    assert max(t.untyped_storage().nbytes() for *_, t in seen.allocated) <= d * k * 4 / 2
+    assert spectral_ops.scratch.nbytes == 1024 * k * 4
 
 
 def test_one_buffer_for_every_layer():

@@ -28,7 +28,7 @@ import spectral_ops
 from spectral_ops import BackendUnavailable, _library, _loader, explain, use_backend
 from spectral_ops._library import OPERATORS
 
-STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "cayley")
+STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "cayley", "transpose")
 SIZES = [{}, {"T": 1, "r": 1}, {"T": 70, "k": 131, "d": 66, "r": 17}]
 
 
@@ -456,6 +456,7 @@ def test_bytes_by_hand(dtype):
     assert cost("bat_contract_", 0) == 2 * s * dr * kr + a * nd * r * r
     assert cost("bat_mix", 0) == s * (2 * t * kr + nk * r * r + t * r)
     assert cost("bat_mix_backward_", 0) == s * (3 * t * kr + t * r + nk * r * r) + (s * nk * r * r)
+    assert cost("transpose_", 0) == 2 * s * t * d
     nnz = cases["csr_sddmm"][0][3].numel()
     indices = 4 * (nnz + d + 1)
     assert cost("csr_scatter_", 0) == s * 3 * nnz + indices

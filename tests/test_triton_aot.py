@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature  # no
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-import spectral_ops  # noqa: E402, F401
+from spectral_ops import triton_kernels  # noqa: E402
 from spectral_ops.triton_kernels import (  # noqa: E402
     TILES,
     bat,
@@ -125,6 +125,7 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "magnitude_grad": ("dora", "magnitude_grad", (g, dy, x, h, W, B, 0.5, g, g, bias)),
         "dropout_project odd": ("dropout", "dropout_project", (odd, make(64, k - 1), seed, 0.1)),
         "seeded_dropout": ("dropout", "seeded_dropout", (x, seed, 0.1)),
+        "transpose_": ("transpose", "transpose_", (make(d, T), dy)),
         "block_sum r64": ("blocksum", "block_sum", (x, 64, None, None, 0.0)),
         "block_sum r64 dropout": ("blocksum", "block_sum", (x, 64, None, seed, 0.1)),
         "block_sum r63 odd dropout": ("blocksum", "block_sum", (odd, 63, None, seed, 0.1)),
@@ -179,18 +180,7 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in (
-            "lowrank",
-            "dora",
-            "dropout",
-            "blocksum",
-            "bat",
-            "csr",
-            "policy",
-            "segments",
-            "importance",
-            "cayley",
-        ):
+        for stem in set(triton_kernels.OPERATORS.values()):
             module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):

@@ -44,6 +44,7 @@ OPERATORS: dict[str, str] = {
     "segment_outer": "segments",
     "importance_update_": "importance",
     "importance_prune_": "importance",
+    "transpose_": "transpose",
 }
 
 # operator -> names of further tiles that its launcher takes as ``tiles=``, beside its table's: the tuner's candidates

@@ -81,5 +81,6 @@ SPECTRAL_OPS_CPU_KERNEL(magnitude_exact, MagnitudeExact)
 SPECTRAL_OPS_CPU_KERNEL(seeded_dropout, SeededDropout)
 SPECTRAL_OPS_CPU_KERNEL(target_logprob, TargetLogprob)
 SPECTRAL_OPS_CPU_KERNEL(softmax_gradient, SoftmaxGradient)
+SPECTRAL_OPS_CPU_KERNEL(transpose, Transpose)
 
 }  // namespace spectral_ops::cpu

@@ -377,6 +377,12 @@ inline void run(const CayleyForward& a, const Tensor& like) { run_matrices(Cayle
 
 inline void run(const CayleyBackward& a, const Tensor& like) { run_matrices(CayleyBackwardPass(a), like); }
 
+// --- transpose ---
+
+inline void run(const Transpose& a, const Tensor&) {
+  in_parallel(a, tiles(a.rows), grain_of(tiles(a.rows), a.rows * a.columns));
+}
+
 // --- importance ---
 
 inline void run(const ImportanceUpdate& a, const Tensor&) { in_parallel(a, a.count, 2); }

@@ -84,6 +84,7 @@ def arguments(
     }
     samples |= {
         "bat_weight_": lambda: [(torch.empty_like(W_bat), W_bat, bat, False, False)],
+        "transpose_": lambda: [(randn(d, T), dy)],
         "bat_matmul": lambda: [(x_bat[: max(r - 1, 1)], W_bat, bat, False)],
         "bat_contract_": lambda: [(torch.empty_like(bat), W_bat, randn(d_bat, k_bat))],
         "bat_mix": lambda: [(x_bat, row_bat)],

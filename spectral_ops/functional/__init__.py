@@ -53,7 +53,7 @@ _DROPOUT = ("dropout_project", "dropout_outer", "dropout_lift_")
 _SHARDS = ("block_sum", "block_tile_")
 _NORM = ("row_square", "column_norm", "column_norm_cached_")
 _BAT = ("bat_weight_", "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_")
-_CSR_GRADIENT = ("csr_sddmm", "csr_gather_")
+_CSR_GRADIENT = ("csr_sddmm", "csr_gather_", "transpose_")
 _SEGMENTS = ("segment_project", "segment_lift_", "segment_outer")
 FUNCTIONS.update(
     adalora_importance=("importance_update_",),
@@ -64,7 +64,7 @@ FUNCTIONS.update(
     csr_spmm=("csr_spmm_", *_CSR_GRADIENT),
     rosa_linear=("csr_spmm_", "csr_scatter_", *_CSR_GRADIENT, "lowrank_backward", *_DROPOUT),
     rosa_update=("csr_spmm_", *_CSR_GRADIENT),
-    bat_linear=(*_BAT, *_SHARDS),
+    bat_linear=(*_BAT, *_SHARDS, "transpose_"),
     bat_weight=("bat_weight_", "bat_contract_"),
     bone_linear=_SHARDS,
     bone_update=_SHARDS,

@@ -1,0 +1,27 @@
+// The host side of transpose_ for any device.
+#pragma once
+
+#include "../ops.h"
+
+namespace spectral_ops {
+
+template <class Device> void transpose_(Tensor out, Tensor x) {
+  check_matrix("x", x);
+  check_matrix("out", out);
+  check_written_once("out", out);
+  check_same_device("x", x, out);
+  Transpose a{};
+  a.rows = x.size(0), a.columns = x.size(1);
+  check_size("out", out, 0, a.columns, "the columns of x");
+  check_size("out", out, 1, a.rows, "the rows of x");
+  a.dtype = dtype_of("out", out);
+  check_dtype("x", x, a.dtype, "out");
+  x = rows_of(x);
+  Tensor target = rows_of(out);
+  a.x = x.data_ptr(), a.out = target.data_ptr();
+  a.x_stride = x.stride(0), a.out_stride = target.stride(0);
+  Device::launch(a, out);
+  if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
+}
+
+}  // namespace spectral_ops
