@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 
 import torch
 
@@ -106,7 +107,9 @@ def plan(arguments: argparse.Namespace, found: results.Results, note: Callable[[
     for method in (arguments.methods or USUAL) if arguments.overhead else ():
 
         def host(method=method) -> None:
-            found.overhead += overhead.measure(method, arguments.device, seconds=0.02 if arguments.quick else 0.2)
+            found.overhead += overhead.measure(
+                method, arguments.device, seconds=0.02 if arguments.quick else 0.2, peers=arguments.peers
+            )
 
         yield f"host overhead of {method}", host
     for name, dtype in product(arguments.ops or operators.NAMES, arguments.dtype) if arguments.growth else ():
@@ -147,6 +150,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(predict.report())
         return 0
     settle(arguments)
+    if arguments.json and not Path(arguments.json).parent.is_dir():
+        raise SystemExit(f"bench --json: got {arguments.json}, wanted a file in a directory that exists")
     warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)  # torch's, of CSR tensors in general
     found = results.Results(results.meta(arguments.device))
     notes: list[str] = []

@@ -6,22 +6,23 @@ import torch
 from torch.utils.benchmark import Timer
 
 from spectral_ops.cli.layers import step
-from spectral_ops.cli.peers import FROZEN, METHODS, OURS, Layer, Subject, missing
+from spectral_ops.cli.peers import FROZEN, METHODS, OURS, Layer, Subject
 from spectral_ops.cli.results import Overhead
 
 SIZE = 256  # features in and out; every method's usual rank fits
 TOKENS = (1, 128)
 
 
-def measure(method: str, device: str, tokens: tuple[int, ...] = TOKENS, seconds: float = 0.2) -> list[Overhead]:
-    """nn.Linear frozen, ours and PEFT's, float32, by torch.utils.benchmark for at least ``seconds`` each."""
+def measure(method: str, device: str, *, seconds: float = 0.2, peers: bool = True) -> list[Overhead]:
+    """nn.Linear frozen, ours and with ``peers`` PEFT's, float32, by torch.utils.benchmark for ``seconds`` each."""
     weight = torch.randn(SIZE, SIZE, device=device) * SIZE**-0.5
     linear = torch.nn.Linear(SIZE, SIZE, bias=False, device=device).requires_grad_(False)
     subject = Subject(method, weight, METHODS[method])
-    peers = {} if "peft" in missing() else {n: b for n, b in subject.peers().items() if n.startswith("PEFT")}
-    layers = {FROZEN: Layer(linear, []), OURS: subject.ours, **{name: build() for name, build in peers.items()}}
+    layers = {FROZEN: Layer(linear, []), OURS: subject.ours}
+    if peers:
+        layers |= {name: build() for name, build in subject.peers().items() if name.startswith("PEFT")}
     rows = []
-    for T in tokens:
+    for T in TOKENS:
         x, dy = torch.randn(T, SIZE, device=device, requires_grad=True), torch.randn(T, SIZE, device=device)
         for name, layer in layers.items():
             timed = Timer("step(layer, x, dy)", globals={"step": step, "layer": layer, "x": x, "dy": dy})
