@@ -23,7 +23,7 @@ from spectral_ops.cli import check
 from spectral_ops.cli.cases import arguments
 from spectral_ops.cli.results import meta
 from spectral_ops.cli.shapes import DTYPES
-from spectral_ops.cli.timing import interleave, last_level_cache
+from spectral_ops.cli.timing import flush, interleave
 
 MARGIN = 0.05
 # in this order
@@ -36,14 +36,6 @@ def source(device: torch.device) -> str:
     name = of["device"] if device.type == "cuda" else f"{of['device']}, {of['threads']} threads"
     versions = ", ".join(f"{package} {of[package]}" for package in ("torch", "triton", "spectral_ops") if of[package])
     return f"{name}, {versions}, {str(of['date'])[:10]}, commit {of['commit']}"
-
-
-def flush(device: torch.device) -> Callable[[str], None]:
-    """Between two timings: overwrites a CPU's caches. A GPU's are the timer's concern."""
-    if device.type == "cuda":
-        return lambda _: None
-    buffer = torch.empty(max(2 * last_level_cache(device), 2**26), dtype=torch.int8)
-    return lambda _: buffer.zero_()
 
 
 def lookup_seconds(repeats: int = 200) -> float:

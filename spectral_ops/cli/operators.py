@@ -17,7 +17,7 @@ from spectral_ops.cli.cases import arguments
 from spectral_ops.cli.catalogue import DENSITY
 from spectral_ops.cli.check import BOUNDS, converted, largest_error, outputs
 from spectral_ops.cli.peers import missing
-from spectral_ops.cli.timing import interleave, repeat
+from spectral_ops.cli.timing import flush, interleave
 
 NAMES = sorted(_library.OPERATORS, key=lambda name: (_library.OPERATORS[name].stem, name))
 SLACK = 4  # times check's bounds, which are for sums of a hundred numbers
@@ -114,10 +114,7 @@ def measure(
     cost = operator.cost(*args)
     floor = max(cost.flops / ceiling.flops_per_second, cost.bytes / ceiling.bytes_per_second)
     where = torch.device(device)
-    if len(calls) > 1:
-        times = interleave(calls, lambda _: None, repeats, where)
-    else:
-        times = {backend: repeat(calls[backend], repeats, where)}
+    times = interleave(calls, flush(where), repeats, where)
     return [
         results.Operator(
             operator=name,

@@ -24,10 +24,10 @@ def timer(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
         return host
 
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # larger than any L2
+    buffer = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # larger than any L2
 
     def events(call: Callable[[], object]) -> float:
-        flush.zero_()
+        buffer.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()
@@ -75,6 +75,14 @@ def last_level_cache(device: torch.device) -> int:
         text = index.read_text().strip()
         found.append(int(text.rstrip("KMG")) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:], 1))
     return max(found)
+
+
+def flush(device: torch.device) -> Callable[[str], None]:
+    """Between two timings: overwrites a CPU's caches. A GPU's are the timer's concern."""
+    if device.type == "cuda":
+        return lambda _: None
+    buffer = torch.empty(max(2 * last_level_cache(device), 2**26), dtype=torch.int8)
+    return lambda _: buffer.zero_()
 
 
 def copy_rate(device: torch.device, repeats: int = 5, scale: int = 8) -> float:
