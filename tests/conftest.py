@@ -65,3 +65,21 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads spend longer waiting for each other than small layers take, the more so where the machine has other
+    work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The module peft_tiny, where transformers and PEFT are."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    return pytest.importorskip("peft_tiny")

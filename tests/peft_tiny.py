@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 from peft import LoraConfig, MissConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -20,15 +19,6 @@ METHODS = {
     "miss_mini": {"init_weights": "mini", "mini_r": 8},
     "miss_bat": {"init_weights": "bat", "r": 8},
 }
-
-
-@pytest.fixture
-def one_thread():
-    """Threads only get in each other's way at these sizes, the more so where the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(method: str, **extra):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from adapter_helpers import adamw, mlp
 from helpers import Recorder
 from torch import nn
 
@@ -16,22 +17,11 @@ from spectral_ops import AdaLoRAConfig, AdaLoRALinear, AdaLoRASchedule
 STEPS, K, D = 12, 18, 24
 SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": STEPS, "lora_alpha": 6}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(K, D), nn.GELU(), nn.Linear(D, 12))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def attached(**fields):
-    model = mlp()
+    model = mlp(K, D, 0)
     torch.manual_seed(1)
     return so.attach(model, AdaLoRAConfig(**SCHEDULE | {"target_modules": ["0", "2"]} | fields))
 
@@ -52,10 +42,6 @@ def train(model, optimizer, steps, each=None):
         optimizer.zero_grad()
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-
-
 def entries(model):
     return torch.cat([layer.lora_E["default"].detach().flatten() for layer in so.adapter_layers(model).values()])
 
@@ -74,7 +60,7 @@ def test_budget():
 
 def test_the_optimizer_s_steps_are_counted_and_pruned():
     model = attached()
-    optimizer = optimizer_of(model)
+    optimizer = adamw(model)
     schedule = AdaLoRASchedule(model, optimizer)
     zeros = []
     train(model, optimizer, range(STEPS), lambda step: zeros.append(int((entries(model) == 0).sum())))
@@ -91,7 +77,7 @@ def test_the_optimizer_s_steps_are_counted_and_pruned():
 
 def test_nothing_waits_for_the_device_before_the_last_choice():
     model = attached()
-    optimizer = optimizer_of(model)
+    optimizer = adamw(model)
     schedule = AdaLoRASchedule(model)
 
     def update(step):
@@ -110,18 +96,18 @@ def test_nothing_waits_for_the_device_before_the_last_choice():
 
 def test_a_run_cut_anywhere_goes_on_with_the_same_numbers(tmp_path):
     whole = attached()
-    optimizer = optimizer_of(whole)
+    optimizer = adamw(whole)
     AdaLoRASchedule(whole, optimizer)
     train(whole, optimizer, range(STEPS))
     for cut in (1, 5, 9, 11):
         model = attached()
-        optimizer = optimizer_of(model)
+        optimizer = adamw(model)
         schedule = AdaLoRASchedule(model, optimizer)
         train(model, optimizer, range(cut))
         torch.save([model.state_dict(), optimizer.state_dict(), schedule.state_dict()], tmp_path / "state")
         states = torch.load(tmp_path / "state", weights_only=True)
         model = attached()
-        optimizer = optimizer_of(model)
+        optimizer = adamw(model)
         schedule = AdaLoRASchedule(model, optimizer)
         for part, state in zip((model, optimizer, schedule), states, strict=True):
             part.load_state_dict(state)
@@ -150,7 +136,7 @@ def test_a_layer_without_gradient_counts_as_zero_and_a_late_call_raises():
 
 def test_target_r_of_all_prunes_nothing():
     model = attached(target_r=4)
-    optimizer = optimizer_of(model)
+    optimizer = adamw(model)
     schedule = AdaLoRASchedule(model, optimizer)
     train(model, optimizer, range(STEPS))
     assert (entries(model) != 0).all() and all(kept.all() for kept in schedule.keep.values())
@@ -162,7 +148,7 @@ def test_gradient_checkpointing_changes_nothing():
     results = []
     for use in (False, True):
         model = attached(lora_dropout=0.3)
-        optimizer = optimizer_of(model)
+        optimizer = adamw(model)
         AdaLoRASchedule(model, optimizer)
         torch.manual_seed(4)
         for step in range(STEPS):
@@ -178,7 +164,10 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: AdaLoRASchedule(mlp()), r"adapter_name: got None, wanted the name of an AdaLoRA adapter \(\[\]\)"),
+        (
+            lambda: AdaLoRASchedule(mlp(K, D, 0)),
+            r"adapter_name: got None, wanted the name of an AdaLoRA adapter \(\[\]\)",
+        ),
         (
             lambda: AdaLoRASchedule(attached(), adapter_name="x"),
             r"got 'x', wanted .* AdaLoRA adapter \(\['default'\]\)",
@@ -220,7 +209,7 @@ def test_bad_configs(fields, message):
 
 def trained(**fields):
     model = attached(**fields)
-    optimizer = optimizer_of(model)
+    optimizer = adamw(model)
     schedule = AdaLoRASchedule(model, optimizer)
     train(model, optimizer, range(STEPS))
     schedule.close()
@@ -241,13 +230,13 @@ def test_a_file_holds_the_triplets_that_are_left(tmp_path):
         layer = so.adapter_layers(model)[path]
         assert shapes == [[r, layer.in_features], [layer.out_features, r], [r, 1]]
     x, _ = batch(0)
-    other = so.load_adapter(mlp(), tmp_path)
+    other = so.load_adapter(mlp(K, D, 0), tmp_path)
     torch.testing.assert_close(other(x), model(x))
     so.save_adapter(other, tmp_path / "again")  # as it came
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert again.keys() == tensors.keys() and all(torch.equal(t, again[key]) for key, t in tensors.items())
     so.save_adapter(model, tmp_path / "whole", plain=False)
-    whole = so.load_adapter(mlp(), tmp_path / "whole")
+    whole = so.load_adapter(mlp(K, D, 0), tmp_path / "whole")
     assert all(layer.lora_A["default"].shape[0] == 4 for layer in so.adapter_layers(whole).values())
     torch.testing.assert_close(whole(x), model(x))
 
@@ -256,18 +245,18 @@ def test_what_a_file_left_can_be_pruned_again(tmp_path):
     model = trained(target_r=3)
     so.save_adapter(model, tmp_path)
     first = so.adapter_configs(model)["default"].rank_pattern
-    model = so.load_adapter(mlp(), tmp_path)
+    model = so.load_adapter(mlp(K, D, 0), tmp_path)
     for layer in so.adapter_layers(model).values():
         layer.configs["default"] = copy.copy(layer.configs["default"])
         layer.configs["default"].target_r = 1
-    optimizer = optimizer_of(model)
+    optimizer = adamw(model)
     AdaLoRASchedule(model, optimizer)
     train(model, optimizer, range(STEPS))
     second = so.adapter_configs(model)["default"].rank_pattern
     assert sum(map(sum, second.values())) == 2
     assert all(a or not b for key in first for a, b in zip(first[key], second[key], strict=True))
     so.save_adapter(model, tmp_path / "again")
-    torch.testing.assert_close(so.load_adapter(mlp(), tmp_path / "again")(batch(0)[0]), model(batch(0)[0]))
+    torch.testing.assert_close(so.load_adapter(mlp(K, D, 0), tmp_path / "again")(batch(0)[0]), model(batch(0)[0]))
 
 
 def test_a_layer_without_triplets_is_its_base():
@@ -280,13 +269,6 @@ def test_a_layer_without_triplets_is_its_base():
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    return pytest.importorskip("peft_tiny")
 
 
 def peft_model(tiny, **fields):
@@ -315,7 +297,7 @@ def test_outputs_gradients_and_masks_are_peft_s_over_the_whole_schedule(tiny):
     tiny.perturb(theirs)
     model = ours(tiny, theirs, deltaT=2)
     schedule = AdaLoRASchedule(model)
-    mine, peers = (torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.02) for m in (model, theirs))
+    mine, peers = (adamw(m) for m in (model, theirs))
     values = dict(theirs.base_model.model.named_parameters())
     choices = 0
     for step in range(1, STEPS + 1):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapter_helpers import adamw, mlp
 from torch import nn
 
 import spectral_ops as so
@@ -16,32 +17,16 @@ FIELDS = {
     "launch_step": 5, "target_modules": ["0", "2"],
 }  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def mlp():
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(K, D), nn.GELU(), nn.Linear(D, 12))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def attached(**fields):
     torch.manual_seed(3)
-    return so.attach(mlp(), AdaLoRADashConfig(**{**FIELDS, **fields}))
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
+    return so.attach(mlp(K, D, 2), AdaLoRADashConfig(**{**FIELDS, **fields}))
 
 
 def started(model):
-    optimizer = torch.optim.AdamW(trained(model), lr=0.02)
+    optimizer = adamw(model)
     return optimizer, AdaLoRASchedule(model, optimizer)
 
 
@@ -129,7 +114,7 @@ def test_a_file_holds_the_triplets_that_are_left_and_every_direction(everything,
     assert sum(t.shape[0] for key, t in tensors.items() if key.endswith("lora_E")) == 4
     assert tensors["base_model.model.2.dash_U"].shape == (12, 3)
     monkeypatch.setattr(dash, "truncated_svd", None)
-    again = so.load_adapter(mlp(), tmp_path)
+    again = so.load_adapter(mlp(K, D, 2), tmp_path)
     assert torch.allclose(again(x), want, atol=1e-6) and all(m.launched() for m in so.adapter_layers(again).values())
     again(x).sum().backward()
     assert again[2].dash_delta["default"].grad.any()

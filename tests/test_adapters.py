@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from adapter_helpers import adamw, perturb, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -82,14 +83,7 @@ CLASSES = {
 methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Conv1D(nn.Module):
@@ -132,14 +126,6 @@ def trained_names(layer, path, name="default"):
     """The parameters that an adapter trains, as the model at whose ``path`` the layer is names them."""
     keys = [key for key in layer.trainable(name) if key in layer.held(name)]
     return {f"{path}.{key}.{name}{'.weight' if key in layer.tied_keys else ''}" for key in keys}
-
-
-def perturb(module, scale=0.1):
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p += scale * torch.randn(p.shape).to(p.dtype)
-    return module
 
 
 def dense_weight(layer, name="default"):
@@ -211,7 +197,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(method, transposed,
     layer, _ = make(method, dtype=dtype, transposed=transposed)
     x = torch.randn(3, 5, K).to(dtype).requires_grad_()
     dy = torch.randn(3, 5, D).to(dtype)
-    parameters = [p for p in layer.parameters() if p.requires_grad]
+    parameters = trained(layer)
     want = x.double() @ dense_weight(layer).T + bias_of(layer)
     wanted = torch.autograd.grad(want, [x, *parameters], dy.double())
     got = layer(x)
@@ -312,7 +298,7 @@ def test_a_safe_merge_of_a_broken_adapter_changes_nothing(method):
 
 def test_dora_norm_is_new_after_each_step():
     layer, _ = make("dora")
-    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.05)
+    optimizer = adamw(layer, 0.05)
     x = torch.randn(9, K)
     for _ in range(3):
         assert torch.allclose(layer(x), (x.double() @ dense_weight(layer).T + bias_of(layer)).float(), atol=1e-5)
@@ -330,11 +316,11 @@ def test_dropout_is_active_in_training_only_and_replayed_by_checkpointing(method
     x = torch.randn(6, K, requires_grad=True)
     assert not torch.allclose(layer(x), layer(x))
     torch.manual_seed(5)
-    plain = torch.autograd.grad(layer(x).square().sum(), [x, *[p for p in layer.parameters() if p.requires_grad]])
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, *trained(layer)])
     torch.manual_seed(5)
     again = torch.autograd.grad(
         checkpoint(layer, x, use_reentrant=False).square().sum(),
-        [x, *[p for p in layer.parameters() if p.requires_grad]],
+        [x, *trained(layer)],
     )
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again, strict=True))
     layer.eval()
@@ -345,7 +331,7 @@ def test_dropout_is_active_in_training_only_and_replayed_by_checkpointing(method
 def test_base_agnostic_route_gives_the_same_numbers(method):
     layer, _ = make(method)
     x, dy = torch.randn(6, K, requires_grad=True), torch.randn(6, D)
-    parameters = [p for p in layer.parameters() if p.requires_grad]
+    parameters = trained(layer)
     want = [layer(x), *torch.autograd.grad(layer(x), [x, *parameters], dy)]
     calls = []
     handle = layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
@@ -421,7 +407,7 @@ def test_torch_compile_has_no_graph_break(method):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     want, got = layer(x), compiled(x)
     assert torch.allclose(got, want, atol=1e-6)
-    parameters = [p for p in layer.parameters() if p.requires_grad]
+    parameters = trained(layer)
     wanted = torch.autograd.grad(want.square().sum(), [x, *parameters])
     gradients = torch.autograd.grad(got.square().sum(), [x, *parameters])
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, wanted, strict=True))
@@ -448,10 +434,10 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
     x, target = torch.randn(32, K), torch.randn(32, 6)
     attach(model, on(method))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {name for path in "02" for name in trained_names(model[int(path)], path)}
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {name for path in "02" for name in trained_names(model[int(path)], path)}
     rate = 0.1 if method in ("rosa_spa", "spectral_rotation", "vera", "dvora") else 0.02
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    optimizer = torch.optim.Adam(trained(model), lr=rate)
     losses = []
     for _ in range(20):
         loss = nn.functional.mse_loss(model(x), target)
@@ -463,7 +449,7 @@ def test_training_lowers_the_loss_and_moves_the_adapter_alone(method):
     for layer in so.adapter_layers(model).values():
         layer.release()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == trained
+    assert moved == names
     # what was trained survives a merge and comes out of it again
     want = model(x)
     so.merge(model, safe=True)
@@ -552,10 +538,10 @@ def test_a_spectral_start_needs_a_layer_of_its_own():
 
 
 def test_biases():
-    for choice, trained in (("none", []), ("lora_only", ["0", "2"]), ("all", ["0", "2", "4"])):
+    for choice, which in (("none", []), ("lora_only", ["0", "2"]), ("all", ["0", "2", "4"])):
         model = so.attach(mlp(), on("lora", bias=choice))
         biases = [n.split(".")[0] for n, p in model.named_parameters() if n.endswith("bias") and p.requires_grad]
-        assert biases == trained
+        assert biases == which
         model(torch.randn(3, K)).sum().backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     so.attach(model, on("lora"), "second")
@@ -636,12 +622,6 @@ else:
 
 
 # --- transformers' models --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    pytest.importorskip("transformers")
-    return pytest.importorskip("peft_tiny")
 
 
 @pytest.mark.parametrize(

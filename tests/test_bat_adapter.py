@@ -12,14 +12,7 @@ from spectral_ops import BatConfig, BatLinear
 MODES = ["col", "row"]
 modes = pytest.mark.parametrize("mode", MODES)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(mode="col", d=24, k=36, r=6, dtype=torch.float32, scale=0.05, **options):

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from adapter_helpers import mlp, perturb, trained
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,14 +20,7 @@ from spectral_ops.adapters import dash, launches, quantised
 
 D, K = 20, 14
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Conv1D(nn.Module):
@@ -41,36 +35,20 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
-def fill(layer, scale=0.3):
-    with torch.no_grad():
-        for p in trained(layer):
-            p.add_(scale * torch.randn(p.shape).to(p.dtype))
-    return layer
-
-
 def make(dtype=torch.float64, transposed=False, launch=True, **fields):
     """A layer that has learnt something, launched, with Δσ trained too."""
     base = (Conv1D(D, K) if transposed else nn.Linear(K, D)).to(dtype)
     fields = {"r": 3, "lora_alpha": 4, "directions": 4, **fields}
-    layer = fill(LoRADashLinear.from_linear(base, LoRADashConfig(**fields)))
+    layer = perturb(LoRADashLinear.from_linear(base, LoRADashConfig(**fields)), 0.3)
     if launch:
         layer.launch()
-        fill(layer)
+        perturb(layer, 0.3)
     return layer
-
-
-def mlp():
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(K, D), nn.GELU(), nn.Linear(D, 12))
 
 
 def attached(**fields):
     torch.manual_seed(3)
-    return so.attach(mlp(), LoRADashConfig(**{"r": 3, "directions": 4, "target_modules": ["0", "2"], **fields}))
-
-
-def trained(module):
-    return [p for p in module.parameters() if p.requires_grad]
+    return so.attach(mlp(K, D, 2), LoRADashConfig(**{"r": 3, "directions": 4, "target_modules": ["0", "2"], **fields}))
 
 
 def layers(model):
@@ -311,7 +289,7 @@ def test_no_new_graph_when_it_launches():
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     compiled(x).sum().backward()
     layer.launch()
-    fill(layer)
+    perturb(layer, 0.3)
     assert torch.allclose(compiled(x), layer(x), atol=1e-5)
     compiled(x).sum().backward()
     assert counter.frame_count == 1
@@ -344,12 +322,12 @@ def test_training_goes_on_bit_for_bit(at, through, tmp_path, monkeypatch):
     if through == "state_dict":
         again = attached(launch_step=4)
         for layer in layers(again):
-            fill(layer)
+            perturb(layer, 0.3)
         again.load_state_dict(kept["model"])
     else:
         pytest.importorskip("safetensors")
         so.save_adapter(model, tmp_path)
-        again = so.load_adapter(mlp(), tmp_path)
+        again = so.load_adapter(mlp(K, D, 2), tmp_path)
     monkeypatch.setattr(dash, "truncated_svd", truncated_svd)
     assert launched(again) == [at >= 4] * 2
     optimizer = adamw(again)
@@ -379,7 +357,7 @@ def test_a_state_dict_that_does_not_fit():
     state = {**model.state_dict(), "0.dash_steps.other": torch.zeros(1)}
     with pytest.raises(RuntimeError, match="Unexpected key.*0.dash_steps.other"):
         model.load_state_dict(state)
-    model = so.attach(mlp().to("meta"), LoRADashConfig(directions=2, target_modules=["0"]))
+    model = so.attach(mlp(K, D, 2).to("meta"), LoRADashConfig(directions=2, target_modules=["0"]))
     assert "launch after 100 steps" in repr(model)
 
 
@@ -454,7 +432,7 @@ def test_the_launch_decomposes_the_dequantised_weight(form):
         net(torch.randn(2, K))
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this {form} layer does not run on the CPU: {error}")
-    layer = fill(so.attach(net, LoRADashConfig(r=3, directions=4, target_modules=["0"]))[0])
+    layer = perturb(so.attach(net, LoRADashConfig(r=3, directions=4, target_modules=["0"]))[0], 0.3)
     A, B = layer.lora_A["default"].clone(), layer.lora_B["default"].clone()
     layer.launch()
     scores, _, _, Vh = dense_scores(quantised.dequantised(net[0].base_layer), A, B, layer.settings["default"].scaling)
@@ -487,5 +465,5 @@ def test_more_directions_than_there_are():
 def test_the_config_in_a_file(tmp_path):
     pytest.importorskip("safetensors")
     so.save_adapter(attached(launch_step=7), tmp_path)
-    config = so.adapter_configs(so.load_adapter(mlp(), tmp_path))["default"]
+    config = so.adapter_configs(so.load_adapter(mlp(K, D, 2), tmp_path))["default"]
     assert type(config) is LoRADashConfig and (config.launch_step, config.directions) == (7, 4)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from adapter_helpers import trained
 from helpers import Recorder
 from torch import nn
 
@@ -59,7 +60,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(p):
 
 def test_the_norm_follows_the_vectors():
     layer, x = make(dtype=torch.float32), torch.randn(6, 14)
-    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD(trained(layer), lr=0.05)
     for i in range(6):
         _, _, m, V = tensors(layer)
         want = x.double() @ ((m.double() / V.norm(dim=1))[:, None] * V).T + layer.bias.double()

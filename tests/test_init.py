@@ -9,14 +9,7 @@ from torch import nn
 from spectral_ops import LoRAConfig, LoRALinear
 from spectral_ops.init import SpectralInit, clear_svd_cache, spectral_factors, truncated_svd
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer(init, d=24, k=40, r=5, dtype=torch.float32, **options):

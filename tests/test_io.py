@@ -25,23 +25,7 @@ from spectral_ops.init import topk_pattern
 safetensors_torch = pytest.importorskip("safetensors.torch")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    import peft_tiny
-
-    return peft_tiny
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 CONFIGS = {

@@ -15,14 +15,7 @@ from spectral_ops.adapters import rosa_schedule
 from spectral_ops.adapters.rosa_schedule import load_masks, save_masks
 from spectral_ops.init import topk_pattern
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- top-k -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from adapter_helpers import adamw
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -20,7 +21,7 @@ import spectral_ops  # noqa: E402
 from spectral_ops.integrations.peft_adalora import FusedAdaLoraModel, RankPattern  # noqa: E402
 
 STEPS = 10
-one_thread = pytest.fixture(autouse=True, scope="module")(tiny.one_thread.__wrapped__)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(base=None, **fields):
@@ -36,12 +37,8 @@ def pair(**fields):
     return theirs, ours, report
 
 
-def optimizer_of(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-
-
 def train(model, steps, optimizer=None, each=None):
-    optimizer = optimizer or optimizer_of(model)
+    optimizer = optimizer or adamw(model)
     losses = []
     for step in steps:
         ids = tiny.tokens(seed=step)
@@ -185,7 +182,7 @@ def test_accelerate_and_restore_in_the_middle_of_a_run(cut):
     plain = built().train()
     wanted = train(plain, range(1, STEPS + 1))
     model = built().train()
-    optimizer = optimizer_of(model)
+    optimizer = adamw(model)
     losses = train(model, range(1, cut), optimizer)
     spectral_ops.accelerate(model)
     assert type(model.base_model) is FusedAdaLoraModel
@@ -219,7 +216,7 @@ def net():
 
 def sharded_run(model, update, loss_extra=lambda: 0.0):
     """Losses and, after every step, the pattern of kept triplets."""
-    optimizer = optimizer_of(model)
+    optimizer = adamw(model)
     generator, losses = torch.Generator().manual_seed(1), []
     for step in range(1, STEPS + 1):
         x, target = torch.randn(5, 16, generator=generator), torch.randn(5, 8, generator=generator)

@@ -9,11 +9,11 @@ pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
 
 from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
-from peft_tiny import errors, one_thread, pair, perturb, worst  # noqa: E402
+from peft_tiny import errors, pair, perturb, worst  # noqa: E402
 
 from spectral_ops import accelerate  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+pytestmark = pytest.mark.usefixtures("one_thread")
 RANK = {AdaLoraConfig: "init_r"}  # "r" elsewhere
 ADALORA = {"kind": AdaLoraConfig, "target_r": 2, "tinit": 1, "tfinal": 3, "total_step": 10}
 

@@ -18,7 +18,6 @@ from peft_tiny import (  # noqa: E402
     config,
     llama,
     logits_and_gradients,
-    one_thread,
     pair,
     perturb,
     tokens,
@@ -29,7 +28,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 from spectral_ops import accelerate, restore  # noqa: E402
 
 EXACT = 5e-6
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

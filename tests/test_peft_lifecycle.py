@@ -21,7 +21,6 @@ from peft_tiny import (  # noqa: E402
     config,
     llama,
     logits_and_gradients,
-    one_thread,
     pair,
     perturb,
     tokens,
@@ -31,7 +30,7 @@ from peft_tiny import (  # noqa: E402
 from spectral_ops import accelerate, restore  # noqa: E402
 
 EXACT = 5e-6
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+pytestmark = pytest.mark.usefixtures("one_thread")
 methods = pytest.mark.parametrize("method", METHODS)
 
 

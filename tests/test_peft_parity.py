@@ -26,7 +26,6 @@ from peft_tiny import (  # noqa: E402
     gpt2,
     logits_and_gradients,
     loss_of,
-    one_thread,
     pair,
     perturb,
     tokens,
@@ -37,7 +36,7 @@ from spectral_ops import NormCache, accelerate  # noqa: E402
 
 EXACT = 5e-6  # relative; float32's unit roundoff is 6e-8
 BFLOAT16 = 2.0**-8
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 methods = pytest.mark.parametrize("method", METHODS)
 

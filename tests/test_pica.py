@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from adapter_helpers import fill, trained
 from helpers import saved_tensors
 from test_masks import in_two_processes, join
 from torch import nn
@@ -21,20 +22,7 @@ from spectral_ops.functional import common, random
 BOTH = ["input", "output"]
 sides = pytest.mark.parametrize("side", BOTH)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    pytest.importorskip("transformers")
-    return pytest.importorskip("peft_tiny")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Block(nn.Module):
@@ -56,19 +44,6 @@ def stack(layers=3):
 def attached(layers=3, dtype=torch.float32, **fields):
     config = PiCaConfig(**{"r": 4, "target_modules": ["up", "down"], **fields})
     return fill(so.attach(stack(layers).to(dtype), config))
-
-
-def fill(model, scale=0.1):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(scale * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def assert_tied(model, name="default"):

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from adapter_helpers import trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,14 +19,7 @@ from spectral_ops.init import topk_pattern
 D, K = 20, 14
 routes_of_s = pytest.mark.parametrize("route", ["spmm", "scatter", "resident"])
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +68,6 @@ def model(route="resident", **fields):
     torch.manual_seed(4)
     fields = {"r": 3, "d": 0.2, "target_modules": ["0", "2"], "route": route, **fields}
     return fill(so.attach(mlp(), RoSAConfig(**fields)))
-
-
-def trained(module):
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 def weights(module):

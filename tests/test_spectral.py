@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapter_helpers import perturb, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,31 +21,12 @@ modes = pytest.mark.parametrize("mode", MODES)
 exact_modes = pytest.mark.parametrize("mode", ["additive", "rotation"])  # which leave the base alone
 D, K = 24, 18
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(mode, r=4, dtype=torch.float32, linear=None, **fields):
     linear = nn.Linear(K, D).to(dtype) if linear is None else linear
     return SpectralLinear.from_linear(linear, SpectralConfig(r=r, **MODES[mode], **fields))
-
-
-def perturb(module, scale=0.1):
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p += scale * torch.randn(p.shape).to(p.dtype)
-    return module
-
-
-def trained(module):
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 def model(**fields):

@@ -15,13 +15,7 @@ from spectral_ops.cli.peers import OURS  # noqa: E402
 
 TINY = ["--model", "tiny", "--length", "12", "--rank", "8", "--dtype", "float32", "--device", "cpu", "--repeats", "2"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from adapter_helpers import fill
 from helpers import Recorder, saved_tensors
 from torch import nn
 
@@ -13,20 +14,7 @@ import spectral_ops as so
 from spectral_ops import VeRAConfig, VeRALinear
 from spectral_ops.functional import common, random
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads spend longer waiting for each other than these layers take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    pytest.importorskip("transformers")
-    return pytest.importorskip("peft_tiny")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net():
@@ -36,16 +24,7 @@ def net():
 
 def attached(**fields):
     config = VeRAConfig(**{"r": 16, "target_modules": "all-linear", **fields})
-    return fill(so.attach(net(), config))
-
-
-def fill(model, scale=0.3):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.copy_(scale * torch.randn(p.shape, generator=generator))
-    return model
+    return fill(so.attach(net(), config), 0.3)
 
 
 # --- what is shared --------------------------------------------------------------------------------------------------
@@ -186,7 +165,7 @@ def test_a_file_holds_the_projections_once_or_not_at_all(save_projection, tmp_pa
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_output_and_gradients_are_those_of_the_dense_formula(p):
-    layer = fill(VeRALinear.from_linear(nn.Linear(14, 9).double(), VeRAConfig(r=21, vera_dropout=p)))
+    layer = fill(VeRALinear.from_linear(nn.Linear(14, 9).double(), VeRAConfig(r=21, vera_dropout=p)), 0.3)
     x, dy = torch.randn(2, 5, 14).double().requires_grad_(), torch.randn(2, 5, 9).double()
     A, B = layer.vera_A["default"], layer.vera_B["default"]
     d, b = layer.vera_lambda_d["default"], layer.vera_lambda_b["default"]
@@ -205,7 +184,7 @@ def test_output_and_gradients_are_those_of_the_dense_formula(p):
 
 def test_what_a_step_saves_and_forms():
     """h [T, r] and λ_b * B [d, r] are kept; neither x, which no gradient reads, nor anything else with T rows."""
-    layer = fill(VeRALinear.from_linear(nn.Linear(40, 30), VeRAConfig(r=7)))
+    layer = fill(VeRALinear.from_linear(nn.Linear(40, 30), VeRAConfig(r=7)), 0.3)
     x, dy = torch.randn(50, 40, requires_grad=True), torch.randn(50, 30)
     constants = {p.data_ptr() for p in layer.parameters()}
     with saved_tensors() as kept, Recorder() as forward:
