@@ -173,6 +173,20 @@ def test_bat_weight_and_bat_linear_agree(mode, backend):
             torch.testing.assert_close(a, b, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=ids)
+@pytest.mark.parametrize("r", [8, 16, 64])
+def test_blocks_as_narrow_as_the_weight(r, dtype, backend):
+    """-1, 0 and 1 in groups that fill vectors, where bf16 factors are multiplied two at a time: every sum is exact."""
+    W, B, G = (torch.randint(-1, 2, shape).to(dtype) for shape in ((2 * r, 128), (2, r, r), (2 * r, 128)))
+    blocks = B.requires_grad_()
+    out = bat_weight(W, blocks)
+    wide = B.detach().double().requires_grad_()
+    want = one_block_after_the_other(W.double(), wide, "col")
+    assert torch.equal(out.double(), want)
+    (dB,), (exact,) = torch.autograd.grad(out, blocks, G), torch.autograd.grad(want, wide, G.double())
+    assert torch.equal(dB, exact.to(dtype))
+
+
 def test_bat_weight_gradcheck():
     for mode in ("col", "row"):
         _, W, blocks, _ = problem_of(6, 9, 3, mode)
