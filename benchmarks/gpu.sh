@@ -2,7 +2,8 @@
 # `make gpu`: everything that needs the chip, in under 10 minutes, with this machine's own Python and no network.
 # SECTIONS chooses among: build info test memcheck racecheck tune bench training report. Each runs whether or not the one
 # before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. `report`
-# turns the file that `bench` wrote at this commit today into pictures beside it and the table in README.
+# turns the file that `bench` wrote at this commit today into pictures beside it and the table in README. LIMIT seconds
+# (590) bound the whole run: a section gets what is left of them, and is cut off there.
 # `make gpu-dry` (DRY=1) runs the same script without a chip: compilers and sanitizers are only looked for, the GPU tests
 # are collected, and what takes a device takes the CPU, at small sizes, its results thrown away.
 set -uo pipefail
@@ -10,6 +11,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 sections=" ${SECTIONS:-build info test memcheck racecheck tune bench training report} "
 dry=${DRY:-}
+LIMIT=${LIMIT:-590}
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 failed=0 summary=() logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
@@ -22,6 +24,14 @@ step() { # section, seconds, command...
   local name=$1 limit=$2 began=$SECONDS verdict=ok
   shift 2
   [[ $sections == *" $name "* ]] || return 0
+  local left=$((LIMIT - SECONDS))
+  [[ $name == report ]] || left=$((left - 30)) # which the report has to itself
+  if ((left < 5)); then
+    failed=1
+    summary+=("$(printf '%-10s %5d s  %-12s' "$name" 0 "NO TIME LEFT")")
+    return 0
+  fi
+  ((limit <= left)) || limit=$left
   echo "== $name: $*"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name" || { verdict="FAILED ($?)"; failed=1; }
   summary+=("$(printf '%-10s %5d s  %-12s %s' "$name" $((SECONDS - began)) "$verdict" "$(grep -v '^ *$' "$logs/$name" | tail -1 | cut -c1-100)")")

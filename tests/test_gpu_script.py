@@ -41,6 +41,12 @@ def test_a_section_that_fails_fails_the_run():
     assert "FAILED (1)" in done.stdout
 
 
+def test_no_section_starts_without_time():
+    done = run(["info", "report"], LIMIT="4")
+    assert done.returncode == 1
+    assert done.stdout.count("NO TIME LEFT") == 2 and "== info" not in done.stdout
+
+
 def test_an_unknown_section_is_refused():
     done = run(["info", "nonsense"])
     assert done.returncode == 2
