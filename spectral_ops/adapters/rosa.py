@@ -125,7 +125,9 @@ class RoSALinear(LoRALinear):
     ``rosa_values`` [nnz] trains; ``rosa_row_offsets`` [d + 1] and ``rosa_col_indices`` [nnz] are int32 buffers, all
     zero while there is no mask. Under route "resident" the base weight may hold W + S between calls. W is back after
     :meth:`release`, which ``weight``, ``matrix``, state_dict(), .to(), copies, pickles, saving, merging, disabling,
-    switching adapters and detaching call. Who reads ``base_layer.weight`` directly sees what is there.
+    switching adapters and detaching call. Who reads ``base_layer.weight`` directly sees what is there. Compiled code
+    takes another route; to compile a layer that ran eagerly before, call :meth:`release` first, else putting W back
+    breaks the first graph (and checkpointed blocks stay eager).
     """
 
     config_type = RoSAConfig
