@@ -26,7 +26,6 @@ from spectral_ops.cli.shapes import DTYPES
 from spectral_ops.cli.timing import flush, interleave
 
 MARGIN = 0.05
-# in this order
 FIRST = ("lowrank", "dora", "bat", "csr", "blocksum")  # stems, in this order before all others
 
 

@@ -20,9 +20,9 @@ from torch._subclasses import FakeTensorMode
 
 from spectral_ops.cli import catalogue
 from spectral_ops.cli.counting import Counts, counted, saved_bytes
+from spectral_ops.cli.shapes import DTYPES
 from spectral_ops.cli.table import table
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # dense bf16 FLOP/s and bytes/s that large products and copies reach, below the data sheet's peaks; none was measured
 CEILINGS = {"sm_80": (2.6e14, 1.7e12), "sm_90": (7.9e14, 3.0e12), "sm_100": (1.6e15, 7.0e12)}
 CPU_ONLY = ("transpose_",)  # its library reads a transposed factor slowly; a GPU's does not, and there is no copy

@@ -10,13 +10,11 @@ import functools
 from types import FunctionType
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import spectral_ops
 from spectral_ops.cli import catalogue
-from spectral_ops.cli.layers import FROZEN
-from spectral_ops.cli.peers import OURS
+from spectral_ops.cli.peers import FROZEN, OURS, entries, peft_config, plain_rosa
 
 METHODS = ("lora", "dora", "bone", "bat", "rosa")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -81,22 +79,19 @@ def compile_blocks(model: nn.Module, name: str, backend: str = "inductor", **opt
 
 
 class PlainRoSA(nn.Module):
-    """RoSA as plain autograd has it: S scattered into a copy of W, which gets a dense gradient."""
+    """A layer of RoSA under plain autograd."""
 
     def __init__(self, linear: nn.Linear, config: spectral_ops.RoSAConfig):
         super().__init__()
         d, k = linear.weight.shape
         S, device = catalogue.even_pattern(d, k, config.d), linear.weight.device
-        rows = torch.repeat_interleave(torch.arange(d), S.row_offsets.diff().long())
-        self.linear, self.scale, self.index = linear, config.scaling, (rows.to(device), S.col_indices.long().to(device))
+        self.linear, self.scale, self.index = linear, config.scaling, tuple(t.to(device) for t in entries(S))
         sizes = {"A": (config.r, k), "B": (d, config.r), "values": (S.nnz,)}
         for name, size in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(size, device=device)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.linear.weight
-        weight = weight.clone().index_put(self.index, self.values.to(weight.dtype), accumulate=True)
-        return F.linear(x, weight) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return plain_rosa(x, self.linear.weight, self.index, self.values, self.A, self.B, self.scale)
 
 
 def _plain_rosa(model: nn.Module, config: spectral_ops.RoSAConfig) -> nn.Module:
@@ -119,8 +114,7 @@ def _native_rosa(model: nn.Module, config: spectral_ops.RoSAConfig) -> nn.Module
 def _peft(model: nn.Module, config: spectral_ops.AdapterConfig) -> nn.Module:
     import peft
 
-    fields = config.to_peft()
-    return peft.get_peft_model(model, peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")](**fields))
+    return peft.get_peft_model(model, peft_config(config))
 
 
 def sharing_copy(model: nn.Module, own: list[str] = ()) -> nn.Module:

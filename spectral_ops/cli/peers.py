@@ -6,6 +6,7 @@ under plain autograd, and other packages' LoRA kernels where they are installed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -92,14 +93,9 @@ class Subject:
     def formula(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The method's formula (docs/METHODS.md) as one would write it, in x's dtype and weight's."""
         layer, name = self.adapted, "default"
-        if self.csr is not None:  # a copy of W with S scattered into it, and a dense gradient for S
+        if self.csr is not None:
             A, B, values = self.parameters
-            rows = torch.repeat_interleave(
-                torch.arange(len(weight), device=x.device), self.csr.row_offsets.diff().long()
-            )
-            index = rows, self.csr.col_indices.long()
-            total = weight.clone().index_put(index, values.to(weight.dtype), accumulate=True)
-            return F.linear(x, total) + self.config.scaling * _low_rank(x, A, B)
+            return plain_rosa(x, weight, entries(self.csr), values, A, B, self.config.scaling)
         if isinstance(layer, adapters.BatLinear):
             return F.linear(x, (weight + layer.change(weight, name)).to(x.dtype))
         if isinstance(layer, adapters.BoneLinear):
@@ -126,8 +122,7 @@ class Subject:
     def _peft_model(self):
         import peft
 
-        fields = self.config.to_peft() | {"target_modules": ["0"]}
-        config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")](**fields)
+        config = peft_config(dataclasses.replace(self.config, target_modules=["0"]))
         base = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
         base.weight = nn.Parameter(self.weight, requires_grad=False)
         model = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=self.autocast)
@@ -172,6 +167,26 @@ class Subject:
                 if self.method in methods and package not in absent and self.weight.is_cuda:
                     found[package] = lambda package=package: self.external(package)
         return found | {"autograd": self.plain}
+
+
+def peft_config(config: spectral_ops.AdapterConfig):
+    """The same configuration in PEFT's class."""
+    import peft
+
+    fields = config.to_peft()
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")](**fields)
+
+
+def entries(csr: spectral_ops.CSR) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of every entry, int64 [nnz]."""
+    rows = torch.arange(csr.shape[0], device=csr.row_offsets.device)
+    return torch.repeat_interleave(rows, csr.row_offsets.diff().long()), csr.col_indices.long()
+
+
+def plain_rosa(x, weight, index, values, A, B, scale: float) -> torch.Tensor:
+    """RoSA as plain autograd has it: a copy of W with S scattered into it, and a dense gradient for S."""
+    total = weight.clone().index_put(index, values.to(weight.dtype), accumulate=True)
+    return F.linear(x, total) + scale * _low_rank(x, A, B)
 
 
 def _low_rank(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, core: torch.Tensor | None = None) -> torch.Tensor:
