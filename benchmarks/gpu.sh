@@ -4,8 +4,9 @@
 # before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. `report`
 # turns the file that `bench` wrote at this commit today into pictures beside it and the table in README. LIMIT seconds
 # (590) bound the whole run: a section gets what is left of them, and is cut off there.
-# `make gpu-dry` (DRY=1) runs the same script without a chip: compilers and sanitizers are only looked for, the GPU tests
-# are collected, and what takes a device takes the CPU, at small sizes, its results thrown away.
+# `make gpu-dry` (DRY=1) runs the same script without a chip: one CUDA file is compiled, the GPU tests are collected, one
+# Triton operator is interpreted and compiled ahead of time, and what takes a device takes the CPU, at small sizes, its
+# results thrown away. No sanitizer runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -47,9 +48,10 @@ if [ -n "$dry" ]; then
   tool() { command -v "$1" || { echo "$1 is not on PATH"; return 1; }; }
   export -f tool
   small=(--device cpu --dtype float32 bfloat16 --tokens 16 --shape 64 48 --repeats 2)
-  step build 10 bash -c 'tool nvcc'
+  step build 120 bash -c 'tool nvcc && nvcc -std=c++17 -arch=sm_90a -c csrc/cuda/blocksum.cu -o "$0"' "$logs/blocksum.o"
   step info 60 "$python" -m spectral_ops info
-  step test 120 "$python" -m pytest tests/test_gpu.py -m gpu -q --collect-only -p no:cacheprovider
+  step test 300 bash -c '"$0" -m pytest tests/test_gpu.py -m gpu -q --collect-only -p no:cacheprovider &&
+    "$0" -m pytest tests/test_triton.py tests/test_triton_aot.py -q -k row_square -p no:cacheprovider' "$python"
   step memcheck 120 "$python" -m spectral_ops check
   step racecheck 120 "$python" -m spectral_ops check --operators csr_sddmm lowrank_backward
   step tune 60 "$python" -m spectral_ops tune "${small[@]}"
