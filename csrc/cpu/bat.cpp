@@ -14,10 +14,11 @@ template <class A> inline void zero(A* p, int64_t count) {
   if (count > 0) std::memset(p, 0, count * sizeof(A));
 }
 
-// Calls f(owner, part, memory) for every unit of tasks [begin, end): one after the other in the first one's workspace.
+// Calls f(owner, part, memory) for every unit of tasks [begin, end): one after the other in one workspace.
 template <class A, class F> inline void for_units(const BlockPlan& plan, int64_t begin, int64_t end, const F& f) {
   if (begin == end) return;
-  A* const memory = reinterpret_cast<A*>(plan.memory + begin * plan.room);
+  alignas(64) char small[BlockPlan::kSmallRoom];
+  A* const memory = reinterpret_cast<A*>(plan.memory ? plan.memory + begin * plan.room : small);
   for (int64_t unit = plan.first_unit(begin); unit < plan.first_unit(end); ++unit) f(unit / plan.parts, unit % plan.parts, memory);
 }
 
@@ -28,12 +29,13 @@ struct GroupRows {
 
   // Calls f(t, row, group, count, size) for runs of `count` neighbouring groups of one size in view rows [v, v + n).
   template <class F> void runs(int64_t v, int64_t n, const F& f) const {
+    int64_t row = first_row + v / per_row, g = first_group + v % per_row;
     for (int64_t t = 0; t < n;) {
-      const int64_t row = first_row + (v + t) / per_row, g = first_group + (v + t) % per_row;
       int64_t count = smaller(n - t, first_group + per_row - g);
       if (count > 1 && groups.size_of(g + count - 1) < groups.size) --count;
       f(t, row, g, count, groups.size_of(g));
-      t += count;
+      t += count, g += count;
+      if (g == first_group + per_row) ++row, g = first_group;
     }
   }
 

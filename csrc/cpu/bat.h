@@ -26,14 +26,17 @@ struct BlockGroups {
 struct BlockPlan {
   BlockGroups groups;
   int64_t owners = 0, parts = 1;
-  int64_t tasks = 0, room = 0;  // bytes of workspace for whoever starts at a task
-  char* memory = nullptr;       // [tasks, room], of which each thread touches one
+  int64_t tasks = 0, work = 0;  // multiply-adds of all tasks
+  int64_t room = 0;             // bytes of workspace for whoever starts at a task
+  char* memory = nullptr;       // [tasks, room], of which each thread touches one; null: room on its stack is enough
   void* partial = nullptr;      // what the parts of an owner add up to, one after the other
 
-  // `work` multiply-adds in all; an owner can be cut into at most `most` parts.
-  void divide(int64_t owners_, int64_t most, int64_t work) {
+  static constexpr int64_t kSmallRoom = 1 << 16;
+
+  // An owner can be cut into at most `most` parts.
+  void divide(int64_t owners_, int64_t most, int64_t work_) {
     constexpr int64_t kUnits = 64, kWork = 1 << 22;
-    owners = owners_;
+    owners = owners_, work = work_;
     parts = 1;
     if (owners > 0) parts = at_least_one(smaller(smaller(kUnits / owners, most), work / owners / kWork));
     tasks = smaller(owners * parts, kUnits);
@@ -50,8 +53,8 @@ struct BatWeightPass : BlockPlan {
   // Owners: block-rows, cut by rows; by column, groups.
   explicit BatWeightPass(const BatWeight& a) : bat(a) {
     groups = {a.columns, a.r};
-    const int64_t work = a.rows * a.columns * groups.size;
-    divide(a.by_column ? groups.count : a.columns ? a.rows / a.r : 0, a.by_column ? tiles(a.rows) : a.r, work);
+    divide(a.by_column ? groups.count : a.columns ? a.rows / a.r : 0, a.by_column ? tiles(a.rows) : a.r,
+           a.rows * a.columns * groups.size);
     room = accumulator_size(a.dtype) * (groups.panels() + a.r * groups.padded);
   }
 };
@@ -81,8 +84,10 @@ struct BatMatmulPass : BlockPlan {
   BatMatmulPass(const BatMatmul& a, int64_t first) : bat(a), first(first), count(smaller(kTile, a.T - first)) {
     groups = {a.columns, a.r};
     width = padded_rank(count);
+    constexpr int64_t kWork = 1 << 18;  // of an owner at least, as there are more than enough
     const int64_t block_rows = a.rows / a.r, together = 32768 / (groups.size * width);
-    batch = at_least_one(smaller(together, a.transpose ? groups.count / 16 : groups.count));
+    const int64_t enough = a.transpose ? kWork / at_least_one(2 * a.rows * groups.size * width) : groups.count;
+    batch = at_least_one(smaller(together, smaller(groups.count, enough > groups.count / 16 ? enough : groups.count / 16)));
     const int64_t batches = (groups.count + batch - 1) / batch;
     divide(a.transpose ? batches : block_rows, a.transpose ? block_rows : batches, 2 * a.rows * a.columns * width);
     room = accumulator_size(a.dtype) * (groups.panels() + (batch + 1) * groups.size * width);

@@ -166,7 +166,11 @@ inline void load_tile(acc_t<T>* tile, const Matrix& a, int64_t t, int64_t rows, 
       for (; c + L <= columns; c += L) store(tile + c, load(x + c));
     }
     for (; c < columns; ++c) tile[c] = value(x[c * a.column]);
-    for (; c < kTile; ++c) tile[c] = 0;
+    if (c == kTile) continue;
+    for (; c % L != 0; ++c) tile[c] = 0;
+#pragma GCC unroll 16  // as a loop it would become a string instruction, which is slow to start
+    for (int64_t v = 0; v < kTile; v += L)
+      if (v >= c) store(tile + v, vec<A>{});
   }
 }
 

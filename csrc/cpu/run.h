@@ -22,7 +22,7 @@ template <class Arguments> void run(const Arguments& a, const Tensor&) {
 }
 
 inline Tensor workspace(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  return empty(like, {bytes}, ScalarType::Byte);
 }
 
 template <class Plan> Tensor lay_out(Plan& plan, const Tensor& like) {
@@ -55,30 +55,48 @@ inline void run(const Lift& lift) {
 
 // --- bat ---
 
-// Runs a pass in its own workspace; its partial sums, `count` for each part of an owner, go to `direct` where there is one part.
-template <class Plan> Tensor add_up(Plan& pass, int64_t count, DType dtype, void* direct, const Tensor& like) {
+// Uninitialised memory: on the stack where little is wanted, as an allocation takes longer than filling it.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) : data_(small_) {
+    if (bytes <= static_cast<int64_t>(sizeof small_)) return;
+    large_ = workspace(like, bytes);
+    data_ = static_cast<char*>(large_->data_ptr());
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  char* data() { return data_; }
+
+ private:
+  alignas(64) char small_[1 << 14];
+  std::optional<Tensor> large_;
+  char* data_;
+};
+
+// Runs a pass; its partial sums, `count` for each part of an owner, go to `direct` where there is one part, else to memory.
+template <class Plan>
+void add_up(Plan& pass, std::optional<Workspace>& memory, int64_t count, DType dtype, void* direct, const Tensor& like) {
   pass.room = (pass.room + 63) / 64 * 64;
-  Arena arena{nullptr};
-  arena.take(pass.tasks * pass.room);
+  const int64_t rooms = pass.room <= BlockPlan::kSmallRoom ? 0 : pass.tasks * pass.room;
   const bool in_place = direct && pass.parts == 1;
-  const int64_t sums = arena.used;
-  if (!in_place) arena.take(accumulator_size(dtype) * pass.parts * count);
-  Tensor memory = workspace(like, arena.used);
-  pass.memory = static_cast<char*>(memory.data_ptr());
-  pass.partial = in_place ? direct : pass.memory + sums;
-  in_parallel(pass, pass.tasks, 1);
-  return memory;
+  memory.emplace(like, rooms + (in_place ? 0 : accumulator_size(dtype) * pass.parts * count));
+  pass.memory = rooms ? memory->data() : nullptr;
+  pass.partial = in_place ? direct : memory->data() + rooms;
+  in_parallel(pass, pass.tasks, grain_of(pass.tasks, pass.work));
 }
 
 inline void run(const BatWeight& a, const Tensor& like) {
   BatWeightPass pass(a);
-  add_up(pass, 0, a.dtype, nullptr, like);
+  std::optional<Workspace> memory;
+  add_up(pass, memory, 0, a.dtype, nullptr, like);
 }
 
 inline void run(const BatContract& a, const Tensor& like) {
   BatContractPass pass(a);
   const int64_t count = a.rows * a.r;
-  const Tensor memory = add_up(pass, count, a.dtype, a.dB, like);
+  std::optional<Workspace> memory;
+  add_up(pass, memory, count, a.dtype, a.dB, like);
   if (pass.parts == 1) return;
   const PartSum sum{pass.partial, a.dB, count, pass.parts, accumulator(a.dtype)};
   in_parallel(sum, sum.tasks(), 16);
@@ -87,21 +105,23 @@ inline void run(const BatContract& a, const Tensor& like) {
 inline void run(const BatMatmul& a, const Tensor& like) {
   for (int64_t first = 0; first < a.T; first += kTile) {
     BatMatmulPass pass(a, first);
-    const Tensor turned = workspace(like, accumulator_size(a.dtype) * pass.in_features() * pass.width);
-    pass.turned = turned.data_ptr();
+    Workspace turned(like, accumulator_size(a.dtype) * pass.in_features() * pass.width);
+    pass.turned = turned.data();
     in_parallel(BatMatmulPack{pass}, tiles(pass.in_features()), 8);
-    const Tensor memory = add_up(pass, pass.out_features() * pass.width, a.dtype, nullptr, like);
+    std::optional<Workspace> memory;
+    add_up(pass, memory, pass.out_features() * pass.width, a.dtype, nullptr, like);
     in_parallel(BatMatmulFinish{pass}, tiles(pass.out_features()), 8);
   }
 }
 
 inline void run(const BatMix& a, const Tensor& like) {
   BatMixPass pass(a);
-  const Tensor factors = workspace(like, accumulator_size(a.dtype) * pass.groups.count * pass.groups.panels());
-  pass.factors = factors.data_ptr();
+  Workspace factors(like, accumulator_size(a.dtype) * pass.groups.count * pass.groups.panels());
+  pass.factors = factors.data();
   in_parallel(BatMixPack{pass}, pass.groups.count, 4);
   const int64_t count = a.rows * a.r;
-  const Tensor memory = add_up(pass, count, a.dtype, nullptr, like);
+  std::optional<Workspace> memory;
+  add_up(pass, memory, count, a.dtype, nullptr, like);
   const PartSum sum{pass.partial, a.s, count, pass.parts, a.dtype};
   in_parallel(sum, sum.tasks(), 16);
 }
@@ -109,7 +129,8 @@ inline void run(const BatMix& a, const Tensor& like) {
 inline void run(const BatMixBackward& a, const Tensor& like) {
   BatMixBackwardPass pass(a);
   const int64_t count = a.dC ? a.columns * a.r : 0;
-  const Tensor memory = add_up(pass, count, a.dtype, a.dC, like);
+  std::optional<Workspace> memory;
+  add_up(pass, memory, count, a.dtype, a.dC, like);
   if (!a.dC || pass.parts == 1) return;
   const PartSum sum{pass.partial, a.dC, count, pass.parts, accumulator(a.dtype)};
   in_parallel(sum, sum.tasks(), 16);
@@ -204,6 +225,10 @@ inline void run(const LowRankUpdate& a, const Tensor& like) {
 }
 
 inline void run(const LowRankBackward& a, const Tensor& like) {
+  if (SmallBackward::fits(a)) {
+    const SmallBackward small{a};
+    return kernel_for(small)(small, 0, 1);
+  }
   Pass pass;
   pass.x = matrix(a.dy, a.dy_stride, 1, a.dtype);
   if (a.u) pass.m = matrix(a.B, a.B_stride, 1, a.dtype);

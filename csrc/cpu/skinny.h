@@ -176,6 +176,14 @@ struct PassFinish { const Pass& pass; };
 struct LiftPack { const Lift& lift; };
 struct LiftTiles { const Lift& lift; };
 
+// All of LowRankBackward in one thread and one go, without packing or partial sums: for work that takes less than those.
+struct SmallBackward {
+  static constexpr int64_t kWork = 1 << 15, kRank = 64;
+  const LowRankBackward& backward;
+
+  static bool fits(const LowRankBackward& a) { return a.r <= kRank && a.rows * a.columns * (a.r + 4) <= kWork; }
+};
+
 // The squares of a pass over W, or over Wᵀ (then by_columns). Tasks take kTile rows of W.
 struct SquareFinish {
   const RowSquare& square;
