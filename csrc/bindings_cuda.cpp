@@ -3,8 +3,12 @@
 
 #include "module.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "layers/bindings.h"
+#include "layers/elsewhere.h"
 #include "ops/bat.h"
 #include "ops/blocksum.h"
 #include "ops/csr.h"
@@ -13,16 +17,17 @@
 
 namespace spectral_ops {
 
-namespace {
-
 struct Cuda {
+  static constexpr auto mm_out = aoti_torch_cuda_mm_out;
+  static constexpr auto addmm_out = aoti_torch_cuda_addmm_out;
+
   // Enqueues the kernel of these arguments on the current stream of the device that `like` is on, with its workspace.
   template <class Arguments> static void launch(Arguments a, const Tensor& like) {
     const int32_t device = like.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     std::optional<Tensor> workspace;  // the allocator reuses it in stream order, so it may go once the kernel is enqueued
     if (const int64_t bytes = cuda::workspace_bytes(a)) {
-      workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+      workspace = empty(like, {bytes}, ScalarType::Byte);
       cuda::set_workspace(a, workspace->data_ptr());
     }
     void* stream = nullptr;
@@ -32,25 +37,29 @@ struct Cuda {
   }
 };
 
-const Binding kBindings[] = {
+SPECTRAL_OPS_ELSEWHERE(Cuda)
+
+namespace {
+
+const Binding kKernels[] = {
     {"block_sum", TORCH_BOX(&block_sum<Cuda>)},
-    {"block_tile_", TORCH_BOX(&block_tile_<Cuda>)},
-    {"lowrank_update_", TORCH_BOX(&lowrank_update_<Cuda>)},
+    {"block_tile_", TORCH_BOX(&Mutating<&block_tile_<Cuda>>::run)},
+    {"lowrank_update_", TORCH_BOX(&Mutating<&lowrank_update_<Cuda>>::run)},
     {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cuda>)},
     {"row_square", TORCH_BOX(&row_square<Cuda>)},
     {"column_norm", TORCH_BOX(&column_norm<Cuda>)},
     {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cuda>)},
     {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cuda>)},
-    {"bat_weight_", TORCH_BOX(&bat_weight_<Cuda>)},
-    {"bat_contract_", TORCH_BOX(&bat_contract_<Cuda>)},
-    {"csr_scatter_", TORCH_BOX(&csr_scatter_<Cuda>)},
-    {"csr_gather_", TORCH_BOX(&csr_gather_<Cuda>)},
-    {"csr_spmm_", TORCH_BOX(&csr_spmm_<Cuda>)},
+    {"bat_weight_", TORCH_BOX(&Mutating<&bat_weight_<Cuda>>::run)},
+    {"bat_contract_", TORCH_BOX(&Mutating<&bat_contract_<Cuda>>::run)},
+    {"csr_scatter_", TORCH_BOX(&Mutating<&csr_scatter_<Cuda>>::run)},
+    {"csr_gather_", TORCH_BOX(&Mutating<&csr_gather_<Cuda>>::run)},
+    {"csr_spmm_", TORCH_BOX(&Mutating<&csr_spmm_<Cuda>>::run)},
     {"csr_sddmm", TORCH_BOX(&csr_sddmm<Cuda>)},
 };
 
 PyObject* do_register(PyObject*, PyObject*) {
-  return none_or_error([] { register_bindings(kBindings, "CUDA"); });
+  return none_or_error([] { register_bindings(all_bindings(kKernels, kLayers<Cuda>), "CUDA"); });
 }
 
 PyMethodDef kMethods[] = {
@@ -68,7 +77,7 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels of spectr
 PyMODINIT_FUNC PyInit__C_cuda() {
   using namespace spectral_ops;
   PyObject* module = PyModule_Create(&kModule);
-  if (module && !add_attributes(module, kBindings, SPECTRAL_OPS_BUILD_INFO)) {
+  if (module && !add_attributes(module, all_bindings(kKernels, kLayers<Cuda>), SPECTRAL_OPS_BUILD_INFO)) {
     Py_DECREF(module);
     return nullptr;
   }

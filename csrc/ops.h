@@ -2,17 +2,32 @@
 // The Python functions have checked already; these guard the kernels against direct calls of torch.ops.spectral_ops.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 
 #include "arguments.h"
 
+// Torch has these from 2.13 on; before, an error inside torch reaches us without its message.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace spectral_ops {
+
+// Throws torch's own message where a call of its C API has failed.
+inline void check_call(AOTITorchError error, const char* what) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  if (torch_exception_get_what_without_backtrace) throw std::runtime_error(torch_exception_get_what_without_backtrace());
+  throw std::runtime_error(std::string(what) + " failed");
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -22,6 +37,38 @@ struct Binding {
   const char* name;
   void (*function)(StableIValue*, uint64_t, uint64_t);
 };
+
+inline int64_t at_least(int64_t n, int64_t least) { return n < least ? least : n; }
+
+inline int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::Float: return aoti_torch_dtype_float32();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    case ScalarType::Bool: return aoti_torch_dtype_bool();
+    default: STD_TORCH_CHECK(false, "got scalar type ", static_cast<int>(dtype), " for a new tensor");
+  }
+}
+
+inline Tensor empty_of(const Tensor& like, const int64_t* sizes, int64_t dim, int32_t dtype) {
+  int64_t strides[64], step = 1;
+  STD_TORCH_CHECK(dim <= 64, "got ", dim, " dimensions, wanted at most 64");
+  for (int64_t i = dim; i-- > 0;) strides[i] = step, step *= at_least(sizes[i], 1);
+  int32_t device = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made = nullptr;
+  check_call(aoti_torch_empty_strided(dim, sizes, strides, dtype, device, index, &made), "torch.empty");
+  return Tensor(made);
+}
+
+// A contiguous tensor on the device of `like`; in its dtype where none is given. Past the dispatcher, which costs more.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_of(like, sizes.begin(), static_cast<int64_t>(sizes.size()), dtype_code(dtype));
+}
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) { return empty(like, sizes, like.scalar_type()); }
 
 inline DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -106,5 +153,24 @@ inline void check_written_once(const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.stride(d) != 0 || t.size(d) <= 1, name, ": is expanded in dimension ", d,
                     ", so several of its elements share memory; it cannot be written");
 }
+
+// Tells autograd that a kernel wrote into t: torch's copy of a tensor onto itself moves nothing and bumps its version.
+inline void bump_version(Tensor t) { torch::stable::copy_(t, t); }
+
+// An operator that writes into its first argument, with that tensor's version bumped after it, so that autograd notices.
+// Layers call the function itself: what they write into nobody else has seen.
+template <auto F> struct Mutating;
+template <class R, class... Rest, R (*F)(Tensor, Rest...)> struct Mutating<F> {
+  static R run(Tensor first, Rest... rest) {
+    if constexpr (std::is_void_v<R>) {
+      F(first, rest...);
+      bump_version(first);
+    } else {
+      R result = F(first, rest...);
+      bump_version(first);
+      return result;
+    }
+  }
+};
 
 }  // namespace spectral_ops

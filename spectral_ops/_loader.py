@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
+from types import ModuleType
 
 from spectral_ops import _library
 
@@ -17,6 +18,7 @@ class Extension:
     operators: frozenset[str] = frozenset()
     error: str | None = "not loaded yet"
     info: str = ""
+    library: ModuleType | None = None
     isa: str = ""  # the CPU's instruction set that its kernels run on
 
 
@@ -45,6 +47,7 @@ def load() -> None:
             )
             continue
         module.register()  # the kernels enter torch's dispatcher only now, after the check
+        extension.library = module
         extension.operators = frozenset(module.operators)
         extension.isa = module.isa() if hasattr(module, "isa") else ""
         extension.info = module.build_info + (f", running {extension.isa}" if extension.isa else "")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from spectral_ops import _library, _loader, tuning
-from spectral_ops._library import BACKENDS, Operator
+from spectral_ops._library import BACKENDS, LayerOperator, Operator
 
 
 class BackendUnavailable(RuntimeError):
@@ -50,7 +50,7 @@ def unavailable(operator: Operator, backend: str, device_type: str) -> str | Non
     if backend == "triton":
         from spectral_ops import triton_kernels
 
-        if operator.name not in triton_kernels.OPERATORS:
+        if not {operator.name, *_pieces(operator)} & set(triton_kernels.OPERATORS):
             return f"{operator.name} has no Triton kernel"
         if missing := triton_missing():
             return missing
@@ -65,6 +65,11 @@ def unavailable(operator: Operator, backend: str, device_type: str) -> str | Non
     if operator.name not in module.operators:
         return f"{operator.name} has no compiled {backend} kernel"
     return None
+
+
+def _pieces(operator: Operator) -> tuple[str, ...]:
+    """The operators that a layer operator is composed of; none for any other."""
+    return operator.pieces if isinstance(operator, LayerOperator) else ()
 
 
 def require(operator: Operator, backend: str, args: tuple) -> None:
@@ -105,8 +110,11 @@ def default(operator: Operator, device_type: str) -> Choice:
     why_not = []
     for backend in ("cpu",) if device_type == "cpu" else ("cuda", "triton"):
         reason = unavailable(operator, backend, device_type)
-        if reason is None:
+        if reason is None and not (backend == "triton" and _pieces(operator)):
             return Choice(operator.name, backend, f"default on {device_type}")
+        if backend == "triton" and _pieces(operator):
+            pieces = ", ".join(str(default(_library.OPERATORS[name], device_type)) for name in operator.pieces)
+            return Choice(operator.name, "triton", f"composed in Python of {pieces}")
         why_not.append(f"{backend}: {reason}")
     return Choice(operator.name, "reference", "; ".join(why_not))
 
@@ -150,6 +158,7 @@ def _table(device: torch.device) -> tuple[frozenset[str], tuning.Table]:
             able = {c for c in able if not _cannot(operator, c, device.type)}
             if able - {default(operator, device.type).backend}:
                 names.add(name)
+        names.update(name for name, layer in _library.LAYERS.items() if names.intersection(layer.pieces))
         found = _tables[device] = frozenset(names), table
     return found
 
@@ -210,6 +219,13 @@ def choose(operator: Operator, device: str | torch.device, tensors: tuple[torch.
         reason = unavailable(operator, backend, device.type)
         return Choice(operator.name, backend, f"forced, but it would raise: {reason}" if reason else "forced")
     dtype, arguments = tuning.signature(tensors)
+    if _pieces(operator) and operator.name in _table(device)[0]:
+        pieces = (choose(_library.OPERATORS[name], device) for name in operator.pieces)
+        return Choice(
+            operator.name, "composed", f"in Python, as a table has another choice for {', '.join(map(str, pieces))}"
+        )
+    if _pieces(operator):
+        return default(operator, device.type)
     if tensors or operator.name not in _table(device)[0]:
         return _look_up(operator, device, dtype, arguments)
     entries = _table(device)[1][operator.name]
@@ -222,19 +238,21 @@ def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
 
     ``op`` names an operator (``"block_tile_"``), whose arguments ``tensors`` are, or a public function
     (``"dora_linear"``), whose choice lists the backend of every operator it may call besides the library's plain
-    products. Raises ValueError for another name.
+    products. A layer operator (``"dora_linear_forward"``) is one compiled call, or composed in Python of others.
+    Raises ValueError for another name.
     """
-    names = [op.name] if isinstance(op, Operator) else [op] if op in _library.OPERATORS else _library.FUNCTIONS.get(op)
+    operators = _library.OPERATORS | _library.LAYERS
+    names = [op.name] if isinstance(op, Operator) else [op] if op in operators else _library.FUNCTIONS.get(op)
     if names is None:
-        known = ", ".join(sorted({*_library.OPERATORS, *_library.FUNCTIONS}))
+        known = ", ".join(sorted({*operators, *_library.FUNCTIONS}))
         raise ValueError(f"op: got {op!r}, wanted one of {known}")
     devices = {t.device for t in tensors} or {torch.device("cpu")}
     if len(devices) > 1:
         raise ValueError(f"tensors: got tensors on {', '.join(sorted(map(str, devices)))}, wanted one device")
     device = devices.pop()
-    if not isinstance(op, str) or op in _library.OPERATORS:
-        return choose(_library.OPERATORS[names[0]], device, tensors)
-    choices = [choose(_library.OPERATORS[name], device) for name in names]
+    if not isinstance(op, str) or op in operators:
+        return choose(operators[names[0]], device, tensors)
+    choices = [choose(operators[name], device) for name in names]
     return Choice(op, ", ".join(dict.fromkeys(c.backend for c in choices)), "; ".join(map(str, choices)))
 
 

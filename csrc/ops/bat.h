@@ -58,7 +58,7 @@ template <class Device> Tensor bat_matmul(Tensor x, Tensor weight, Tensor bat, b
   bat = checked_blocks("bat", bat, a.rows, "the rows of weight", weight);
   a.r = bat.size(1);
   check_divides(a.r, "weight", weight);
-  Tensor out = torch::stable::new_empty(x, {a.T, transpose ? a.columns : a.rows});
+  Tensor out = empty(x, {a.T, transpose ? a.columns : a.rows});
   a.x = x.data_ptr(), a.weight = weight.data_ptr(), a.bat = bat.data_ptr(), a.out = out.data_ptr();
   a.x_stride = x.stride(0);
   set_strides(a.weight_strides, weight);
@@ -99,8 +99,8 @@ template <class Device> std::tuple<Tensor, Tensor> bat_mix(Tensor x, Tensor bat)
   x = rows_of(x);
   bat = checked_blocks("bat", bat, a.columns, "the columns of x", x);
   a.r = bat.size(1);
-  Tensor z = torch::stable::new_empty(x, {a.rows, a.columns});
-  Tensor s = torch::stable::new_empty(x, {a.rows, a.r});
+  Tensor z = empty(x, {a.rows, a.columns});
+  Tensor s = empty(x, {a.rows, a.r});
   a.x = x.data_ptr(), a.bat = bat.data_ptr(), a.z = z.data_ptr(), a.s = s.data_ptr();
   a.x_stride = x.stride(0);
   a.bat_dtype = dtype_of("bat", bat);
@@ -122,8 +122,8 @@ Tensor bat_mix_backward_(Tensor g, Tensor q, Tensor x, Tensor bat, bool need_g, 
     x = checked_factor("x", x, a.rows, a.columns, g, "g");
     a.x = x.data_ptr(), a.x_stride = x.stride(0);
   }
-  Tensor dC = need_dC ? torch::stable::new_empty(g, {a.columns / a.r, a.r, a.r}, accumulate_type(g))
-                      : torch::stable::new_empty(g, {0}, accumulate_type(g));
+  Tensor dC = need_dC ? empty(g, {a.columns / a.r, a.r, a.r}, accumulate_type(g))
+                      : empty(g, {0}, accumulate_type(g));
   if (!need_g && !need_dC) return dC;
   Tensor target = rows_of(g);
   a.g = target.data_ptr(), a.q = q.data_ptr(), a.bat = bat.data_ptr();

@@ -22,7 +22,7 @@ Tensor block_sum(Tensor x, int64_t r, std::optional<Tensor> offsets, std::option
   const DType dtype = dtype_of("x", x);
   x = rows_of(x);
   const int64_t rows = x.size(0), columns = x.size(1);
-  Tensor h = torch::stable::new_empty(x, {rows, r});
+  Tensor h = empty(x, {rows, r});
   BlockSum a{};
   a.x = x.data_ptr();
   a.h = h.data_ptr();

@@ -16,7 +16,7 @@ template <class Device> Tensor cayley_forward(Tensor X) {
   a.n = X.size(0), a.r = X.size(1);
   a.dtype = dtype_of("X", X);
   X = torch::stable::contiguous(X);
-  Tensor Q = torch::stable::new_empty(X, {a.n, a.r, a.r}, accumulate_type(X));
+  Tensor Q = empty(X, {a.n, a.r, a.r}, accumulate_type(X));
   a.X = X.data_ptr(), a.Q = Q.data_ptr();
   Device::launch(a, X);
   return Q;
@@ -33,7 +33,7 @@ template <class Device> Tensor cayley_backward(Tensor Q, Tensor G) {
   check_dtype("G", G, a.dtype, "Q");
   STD_TORCH_CHECK(Q.scalar_type() == accumulate_type(Q), "Q: wanted float32 or float64");
   Q = torch::stable::contiguous(Q), G = torch::stable::contiguous(G);
-  Tensor dX = torch::stable::new_empty(Q, {a.n, a.r, a.r});
+  Tensor dX = empty(Q, {a.n, a.r, a.r});
   a.Q = Q.data_ptr(), a.G = G.data_ptr(), a.dX = dX.data_ptr();
   Device::launch(a, Q);
   return dX;

@@ -92,7 +92,7 @@ template <class Device> Tensor csr_sddmm(Tensor dy, Tensor x, Tensor row_offsets
   x = checked_factor("x", x, a.T, x.size(1), dy, "dy");
   dy = rows_of(dy);
   set_pattern(a, row_offsets, columns, a.d, x.size(1), false, dy);
-  Tensor out = torch::stable::new_empty(dy, {a.nnz}, accumulate_type(dy));
+  Tensor out = empty(dy, {a.nnz}, accumulate_type(dy));
   a.dy = dy.data_ptr(), a.x = x.data_ptr(), a.out = out.data_ptr();
   a.dy_stride = dy.stride(0), a.x_stride = x.stride(0);
   Device::launch(a, dy);

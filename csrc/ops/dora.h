@@ -9,7 +9,7 @@ namespace spectral_ops {
 
 template <class Device> Tensor row_square(Tensor weight) {
   check_matrix("weight", weight);
-  Tensor square = torch::stable::new_empty(weight, {weight.size(0)}, accumulate_type(weight));
+  Tensor square = empty(weight, {weight.size(0)}, accumulate_type(weight));
   RowSquare a{};
   a.weight = weight.data_ptr();
   a.square = square.data_ptr();
@@ -53,7 +53,7 @@ inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Te
 template <class Device>
 Tensor column_norm(Tensor weight, Tensor A, Tensor B, double scale, std::optional<Tensor> square) {
   check_matrix("weight", weight);
-  Tensor norm = torch::stable::new_empty(weight, {weight.size(0)}, accumulate_type(weight));
+  Tensor norm = empty(weight, {weight.size(0)}, accumulate_type(weight));
   ColumnNorm a = norm_arguments(weight, A, B, scale, square, norm);
   Device::launch(a, weight);
   return norm;
@@ -71,6 +71,8 @@ void column_norm_cached_(Tensor norm, Tensor stamp, Tensor weight, Tensor A, Ten
   a.stamp = const_cast<int64_t*>(index_data<int64_t>("stamp", stamp, 2, weight));
   a.force = force;
   Device::launch(a, weight);
+  bump_version(norm);
+  bump_version(stamp);
 }
 
 template <class Device>
@@ -98,7 +100,7 @@ Tensor magnitude_grad(Tensor dyz, Tensor dy, Tensor x, Tensor h, Tensor weight, 
     *data = vector_data(name, vectors[i], a.columns, dy, wide);
   }
   a.bias = vector_data("bias", bias, a.columns, dy, a.bias_dtype);
-  Tensor dm = torch::stable::new_empty(dy, {a.columns}, accumulate_type(dy));
+  Tensor dm = empty(dy, {a.columns}, accumulate_type(dy));
   a.dy = dy.data_ptr(), a.x = x.data_ptr(), a.h = h.data_ptr(), a.weight = weight.data_ptr(), a.B = B.data_ptr();
   a.dm = dm.data_ptr();
   a.scale = scale;

@@ -13,7 +13,7 @@ template <class Device> Tensor dropout_project(Tensor x, Tensor A, Tensor seed, 
   a.rows = x.size(0), a.columns = x.size(1), a.r = A.size(0);
   x = rows_of(x);
   A = checked_factor("A", A, a.r, a.columns, x, "x");
-  Tensor h = torch::stable::new_empty(x, {a.rows, a.r});
+  Tensor h = empty(x, {a.rows, a.r});
   a.x = x.data_ptr(), a.A = A.data_ptr(), a.h = h.data_ptr();
   a.seed = index_data<int64_t>("seed", seed, 1, x);
   a.p = p;
@@ -30,7 +30,7 @@ template <class Device> Tensor dropout_outer(Tensor u, Tensor x, Tensor seed, do
   a.rows = x.size(0), a.columns = x.size(1), a.r = u.size(1);
   x = rows_of(x);
   u = checked_factor("u", u, a.rows, a.r, x, "x");
-  Tensor dA = torch::stable::new_empty(x, {a.r, a.columns}, accumulate_type(x));
+  Tensor dA = empty(x, {a.r, a.columns}, accumulate_type(x));
   a.u = u.data_ptr(), a.x = x.data_ptr(), a.dA = dA.data_ptr();
   a.seed = index_data<int64_t>("seed", seed, 1, x);
   a.p = p;
@@ -63,7 +63,7 @@ template <class Device> Tensor seeded_dropout(Tensor x, Tensor seed, double p) {
   a.dtype = dtype_of("x", x);
   a.rows = x.size(0), a.columns = x.size(1);
   x = rows_of(x);
-  Tensor out = torch::stable::new_empty(x, {a.rows, a.columns});
+  Tensor out = empty(x, {a.rows, a.columns});
   a.x = x.data_ptr(), a.out = out.data_ptr();
   a.seed = index_data<int64_t>("seed", seed, 1, x);
   a.p = p;

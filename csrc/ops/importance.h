@@ -59,7 +59,7 @@ Tensor importance_update_(Tensor exp_avg, Tensor uncertainty, std::vector<Tensor
     first += l.r;
   }
   STD_TORCH_CHECK(offset == exp_avg.size(0), "exp_avg: got ", exp_avg.size(0), " elements, wanted the ", offset, " of params");
-  Tensor scores = torch::stable::new_empty(exp_avg, {score ? first : 0});
+  Tensor scores = empty(exp_avg, {score ? first : 0});
   ImportanceUpdate a{};
   a.layers = layers.data(), a.count = count;
   a.exp_avg = exp_avg.data_ptr(), a.uncertainty = uncertainty.data_ptr();
@@ -85,7 +85,7 @@ inline Tensor importance_prune_(Tensor scores, std::vector<Tensor> lora_E, std::
   STD_TORCH_CHECK(count >= 0 && count <= n, "count: got ", count, ", wanted at least 0 and at most ", n);
   STD_TORCH_CHECK(first.size() == lora_E.size(), "first: got ", first.size(), " entries for ", lora_E.size(), " layers");
   scores = torch::stable::contiguous(scores);
-  Tensor kept = torch::stable::new_empty(scores, {n}, ScalarType::Bool);
+  Tensor kept = empty(scores, {n}, ScalarType::Bool);
   bool* const keep = static_cast<bool*>(kept.data_ptr());
   if (count == 0)
     std::fill(keep, keep + n, true);

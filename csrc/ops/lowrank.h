@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_backward(
     a.y = y->data_ptr(), a.y_stride = y->stride(0);
   }
   const auto output = [&](bool wanted, std::initializer_list<int64_t> shape, ScalarType type, void*& data) {
-    Tensor t = wanted ? torch::stable::new_empty(dy, shape, type) : torch::stable::new_empty(dy, {0}, type);
+    Tensor t = wanted ? empty(dy, shape, type) : empty(dy, {0}, type);
     data = wanted ? t.data_ptr() : nullptr;
     return t;
   };

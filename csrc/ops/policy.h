@@ -14,8 +14,8 @@ std::tuple<Tensor, Tensor> target_logprob(Tensor logits, Tensor targets, double 
   a.rows = logits.size(0), a.columns = logits.size(1);
   a.dtype = dtype_of("logits", logits);
   logits = rows_of(logits);
-  Tensor logprob = torch::stable::new_empty(logits, {a.rows}, accumulate_type(logits));
-  Tensor logsumexp = torch::stable::new_empty(logits, {a.rows}, accumulate_type(logits));
+  Tensor logprob = empty(logits, {a.rows}, accumulate_type(logits));
+  Tensor logsumexp = empty(logits, {a.rows}, accumulate_type(logits));
   a.logits = logits.data_ptr(), a.logits_stride = logits.stride(0);
   a.targets = index_data<int64_t>("targets", targets, a.rows, logits);
   a.logprob = logprob.data_ptr(), a.logsumexp = logsumexp.data_ptr();

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from spectral_ops._library import NAMESPACE, OPERATORS
+from spectral_ops._library import LAYERS, NAMESPACE, OPERATORS
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "alias",
         "lift_fresh", "set_", "resize_", "is_same_size", "_local_scalar_dense"}  # fmt: skip
@@ -71,9 +71,17 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         packet = func._overloadpacket
         name = func._schema.name.split("::")[1]
+        if func.namespace == NAMESPACE and name in LAYERS:  # counted piece by piece
+            with self, torch.no_grad():
+                return LAYERS[name].reference(*args)
+        if func.namespace == "aten":  # inside a layer torch takes no composite operator apart before a mode sees it
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
         if func.namespace == NAMESPACE:
             cost = OPERATORS[name].cost(*args, **kwargs)
             flops, moved = cost.flops, cost.bytes

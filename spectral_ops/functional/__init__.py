@@ -50,31 +50,32 @@ __all__ = [
 ]
 
 _DROPOUT = ("dropout_project", "dropout_outer", "dropout_lift_")
-_SHARDS = ("block_sum", "block_tile_")
 _NORM = ("row_square", "column_norm", "column_norm_cached_")
-_BAT = ("bat_weight_", "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_")
-_CSR_GRADIENT = ("csr_sddmm", "csr_gather_", "transpose_")
-_SEGMENTS = ("segment_project", "segment_lift_", "segment_outer")
+_SEGMENTS = ("segmented_linear_backward", "grouped_linear_backward")
 FUNCTIONS.update(
     adalora_importance=("importance_update_",),
     adalora_prune=("importance_prune_",),
     cayley=("cayley_forward", "cayley_backward"),
-    csr_add=("csr_scatter_", "csr_gather_"),
-    csr_sddmm=("csr_sddmm", "csr_spmm_"),
-    csr_spmm=("csr_spmm_", *_CSR_GRADIENT),
-    rosa_linear=("csr_spmm_", "csr_scatter_", *_CSR_GRADIENT, "lowrank_backward", *_DROPOUT),
-    rosa_update=("csr_spmm_", *_CSR_GRADIENT),
-    bat_linear=(*_BAT, *_SHARDS, "transpose_"),
-    bat_weight=("bat_weight_", "bat_contract_"),
-    bone_linear=_SHARDS,
-    bone_update=_SHARDS,
-    disha_linear=_SHARDS,
-    dora_linear=(*_NORM, "lowrank_update_", "lowrank_backward", "magnitude_grad", "seeded_dropout", "dropout_outer"),
-    dora_update=("lowrank_update_", "lowrank_backward"),
-    lowrank_linear=("lowrank_matmul", "lowrank_update_", "lowrank_backward", *_DROPOUT),
-    lowrank_linear_group=("lowrank_backward",),
-    lowrank_update=("lowrank_update_", "lowrank_backward", *_DROPOUT),
-    segmented_lowrank_linear=("lowrank_backward", *_SEGMENTS, *_DROPOUT),
-    segmented_lowrank_update=("lowrank_backward", *_SEGMENTS, *_DROPOUT),
+    bat_linear=("bat_linear_forward", "bat_linear_backward"),
+    bat_weight=("bat_weight_forward", "bat_weight_backward"),
+    csr_add=("csr_add_forward", "csr_scatter_", "csr_add_backward"),
+    csr_sddmm=("csr_sddmm", "csr_spmm_forward"),
+    csr_spmm=("csr_spmm_forward", "rosa_linear_backward"),
+    rosa_linear=("rosa_linear_forward", "rosa_linear_backward", "csr_scatter_", "csr_gather_"),
+    rosa_update=("rosa_update_forward_", "rosa_update_forward", "rosa_linear_backward"),
+    bone_linear=("bone_linear_forward", "bone_linear_backward"),
+    bone_update=("bone_update_forward_", "bone_update_forward", "bone_linear_backward"),
+    disha_linear=("bone_linear_forward", "bone_linear_backward"),
+    dora_linear=(*_NORM, "dora_linear_forward", "dora_linear_backward"),
+    dora_update=("dora_update_forward_", "dora_update_forward", "dora_update_backward"),
+    lowrank_linear=("lowrank_linear_forward", "lowrank_linear_backward"),
+    lowrank_linear_group=("lowrank_group_forward", "lowrank_group_backward"),
+    lowrank_update=("lowrank_update_forward_", "lowrank_update_forward", "lowrank_linear_backward"),
+    segmented_lowrank_linear=("segmented_linear_forward", "grouped_linear_forward", *_SEGMENTS),
+    segmented_lowrank_update=(
+        *("segmented_update_forward_", "segmented_update_forward"),
+        *("grouped_update_forward_", "grouped_update_forward"),
+        *_SEGMENTS,
+    ),
     token_logprobs=("target_logprob", "softmax_gradient_"),
 )

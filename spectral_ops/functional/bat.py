@@ -20,17 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
 from spectral_ops.functional import checks
 from spectral_ops.functional.blocksum import block_sum_op, block_tile_op
 from spectral_ops.functional.common import (
     apply,
+    apply_op,
     autocast_arguments,
     backward_pass,
+    fresh,
     gradient_tiles,
     mm,
     rows,
     shaped,
+    through,
 )
 from spectral_ops.functional.scratch import scratch
 
@@ -43,6 +46,17 @@ __all__ = ["bat_linear", "bat_weight"]
 def _blocks(weight: torch.Tensor, r: int) -> torch.Tensor:
     """weight [d, k] as [d/r, r, k/r, r]: entry (o, i, j, c) is row i, column c of block W(o, j)."""
     return weight.reshape(weight.shape[0] // r, r, weight.shape[1] // r, r)
+
+
+def _changed(weight, bat, row, delta=False):
+    """W' (delta: W' - W) [d, k] in at least float32."""
+    acc = accumulate_dtype(weight.dtype)
+    W, B = _blocks(weight.to(acc), bat.shape[-1]), bat.to(acc)
+    if row:
+        change = torch.einsum("oijc,jce->oije", W, B) + B.transpose(0, 1)
+    else:
+        change = torch.einsum("oijc,oce->oije", W, B) + B.unsqueeze(2)
+    return (change if delta else W + change).reshape(weight.shape)
 
 
 def _weight_cost(out, weight, bat, row, delta):
@@ -61,13 +75,7 @@ def bat_weight_op(out, weight, bat, row, delta):
     Products of blocks are made in at least float32 from unrounded factors, and the result is rounded once, to out's
     dtype: weight's own, or float32. bat has any floating dtype.
     """
-    acc = accumulate_dtype(weight.dtype)
-    W, B = _blocks(weight.to(acc), bat.shape[-1]), bat.to(acc)
-    if row:
-        change = torch.einsum("oijc,jce->oije", W, B) + B.transpose(0, 1)
-    else:
-        change = torch.einsum("oijc,oce->oije", W, B) + B.unsqueeze(2)
-    out.copy_((change if delta else W + change).reshape(weight.shape))
+    out.copy_(_changed(weight, bat, row, delta))
 
 
 def _matmul_cost(x, weight, bat, transpose):
@@ -87,9 +95,7 @@ def bat_matmul_op(x, weight, bat, transpose):
     Meant for T < r. Nothing is rounded between x, W (one dtype), bat (any) and the result in x's dtype.
     """
     acc = accumulate_dtype(x.dtype)
-    W = weight.to(acc)
-    changed = torch.empty_like(W, memory_format=torch.contiguous_format)
-    bat_weight_op.reference(changed, W, bat, False, False)
+    changed = _changed(weight, bat, False)
     return (x.to(acc) @ (changed if transpose else changed.t())).to(x.dtype)
 
 
@@ -156,7 +162,12 @@ def bat_mix_backward_op(g, q, x, bat, need_g, need_dC):
     return dC
 
 
-# --- autograd --------------------------------------------------------------------------------------------------------
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+_PIECES = (
+    "bat_weight_", "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_", "block_sum", "block_tile_",
+    "transpose_",
+)  # fmt: skip
 
 
 def _product(x, weight, bat, bias, transpose, exact):
@@ -190,63 +201,118 @@ def _block_gradient(dy, x, weight, r):
     return dB
 
 
-class BatColFunction(Function):
-    """y = x W'ᵀ + b; W' lives in scratch only. Saves x."""
+@define_layer(
+    "bat_linear_forward(Tensor x, Tensor weight, Tensor bat, Tensor? bias, bool row, bool exact) -> Tensor",
+    stem="bat",
+    fake=lambda x, weight, bat, bias, row, exact: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    pieces=_PIECES,
+)
+def bat_linear_forward_op(x, weight, bat, bias, row, exact):
+    """y [..., d] = x W'ᵀ + b, or by row (x + u) Wᵀ + tile(Σ_j u_j) + b, u_j = x_j C_jᵀ. W' lives in scratch only."""
+    if not row:
+        return shaped(_product(rows(x), weight, bat, bias, False, exact), x)
+    z, s = bat_mix_op(rows(x), bat)
+    y = F.linear(z, weight, bias)
+    block_tile_op(y, s, None, None, 0.0, True)
+    return shaped(y, x)
 
-    @staticmethod
-    def forward(ctx, x, weight, bat, bias, exact):
-        y = _product(rows(x), weight, bat, bias, False, exact)
-        need_bat = ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if need_bat else None, weight, bat)
-        ctx.exact, ctx.x_shape = exact, x.shape
-        return shaped(y, x)
 
-    @staticmethod
-    @backward_pass
-    def backward(ctx, dy):
-        x, weight, bat = ctx.saved_tensors
-        need_x, _, need_bat, need_bias = ctx.needs_input_grad[:4]
-        dy2 = rows(dy)
-        dx = dB = db = None
+def _linear_backward_fake(dy, x, weight, bat, row, exact, needs):
+    shapes = (*dy.shape[:-1], weight.shape[1]), bat.shape, (weight.shape[0],)
+    return tuple(
+        dy.new_empty(shape if needs >> bit & 1 else (0,), dtype=bat.dtype if bit == 1 and needs & 2 else dy.dtype)
+        for bit, shape in enumerate(shapes)
+    )
+
+
+@define_layer(
+    "bat_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor bat, bool row, bool exact, int needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    stem="bat",
+    fake=_linear_backward_fake,
+    pieces=_PIECES,
+)
+def bat_linear_backward_op(dy, x, weight, bat, row, exact, needs):
+    """dx [..., k], dB in bat's dtype and db; empty [0] where ``needs`` has no bit. x is read for dB alone."""
+    dy2, need_x, need_bat = rows(dy), bool(needs & 1), bool(needs & 2)
+    dx = dB = db = dy
+    if row and (need_x or need_bat):
+        dx = dy2 @ weight
+        q = block_sum_op(dy2, bat.shape[-1], None, None, 0.0)
+        dB = bat_mix_backward_op(dx, q, rows(x) if need_bat else dx, bat, need_x, need_bat)
+    else:
         if need_x:
-            dx = _product(dy2, weight, bat, None, True, ctx.exact).reshape(ctx.x_shape)
+            dx = _product(dy2, weight, bat, None, True, exact)
         if need_bat:
-            dB = _block_gradient(dy2, rows(x), weight, bat.shape[-1]).to(bat.dtype)
-        if need_bias:
-            db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
-        return dx, None, dB, db, None
+            dB = _block_gradient(dy2, rows(x), weight, bat.shape[-1])
+    if need_x:
+        dx = dx.reshape(*dy.shape[:-1], weight.shape[1])
+    if need_bat:
+        dB = dB.to(bat.dtype)
+    if needs & 4:
+        db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
+    return fresh(dy, needs, dx, dB, db)
 
 
-class BatRowFunction(Function):
-    """y = (x + u) Wᵀ + tile(Σ_j u_j) + b, u_j = x_j C_jᵀ. Saves x."""
+@define_layer(
+    "bat_weight_forward(Tensor weight, Tensor bat, bool row) -> Tensor",
+    stem="bat",
+    fake=lambda weight, bat, row: weight.new_empty(weight.shape),
+    pieces=("bat_weight_",),
+)
+def bat_weight_forward_op(weight, bat, row):
+    """W' [d, k] in weight's dtype."""
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    bat_weight_op(out, weight, bat, row, False)
+    return out
+
+
+@define_layer(
+    "bat_weight_backward(Tensor dW, Tensor weight, Tensor bat, bool row) -> Tensor",
+    stem="bat",
+    fake=lambda dW, weight, bat, row: bat.new_empty(bat.shape),
+    pieces=("bat_contract_",),
+)
+def bat_weight_backward_op(dW, weight, bat, row):
+    """The blocks' gradient, in their dtype, from that of W' [d, k]."""
+    if row:  # blocks of one column, side by side, are then a block-row
+        weight, dW = (_blocks(t, bat.shape[-1]).permute(2, 1, 0, 3).reshape(t.shape[::-1]) for t in (weight, dW))
+    dB = bat.new_empty(bat.shape, dtype=accumulate_dtype(weight.dtype))
+    bat_contract_op(dB, weight, dW.contiguous())
+    return dB.to(bat.dtype)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class BatFunction(Function):
+    """y = x W'ᵀ + b in either mode. Saves x."""
 
     @staticmethod
-    def forward(ctx, x, weight, bat, bias):
-        z, s = bat_mix_op(rows(x), bat)
-        y = F.linear(z, weight, bias)
-        block_tile_op(y, s, None, None, 0.0, True)
-        need_bat = ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if need_bat else None, weight, bat)
-        ctx.x_shape = x.shape
-        return shaped(y, x)
+    def forward(ctx, x, weight, bat, bias, row, exact):
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight, bat)
+        ctx.options = row, exact
+        return bat_linear_forward_op(x, weight, bat, bias, row, exact)
 
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
         x, weight, bat = ctx.saved_tensors
-        need_x, _, need_bat, need_bias = ctx.needs_input_grad[:4]
-        dy2 = rows(dy)
-        dx = dC = db = None
-        if need_x or need_bat:
-            g = dy2 @ weight
-            q = block_sum_op(dy2, bat.shape[-1], None, None, 0.0)
-            x2 = g if x is None else rows(x)  # unread where nothing needs dC
-            dC = bat_mix_backward_op(g, q, x2, bat, need_x, need_bat)
-            dC = dC.to(bat.dtype) if need_bat else None
-            dx = g.reshape(ctx.x_shape) if need_x else None
-        if need_bias:
-            db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
-        return dx, None, dC, db
+        need_x, _, need_bat, need_bias, *_ = ctx.needs_input_grad
+        dx, dB, db = bat_linear_backward_op(
+            dy, x, weight, bat, *ctx.options, need_x | need_bat << 1 | need_bias << 2
+        )  # fmt: skip
+        return dx if need_x else None, None, dB if need_bat else None, db if need_bias else None, None, None
+
+    @staticmethod
+    def twice(ctx, dy):
+        x, weight, bat = ctx.saved_tensors
+        if x is None:
+            raise RuntimeError("create_graph: got a second derivative where bat is frozen, for which x is not kept")
+        wide = accumulate_dtype(x.dtype)
+        y = (x.to(wide) @ _changed(weight, bat, ctx.options[0]).t()).to(x.dtype)
+        bias = x.new_zeros(weight.shape[0], requires_grad=ctx.needs_input_grad[3])
+        return through(ctx, y + bias, (x, weight, bat, bias), dy)
 
 
 class BatWeightFunction(Function):
@@ -254,21 +320,27 @@ class BatWeightFunction(Function):
 
     @staticmethod
     def forward(ctx, weight, bat, row):
-        out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        bat_weight_op(out, weight, bat, row, False)
         ctx.save_for_backward(weight, bat)
         ctx.row = row
-        return out
+        return bat_weight_forward_op(weight, bat, row)
 
     @staticmethod
     @backward_pass
     def backward(ctx, dW):
         weight, bat = ctx.saved_tensors
-        if ctx.row:  # blocks of one column, side by side, are then a block-row
-            weight, dW = (_blocks(t, bat.shape[-1]).permute(2, 1, 0, 3).reshape(t.shape[::-1]) for t in (weight, dW))
-        dB = torch.empty_like(bat, dtype=accumulate_dtype(weight.dtype), memory_format=torch.contiguous_format)
-        bat_contract_op(dB, weight, dW.contiguous())
-        return None, dB.to(bat.dtype), None
+        return None, bat_weight_backward_op(dW, weight, bat, ctx.row), None
+
+    @staticmethod
+    def twice(ctx, dW):
+        weight, bat = ctx.saved_tensors
+        return through(ctx, _changed(weight, bat, ctx.row).to(weight.dtype), (weight, bat), dW)
+
+
+def linear(x, weight, bat, bias, row, exact):
+    """:func:`bat_linear` past its checks, for layers that know their shapes."""
+    if torch.is_grad_enabled():
+        return apply(BatFunction, x, x, weight, bat, bias, row, exact)
+    return apply_op(bat_linear_forward_op, x, x, weight, bat, bias, row, exact)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -301,7 +373,7 @@ def bat_weight(weight, bat, *, mode="col"):
     checks.tensor("weight", weight, "[out_features, in_features]", 2)
     checks.frozen(weight=weight)
     _check_bat(weight, bat, mode)
-    return apply(BatWeightFunction, weight.device.type, weight, bat, mode == "row")
+    return apply(BatWeightFunction, weight, weight, bat, mode == "row")
 
 
 def bat_linear(x, weight, bat, bias=None, *, mode="col", exact=False):
@@ -324,6 +396,4 @@ def bat_linear(x, weight, bat, bias=None, *, mode="col", exact=False):
     checks.linear(x, weight, bias)
     checks.same_dtype("x", x, weight=weight, bias=bias)
     _check_bat(weight, bat, mode)
-    if mode == "row":
-        return apply(BatRowFunction, x.device.type, x, weight, bat, bias)
-    return apply(BatColFunction, x.device.type, x, weight, bat, bias, bool(exact))
+    return linear(x, weight, bat, bias, mode == "row", bool(exact))

@@ -12,19 +12,22 @@ The same two operators serve the input side and the output side, forward and bac
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
-from spectral_ops.functional import checks, random
+from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
+from spectral_ops.functional import checks, dropout, random
 from spectral_ops.functional.common import (
     apply,
+    apply_op,
     autocast_arguments,
     backward_pass,
     draw_seed,
+    fresh,
     mm,
     overwritable,
     rows,
@@ -109,6 +112,15 @@ class BlockSumFunction(Function):
         block_tile_op(tokens(dx), rows(dh), ctx.offsets, None, 0.0, False)
         return dx, None, None
 
+    @staticmethod
+    def twice(ctx, dh):
+        return dh[..., shard_index(ctx.shape[-1], dh.shape[-1], ctx.offsets, dh.device)], None, None
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+_PIECES = ("block_sum", "block_tile_")
+
 
 def _expand_(y, h, D, out_offsets):
     """y [T, d] += expand(h D): a plain product where every output has its own column of D, else one tiling pass."""
@@ -118,69 +130,187 @@ def _expand_(y, h, D, out_offsets):
         block_tile_op(y, h @ D, out_offsets, None, 0.0, True)
 
 
-def _shard_gradients(dy, h, D, out_offsets, need_s, need_D):
-    """s = dy' Dᵀ and dD = hᵀ dy' for dy [T, d], each None where nobody needs it."""
-    if D.shape[1] != dy.shape[1] or out_offsets is not None:
-        dy = block_sum_op(rows(dy), D.shape[1], out_offsets, None, 0.0)
-    s = dy @ D.to(dy.dtype).t() if need_s else None
-    dD = mm(h.t(), dy, D.dtype) if need_D else None
-    return s, dD
+def _sums(x, D):
+    return x.new_empty(math.prod(x.shape[:-1]), D.shape[0])
+
+
+@define_layer(
+    "bone_linear_forward(Tensor x, Tensor weight, Tensor D, Tensor? bias, Tensor? seed, float p, Tensor? in_offsets,"
+    " Tensor? out_offsets) -> (Tensor, Tensor)",
+    stem="blocksum",
+    fake=lambda x, weight, D, bias, seed, p, in_offsets, out_offsets: (
+        x.new_empty(*x.shape[:-1], weight.shape[0]), _sums(x, D),
+    ),
+    pieces=_PIECES,
+)  # fmt: skip
+def bone_linear_forward_op(x, weight, D, bias, seed, p, in_offsets, out_offsets):
+    """y [..., d] = x Wᵀ + b + expand(h D) and h [T, r] = block_sum(drop(x)); offsets None: cyclic."""
+    x2 = rows(x)
+    h = block_sum_op(x2, D.shape[0], in_offsets, seed, p)
+    y = F.linear(x2, weight, bias)
+    _expand_(y, h, D.to(x.dtype), out_offsets)
+    return shaped(y, x), h
+
+
+@define_layer(
+    "bone_update_forward_(Tensor(a!) out, Tensor x, Tensor D, Tensor? seed, float p) -> Tensor",
+    stem="blocksum",
+    fake=lambda out, x, D, seed, p: _sums(x, D),
+    pieces=_PIECES,
+)
+def bone_update_forward_inplace_op(out, x, D, seed, p):
+    """out [..., d] += expand(h D), over a base layer somebody else computed; returns h [T, r]."""
+    h = block_sum_op(rows(x), D.shape[0], None, seed, p)
+    _expand_(tokens(out), h, D.to(x.dtype), None)
+    return h
+
+
+@define_layer(
+    "bone_update_forward(Tensor base_out, Tensor x, Tensor D, Tensor? seed, float p) -> (Tensor, Tensor)",
+    stem="blocksum",
+    fake=lambda base_out, x, D, seed, p: (base_out.new_empty(base_out.shape), _sums(x, D)),
+    pieces=_PIECES,
+)
+def bone_update_forward_op(base_out, x, D, seed, p):
+    """The same on a copy of base_out: y [..., d] and h [T, r]."""
+    out = base_out.clone(memory_format=torch.contiguous_format)
+    return out, bone_update_forward_inplace_op.reference(out, x, D, seed, p)
+
+
+def _bone_backward_fake(dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs):
+    shapes = (*dy.shape[:-1], k), D.shape, (dy.shape[-1],)
+    return tuple(
+        dy.new_empty(shape if needs >> bit & 1 else (0,), dtype=D.dtype if bit == 1 and needs & 2 else dy.dtype)
+        for bit, shape in enumerate(shapes)
+    )
+
+
+@define_layer(
+    "bone_linear_backward(Tensor dy, Tensor? weight, Tensor D, Tensor h, Tensor? seed, float p, Tensor? in_offsets,"
+    " Tensor? out_offsets, int k, int needs) -> (Tensor, Tensor, Tensor)",
+    stem="blocksum",
+    fake=_bone_backward_fake,
+    pieces=_PIECES,
+)
+def bone_linear_backward_op(dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs):
+    """dx [..., k], dD and db; empty [0] where ``needs`` has no bit. Without a weight dx is the update's share alone."""
+    dy2, sums = rows(dy), rows(dy)
+    if D.shape[1] != dy.shape[-1] or out_offsets is not None:
+        sums = block_sum_op(dy2, D.shape[1], out_offsets, None, 0.0)
+    dx = dD = db = dy
+    if needs & 1:  # a product onto the tiled s would move as much, and was 6 % slower than a plain one on the CPU
+        dx = dy2 @ weight if weight is not None else dy.new_empty(dy2.shape[0], k)
+        block_tile_op(dx, sums @ D.to(dy.dtype).t(), in_offsets, seed, p, weight is not None)
+        dx = dx.reshape(*dy.shape[:-1], k)
+    if needs & 2:
+        dD = mm(h.t(), sums, D.dtype)
+    if needs & 4:
+        db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
+    return fresh(dy, needs, dx, dD, db)
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _twice(ctx, dy, dh, weight, D, h, seed, k):
+    """dx, dD and db in plain torch. h is a result of the same node, so that dD is differentiable in x through it."""
+    p, in_offsets, out_offsets = ctx.options
+
+    def tiled(s):
+        out = s[:, shard_index(k, D.shape[0], in_offsets, s.device)]
+        if seed is not None:
+            out = out * dropout.seeded_dropout_op(torch.ones_like(out), seed, p)
+        return out.reshape(*lead, k)
+
+    dx = dD = db = None
+    lead = ctx.lead
+    if dy is not None:
+        dy2 = tokens(dy)
+        sums = dy2
+        if D.shape[1] != dy.shape[-1] or out_offsets is not None:
+            index = shard_index(dy.shape[-1], D.shape[1], out_offsets, dy.device)
+            sums = dy2.new_zeros(dy2.shape[0], D.shape[1]).index_add(1, index, dy2)
+        dx = tiled(sums @ D.to(dy.dtype).t())
+        if weight is not None:
+            dx = dx + dy @ weight
+        dD, db = (h.t() @ sums).to(D.dtype), dy2.sum(0)
+    if dh is not None:
+        dx = tiled(dh) if dx is None else dx + tiled(dh)
+    return dx, dD, db
 
 
 class ShardLinearFunction(Function):
-    """y = x Wᵀ + b + expand(block_sum(drop(x)) D); saves h [T, r], not x."""
+    """y = x Wᵀ + b + expand(block_sum(drop(x)) D), and h; saves h [T, r], not x."""
 
     @staticmethod
     def forward(ctx, x, weight, D, bias, seed, p, in_offsets, out_offsets):
-        x2 = rows(x)
-        h = block_sum_op(x2, D.shape[0], in_offsets, seed, p)
-        y = F.linear(x2, weight, bias)
-        _expand_(y, h, D.to(x.dtype), out_offsets)
+        ctx.set_materialize_grads(False)
+        y, h = bone_linear_forward_op(x, weight, D, bias, seed, p, in_offsets, out_offsets)
         ctx.save_for_backward(weight, D, h, seed)
-        ctx.p, ctx.in_offsets, ctx.out_offsets, ctx.x_shape = p, in_offsets, out_offsets, x.shape
-        return shaped(y, x)
+        ctx.options, ctx.lead = (p, in_offsets, out_offsets), x.shape[:-1]
+        return y, h
 
     @staticmethod
     @backward_pass
-    def backward(ctx, dy):
+    def backward(ctx, dy, dh):
+        if dh is not None:  # only a second derivative asks for it
+            return ShardLinearFunction.twice(ctx, dy, dh)
+        if dy is None:
+            return (None,) * 8
         weight, D, h, seed = ctx.saved_tensors
-        need_x, _, need_D, need_bias = ctx.needs_input_grad[:4]
-        dy2 = tokens(dy)
-        s, dD = _shard_gradients(dy2, h, D, ctx.out_offsets, need_x, need_D)
-        dx = db = None
-        if need_x:  # a product onto the tiled s would move as much, and was 6 % slower than a plain one on the CPU
-            dx = dy2 @ weight
-            block_tile_op(dx, s, ctx.in_offsets, seed, ctx.p, True)
-            dx = dx.reshape(ctx.x_shape)
-        if need_bias:
-            db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
-        return dx, None, dD, db, None, None, None, None
+        need_x, _, need_D, need_bias, *_ = ctx.needs_input_grad
+        dx, dD, db = bone_linear_backward_op(
+            dy, weight, D, h, seed, *ctx.options, weight.shape[1], need_x | need_D << 1 | need_bias << 2
+        )
+        return (
+            dx if need_x else None, None, dD if need_D else None, db if need_bias else None, None, None, None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def twice(ctx, dy, dh):
+        weight, D, h, seed = ctx.saved_tensors
+        dx, dD, db = _twice(ctx, dy, dh, weight, D, h, seed, weight.shape[1])
+        need_x, _, need_D, need_bias, *_ = ctx.needs_input_grad
+        return (
+            dx if need_x else None, None, dD if need_D else None, db if need_bias else None, None, None, None, None,
+        )  # fmt: skip
 
 
 class ShardUpdateFunction(Function):
-    """base_out += expand(block_sum(drop(x)) D), in place; for a base layer somebody else computed."""
+    """base_out + expand(block_sum(drop(x)) D), in place or on a copy; for a base layer somebody else computed."""
 
     @staticmethod
-    def forward(ctx, base_out, x, D, seed, p):
-        h = block_sum_op(rows(x), D.shape[0], None, seed, p)
-        _expand_(tokens(base_out), h, D.to(x.dtype), None)
-        ctx.mark_dirty(base_out)
+    def forward(ctx, base_out, x, D, seed, p, inplace):
+        if inplace:
+            y, h = base_out, bone_update_forward_inplace_op(base_out, x, D, seed, p)
+            ctx.mark_dirty(base_out)
+        else:
+            y, h = bone_update_forward_op(base_out, x, D, seed, p)
         ctx.save_for_backward(D, h, seed)
-        ctx.p, ctx.x_shape = p, x.shape
-        return base_out
+        ctx.p, ctx.k = p, x.shape[-1]
+        return y
 
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
         D, h, seed = ctx.saved_tensors
-        _, need_x, need_D = ctx.needs_input_grad[:3]
-        s, dD = _shard_gradients(tokens(dy), h, D, None, need_x, need_D)
-        dx = None
-        if need_x:
-            dx = s.new_empty(s.shape[0], ctx.x_shape[-1])
-            block_tile_op(dx, s, None, seed, ctx.p, False)
-            dx = dx.reshape(ctx.x_shape)
-        return dy, dx, dD, None, None
+        need_out, need_x, need_D, *_ = ctx.needs_input_grad
+        dx, dD, _ = bone_linear_backward_op(dy, None, D, h, seed, ctx.p, None, None, ctx.k, need_x | need_D << 1)
+        return dy if need_out else None, dx if need_x else None, dD if need_D else None, None, None, None
+
+
+def linear(x, weight, D, bias, p, in_offsets=None, out_offsets=None):
+    """:func:`disha_linear` past its checks, for layers that know their shapes; p is 0 where nothing is dropped."""
+    seed = None if p == 0.0 else draw_seed(x, p)
+    if torch.is_grad_enabled():
+        return apply(ShardLinearFunction, x, x, weight, D, bias, seed, p, in_offsets, out_offsets)[0]
+    return apply_op(bone_linear_forward_op, x, x, weight, D, bias, seed, p, in_offsets, out_offsets)[0]
+
+
+def update(base_out, x, D, p):
+    """:func:`bone_update` past its checks."""
+    inplace = overwritable(base_out)
+    return apply(ShardUpdateFunction, x, base_out, x, D, draw_seed(x, p), p, inplace)
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -265,8 +395,7 @@ def bone_linear(x, weight, bone, bias=None, *, dropout_p=0.0, training=False):
     checks.same_dtype("x", x, weight=weight, bias=bias)
     _check_bone(bone, x, weight.shape[0])
     checks.probability("dropout_p", dropout_p)
-    seed = draw_seed(x, dropout_p, training)
-    return apply(ShardLinearFunction, x.device.type, x, weight, bone, bias, seed, dropout_p, None, None)
+    return linear(x, weight, bone, bias, dropout_p if training else 0.0)
 
 
 def bone_update(base_out, x, bone, *, dropout_p=0.0, training=False):
@@ -279,8 +408,7 @@ def bone_update(base_out, x, bone, *, dropout_p=0.0, training=False):
     x = x.to(base_out.dtype)
     _check_bone(bone, x, base_out.shape[-1])
     checks.probability("dropout_p", dropout_p)
-    seed = draw_seed(x, dropout_p, training)
-    return apply(ShardUpdateFunction, x.device.type, overwritable(base_out), x, bone, seed, dropout_p)
+    return update(base_out, x, bone, dropout_p if training else 0.0)
 
 
 def disha_linear(x, weight, D, in_shards, out_shards=None, bias=None):
@@ -310,5 +438,4 @@ def disha_linear(x, weight, D, in_shards, out_shards=None, bias=None):
     _check_shards("out_shards", out_shards, out_features, D.shape[1])
     if out_shards is None:
         checks.size("D", D, 1, out_features, "out_features, as out_shards is None")
-    in_offsets, out_offsets = _offsets(in_shards, x.device), _offsets(out_shards, x.device)
-    return apply(ShardLinearFunction, x.device.type, x, weight, D, bias, None, 0.0, in_offsets, out_offsets)
+    return linear(x, weight, D, bias, 0.0, _offsets(in_shards, x.device), _offsets(out_shards, x.device))

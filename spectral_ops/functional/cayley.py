@@ -106,5 +106,5 @@ def cayley(X):
     if X.dim() not in (2, 3) or X.shape[-1] != X.shape[-2] or X.shape[-1] == 0:
         raise ValueError(f"X: got {checks.describe(X)}, wanted square matrices [r, r] or [n, r, r] with r >= 1")
     if X.dim() == 3:
-        return apply(CayleyFunction, X.device.type, X)
-    return apply(CayleyFunction, X.device.type, X.unsqueeze(0)).squeeze(0)
+        return apply(CayleyFunction, X, X)
+    return apply(CayleyFunction, X, X.unsqueeze(0)).squeeze(0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import Function
 
-from spectral_ops._library import accumulate_dtype
+from spectral_ops._library import accumulate_dtype, autocast_enabled
 from spectral_ops.functional.scratch import scratch
 from spectral_ops.functional.transpose import transpose_op
 
@@ -18,7 +19,7 @@ COPIED = (torch.bfloat16,)  # on the CPU several threads read dyᵀ of these fas
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
     """x [..., k] as [T, k]; a view wherever the strides allow one."""
-    return x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ def gradient_tiles(dy: torch.Tensor, x: torch.Tensor, multiple: int = 1) -> Iter
     d, (T, k) = dy.shape[1], x.shape
     rows = min(max(TILE_ROWS.get(x.device.type, 1024) // multiple, 1) * multiple, max(d, 1))
     wide = accumulate_dtype(x.dtype) if x.is_cuda else x.dtype
-    turned = x.device.type == "cpu" and x.dtype in COPIED
+    turned = x.device.type == "cpu" and x.dtype in COPIED and T > 1
     with scratch.lease((rows * (k + T * turned),), wide, x.device) as buffer:
         tile, copy = buffer[: rows * k].view(rows, k), buffer[rows * k :].view(rows, T * turned)
         for start in range(0, d, rows):
@@ -66,9 +67,9 @@ def gradient_tiles(dy: torch.Tensor, x: torch.Tensor, multiple: int = 1) -> Iter
             yield start, G
 
 
-def draw_seed(x: torch.Tensor, dropout_p: float, training: bool) -> torch.Tensor | None:
+def draw_seed(x: torch.Tensor, p: float, training: bool = True) -> torch.Tensor | None:
     """A seed [1] int64 on x's device, drawn from torch's generator for it; None, and nothing drawn, without dropout."""
-    if not training or dropout_p == 0.0:
+    if not training or p == 0.0:
         return None
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=x.device)
 
@@ -76,44 +77,97 @@ def draw_seed(x: torch.Tensor, dropout_p: float, training: bool) -> torch.Tensor
 def autocast_arguments(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Under autocast, x, weight and bias in autocast's dtype (adapter parameters keep theirs); unchanged otherwise."""
     tensors = (x, *others)
-    if not isinstance(x, torch.Tensor) or not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not isinstance(x, torch.Tensor) or not autocast_enabled(x.device.type) or x.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t.to(dtype) if isinstance(t, torch.Tensor) else t for t in tensors)
 
 
-def apply(function: type[torch.autograd.Function], device_type: str, *args):
+def _special() -> bool:
+    """Whether torch.compile traces this, autocast is on, or a transform of torch.func is active."""
+    return _compiling() or _autocast_anywhere() or _transforms()
+
+
+_compiling = torch.compiler.is_compiling
+_autocast_anywhere, _transforms = torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active
+
+
+def apply(function: type[Function], like: torch.Tensor, *args):
     """``function.apply(*args)`` with autocast off: its arguments already have the dtypes they are computed in."""
-    if not torch.is_autocast_enabled(device_type):
+    if not _special():
+        return super(Function, function).apply(*args)  # past the Python part, which is there for transforms
+    if not autocast_enabled(like.device.type):
         return function.apply(*args)
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(like.device.type, enabled=False):
         return function.apply(*args)
+
+
+def apply_op(operator: Callable, like: torch.Tensor, *args):
+    """The same for an operator called without autograd."""
+    if not _special() or not autocast_enabled(like.device.type):
+        return operator(*args)
+    with torch.autocast(like.device.type, enabled=False):
+        return operator(*args)
+
+
+def fresh(like: torch.Tensor, needs: int, *results: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A backward operator's results: those whose bit is set in ``needs``, the others each an empty [0] of its own."""
+    return tuple(t if needs >> bit & 1 else like.new_empty(0) for bit, t in enumerate(results))
 
 
 def backward_pass(backward: Callable) -> Callable:
-    """Decorates a Function's backward: differentiable once, and run with autocast off, like its forward. A caller may
-    well start it inside an autocast block, which would round the float32 factors of some of its products only."""
+    """Decorates a Function's backward, which runs with autocast off, like its forward: a caller may well start it
+    inside an autocast block, which would round the float32 factors of some of its products only.
 
-    @once_differentiable
+    With ``create_graph`` the Function's ``twice`` gives the same gradients with a graph of their own, where it has one;
+    where it has none they are differentiable once.
+    """
+
     @functools.wraps(backward)
     def run(ctx, *grads):
+        if not (_compiling() or torch.is_grad_enabled() or _autocast_anywhere()):
+            return backward(ctx, *grads)
+        call = backward
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call = getattr(ctx._forward_cls, "twice", None) or functools.partial(_once, backward)
         device_type = next((g.device.type for g in grads if g is not None), "cpu")
-        if not torch.is_autocast_enabled(device_type):
-            return backward(ctx, *grads)
+        if not autocast_enabled(device_type):
+            return call(ctx, *grads)
         with torch.autocast(device_type, enabled=False):
-            return backward(ctx, *grads)
+            return call(ctx, *grads)
 
     return run
 
 
-def overwritable(base_out: torch.Tensor) -> torch.Tensor:
-    """``base_out`` where autograd lets it be overwritten in place, a copy where it does not: a view, a trained leaf, or
-    a tensor of inference mode outside it."""
-    if torch.compiler.is_compiling():  # the compiler decides by itself whether the copy is needed
-        return base_out.clone(memory_format=torch.contiguous_format)
-    frozen = (base_out.requires_grad and base_out.is_leaf) or (
-        base_out.is_inference() and not torch.is_inference_mode_enabled()
-    )
-    if frozen or base_out._is_view() or not base_out.is_contiguous():
-        return base_out.clone(memory_format=torch.contiguous_format)
-    return base_out
+def _once(backward, ctx, *grads):
+    """Gradients that raise when somebody differentiates them; torch's once_differentiable passes them on as constants
+    where the incoming gradient is one."""
+    with torch.no_grad():
+        results = backward(ctx, *grads)
+    results = results if isinstance(results, tuple) else (results,)
+    message = f"{ctx._forward_cls.__name__}: got a second derivative, wanted the first alone (PEFT's layers have both)"
+    error = torch._C._functions.DelayedError(message.encode(), len(results))
+    return error(*[None if g is None else g.detach().requires_grad_() for g in results])
+
+
+def through(ctx, y, inputs, dy):
+    """The gradients of a Function with a graph of their own, from y as plain torch makes it of ``inputs``, which stand
+    where the Function's do."""
+    wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
+    found = torch.autograd.grad(y, [inputs[i] for i in wanted], dy, create_graph=True, allow_unused=True)
+    grads: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+def overwritable(base_out: torch.Tensor) -> bool:
+    """Whether ``base_out`` may be overwritten in place: not a view, a trained leaf, or a tensor of inference mode
+    outside it, which autograd forbids; nor while a dispatch mode sees every operator, which may keep it."""
+    if torch.compiler.is_compiling():  # the compiler decides by itself whether a copy is needed
+        return False
+    if torch._C._len_torch_dispatch_stack() or type(base_out) is not torch.Tensor or not base_out.is_contiguous():
+        return False
+    if base_out._is_view() or (base_out.requires_grad and base_out.is_leaf):
+        return False
+    return not base_out.is_inference() or torch.is_inference_mode_enabled()

@@ -11,19 +11,22 @@ routes.py chooses. Saved for backward: x, and h [T, r].
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import math
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
 from spectral_ops.functional import checks, dropout, routes
 from spectral_ops.functional.common import (
     apply,
+    apply_op,
     autocast_arguments,
     backward_pass,
     draw_seed,
+    fresh,
     gradient_tiles,
     overwritable,
     rows,
@@ -130,7 +133,26 @@ def csr_sddmm_op(dy, x, row_offsets, columns):
     return (dy.to(acc).t() @ x.to(acc))[_entries(row_offsets, columns.numel()), columns.long()]
 
 
-# --- gradient of S ---------------------------------------------------------------------------------------------------
+# --- layers ----------------------------------------------------------------------------------------------------------
+# Routes are numbered as in routes.ROUTES and routes.GRADIENT_ROUTES, which csrc/layers/csr.h repeats.
+
+SCATTER, SPMM = (routes.ROUTES.index(name) for name in ("scatter", "spmm"))
+_PIECES = (
+    "csr_spmm_", "csr_scatter_", "csr_sddmm", "csr_gather_", "transpose_", "lowrank_backward", "dropout_project",
+    "dropout_outer", "dropout_lift_",
+)  # fmt: skip
+
+
+@contextmanager
+def _with_delta(weight, values, row_offsets, columns, route):
+    """W + S [d, k] rounded to W's dtype, in scratch memory, on the scatter route; the weight itself on any other."""
+    if route != SCATTER:
+        yield weight
+        return
+    with scratch.lease(weight.shape, weight.dtype, weight.device) as total:
+        total.copy_(weight)
+        csr_scatter_op(total, values, row_offsets, columns, True)
+        yield total
 
 
 def _gathered(dy, x, row_offsets, columns):
@@ -142,11 +164,7 @@ def _gathered(dy, x, row_offsets, columns):
 
 
 def values_gradient(dy, x, pattern: Pattern, route: str):
-    """dS [nnz] = (dyᵀx) at the pattern, float32 (float64 for float64), by the route asked for or, "auto", chosen."""
-    if route == "auto":
-        d, k, nnz = dy.shape[1], x.shape[1], pattern.columns.numel()
-        active = (pattern.active_rows.numel(), pattern.active_columns.numel())
-        route = routes.gradient_route(x.shape[0], d, k, nnz, *active, x.device.type, x.dtype)
+    """dS [nnz] = (dyᵀx) at the pattern for dy [T, d] and x [T, k], float32 (float64 for float64)."""
     if route == "sampled":
         return csr_sddmm_op(dy, x, pattern.row_offsets, pattern.columns)
     if route == "dense":
@@ -155,7 +173,247 @@ def values_gradient(dy, x, pattern: Pattern, route: str):
     return _gathered(dy, x, pattern.compact_offsets, pattern.compact_columns)
 
 
+def _rosa_forward_fake(x, weight, values, row_offsets, columns, A, B, bias, seed, scale, p, route):
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, x.new_empty(0) if A is None else x.new_empty(math.prod(x.shape[:-1]), A.shape[0])
+
+
+@define_layer(
+    "rosa_linear_forward(Tensor x, Tensor weight, Tensor values, Tensor row_offsets, Tensor columns, Tensor? A,"
+    " Tensor? B, Tensor? bias, Tensor? seed, float scale, float p, int route) -> (Tensor, Tensor)",
+    stem="csr",
+    fake=_rosa_forward_fake,
+    pieces=_PIECES,
+)
+def rosa_linear_forward_op(x, weight, values, row_offsets, columns, A, B, bias, seed, scale, p, route):
+    """y [..., d] = x (W + S)ᵀ + scale drop(x) AᵀBᵀ + b, and h [T, r] = drop(x) Aᵀ (empty [0] without A and B).
+
+    On the resident route the weight is W + S already. A and B in any floating dtype.
+    """
+    x2, h = rows(x), x.new_empty(0)
+    with _with_delta(weight, values, row_offsets, columns, route) as total:
+        y = F.linear(x2, total, bias)
+    if route == SPMM:
+        csr_spmm_op(y, x2, values, row_offsets, columns, None)
+    if A is not None:
+        h = dropout.project(x2, A.to(x.dtype), seed, p)
+        y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
+    return shaped(y, x), h
+
+
+def _rosa_backward_fake(
+    dy, x, weight, values, row_offsets, columns, column_offsets, entry_rows, permutation, active_rows, active_columns,
+    compact_offsets, compact_columns, A, B, h, seed, scale, p, route, gradient_route, needs,
+):  # fmt: skip
+    def result(bit, shape, dtype=dy.dtype):
+        return dy.new_empty(shape(), dtype=dtype) if needs >> bit & 1 else dy.new_empty(0)
+
+    return (
+        result(0, lambda: (*dy.shape[:-1], column_offsets.numel() - 1 if weight is None else weight.shape[1])),
+        result(1, lambda: values.shape, values.dtype),
+        result(2, lambda: A.shape, None if A is None else A.dtype),
+        result(3, lambda: B.shape, None if B is None else B.dtype),
+        result(4, lambda: dy.shape[-1:]),
+    )
+
+
+@define_layer(
+    "rosa_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor values, Tensor row_offsets, Tensor columns,"
+    " Tensor? column_offsets, Tensor? entry_rows, Tensor? permutation, Tensor? active_rows, Tensor? active_columns,"
+    " Tensor? compact_offsets, Tensor? compact_columns, Tensor? A, Tensor? B, Tensor? h, Tensor? seed, float scale,"
+    " float p, int route, int gradient_route, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    stem="csr",
+    fake=_rosa_backward_fake,
+    pieces=_PIECES,
+)
+def rosa_linear_backward_op(
+    dy, x, weight, values, row_offsets, columns, column_offsets, entry_rows, permutation, active_rows, active_columns,
+    compact_offsets, compact_columns, A, B, h, seed, scale, p, route, gradient_route, needs,
+):  # fmt: skip
+    """dx, dS, dA, dB and db, in the parameters' dtypes; empty [0] where ``needs`` has no bit.
+
+    The transposed pattern serves dx on the spmm route, the compact one the compact gradient route. Without a weight, on
+    the spmm route: dx is the share of S alone, beside what the base layer's own node returns.
+    """
+    need_x, need_values, need_A, need_B, need_bias = (bool(needs >> bit & 1) for bit in range(5))
+    dy2 = rows(dy)
+    dx = dS = dA = dB = db = dy
+    if need_x and weight is None:
+        dx = dy2.new_zeros(dy2.shape[0], column_offsets.numel() - 1)
+    elif need_x:
+        with _with_delta(weight, values, row_offsets, columns, route) as total:
+            dx = dy2 @ total
+    if need_x and route == SPMM:
+        csr_spmm_op(dx, dy2, values, column_offsets, entry_rows, permutation)
+    if A is not None and (need_x or need_A or need_B or need_bias):
+        h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
+        u, dB, db, _, _ = lowrank_backward_op(
+            dy2, h, B.to(dy.dtype), scale, None, None, None, need_x or need_A, need_B, need_bias, False
+        )
+        dB, db = dB.to(B.dtype), db.to(dy.dtype)
+        if need_x:
+            dx = dropout.lift_(dx, u, A.to(dy.dtype), seed, p)
+        if need_A:
+            dA = A_gradient(u, rows(x), seed, p, A.dtype)
+    elif need_bias:
+        db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
+    if need_values:
+        pattern = Pattern(
+            row_offsets, columns, column_offsets, entry_rows, permutation, active_rows, active_columns,
+            compact_offsets, compact_columns,
+        )  # fmt: skip
+        dS = values_gradient(dy2, rows(x), pattern, routes.GRADIENT_ROUTES[gradient_route]).to(values.dtype)
+    if need_x:
+        dx = dx.reshape(*dy.shape[:-1], dx.shape[1])
+    return fresh(dy, needs, dx, dS, dA, dB, db)
+
+
+@define_layer(
+    "csr_spmm_forward(Tensor x, Tensor values, Tensor row_offsets, Tensor columns, Tensor? permutation) -> Tensor",
+    stem="csr",
+    fake=lambda x, values, row_offsets, columns, permutation: x.new_empty(*x.shape[:-1], row_offsets.numel() - 1),
+    pieces=("csr_spmm_",),
+)
+def csr_spmm_forward_op(x, values, row_offsets, columns, permutation):
+    """x Sᵀ [..., d], with the permutation as :func:`csr_spmm_op` takes it."""
+    out = x.new_zeros(math.prod(x.shape[:-1]), row_offsets.numel() - 1)
+    csr_spmm_op(out, rows(x), values, row_offsets, columns, permutation)
+    return shaped(out, x)
+
+
+@define_layer(
+    "rosa_update_forward_(Tensor(a!) out, Tensor x, Tensor values, Tensor row_offsets, Tensor columns) -> ()",
+    stem="csr",
+    fake=lambda out, x, values, row_offsets, columns: None,
+    pieces=("csr_spmm_",),
+)
+def rosa_update_forward_inplace_op(out, x, values, row_offsets, columns):
+    """out [..., d] += x Sᵀ, over a base layer somebody else computed."""
+    csr_spmm_op(tokens(out), rows(x), values, row_offsets, columns, None)
+
+
+@define_layer(
+    "rosa_update_forward(Tensor base_out, Tensor x, Tensor values, Tensor row_offsets, Tensor columns) -> Tensor",
+    stem="csr",
+    fake=lambda base_out, x, values, row_offsets, columns: base_out.new_empty(base_out.shape),
+    pieces=("csr_spmm_",),
+)
+def rosa_update_forward_op(base_out, *args):
+    """The same on a copy of base_out."""
+    out = base_out.clone(memory_format=torch.contiguous_format)
+    rosa_update_forward_inplace_op.reference(out, *args)
+    return out
+
+
+@define_layer(
+    "csr_add_forward(Tensor weight, Tensor values, Tensor row_offsets, Tensor columns) -> Tensor",
+    stem="csr",
+    fake=lambda weight, values, row_offsets, columns: weight.new_empty(weight.shape),
+    pieces=("csr_scatter_",),
+)
+def csr_add_forward_op(weight, values, row_offsets, columns):
+    """weight + S [d, k], rounded once, as a new tensor."""
+    out = weight.clone(memory_format=torch.contiguous_format)
+    csr_scatter_op(out, values, row_offsets, columns, True)
+    return out
+
+
+@define_layer(
+    "csr_add_backward(Tensor dW, Tensor row_offsets, Tensor columns, ScalarType dtype) -> Tensor",
+    stem="csr",
+    fake=lambda dW, row_offsets, columns, dtype: dW.new_empty(columns.shape, dtype=dtype),
+    pieces=("csr_gather_",),
+)
+def csr_add_backward_op(dW, row_offsets, columns, dtype):
+    """dW [d, k] at the pattern, [nnz] in ``dtype``."""
+    out = dW.new_empty(columns.numel(), dtype=dtype)
+    csr_gather_op(out, rows(dW), row_offsets, columns)
+    return out
+
+
 # --- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _gradients(ctx, dy, x, weight, values, A, B, h, seed, needs):
+    """dx, dS, dA, dB and db of every layer here, with as much of the pattern as their routes read."""
+    pattern, route = ctx.pattern, ctx.gradient_route
+    if route == "auto" and needs & 2:
+        T, d, k, nnz = math.prod(dy.shape[:-1]), dy.shape[-1], x.shape[-1], pattern.columns.numel()
+        active = (pattern.active_rows.numel(), pattern.active_columns.numel())
+        route = routes.gradient_route(T, d, k, nnz, *active, dy.device.type, dy.dtype)
+    transposed = pattern[2:5] if needs & 1 and ctx.route == SPMM else (None,) * 3
+    compact = pattern[5:] if needs & 2 and route == "compact" else (None,) * 4
+    return rosa_linear_backward_op(
+        dy, x, weight, values, pattern.row_offsets, pattern.columns, *transposed, *compact, A, B, h, seed, ctx.scale,
+        ctx.p, ctx.route, routes.GRADIENT_ROUTES.index(route) if needs & 2 else 0, needs,
+    )  # fmt: skip
+
+
+def _held(claim: Claim | None, weight, values, pattern):
+    """A block in which the weight is W + S, on the resident route, whose calls have a claim."""
+    return nullcontext() if claim is None else residents.holding(weight, values, pattern, claim)
+
+
+class RosaFunction(Function):
+    """y = x (W + S)ᵀ + γ h Bᵀ + b; saves x and h."""
+
+    @staticmethod
+    def forward(ctx, x, weight, values, A, B, bias, seed, scale, p, pattern, route, gradient_route, claim):
+        with _held(claim, weight, values, pattern):
+            y, h = rosa_linear_forward_op(
+                x, weight, values, pattern.row_offsets, pattern.columns, A, B, bias, seed, scale, p, route
+            )
+        _, _, need_values, need_A, need_B, *_ = ctx.needs_input_grad
+        # a resident weight changes between forward and backward by design, so its version must not be watched
+        ctx.weight = None if claim is None else weight
+        ctx.save_for_backward(
+            x if need_values or need_A else None, weight if claim is None else None, values, A, B,
+            h if need_B else None, seed,
+        )  # fmt: skip
+        ctx.scale, ctx.p, ctx.pattern, ctx.route, ctx.gradient_route = scale, p, pattern, route, gradient_route
+        ctx.claim = claim
+        return y
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dy):
+        x, weight, values, A, B, h, seed = ctx.saved_tensors
+        weight = ctx.weight if weight is None else weight
+        need_x, _, need_values, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        needs = need_x | need_values << 1 | need_A << 2 | need_B << 3 | need_bias << 4
+        with _held(ctx.claim if need_x else None, weight, values, ctx.pattern):
+            dx, dS, dA, dB, db = _gradients(ctx, dy, x, weight, values, A, B, h, seed, needs)
+        return (
+            dx if need_x else None, None, dS if need_values else None, dA if need_A else None, dB if need_B else None,
+            db if need_bias else None, *[None] * 7,
+        )  # fmt: skip
+
+
+class SparseFunction(Function):
+    """x Sᵀ alone or, where there is a ``base_out``, added to it in place or on a copy; saves x."""
+
+    @staticmethod
+    def forward(ctx, base_out, x, values, pattern, gradient_route, inplace):
+        if base_out is None:
+            y = csr_spmm_forward_op(x, values, pattern.row_offsets, pattern.columns, None)
+        elif inplace:
+            rosa_update_forward_inplace_op(base_out, x, values, pattern.row_offsets, pattern.columns)
+            ctx.mark_dirty(base_out)
+            y = base_out
+        else:
+            y = rosa_update_forward_op(base_out, x, values, pattern.row_offsets, pattern.columns)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values)
+        ctx.scale, ctx.p, ctx.pattern, ctx.route, ctx.gradient_route = 1.0, 0.0, pattern, SPMM, gradient_route
+        return y
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dy):
+        x, values = ctx.saved_tensors
+        need_out, need_x, need_values, *_ = ctx.needs_input_grad
+        needs = need_x | need_values << 1
+        dx, dS, *_ = _gradients(ctx, dy, x, None, values, None, None, None, None, needs)
+        return dy if need_out else None, dx if need_x else None, dS if need_values else None, None, None, None
 
 
 class CSRAddFunction(Function):
@@ -163,52 +421,28 @@ class CSRAddFunction(Function):
 
     @staticmethod
     def forward(ctx, weight, values, pattern, inplace):
-        if inplace:
-            ctx.mark_dirty(weight)
-        out = weight if inplace else weight.clone(memory_format=torch.contiguous_format)
-        csr_scatter_op(out, values, pattern.row_offsets, pattern.columns, True)
         ctx.pattern, ctx.dtype = pattern, values.dtype
-        return out
+        if inplace and (torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack()):
+            csr_scatter_op(weight, values, pattern.row_offsets, pattern.columns, True)
+        else:
+            out = csr_add_forward_op(weight, values, pattern.row_offsets, pattern.columns)
+            if not inplace:
+                return out
+            weight.copy_(out)  # a mode that keeps our operators' results must still see the sum where they are skipped
+        ctx.mark_dirty(weight)
+        return weight
 
     @staticmethod
     @backward_pass
     def backward(ctx, dW):
         dS = None
         if ctx.needs_input_grad[1]:
-            dS = dW.new_empty(ctx.pattern.columns.numel(), dtype=ctx.dtype)
-            csr_gather_op(dS, rows(dW), ctx.pattern.row_offsets, ctx.pattern.columns)
+            dS = csr_add_backward_op(dW, ctx.pattern.row_offsets, ctx.pattern.columns, ctx.dtype)
         return dW, dS, None, None
 
 
-class CSRSpmmFunction(Function):
-    """out + x Sᵀ in place on ``out`` [..., d], which None makes zeros; saves x."""
-
-    @staticmethod
-    def forward(ctx, out, x, values, pattern, gradient_route):
-        if out is None:
-            out = x.new_zeros(*x.shape[:-1], pattern.row_offsets.numel() - 1)
-        else:
-            ctx.mark_dirty(out)
-        csr_spmm_op(tokens(out), rows(x), values, pattern.row_offsets, pattern.columns, None)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values)
-        ctx.pattern, ctx.route, ctx.x_shape = pattern, gradient_route, x.shape
-        return out
-
-    @staticmethod
-    @backward_pass
-    def backward(ctx, dy):
-        x, values = ctx.saved_tensors
-        need_out, need_x, need_values = ctx.needs_input_grad[:3]
-        dx, dy2 = None, rows(dy)
-        if need_x:
-            dx = _spmm_input_gradient(dy2.new_zeros(dy2.shape[0], ctx.x_shape[-1]), dy2, values, ctx.pattern)
-            dx = dx.reshape(ctx.x_shape)
-        dS = values_gradient(dy2, rows(x), ctx.pattern, ctx.route).to(values.dtype) if need_values else None
-        return dy if need_out else None, dx, dS, None, None
-
-
 class CSRSddmmFunction(Function):
-    """(dyᵀx) at the pattern, in the values' dtype."""
+    """(dyᵀx) at the pattern, in the values' dtype; its gradients are x and dy times the sparse one."""
 
     @staticmethod
     def forward(ctx, dy, x, pattern, dtype):
@@ -219,95 +453,37 @@ class CSRSddmmFunction(Function):
     @staticmethod
     @backward_pass
     def backward(ctx, dS):
-        dy, x = ctx.saved_tensors
+        (dy, x), pattern, dS = ctx.saved_tensors, ctx.pattern, dS.contiguous()
         ddy = dx = None
         if ctx.needs_input_grad[0]:
-            ddy = torch.zeros_like(rows(dy))
-            csr_spmm_op(ddy, rows(x), dS.contiguous(), ctx.pattern.row_offsets, ctx.pattern.columns, None)
-            ddy = ddy.reshape(dy.shape)
+            ddy = csr_spmm_forward_op(x, dS, pattern.row_offsets, pattern.columns, None)
         if ctx.needs_input_grad[1]:
-            dx = _spmm_input_gradient(torch.zeros_like(rows(x)), rows(dy), dS.contiguous(), ctx.pattern)
-            dx = dx.reshape(x.shape)
+            dx = csr_spmm_forward_op(dy, dS, pattern.column_offsets, pattern.rows, pattern.permutation)
         return ddy, dx, None, None
 
 
-def _spmm_input_gradient(dx, dy, values, pattern: Pattern):
-    """dx [T, k] += dy S, by the pattern's transpose, which was built once with it."""
-    csr_spmm_op(dx, dy, values, pattern.column_offsets, pattern.rows, pattern.permutation)
-    return dx
+def linear(x, weight, values, pattern, A, B, bias, scale, p, route, gradient_route="auto"):
+    """:func:`rosa_linear` past its checks, for layers that know their shapes and route; p is 0 where nothing is
+    dropped."""
+    seed = None if p == 0.0 else draw_seed(x, p)
+    if route == "resident" and torch._C._len_torch_dispatch_stack():  # see resident.py
+        residents.restore(weight)
+        route = "scatter"
+    claim, route = Claim() if route == "resident" else None, routes.ROUTES.index(route)
+    if torch.is_grad_enabled():
+        return apply(
+            RosaFunction, x, x, weight, values, A, B, bias, seed, scale, p, pattern, route, gradient_route, claim
+        )
+    with _held(claim, weight, values, pattern):
+        return apply_op(
+            rosa_linear_forward_op, x, x, weight, values, pattern.row_offsets, pattern.columns, A, B, bias, seed,
+            scale, p, route,
+        )[0]  # fmt: skip
 
 
-@contextmanager
-def _with_delta(weight, values, pattern, route, claim):
-    """W + S [d, k] rounded to W's dtype, for the duration of the block; W itself where the route is "spmm"."""
-    if route == "spmm":
-        yield weight
-    elif route == "resident":
-        with residents.holding(weight, values, pattern, claim):
-            yield weight
-    else:
-        with scratch.lease(weight.shape, weight.dtype, weight.device) as total:
-            total.copy_(weight)
-            csr_scatter_op(total, values, pattern.row_offsets, pattern.columns, True)
-            yield total
-
-
-class RosaFunction(Function):
-    """y = x (W + S)ᵀ + γ h Bᵀ + b; saves x and h."""
-
-    @staticmethod
-    def forward(ctx, x, weight, values, A, B, bias, seed, scale, p, pattern, route, gradient_route):
-        x2, h = rows(x), None
-        ctx.claim = Claim() if route == "resident" else None
-        with _with_delta(weight, values, pattern, route, ctx.claim) as total:
-            y = F.linear(x2, total, bias)
-        if route == "spmm":
-            csr_spmm_op(y, x2, values, pattern.row_offsets, pattern.columns, None)
-        need_values, need_A, need_B = ctx.needs_input_grad[2:5]
-        if A is not None:
-            h = dropout.project(x2, A.to(x.dtype), seed, p)
-            y.addmm_(h, B.to(x.dtype).t(), alpha=scale)
-        # a resident weight changes between forward and backward by design, so its version must not be watched
-        ctx.weight = weight if route == "resident" else None
-        ctx.save_for_backward(
-            x if need_values or need_A else None, None if route == "resident" else weight, values, A, B,
-            h if need_B else None, seed,
-        )  # fmt: skip
-        ctx.scale, ctx.p, ctx.x_shape = scale, p, x.shape
-        ctx.pattern, ctx.route, ctx.gradient_route = pattern, route, gradient_route
-        return shaped(y, x)
-
-    @staticmethod
-    @backward_pass
-    def backward(ctx, dy):
-        x, weight, values, A, B, h, seed = ctx.saved_tensors
-        weight = ctx.weight if weight is None else weight
-        need_x, _, need_values, need_A, need_B, need_bias = ctx.needs_input_grad[:6]
-        dy2 = rows(dy)
-        dx = dS = dA = dB = db = None
-        if need_x:
-            with _with_delta(weight, values, ctx.pattern, ctx.route, ctx.claim) as total:
-                dx = dy2 @ total
-            if ctx.route == "spmm":
-                _spmm_input_gradient(dx, dy2, values, ctx.pattern)
-        if A is not None and (need_x or need_A or need_B or need_bias):
-            need_u = need_x or need_A
-            h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
-            u, dB, db, _, _ = lowrank_backward_op(
-                dy2, h, B.to(dy2.dtype), ctx.scale, None, None, None, need_u, need_B, need_bias, False
-            )
-            dB = dB.to(B.dtype) if need_B else None
-            db = db.to(dy.dtype) if need_bias else None
-            if need_x:
-                dx = dropout.lift_(dx, u, A.to(dx.dtype), seed, ctx.p)
-            if need_A:
-                dA = A_gradient(u, rows(x), seed, ctx.p, A.dtype)
-        elif need_bias:
-            db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
-        if need_values:
-            dS = values_gradient(dy2, rows(x), ctx.pattern, ctx.gradient_route).to(values.dtype)
-        dx = dx.reshape(ctx.x_shape) if need_x else None
-        return dx, None, dS, dA, dB, db, None, None, None, None, None, None
+def update(base_out, x, values, pattern, gradient_route="auto"):
+    """:func:`rosa_update` past its checks."""
+    return apply(SparseFunction, x, base_out, x, values, pattern, gradient_route, overwritable(base_out))
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -337,7 +513,7 @@ def csr_add(weight, csr, *, inplace=False):
     if inplace and any(step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)):
         raise ValueError(f"weight: got strides {weight.stride()}, wanted entries that share no memory")
     pattern = _check_csr("csr", csr, weight, "weight", *weight.shape)
-    return CSRAddFunction.apply(weight, csr.ordered(csr.values), pattern, bool(inplace))
+    return apply(CSRAddFunction, weight, weight, csr.ordered(csr.values), pattern, bool(inplace))
 
 
 def csr_spmm(x, csr, *, gradient_route="auto"):
@@ -351,7 +527,7 @@ def csr_spmm(x, csr, *, gradient_route="auto"):
         raise ValueError(f"x: got {checks.describe(x)}, wanted at least one dimension [..., k]")
     pattern = _check_csr("csr", csr, x, "x", None, x.shape[-1])
     _check_choice("gradient_route", gradient_route, routes.GRADIENT_ROUTES)
-    return CSRSpmmFunction.apply(None, x, csr.ordered(csr.values), pattern, gradient_route)
+    return apply(SparseFunction, x, None, x, csr.ordered(csr.values), pattern, gradient_route, False)
 
 
 def csr_sddmm(dy, x, csr):
@@ -365,7 +541,7 @@ def csr_sddmm(dy, x, csr):
     checks.same_dtype("x", x, dy=dy)
     checks.device("x", x, dy=dy)
     pattern = _check_csr("csr", csr, x, "x", dy.shape[-1], x.shape[-1])
-    return csr.unordered(CSRSddmmFunction.apply(dy, x, pattern, csr.values.dtype))
+    return csr.unordered(apply(CSRSddmmFunction, x, dy, x, pattern, csr.values.dtype))
 
 
 def _check_choice(name, value, choices):
@@ -405,20 +581,22 @@ def rosa_linear(
     Returns y [..., d] in x's dtype. Saves x and h [T, r]. Raises TypeError/ValueError/IndexError naming the
     argument. METHODS 1.5; RoSA, arXiv:2401.04679.
     """
+    W = weight
     x, weight, bias = autocast_arguments(x, weight, bias)
     checks.linear(x, weight, bias)
     checks.same_dtype("x", x, weight=weight, bias=bias)
     pattern = _check_csr("csr", csr, x, "x", *weight.shape)
     _check_adapters(x, weight.shape[0], lora_A, lora_B, scale, dropout_p, gradient_route)
     _check_choice("route", route, routes.ROUTES)
+    if route == "resident" and weight is not W and residents.holds(W):  # it was cast, and with it what W holds
+        residents.restore(W)
+        weight = W.to(weight.dtype)
     if route == "auto":
         T = x.numel() // max(x.shape[-1], 1)
         route = routes.forward_route(T, *weight.shape, csr.nnz, x.device.type, x.dtype)
-    seed = draw_seed(x, dropout_p if lora_A is not None else 0.0, training)
-    return apply(
-        RosaFunction, x.device.type, x, weight, csr.ordered(csr.values), lora_A, lora_B, bias, seed, float(scale),
-        dropout_p, pattern, route, gradient_route,
-    )  # fmt: skip
+    p = dropout_p if training and lora_A is not None else 0.0
+    values = csr.ordered(csr.values)
+    return linear(x, weight, values, pattern, lora_A, lora_B, bias, float(scale), p, route, gradient_route)
 
 
 def rosa_update(base_out, x, csr, *, gradient_route="auto"):
@@ -431,5 +609,4 @@ def rosa_update(base_out, x, csr, *, gradient_route="auto"):
     x = x.to(base_out.dtype)
     pattern = _check_csr("csr", csr, x, "x", base_out.shape[-1], x.shape[-1])
     _check_choice("gradient_route", gradient_route, routes.GRADIENT_ROUTES)
-    values = csr.ordered(csr.values)
-    return apply(CSRSpmmFunction, x.device.type, overwritable(base_out), x, values, pattern, gradient_route)
+    return update(base_out, x, csr.ordered(csr.values), pattern, gradient_route)

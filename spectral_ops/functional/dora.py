@@ -11,20 +11,25 @@ The layer itself is the low-rank one with g as its column scale; its backward pa
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
 from spectral_ops.functional import checks, dropout
 from spectral_ops.functional.common import (
     apply,
+    apply_op,
     autocast_arguments,
     backward_pass,
     draw_seed,
+    fresh,
     overwritable,
     rows,
     shaped,
+    through,
     tokens,
 )
 from spectral_ops.functional.lowrank import (
@@ -133,140 +138,286 @@ def magnitude_grad_op(dyz, dy, x, h, weight, B, scale, g, norm, bias):
     return (dyz / (g * norm)).index_copy(0, row, exact)
 
 
+# --- layers ----------------------------------------------------------------------------------------------------------
+# ``gains`` [2 d] is g = m / c followed by c: a copy, as the norm may live in a buffer that its owner overwrites.
+
+_FORWARD = ("lowrank_matmul", "lowrank_update_", "seeded_dropout")
+
+
+def _linear_forward_fake(x, weight, A, B, magnitude, bias, norm, seed, scale, p):
+    T, d = math.prod(x.shape[:-1]), weight.shape[0]  # Size.numel makes a symbolic size a constant
+    return (
+        x.new_empty(*x.shape[:-1], d), x.new_empty(T, A.shape[0]), norm.new_empty(2 * d),
+        x.new_empty((0,) if seed is None else (T, d)),
+    )  # fmt: skip
+
+
+@define_layer(
+    "dora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor magnitude, Tensor? bias, Tensor norm,"
+    " Tensor? seed, float scale, float p) -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="dora",
+    fake=_linear_forward_fake,
+    pieces=_FORWARD,
+)
+def dora_linear_forward_op(x, weight, A, B, magnitude, bias, norm, seed, scale, p):
+    """y [..., d], h [T, r], gains [2 d] and, with a seed, z [T, d], which dm needs and y does not determine.
+
+    Without a seed y = g * (x Wᵀ + γ h Bᵀ) + b. With one it is PEFT's form, in which two products share W:
+    y = x Wᵀ + b + (g-1) * (x̃ Wᵀ) + g * γ h Bᵀ, x̃ = drop(x), h = x̃ Aᵀ, and z = x̃ Wᵀ + γ h Bᵀ.
+    """
+    x2, a, b = rows(x), A.to(x.dtype), B.to(x.dtype)
+    g = magnitude.to(norm.dtype) / norm
+    if seed is None:
+        h = x2 @ a.t()
+        y, z = fused_forward(x2, weight, h, b, scale, g, bias), x.new_empty(0)
+    else:
+        dropped = dropout.seeded_dropout_op(x2, seed, p)
+        h = dropped @ a.t()
+        z = F.linear(dropped, weight).addmm_(h, b.t(), alpha=scale)
+        y = (z * (g - 1).to(x.dtype)).addmm_(x2, weight.t())
+        if bias is None:
+            y.addmm_(h, b.t(), alpha=scale)
+        else:
+            lowrank_update_op(y, h, b, scale, None, bias.to(g.dtype))
+    return shaped(y, x), h, torch.cat((g, norm)), z
+
+
+def _gradients(dy, needs, *shapes):
+    """Empty results of a backward operator: (shape, dtype) each where its bit of ``needs`` is set, else [0]."""
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if needs >> bit & 1 else dy.new_empty(0)
+        for bit, (shape, dtype) in enumerate(shapes)
+    )
+
+
+def _linear_backward_fake(dy, x, weight, A, B, magnitude, bias, gains, h, y, seed, scale, p, needs):
+    return _gradients(
+        dy, needs, ((*dy.shape[:-1], A.shape[1]), dy.dtype), (A.shape, A.dtype), (B.shape, B.dtype),
+        (magnitude.shape, magnitude.dtype), (dy.shape[-1:], dy.dtype),
+    )  # fmt: skip
+
+
+@define_layer(
+    "dora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor A, Tensor B, Tensor magnitude, Tensor? bias,"
+    " Tensor gains, Tensor? h, Tensor? y, Tensor? seed, float scale, float p, int needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    stem="dora",
+    fake=_linear_backward_fake,
+    pieces=(*_FORWARD, "lowrank_backward", "magnitude_grad", "dropout_outer"),
+)
+def dora_linear_backward_op(dy, x, weight, A, B, magnitude, bias, gains, h, y, seed, scale, p, needs):
+    """dx, dA, dB, dm and db in the parameters' dtypes; empty [0] where ``needs`` has no bit.
+
+    With a seed y is z, which dm needs; without one it is the output, and is computed again where it is None.
+    """
+    need_x, need_A, need_B, need_m, need_bias = (bool(needs >> bit & 1) for bit in range(5))
+    x2, dy2, a, b = None if x is None else rows(x), rows(dy), A.to(dy.dtype), B.to(dy.dtype)
+    g, norm = gains.chunk(2)
+    h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
+    if need_m and y is None:
+        y = fused_forward(x2, weight, h, b, scale, g, bias)
+    need_gdy = need_x and seed is None and scales_tokens(dy2.shape[0], weight, g)
+    u, dB, db, dyz, gdy = lowrank_backward_op(
+        dy2, h, b, scale, g, rows(y) if need_m else None, bias if seed is None else None,
+        need_x or need_A, need_B, need_bias, need_gdy,
+    )  # fmt: skip
+    dx = dA = dm = dy
+    if need_x:
+        if seed is None:
+            dx = base_input_gradient(dy2, gdy, weight, g).addmm_(u, a)
+        else:
+            through_dropout = ((dy2 * (g - 1).to(dy.dtype)) @ weight).addmm_(u, a)
+            dx = dropout.seeded_dropout_op(through_dropout, seed, p).addmm_(dy2, weight)
+        dx = dx.reshape(*dy.shape[:-1], A.shape[1])
+    if need_A:
+        dA = A_gradient(u, x2, seed, p, A.dtype)
+    if need_m:
+        dm = magnitude_grad_op(dyz, dy2, x2, h, weight, b, scale, g, norm, bias) if seed is None else dyz / norm
+        dm = dm.to(magnitude.dtype)
+    return fresh(dy, needs, dx, dA, dB.to(B.dtype), dm, db.to(dy.dtype))
+
+
+def _update_fake(out, x, A, B, magnitude, bias, norm, scale, need_z):
+    T, d = math.prod(x.shape[:-1]), out.shape[-1]
+    kept = need_z and bias is not None
+    return x.new_empty(T, A.shape[0]), norm.new_empty(2 * d), x.new_empty((T, d) if kept else (0,))
+
+
+_UPDATE = "Tensor x, Tensor A, Tensor B, Tensor magnitude, Tensor? bias, Tensor norm, float scale, bool need_z"
+
+
+@define_layer(
+    f"dora_update_forward_(Tensor(a!) out, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
+    stem="dora",
+    fake=_update_fake,
+    pieces=("lowrank_update_",),
+)
+def dora_update_forward_inplace_op(out, x, A, B, magnitude, bias, norm, scale, need_z):
+    """out [..., d] becomes g * (out - b + γ h Bᵀ) + b; returns h [T, r], gains [2 d] and, with a bias and ``need_z``,
+    z = out - b + γ h Bᵀ [T, d], for dm.
+
+    From the output, z = (y - b) / g is off by eps |b| / |g|: no more than out's own rounding where |g| is about 1,
+    everything where it is small. dora_linear computes those rows again from W, which is not here; to keep z for them
+    alone is to wait until it is known which.
+    """
+    out, b = tokens(out), B.to(x.dtype)
+    h = rows(x) @ A.to(x.dtype).t()
+    g = magnitude.to(norm.dtype) / norm
+    z = out.new_empty(0)
+    if need_z and bias is not None:
+        z = (out - bias).to(out.dtype).addmm_(h, b.t(), alpha=scale)
+    lowrank_update_op(out, h, b, scale, g, None if bias is None else (1 - g) * bias.to(g.dtype))
+    return h, torch.cat((g, norm)), z
+
+
+@define_layer(
+    f"dora_update_forward(Tensor base_out, {_UPDATE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="dora",
+    fake=lambda base_out, *args: (base_out.new_empty(base_out.shape), *_update_fake(base_out, *args)),
+    pieces=("lowrank_update_",),
+)
+def dora_update_forward_op(base_out, *args):
+    """The same on a copy of base_out: y [..., d], h, gains and z."""
+    out = base_out.clone(memory_format=torch.contiguous_format)
+    return out, *dora_update_forward_inplace_op.reference(out, *args)
+
+
+def _update_backward_fake(dy, x, A, B, magnitude, gains, h, y, z, scale, needs):
+    return _gradients(
+        dy, needs, (dy.shape, dy.dtype), ((*dy.shape[:-1], A.shape[1]), dy.dtype), (A.shape, A.dtype),
+        (B.shape, B.dtype), (magnitude.shape, magnitude.dtype), (dy.shape[-1:], dy.dtype),
+    )  # fmt: skip
+
+
+@define_layer(
+    "dora_update_backward(Tensor dy, Tensor? x, Tensor A, Tensor B, Tensor magnitude, Tensor gains, Tensor? h,"
+    " Tensor? y, Tensor? z, float scale, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    stem="dora",
+    fake=_update_backward_fake,
+    pieces=("lowrank_backward",),
+)
+def dora_update_backward_op(dy, x, A, B, magnitude, gains, h, y, z, scale, needs):
+    """dout, dx, dA, dB, dm and db, in the parameters' dtypes; empty [0] where ``needs`` has no bit.
+
+    dm needs z, or the output y of a layer without bias. dx is the update's share, and db what Σ dy lacks after the base
+    layer's own node has added g * dy to its bias.
+    """
+    need_out, need_x, need_A, need_B, need_m, need_bias = (bool(needs >> bit & 1) for bit in range(6))
+    dy2 = rows(dy)
+    g, norm = gains.chunk(2)
+    h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
+    kept = y if z is None else z
+    u, dB, db, dyz, gdy = lowrank_backward_op(
+        dy2, h, B.to(dy.dtype), scale, g, rows(kept) if need_m else None, None,
+        need_x or need_A, need_B, need_bias, need_out,
+    )  # fmt: skip
+    dout = dx = dA = dm = dy
+    if need_out:
+        dout = gdy.reshape(dy.shape)
+    if need_x:
+        dx = update_input_gradient(u, A, (*dy.shape[:-1], A.shape[1]), None, 0.0)
+    if need_A:
+        dA = A_gradient(u, rows(x), None, 0.0, A.dtype)
+    if need_m:  # y is g z; where m is zero z is lost, and the gradient 0, not a division by zero
+        divisor = norm if z is not None else torch.where(g == 0, float("inf"), g * norm)
+        dm = (dyz / divisor).to(magnitude.dtype)
+    if need_bias:
+        db = (1 - g) * db
+    return fresh(dy, needs, dout, dx, dA, dB.to(B.dtype), dm, db.to(dy.dtype))
+
+
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
 class DoraFunction(Function):
-    """y = g * (x Wᵀ + γ h Bᵀ) + b, g = m / c, no dropout; saves x, h and y (or recomputes y)."""
+    """Dense tier; saves x, h and y (or computes y again), with dropout z in y's place."""
 
     @staticmethod
-    def forward(ctx, x, weight, A, B, magnitude, bias, norm, scale, recompute):
-        x2 = rows(x)
-        h = x2 @ A.to(x.dtype).t()
-        g = magnitude.to(norm.dtype) / norm
-        y = fused_forward(x2, weight, h, B.to(x.dtype), scale, g, bias)
-        out = shaped(y, x)
-        need_A, need_m = ctx.needs_input_grad[2], ctx.needs_input_grad[4]
-        saved_y = out if need_m and not recompute else None
-        ctx.x_shape = x.shape
-        x = x if need_A or need_m else None
-        ctx.save_for_backward(x, weight, A, B, magnitude, bias, norm.clone() if need_m else None, g, h, saved_y)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @backward_pass
-    def backward(ctx, dy):
-        x, weight, A, B, magnitude, bias, norm, g, h, y = ctx.saved_tensors
-        need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
-        x2, dy2, b = None if x is None else rows(x), rows(dy), B.to(dy.dtype)
-        if need_m and y is None:
-            y = fused_forward(x2, weight, h, b, ctx.scale, g, bias)
-        u, dB, db, dyz, gdy = lowrank_backward_op(
-            dy2, h, b, ctx.scale, g, tokens(y) if need_m else None, bias,
-            need_x or need_A, need_B, need_bias, need_x and scales_tokens(dy2.shape[0], weight, g),
+    def forward(ctx, x, weight, A, B, magnitude, bias, norm, seed, scale, p, recompute):
+        y, h, gains, z = dora_linear_forward_op(x, weight, A, B, magnitude, bias, norm, seed, scale, p)
+        _, _, need_A, need_B, need_m, *_ = ctx.needs_input_grad
+        exact = need_m and seed is None  # rows of dm that y does not determine are computed from x and h
+        kept = z if seed is not None else None if recompute else y
+        ctx.save_for_backward(
+            x if need_A or exact else None, weight, A, B, magnitude, bias, gains, h if need_B or exact else None,
+            kept if need_m else None, seed,
         )  # fmt: skip
-        dx = dA = dm = None
-        if need_x:
-            dx = base_input_gradient(dy2, gdy, weight, g).addmm_(u, A.to(dy.dtype)).reshape(ctx.x_shape)
-        if need_A:
-            dA = A_gradient(u, x2, None, 0.0, A.dtype)
-        if need_m:
-            dm = magnitude_grad_op(dyz, dy2, x2, h, weight, b, ctx.scale, g, norm, bias).to(magnitude.dtype)
-        dB = dB.to(B.dtype) if need_B else None
-        return dx, None, dA, dB, dm, db.to(dy.dtype) if need_bias else None, None, None, None
-
-
-class DoraDropoutFunction(Function):
-    """DoRA with dropout as PEFT defines it: y = x Wᵀ + b + (g-1) * (x̃ Wᵀ) + g * γ(x̃ Aᵀ)Bᵀ with x̃ = drop(x).
-
-    Two products share W. Saves x, h and z = x̃ Wᵀ + γ h Bᵀ [T, d], which dm needs and y does not determine.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, A, B, magnitude, bias, norm, scale, seed, p):
-        x2, a, b = rows(x), A.to(x.dtype), B.to(x.dtype)
-        dropped = dropout.seeded_dropout_op(x2, seed, p)
-        h = dropped @ a.t()
-        g = magnitude.to(norm.dtype) / norm
-        z = F.linear(dropped, weight).addmm_(h, b.t(), alpha=scale)
-        y = F.linear(x2, weight, bias).addmm_(h, b.t(), alpha=scale).addcmul_(z, (g - 1).to(x.dtype))
-        need_m = ctx.needs_input_grad[4]
-        ctx.save_for_backward(x, weight, A, B, magnitude, norm.clone(), g, h, z if need_m else None, seed)
         ctx.scale, ctx.p = scale, p
-        return shaped(y, x)
+        return y
 
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
-        x, weight, A, B, magnitude, norm, g, h, z, seed = ctx.saved_tensors
-        need_x, _, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
-        dy2 = rows(dy)
-        u, dB, db, dyz, _ = lowrank_backward_op(
-            dy2, h, B.to(dy.dtype), ctx.scale, g, z, None, need_x or need_A, need_B, need_bias, False
-        )
-        dx = dA = dm = None
-        if need_x:
-            through_dropout = ((dy2 * (g - 1).to(dy.dtype)) @ weight).addmm_(u, A.to(dy.dtype))
-            dx = (dy2 @ weight).add_(dropout.seeded_dropout_op(through_dropout, seed, ctx.p)).reshape(x.shape)
-        if need_A:
-            dA = A_gradient(u, rows(x), seed, ctx.p, A.dtype)
-        if need_m:
-            dm = (dyz / norm).to(magnitude.dtype)
-        dB = dB.to(B.dtype) if need_B else None
-        return dx, None, dA, dB, dm, db.to(dy.dtype) if need_bias else None, None, None, None, None
+        need_x, _, need_A, need_B, need_m, need_bias, *_ = ctx.needs_input_grad
+        needs = need_x | need_A << 1 | need_B << 2 | need_m << 3 | need_bias << 4
+        dx, dA, dB, dm, db = dora_linear_backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.p, needs)
+        return (
+            dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None,
+            db if need_bias else None, None, None, None, None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def twice(ctx, dy):
+        x, weight, A, B, magnitude, bias, gains, _, _, seed = ctx.saved_tensors
+        if x is None:
+            raise RuntimeError("create_graph: got a second derivative where A is frozen, for which x is not kept")
+        dropped = x
+        if seed is not None:
+            mask = dropout.seeded_dropout_op(torch.ones_like(rows(x)), seed, ctx.p)
+            dropped = x * mask.reshape(x.shape)
+        g = magnitude.to(gains.dtype) / gains.chunk(2)[1]
+        z = dropped @ weight.t() + ctx.scale * ((dropped @ A.to(x.dtype).t()) @ B.to(x.dtype).t())
+        y = (g * z).to(x.dtype)
+        y = y if seed is None else y + (x - dropped) @ weight.t()
+        return through(ctx, y if bias is None else y + bias, (x, weight, A, B, magnitude, bias), dy)
 
 
 class DoraUpdateFunction(Function):
-    """Base-agnostic tier: base_out becomes g * (base_out - b + γ h Bᵀ) + b in place; saves x, h and that output.
-
-    With a bias it saves z = base_out - b + γ h Bᵀ [T, d] instead. From the output, z = (y - b) / g is off by
-    eps |b| / |g|: no more than base_out's own rounding where |g| is about 1, everything where it is small. dora_linear
-    computes those rows again from W, which is not here; to keep z for them alone is to wait until it is known which.
-    """
+    """Base-agnostic tier, in place on ``base_out`` or on a copy; saves x, h and that output, or z with a bias."""
 
     @staticmethod
-    def forward(ctx, base_out, x, A, B, magnitude, bias, norm, scale):
-        h = rows(x) @ A.to(x.dtype).t()
-        g = magnitude.to(norm.dtype) / norm
-        b, out = B.to(x.dtype), tokens(base_out)
-        need_A, need_m = ctx.needs_input_grad[2], ctx.needs_input_grad[4]
-        saved = base_out if need_m else None
-        if need_m and bias is not None:
-            saved = (out - bias).to(out.dtype).addmm_(h, b.t(), alpha=scale)
-        lowrank_update_op(out, h, b, scale, g, None if bias is None else (1 - g) * bias.to(g.dtype))
-        ctx.mark_dirty(base_out)
-        ctx.save_for_backward(x if need_A else None, A, B, magnitude, norm.clone(), g, h, saved)
-        ctx.scale, ctx.has_bias, ctx.x_shape = scale, bias is not None, x.shape
-        return base_out
+    def forward(ctx, base_out, x, A, B, magnitude, bias, norm, scale, inplace):
+        _, _, need_A, need_B, need_m, *_ = ctx.needs_input_grad
+        args = x, A, B, magnitude, bias, norm, scale, need_m
+        if inplace:
+            y, (h, gains, z) = base_out, dora_update_forward_inplace_op(base_out, *args)
+            ctx.mark_dirty(base_out)
+        else:
+            y, h, gains, z = dora_update_forward_op(base_out, *args)
+        ctx.save_for_backward(
+            x if need_A else None, A, B, magnitude, gains, h if need_B else None,
+            y if need_m and bias is None else None, z if need_m and bias is not None else None,
+        )  # fmt: skip
+        ctx.scale = scale
+        return y
 
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
-        x, A, B, magnitude, norm, g, h, y = ctx.saved_tensors
-        need_out, need_x, need_A, need_B, need_m, need_bias = ctx.needs_input_grad[:6]
-        dy2 = rows(dy)
-        u, dB, db, dyz, gdy = lowrank_backward_op(
-            dy2, h, B.to(dy.dtype), ctx.scale, g, tokens(y) if need_m else None, None,
-            need_x or need_A, need_B, need_bias, need_out,
-        )  # fmt: skip
-        dx = update_input_gradient(u, A, ctx.x_shape, None, 0.0) if need_x else None
-        dA = A_gradient(u, rows(x), None, 0.0, A.dtype) if need_A else None
-        dm = None
-        if need_m:  # y is g z without a bias; where m is zero it is lost, and the gradient 0, not a division by zero
-            scaled = norm if ctx.has_bias else torch.where(g == 0, float("inf"), g * norm)
-            dm = (dyz / scaled).to(magnitude.dtype)
-        db = ((1 - g) * db).to(dy.dtype) if need_bias else None
-        return (
-            gdy.reshape(dy.shape) if need_out else None,
-            dx,
-            dA,
-            dB.to(B.dtype) if need_B else None,
-            dm,
-            db,
-            None,
-            None,
-        )
+        wanted = ctx.needs_input_grad[:6]
+        needs = sum(need << bit for bit, need in enumerate(wanted))
+        grads = dora_update_backward_op(dy, *ctx.saved_tensors, ctx.scale, needs)
+        return *(grad if need else None for grad, need in zip(grads, wanted, strict=True)), None, None, None
+
+
+def linear(x, weight, A, B, magnitude, bias, norm, scale, p, recompute=False):
+    """:func:`dora_linear` past its checks, for layers that know their shapes; p is 0 where nothing is dropped."""
+    seed = None if p == 0.0 else draw_seed(x, p)
+    args = x, weight, A, B, magnitude, bias, norm, seed, scale, p
+    if torch.is_grad_enabled():
+        return apply(DoraFunction, x, *args, recompute)
+    return apply_op(dora_linear_forward_op, x, *args)[0]
+
+
+def update(base_out, x, A, B, magnitude, bias, norm, scale):
+    """:func:`dora_update` past its checks."""
+    inplace, args = overwritable(base_out), (base_out, x, A, B, magnitude, bias, norm, scale)
+    if torch.is_grad_enabled():
+        return apply(DoraUpdateFunction, x, *args, inplace)
+    if inplace:
+        apply_op(dora_update_forward_inplace_op, x, *args, False)
+        return base_out
+    return apply_op(dora_update_forward_op, x, *args, False)[0]
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -320,16 +471,9 @@ def dora_linear(
     checks.same_dtype("x", x, weight=weight, bias=bias)
     _check_dora(x, weight.shape[0], lora_A, lora_B, magnitude, norm, scale)
     checks.probability("dropout_p", dropout_p)
-    norm = column_norm(norm_weight, lora_A, lora_B, scale) if norm is None else norm.detach()
-    seed = draw_seed(x, dropout_p, training)
-    if seed is None:
-        return apply(
-            DoraFunction, x.device.type, x, weight, lora_A, lora_B, magnitude, bias, norm, float(scale), recompute
-        )
-    return apply(
-        DoraDropoutFunction, x.device.type,
-        x, weight, lora_A, lora_B, magnitude, bias, norm, float(scale), seed, dropout_p,
-    )  # fmt: skip
+    norm = column_norm(norm_weight, lora_A, lora_B, scale) if norm is None else norm
+    p = dropout_p if training else 0.0
+    return linear(x, weight, lora_A, lora_B, magnitude, bias, norm, float(scale), p, recompute)
 
 
 def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scale=1.0):
@@ -350,7 +494,4 @@ def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scal
     x = x.to(base_out.dtype)
     checks.vector("norm", norm, base_out.shape[-1], "out_features")
     _check_dora(x, base_out.shape[-1], lora_A, lora_B, magnitude, norm, scale)
-    out = overwritable(base_out)
-    return apply(
-        DoraUpdateFunction, x.device.type, out, x, lora_A, lora_B, magnitude, bias, norm.detach(), float(scale)
-    )
+    return update(base_out, x, lora_A, lora_B, magnitude, bias, norm, float(scale))

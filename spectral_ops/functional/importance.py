@@ -279,4 +279,4 @@ def orthogonality_loss(params, squared=False):
         checks.tensor(f"params[{i}]", X, "[r, m]", 2)
         checks.device("params[0]", matrices[0], **{f"params[{i}]": X})
     matrices = [X.full_tensor() if hasattr(X, "full_tensor") else X for X in matrices]  # FSDP2: whole rows are needed
-    return apply(OrthogonalityFunction, matrices[0].device.type, bool(squared), *matrices)
+    return apply(OrthogonalityFunction, matrices[0], bool(squared), *matrices)

@@ -12,6 +12,7 @@ stores. Saved for backward: x, which the frozen layer's caller holds anyway, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,17 +20,20 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops import _library
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
 from spectral_ops.functional import checks, dropout
 from spectral_ops.functional.common import (
     apply,
+    apply_op,
     autocast_arguments,
     backward_pass,
     draw_seed,
+    fresh,
     mm,
     overwritable,
     rows,
     shaped,
+    through,
     tokens,
 )
 
@@ -139,27 +143,31 @@ def lowrank_backward_op(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, n
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+def _diagonal(core: torch.Tensor) -> torch.Tensor | None:
+    """The diagonal [r] of a core [r] or [r, 1]; None for a full one."""
+    return core if core.dim() == 1 else core.squeeze(1) if core.shape[1] == 1 else None
+
+
 def apply_core(h: torch.Tensor, core: torch.Tensor | None) -> torch.Tensor:
-    """h' = h C for a diagonal core [r] or a full core [r, r]; h itself without one."""
+    """h' = h C for a diagonal core [r] or [r, 1], or a full core [r, r]; h itself without one."""
     if core is None:
         return h
     core = core.to(h.dtype)
-    return h * core if core.dim() == 1 else h @ core
+    diagonal = _diagonal(core)
+    return h @ core if diagonal is None else h * diagonal
 
 
 def core_backward(h, u, core, need_core):
     """u' = u Cᵀ, and the core's gradient (or None)."""
     if core is None:
         return u, None
-    dcore = None
-    if core.dim() == 1:
-        if need_core:
-            acc = accumulate_dtype(h.dtype)
-            dcore = (h.to(acc) * u.to(acc)).sum(0).to(core.dtype)
-        return u * core.to(u.dtype), dcore
+    dcore, diagonal = None, _diagonal(core)
+    if diagonal is None:
+        return u @ core.to(u.dtype).t(), mm(h.t(), u, core.dtype) if need_core else None
     if need_core:
-        dcore = mm(h.t(), u, core.dtype)
-    return u @ core.to(u.dtype).t(), dcore
+        acc = accumulate_dtype(h.dtype)
+        dcore = (h.to(acc) * u.to(acc)).sum(0).to(core.dtype).reshape(core.shape)
+    return u * diagonal.to(u.dtype), dcore
 
 
 def fused_forward(x, weight, h, B, scale, g, bias):
@@ -192,91 +200,9 @@ def base_input_gradient(dy, gdy, weight, g):
     return dy @ (weight * g.unsqueeze(1)).to(weight.dtype)
 
 
-class LowRankFunction(Function):
-    """Dense tier: y = g * (x Wᵀ + γ h' Bᵀ) + b; saves x and h."""
-
-    @staticmethod
-    def forward(ctx, x, weight, A, B, bias, core, g, seed, scale, p):
-        x2 = rows(x)
-        h = dropout.project(x2, A.to(x.dtype), seed, p)
-        y = fused_forward(x2, weight, apply_core(h, core), B.to(x.dtype), scale, g, bias)
-        _, _, need_A, need_B, _, need_core = ctx.needs_input_grad[:6]
-        ctx.save_for_backward(x if need_A else None, weight, A, B, core, g, h if need_B or need_core else None, seed)
-        ctx.scale, ctx.p, ctx.x_shape = scale, p, x.shape
-        return shaped(y, x)
-
-    @staticmethod
-    @backward_pass
-    def backward(ctx, dy):
-        x, weight, A, B, core, g, h, seed = ctx.saved_tensors
-        need_x, _, need_A, need_B, need_bias, need_core = ctx.needs_input_grad[:6]
-        dy2 = rows(dy)
-        need_u = need_x or need_A or need_core
-        hc = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else apply_core(h, core)  # unread when not saved
-        need_gdy = need_x and scales_tokens(dy2.shape[0], weight, g)
-        u, dB, db, _, gdy = lowrank_backward_op(
-            dy2, hc, B.to(dy2.dtype), ctx.scale, g, None, None, need_u, need_B, need_bias, need_gdy
-        )
-        dx = dA = dcore = None
-        if need_u:
-            u, dcore = core_backward(h, u, core, need_core)
-        if need_x:
-            dx = base_input_gradient(dy2, gdy, weight, g)
-            dx = dropout.lift_(dx, u, A.to(dx.dtype), seed, ctx.p).reshape(ctx.x_shape)
-        if need_A:
-            dA = A_gradient(u, rows(x), seed, ctx.p, A.dtype)
-        dB = dB.to(B.dtype) if need_B else None
-        db = db.to(dy.dtype) if need_bias else None
-        return dx, None, dA, dB, db, dcore, None, None, None, None
-
-
 def A_gradient(u, x, seed, p, dtype):
     """dA [r, k] = uᵀ drop(x) in ``dtype``."""
     return mm(u.t(), x, dtype) if seed is None else dropout.dropout_outer_op(u, x, seed, p).to(dtype)
-
-
-class LowRankUpdateFunction(Function):
-    """Base-agnostic tier: base_out becomes g * (base_out - b + γ h' Bᵀ) + b, in place; saves x and h."""
-
-    @staticmethod
-    def forward(ctx, base_out, x, A, B, bias, core, g, seed, scale, p):
-        x2 = rows(x)
-        h = dropout.project(x2, A.to(x.dtype), seed, p)
-        shift = None if bias is None or g is None else (1 - g) * bias.to(g.dtype)
-        out = tokens(base_out)
-        if g is None:
-            out.addmm_(apply_core(h, core), B.to(x.dtype).t(), alpha=scale)
-        else:
-            lowrank_update_op(out, apply_core(h, core), B.to(x.dtype), scale, g, shift)
-        ctx.mark_dirty(base_out)
-        _, need_x, need_A, need_B, _, need_core = ctx.needs_input_grad[:6]
-        ctx.save_for_backward(x if need_A else None, A, B, core, g, h if need_B or need_core else None, seed)
-        ctx.scale, ctx.p, ctx.x_shape = scale, p, x.shape
-        return base_out
-
-    @staticmethod
-    @backward_pass
-    def backward(ctx, dy):
-        x, A, B, core, g, h, seed = ctx.saved_tensors
-        need_out, need_x, need_A, need_B, need_bias, need_core = ctx.needs_input_grad[:6]
-        dy2 = rows(dy)
-        need_u = need_x or need_A or need_core
-        hc = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else apply_core(h, core)  # unread when not saved
-        u, dB, db, _, gdy = lowrank_backward_op(
-            dy2, hc, B.to(dy2.dtype), ctx.scale, g, None, None, need_u, need_B, need_bias,
-            need_out and g is not None,
-        )  # fmt: skip
-        dx = dA = dcore = None
-        if need_u:
-            u, dcore = core_backward(h, u, core, need_core)
-        if need_x:
-            dx = update_input_gradient(u, A, ctx.x_shape, seed, ctx.p)
-        if need_A:
-            dA = A_gradient(u, rows(x), seed, ctx.p, A.dtype)
-        dout = (dy if g is None else gdy.reshape(dy.shape)) if need_out else None
-        # the base layer's own node adds g * dy to its bias; what is missing of Σ dy is returned here
-        db = ((1 - g) * db).to(dy.dtype) if need_bias and g is not None else None
-        return dout, dx, dA, dB.to(B.dtype) if need_B else None, db, dcore, None, None, None, None
 
 
 def update_input_gradient(u, A, shape, seed, p):
@@ -286,58 +212,351 @@ def update_input_gradient(u, A, shape, seed, p):
     return dropout.lift_(u.new_zeros(u.shape[0], A.shape[1]), u, A.to(u.dtype), seed, p).reshape(shape)
 
 
+# --- layers ----------------------------------------------------------------------------------------------------------
+# Dense tier: y = g * (x Wᵀ + γ h' Bᵀ) + b over a weight. Base-agnostic tier: the same over somebody else's x Wᵀ + b,
+# which the operator with an underscore overwrites and the one without copies.
+
+_PIECES = ("lowrank_update_", "lowrank_backward", "dropout_project", "dropout_outer", "dropout_lift_")
+_FACTORS = "Tensor A, Tensor B, Tensor? bias, Tensor? core, Tensor? g, Tensor? seed, float scale, float p"
+
+
+def _hidden(x, A):
+    return x.new_empty(math.prod(x.shape[:-1]), A.shape[0])
+
+
+@define_layer(
+    f"lowrank_linear_forward(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor, Tensor)",
+    stem="lowrank",
+    fake=lambda x, weight, A, B, bias, core, g, seed, scale, p: (
+        x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden(x, A),
+    ),
+    pieces=("lowrank_matmul", *_PIECES),
+)  # fmt: skip
+def lowrank_linear_forward_op(x, weight, A, B, bias, core, g, seed, scale, p):
+    """y [..., d] and h [T, r] = drop(x) Aᵀ. A, B and core in any floating dtype; g float32 (float64 for float64)."""
+    x2 = rows(x)
+    h = dropout.project(x2, A.to(x.dtype), seed, p)
+    y = fused_forward(x2, weight, apply_core(h, core), B.to(x.dtype), scale, g, bias)
+    return shaped(y, x), h
+
+
+@define_layer(
+    f"lowrank_update_forward_(Tensor(a!) out, Tensor x, {_FACTORS}) -> Tensor",
+    stem="lowrank",
+    fake=lambda out, x, A, B, bias, core, g, seed, scale, p: _hidden(x, A),
+    pieces=_PIECES,
+)
+def lowrank_update_forward_inplace_op(out, x, A, B, bias, core, g, seed, scale, p):
+    """out [..., d] becomes g * (out - b + γ h' Bᵀ) + b; returns h [T, r]."""
+    x2, out = rows(x), tokens(out)
+    h = dropout.project(x2, A.to(x.dtype), seed, p)
+    hc, b = apply_core(h, core), B.to(x.dtype)
+    if g is None:
+        out.addmm_(hc, b.t(), alpha=scale)
+    else:
+        lowrank_update_op(out, hc, b, scale, g, None if bias is None else (1 - g) * bias.to(g.dtype))
+    return h
+
+
+@define_layer(
+    f"lowrank_update_forward(Tensor base_out, Tensor x, {_FACTORS}) -> (Tensor, Tensor)",
+    stem="lowrank",
+    fake=lambda base_out, x, A, B, bias, core, g, seed, scale, p: (base_out.new_empty(base_out.shape), _hidden(x, A)),
+    pieces=_PIECES,
+)
+def lowrank_update_forward_op(base_out, *args):
+    """The same on a copy of base_out: y [..., d] and h [T, r]."""
+    out = base_out.clone(memory_format=torch.contiguous_format)
+    return out, lowrank_update_forward_inplace_op.reference(out, *args)
+
+
+def _linear_backward_fake(dy, x, weight, A, B, core, g, h, seed, scale, p, needs):
+    def result(bit, shape, dtype):
+        return dy.new_empty(shape if needs >> bit & 1 else (0,), dtype=dtype if needs >> bit & 1 else dy.dtype)
+
+    return (
+        result(0, (*dy.shape[:-1], A.shape[1]), dy.dtype), result(1, A.shape, A.dtype), result(2, B.shape, B.dtype),
+        result(3, (dy.shape[-1],), dy.dtype), result(4, *((), None) if core is None else (core.shape, core.dtype)),
+        result(5, dy.shape, dy.dtype),
+    )  # fmt: skip
+
+
+@define_layer(
+    "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor? core, Tensor? g,"
+    " Tensor? h, Tensor? seed, float scale, float p, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    stem="lowrank",
+    fake=_linear_backward_fake,
+    pieces=_PIECES,
+)
+def lowrank_linear_backward_op(dy, x, weight, A, B, core, g, h, seed, scale, p, needs):
+    """dx, dA, dB, db, dcore and dout of both tiers, in the parameters' dtypes; empty [0] where ``needs`` has no bit.
+
+    Without a weight (base-agnostic): dx is the update's share, db (only with g) what Σ dy lacks after the base layer's
+    own node has added g * dy to its bias, and dout = g * dy (only with g; it is dy without).
+    """
+    need_x, need_A, need_B, need_bias, need_core, need_out = (bool(needs >> bit & 1) for bit in range(6))
+    dy2, need_u = rows(dy), need_x or need_A or need_core
+    hc = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else apply_core(h, core)  # unread when not saved
+    need_gdy = need_out or (need_x and weight is not None and scales_tokens(dy2.shape[0], weight, g))
+    u, dB, db, _, gdy = lowrank_backward_op(
+        dy2, hc, B.to(dy.dtype), scale, g, None, None, need_u, need_B, need_bias, need_gdy
+    )
+    dx = dA = dcore = dout = dy.new_empty(0)
+    if need_u:
+        u, dcore = core_backward(h, u, core, need_core)
+    if need_x:
+        shape = (*dy.shape[:-1], A.shape[1])
+        if weight is None:
+            dx = update_input_gradient(u, A, shape, seed, p)
+        else:
+            dx = dropout.lift_(base_input_gradient(dy2, gdy, weight, g), u, A.to(dy.dtype), seed, p).reshape(shape)
+    if need_A:
+        dA = A_gradient(u, rows(x), seed, p, A.dtype)
+    if need_bias:
+        db = (db if weight is not None else (1 - g) * db).to(dy.dtype)
+    if need_out:
+        dout = gdy.reshape(dy.shape)
+    return fresh(dy, needs, dx, dA, dB.to(B.dtype), db, dcore, dout)
+
+
+# Siblings: several layers over one x, whose projections are one product over stacked A.
+
+_SIBLINGS = "Tensor[] weights, Tensor[] A, Tensor[] B"
+
+
+@define_layer(
+    f"lowrank_group_forward(Tensor x, {_SIBLINGS}, Tensor?[] biases, float[] scales) -> (Tensor[], Tensor)",
+    stem="lowrank",
+    fake=lambda x, weights, A, B, biases, scales: (
+        [x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights],
+        x.new_empty(math.prod(x.shape[:-1]), sum(a.shape[0] for a in A)),
+    ),
+    pieces=("lowrank_matmul",),
+)
+def lowrank_group_forward_op(x, weights, A, B, biases, scales):
+    """y_i [..., d_i] of every sibling, and their h [T, Σr_i] side by side."""
+    x2 = rows(x)
+    h = x2 @ torch.cat([a.to(x.dtype) for a in A]).t()
+    parts = h.split([a.shape[0] for a in A], 1)
+    outputs = [
+        shaped(fused_forward(x2, W, part, b.to(x.dtype), scale, None, bias), x)
+        for W, part, b, bias, scale in zip(weights, parts, B, biases, scales, strict=True)
+    ]
+    return outputs, h
+
+
+def _lead(dys):
+    return next(dy.shape[:-1] for dy in dys if dy is not None)
+
+
+def _group_backward_fake(h, x, dys, weights, A, B, scales, needs):
+    def each(bit, shapes, parameters):
+        wanted = [need >> bit & 1 for need in needs]
+        return [
+            h.new_empty(shape if want else (0,), dtype=t.dtype if want else h.dtype)
+            for want, shape, t in zip(wanted, shapes, parameters, strict=True)
+        ]
+
+    dx = h.new_empty((*_lead(dys), A[0].shape[1]) if any(need & 1 for need in needs) else (0,))
+    biases = [(W.shape[0],) for W in weights]
+    return dx, each(1, [a.shape for a in A], A), each(2, [b.shape for b in B], B), each(3, biases, [h] * len(A))
+
+
+@define_layer(
+    f"lowrank_group_backward(Tensor h, Tensor? x, Tensor?[] dys, {_SIBLINGS}, float[] scales,"
+    " int[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])",
+    stem="lowrank",
+    fake=_group_backward_fake,
+    pieces=("lowrank_backward",),
+)
+def lowrank_group_backward_op(h, x, dys, weights, A, B, scales, needs):
+    """dx [..., k], summed over the siblings, and every dA_i, dB_i and db_i in the parameters' dtypes.
+
+    ``needs[i]`` is a mask of what sibling i, which then has a dy, contributes to: dx, dA_i, dB_i, db_i from the lowest
+    bit on. A gradient nobody wants is empty [0].
+    """
+    ranks = [a.shape[0] for a in A]
+    dx, us = None, {}
+    dA, dB, db = ([h.new_empty(0) for _ in A] for _ in range(3))
+    for i, part in enumerate(h.split(ranks, 1)):
+        need_x, need_A, need_B, need_bias = (bool(needs[i] >> bit & 1) for bit in range(4))
+        if not needs[i]:
+            continue
+        dy2 = rows(dys[i])
+        u, full_B, full_b, _, _ = lowrank_backward_op(
+            dy2, part, B[i].to(h.dtype), scales[i], None, None, None, need_x or need_A, need_B, need_bias, False
+        )
+        if need_x:
+            dx = dy2 @ weights[i] if dx is None else dx.addmm_(dy2, weights[i])
+        if need_x or need_A:
+            us[i] = u
+        if need_B:
+            dB[i] = full_B.to(B[i].dtype)
+        if need_bias:
+            db[i] = full_b.to(h.dtype)
+    lifted, trained = ([i for i in us if needs[i] >> bit & 1] for bit in (0, 1))
+    if lifted:
+        dx.addmm_(torch.cat([us[i] for i in lifted], 1), torch.cat([A[i].to(h.dtype) for i in lifted]))
+    if trained:
+        stacked = A_gradient(torch.cat([us[i] for i in trained], 1), rows(x), None, 0.0, accumulate_dtype(h.dtype))
+        for i, part in zip(trained, stacked.split([ranks[i] for i in trained]), strict=True):
+            dA[i] = part.to(A[i].dtype, copy=True)
+    return h.new_empty(0) if dx is None else dx.reshape(*_lead(dys), dx.shape[1]), dA, dB, db
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class LowRankFunction(Function):
+    """Dense tier; saves x and h."""
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, bias, core, g, seed, scale, p):
+        y, h = lowrank_linear_forward_op(x, weight, A, B, bias, core, g, seed, scale, p)
+        _, _, need_A, need_B, _, need_core, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_A else None, weight, A, B, core, g, h if need_B or need_core else None, seed)
+        ctx.scale, ctx.p = scale, p
+        return y
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dy):
+        x, weight, A, B, core, g, h, seed = ctx.saved_tensors
+        need_x, _, need_A, need_B, need_bias, need_core, *_ = ctx.needs_input_grad
+        needs = need_x | need_A << 1 | need_B << 2 | need_bias << 3 | need_core << 4
+        dx, dA, dB, db, dcore, _ = lowrank_linear_backward_op(
+            dy, x, weight, A, B, core, g, h, seed, ctx.scale, ctx.p, needs
+        )
+        return (
+            dx if need_x else None, None, dA if need_A else None, dB if need_B else None, db if need_bias else None,
+            dcore if need_core else None, None, None, None, None,
+        )  # fmt: skip
+
+    @staticmethod
+    def twice(ctx, dy):
+        x, weight, A, B, core, g, _, seed = ctx.saved_tensors
+        if x is None:
+            raise RuntimeError("create_graph: got a second derivative where A is frozen, for which x is not kept")
+        dropped = x
+        if seed is not None:
+            mask = dropout.seeded_dropout_op(torch.ones_like(rows(x)), seed, ctx.p)
+            dropped = x * mask.reshape(x.shape)
+        bias = x.new_zeros(weight.shape[0], requires_grad=ctx.needs_input_grad[4])  # its values are in no derivative
+        y = plain(x, dropped, weight, A, B, None, core, ctx.scale)
+        y = y if g is None else (y * g).to(x.dtype)
+        return through(ctx, y + bias, (x, weight, A, B, bias, core), dy)
+
+
+class LowRankUpdateFunction(Function):
+    """Base-agnostic tier, in place on ``base_out`` or on a copy; saves x and h."""
+
+    @staticmethod
+    def forward(ctx, base_out, x, A, B, bias, core, g, seed, scale, p, inplace):
+        if inplace:
+            y, h = base_out, lowrank_update_forward_inplace_op(base_out, x, A, B, bias, core, g, seed, scale, p)
+            ctx.mark_dirty(base_out)
+        else:
+            y, h = lowrank_update_forward_op(base_out, x, A, B, bias, core, g, seed, scale, p)
+        _, _, need_A, need_B, _, need_core, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_A else None, A, B, core, g, h if need_B or need_core else None, seed)
+        ctx.scale, ctx.p = scale, p
+        return y
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dy):
+        x, A, B, core, g, h, seed = ctx.saved_tensors
+        need_out, need_x, need_A, need_B, need_bias, need_core, *_ = ctx.needs_input_grad
+        scaled = need_out and g is not None
+        needs = need_x | need_A << 1 | need_B << 2 | need_bias << 3 | need_core << 4 | scaled << 5
+        dx, dA, dB, db, dcore, dout = lowrank_linear_backward_op(
+            dy, x, None, A, B, core, g, h, seed, ctx.scale, ctx.p, needs
+        )
+        return (
+            (dout if scaled else dy) if need_out else None, dx if need_x else None, dA if need_A else None,
+            dB if need_B else None, db if need_bias else None, dcore if need_core else None, *[None] * 5,
+        )  # fmt: skip
+
+
+def plain(x, dropped, weight, A, B, bias, core, scale):
+    """x Wᵀ + b + scale h' Bᵀ with h' = dropped Aᵀ C, as torch's own products."""
+    h = apply_core(F.linear(dropped, A.to(x.dtype)), core)
+    return torch.add(F.linear(x, weight, bias), F.linear(h, B.to(x.dtype)), alpha=scale)
+
+
+def _chosen_elsewhere(x):
+    """Whether somebody has said, by forcing a backend or by a table of measurements, what runs instead."""
+    return _library.forced_backend is not None or _library.tuned("lowrank_linear_forward", x.device)
+
+
+def linear(x, weight, A, B, bias, core, g, scale, p):
+    """:func:`lowrank_linear` past its checks, for layers that know their shapes; p is 0 where nothing is dropped.
+
+    A compiler gets the formula, which it fuses better than it schedules our operator (docs/PERFORMANCE.md); with
+    dropout or a column scale, whose passes it does not save, the operator.
+    """
+    if torch.compiler.is_compiling() and p == 0.0 and g is None and not _chosen_elsewhere(x):
+        return plain(x, x, weight, A, B, bias, core, scale)
+    seed = None if p == 0.0 else draw_seed(x, p)
+    if torch.is_grad_enabled():
+        return apply(LowRankFunction, x, x, weight, A, B, bias, core, g, seed, scale, p)
+    return apply_op(lowrank_linear_forward_op, x, x, weight, A, B, bias, core, g, seed, scale, p)[0]
+
+
+def update(base_out, x, A, B, bias, core, g, scale, p):
+    """:func:`lowrank_update` past its checks."""
+    seed, inplace = draw_seed(x, p), overwritable(base_out)
+    return apply(LowRankUpdateFunction, x, base_out, x, A, B, bias, core, g, seed, scale, p, inplace)
+
+
 class LowRankGroupFunction(Function):
-    """Siblings that read one x: h of all of them is one product over stacked A, and dx is accumulated in place."""
+    """Siblings that read one x; saves x and the stacked h. One whose output nobody used costs nothing in backward."""
 
     @staticmethod
     def forward(ctx, x, scales, *layers):
-        x2 = rows(x)
         weights, As, Bs, biases = layers[0::4], layers[1::4], layers[2::4], layers[3::4]
-        ranks = [A.shape[0] for A in As]
-        h = x2 @ torch.cat([A.to(x.dtype) for A in As]).t()
-        outputs = [
-            shaped(fused_forward(x2, W, part, B.to(x.dtype), scale, None, bias), x)
-            for W, part, B, bias, scale in zip(weights, h.split(ranks, 1), Bs, biases, scales, strict=True)
-        ]
-        need_A = any(ctx.needs_input_grad[3::4])
-        ctx.save_for_backward(x if need_A else None, h, *weights, *As, *Bs)
-        ctx.scales, ctx.ranks, ctx.x_shape = scales, ranks, x.shape
-        ctx.set_materialize_grads(False)  # a sibling whose output nobody used costs nothing
+        outputs, h = lowrank_group_forward_op(x, weights, As, Bs, biases, scales)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3::4]) else None, h, *weights, *As, *Bs)
+        ctx.scales = scales
+        ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @backward_pass
     def backward(ctx, *dys):
         x, h, *rest = ctx.saved_tensors
-        n = len(ctx.ranks)
-        weights, As, Bs = rest[:n], rest[n : 2 * n], rest[2 * n :]
-        need_x, need_A, need_B, need_bias = (ctx.needs_input_grad[j::4] for j in (0, 3, 4, 5))
-        need_x = need_x[0]
+        n = len(dys)
+        need_x, need_layers = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        needs = [0] * n
+        for i in used:
+            _, need_A, need_B, need_bias = need_layers[4 * i : 4 * i + 4]
+            needs[i] = need_x | need_A << 1 | need_B << 2 | need_bias << 3
+        dx, dAs, dBs, dbs = lowrank_group_backward_op(
+            h, x, dys, rest[:n], rest[n : 2 * n], rest[2 * n :], ctx.scales, needs
+        )
         grads: list[torch.Tensor | None] = [None] * (2 + 4 * n)
-        us, dx = {}, None
-        for i, (dy, part) in enumerate(zip(dys, h.split(ctx.ranks, 1), strict=True)):
-            if dy is None:
-                continue
-            dy2 = rows(dy)
-            u, dB, db, _, _ = lowrank_backward_op(
-                dy2, part, Bs[i].to(dy2.dtype), ctx.scales[i], None, None, None,
-                need_x or need_A[i], need_B[i], need_bias[i], False,
-            )  # fmt: skip
-            if need_x:
-                dx = dy2 @ weights[i] if dx is None else dx.addmm_(dy2, weights[i])
-            if need_x or need_A[i]:
-                us[i] = u
-            grads[4 + 4 * i] = dB.to(Bs[i].dtype) if need_B[i] else None
-            grads[5 + 4 * i] = db.to(dy.dtype) if need_bias[i] else None
-        if dx is not None:
-            stacked = torch.cat([As[i].to(dx.dtype) for i in us])
-            grads[0] = dx.addmm_(torch.cat(list(us.values()), 1), stacked).reshape(ctx.x_shape)
-        trained = [i for i in us if need_A[i]]
-        if trained:
-            dA = A_gradient(torch.cat([us[i] for i in trained], 1), rows(x), None, 0.0, accumulate_dtype(x.dtype))
-            for i, part in zip(trained, dA.split([ctx.ranks[i] for i in trained]), strict=True):
-                grads[3 + 4 * i] = part.to(As[i].dtype)
+        grads[0] = dx if need_x and used else None
+        for i in used:
+            for place, (bit, parts) in enumerate(((1, dAs), (2, dBs), (3, dbs)), 3 + 4 * i):
+                grads[place] = parts[i] if needs[i] >> bit & 1 else None
         return tuple(grads)
+
+    @staticmethod
+    def twice(ctx, *dys):
+        x, _, *rest = ctx.saved_tensors
+        if x is None:
+            raise RuntimeError("create_graph: got a second derivative where every A is frozen, for which x is not kept")
+        n = len(dys)
+        ys, inputs = [], [x, None]
+        for i, scale in enumerate(ctx.scales):
+            weight, A, B = rest[i::n]
+            bias = x.new_zeros(weight.shape[0], requires_grad=ctx.needs_input_grad[5 + 4 * i])
+            h = x @ A.to(x.dtype).t()
+            ys.append(x @ weight.t() + scale * (h @ B.to(x.dtype).t()) + bias)
+            inputs += [weight, A, B, bias]
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        return through(ctx, [ys[i] for i in used], inputs, [dys[i] for i in used])
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -345,8 +564,8 @@ class LowRankGroupFunction(Function):
 
 def _check_extras(x, rank, out_features, core, out_scale, scale, dropout_p):
     if core is not None:
-        checks.tensor("core", core, "[r] or [r, r]")
-        if core.shape not in ((rank,), (rank, rank)):
+        checks.tensor("core", core, "[r], [r, 1] or [r, r]")
+        if core.shape not in ((rank,), (rank, 1), (rank, rank)):
             raise ValueError(f"core: got {checks.describe(core)}, wanted [{rank}] or [{rank}, {rank}] (the rank)")
     if out_scale is not None:
         checks.vector("out_scale", out_scale, out_features, "out_features")
@@ -371,7 +590,8 @@ def lowrank_linear(
         lora_A: A [r, k]; lora_B: B [d, r]. May be float32 over a narrower x; gradients come back in their dtype.
         bias: [d] or None, in x's dtype; may be trainable. Never scaled.
         scale: γ, a number (α/r in LoRA).
-        core: C absent, a diagonal [r] (AdaLoRA, Spectral Adapter A) or [r, r] (Spectral Adapter R); may be trainable.
+        core: C absent, a diagonal [r] or [r, 1] (AdaLoRA, Spectral Adapter A), or [r, r] (Spectral Adapter R); may be
+            trainable.
         out_scale: g [d], fixed; a trained one is DoRA's magnitude, see :func:`dora_linear`.
         dropout_p, training: inverted dropout on the adapter branch, active only while training.
 
@@ -384,10 +604,7 @@ def lowrank_linear(
     checks.low_rank(x, weight.shape[0], lora_A, lora_B)
     _check_extras(x, lora_A.shape[0], weight.shape[0], core, out_scale, scale, dropout_p)
     g = None if out_scale is None else out_scale.to(accumulate_dtype(x.dtype))
-    seed = draw_seed(x, dropout_p, training)
-    return apply(
-        LowRankFunction, x.device.type, x, weight, lora_A, lora_B, bias, core, g, seed, float(scale), dropout_p
-    )
+    return linear(x, weight, lora_A, lora_B, bias, core, g, float(scale), dropout_p if training else 0.0)
 
 
 def lowrank_update(
@@ -409,11 +626,7 @@ def lowrank_update(
     _check_extras(x, lora_A.shape[0], base_out.shape[-1], core, out_scale, scale, dropout_p)
     g = None if out_scale is None else out_scale.to(accumulate_dtype(x.dtype))
     bias = None if g is None else bias
-    seed = draw_seed(x, dropout_p, training)
-    out = overwritable(base_out)
-    return apply(
-        LowRankUpdateFunction, x.device.type, out, x, lora_A, lora_B, bias, core, g, seed, float(scale), dropout_p
-    )
+    return update(base_out, x, lora_A, lora_B, bias, core, g, float(scale), dropout_p if training else 0.0)
 
 
 def lowrank_linear_group(x, layers: Sequence[tuple]):
@@ -441,4 +654,7 @@ def lowrank_linear_group(x, layers: Sequence[tuple]):
             raise type(error)(f"layers[{i}]: {error}") from None
         flat += [weight, A, B, bias]
         scales.append(float(scale))
-    return list(apply(LowRankGroupFunction, x.device.type, x, tuple(scales), *flat))
+    if torch.is_grad_enabled():
+        return list(apply(LowRankGroupFunction, x, x, scales, *flat))
+    siblings = flat[0::4], flat[1::4], flat[2::4], flat[3::4]
+    return apply_op(lowrank_group_forward_op, x, x, *siblings, scales)[0]

@@ -16,14 +16,15 @@ from spectral_ops._library import accumulate_dtype
 from spectral_ops.functional import steps
 from spectral_ops.functional.dora import column_norm_cached_op, column_norm_op, row_square_op
 
+_compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
-def _must_recompute(*tensors: torch.Tensor) -> bool:
-    """While compiling, while capturing a CUDA graph, and for sharded tensors nothing may be reused."""
-    if torch.compiler.is_compiling() or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
-        return True
-    if any(t.is_inference() for t in tensors):  # no version counter
-        return True
-    return tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+
+def _recomputed(weight, A, B, scale):
+    """The norm in memory of its own, bit for bit that of the cache."""
+    weight, A, B = weight.detach(), A.detach(), B.detach()
+    return column_norm_op(weight, A, B, scale, row_square_op(weight))
 
 
 class NormCache:
@@ -36,32 +37,50 @@ class NormCache:
 
     def invalidate(self) -> None:
         """Forget everything, the constant ‖W‖² included: call it after changing W in place through ``.data``."""
-        self._weight_key = self._key = self._step = self._square = self._norm = self._stamp = None
+        self._weight_key = self._storage = self._key = self._step = None
+        self._square = self._norm = self._stamp = None
 
     def get(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
         """c [d] of :func:`column_norm`; a buffer the next call overwrites, so use it before then."""
-        weight, A, B = weight.detach(), A.detach(), B.detach()
-        if _must_recompute(weight, A, B):
-            return column_norm_op(weight, A, B, scale, None)
-        with self._lock:
-            return self._get(weight, A, B, scale)
-
-    def _get(self, weight, A, B, scale):
+        on_gpu = weight.is_cuda
+        if _compiling() or (on_gpu and torch.cuda.is_current_stream_capturing()):  # it runs again without this code
+            return column_norm_op(weight.detach(), A.detach(), B.detach(), scale, None)
+        # A dispatch mode or a transform may keep or replace results: selective checkpointing skips an operator that it
+        # kept, and with it a write into our buffer. Fake and sharded tensors have no memory to take a fingerprint of.
+        reuse = not (_dispatch_modes() or _transforms())
+        if not (reuse and type(weight) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN):
+            return _recomputed(weight, A, B, scale)
+        try:
+            version, A_version, B_version = weight._version, A._version, B._version
+        except RuntimeError:  # tensors of inference mode have none
+            return _recomputed(weight, A, B, scale)
         # another stream gets buffers of its own: nothing orders it after the kernels that filled these
-        stream = torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
-        storage = StorageWeakRef(weight.untyped_storage())  # kept, so that no later weight can pass for this one
-        weight_key = (storage, weight.data_ptr(), weight._version, weight.shape, weight.dtype, weight.device, stream)
-        if weight_key != self._weight_key:
-            self._weight_key, self._key = weight_key, None
-            with torch.inference_mode(False):  # else a later training step could not write into them
-                self._square = row_square_op(weight)
-                self._norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
-                self._stamp = torch.zeros(2, dtype=torch.int64, device=weight.device)
-        key = (A.data_ptr(), A._version, B.data_ptr(), B._version, A.dtype, B.dtype, A.shape, scale)
-        fresh = key == self._key and self._step == steps.current()
-        column_norm_cached_op(self._norm, self._stamp, weight, A, B, scale, self._square, not fresh)
-        self._key, self._step = key, steps.current()
-        return self._norm
+        stream = torch.cuda.current_stream(weight.device).cuda_stream if on_gpu else None
+        storage = weight.untyped_storage()
+        weight_key = (storage._cdata, weight.data_ptr(), version, weight.shape, weight.dtype, stream)
+        key = (A.data_ptr(), A_version, B.data_ptr(), B_version, A.dtype, B.dtype, A.shape, scale)
+        grad, step = torch.is_grad_enabled(), steps.current()
+        with self._lock:
+            torch._C._set_grad_enabled(False)  # torch.no_grad, in a tenth of its time
+            try:
+                if weight_key != self._weight_key:
+                    self._start(weight, storage, weight_key)
+                force = key != self._key or step != self._step
+                column_norm_cached_op(self._norm, self._stamp, weight, A, B, scale, self._square, force)
+                self._key, self._step = key, step
+                return self._norm
+            finally:
+                torch._C._set_grad_enabled(grad)
+
+    def _start(self, weight, storage, weight_key):
+        """New buffers, for a new or changed weight."""
+        self.invalidate()
+        self._storage = StorageWeakRef(storage)  # keeps its _cdata from naming another weight's storage later
+        with torch.inference_mode(False), torch.no_grad():  # else a later training step could not write into them
+            self._square = row_square_op(weight)
+            self._norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
+            self._stamp = torch.zeros(2, dtype=torch.int64, device=weight.device)
+        self._weight_key = weight_key
 
     def __deepcopy__(self, memo) -> NormCache:
         return NormCache()

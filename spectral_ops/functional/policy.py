@@ -259,7 +259,7 @@ def token_logprobs(hidden, lm_head_weight, targets, *, chunk=None, ignore_index=
         torch.is_grad_enabled() and h.requires_grad and not lm_head_weight.requires_grad and h.dtype != torch.float16
     )
     function = FrozenHeadFunction if forms_gradient else TokenLogprobsFunction
-    return apply(function, hidden.device.type, *args).reshape(targets.shape)
+    return apply(function, hidden, *args).reshape(targets.shape)
 
 
 def kl_to_anchor(logp, logp_anchor, *, estimator="k3"):

@@ -9,7 +9,9 @@ the content it needs right before it reads W, and nobody relies on what the last
 * a backward whose values an optimizer has changed since raises, as autograd does for a changed saved tensor.
 
 Whoever reads W without asking sees W + S; so this route is for weights that only one adapter layer reads, on one
-stream, and not for sharded ones.
+stream, and not for sharded ones. Under a dispatch mode the scatter route stands in for it, with the same numbers: what
+the mode keeps of a call must not depend on what W held. No mode sees W written either: selective checkpointing skips
+operators whose results it has kept.
 """
 
 from __future__ import annotations
@@ -57,6 +59,17 @@ class Resident:
         OPERATORS["csr_scatter_"](out, values, self.pattern.row_offsets, self.pattern.columns, False)
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Without autograd, and below every dispatch mode."""
+    guard = torch._C._DisableTorchDispatch()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        del guard
+
+
 def _stream(weight: torch.Tensor) -> int | None:
     return torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
 
@@ -98,9 +111,10 @@ class Residents:
     def holding(self, weight: torch.Tensor, values: torch.Tensor, pattern: Pattern, claim: Claim) -> Iterator[None]:
         """``weight`` [d, k] holds round(W + S) for whatever is enqueued inside the block, and after it until another
         claim or a restore; W again if the block raises."""
-        with self._lock, torch.no_grad():
+        with self._lock:
             try:
-                self._claim(weight, values, pattern, claim)
+                with _unseen():
+                    self._claim(weight, values, pattern, claim)
                 yield
             except BaseException:
                 self.restore(weight)
@@ -140,17 +154,17 @@ class Residents:
         with self._lock:
             return self._find(weight) is not None
 
-    @torch.no_grad()
     def restore(self, weight: torch.Tensor) -> None:
         """W again, bit for bit; nothing where it holds no delta."""
         with self._lock:
             resident = self._find(weight)
             if resident is None:
                 return
-            resident.write(resident.weight(), resident.originals)
+            with _unseen():
+                resident.write(resident.weight(), resident.originals)
             del self._by_memory[self._memory(weight)]
 
-    @torch.no_grad()
+    @_unseen()
     def original(self, weight: torch.Tensor) -> torch.Tensor:
         """A copy of W, whatever ``weight`` holds at the moment."""
         with self._lock:

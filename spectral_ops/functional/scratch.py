@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
+from spectral_ops._loader import EXTENSIONS
+
 
 def _lasting(device: torch.device) -> bool:
     """Whether memory kept from call to call may be used: not while a compiler plans its own, and not in a CUDA graph,
@@ -88,4 +90,18 @@ class Scratch:
                 del self._buffers[key]
 
 
-scratch = Scratch()
+class _Everything(Scratch):
+    """The package's own buffers, and those that compiled layers keep on the CPU (csrc/layers/scratch.h)."""
+
+    @property
+    def nbytes(self) -> int:
+        compiled = EXTENSIONS["cpu"].library
+        return super().nbytes + (compiled.scratch_bytes() if compiled else 0)
+
+    def release(self) -> None:
+        super().release()
+        if compiled := EXTENSIONS["cpu"].library:
+            compiled.release_scratch()
+
+
+scratch = _Everything()

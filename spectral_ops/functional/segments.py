@@ -17,16 +17,18 @@ Saved for backward: x and each row's own h [T, r]; grouped, two vectors of indic
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
 from spectral_ops.functional import checks, dropout
 from spectral_ops.functional.common import (
     apply,
+    apply_op,
     autocast_arguments,
     backward_pass,
     draw_seed,
@@ -81,7 +83,8 @@ def others(ids: torch.Tensor, n: int) -> torch.Tensor:
 
 def keep_own_(stacked: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
     """stacked [T, n r], in place: zero wherever the column's adapter is not the row's."""
-    stacked.unflatten(1, (foreign.shape[1], stacked.shape[1] // foreign.shape[1])).masked_fill_(foreign, 0)
+    T, n = foreign.shape[:2]
+    stacked.view(T, n, stacked.shape[1] // n).masked_fill_(foreign, 0)
     return stacked
 
 
@@ -169,126 +172,280 @@ def segment_outer_op(u, x, order, offsets):
     return out
 
 
+def _each(stacked: torch.Tensor, n: int, axis: int) -> torch.Tensor:
+    """A view of the n adapters stacked along ``axis``, one after the other in the first dimension."""
+    return stacked.unflatten(axis, (n, stacked.shape[axis] // n)).movedim(axis, 0)
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+# Dense tier over a weight; base-agnostic tier over somebody else's x Wᵀ + b, which the operator with an underscore
+# overwrites and the one without copies. h is each row's own [T, r], empty [0] without ``keep``. Backward's ``needs[s]``
+# is a mask of dA_s and dB_s; a gradient nobody wants is empty [0].
+
+_ADAPTERS = "Tensor[] A, Tensor[] B, Tensor ids"
+_OPTIONS = "Tensor? seed, float[] scales, float p, bool keep"
+_GRADIENTS = "(Tensor, Tensor, Tensor[], Tensor[])"
+
+
+def _outputs(x, weight):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _hidden(x, A, keep):
+    return x.new_empty((math.prod(x.shape[:-1]), max(a.shape[0] for a in A)) if keep else (0,))
+
+
+def _gradients_fake(dy, A, B, need_x, need_bias, needs):
+    dx = dy.new_empty((*dy.shape[:-1], A[0].shape[1]) if need_x else (0,))
+    dA, dB = (
+        [
+            dy.new_empty(t.shape, dtype=t.dtype) if need >> bit & 1 else dy.new_empty(0)
+            for t, need in zip(factors, needs, strict=True)
+        ]
+        for bit, factors in enumerate((A, B))
+    )
+    return dx, dy.new_empty(dy.shape[-1] if need_bias else 0), dA, dB
+
+
+def _stacked_hidden(x2, A, ids, seed, p):
+    n = len(A)
+    return keep_own_(dropout.project(x2, stack_A(A, x2.dtype), seed, p), others(row_ids(ids, x2.shape[0]), n))
+
+
+@define_layer(
+    f"segmented_linear_forward(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    stem="segments",
+    fake=lambda x, weight, bias, A, B, ids, seed, scales, p, keep: (_outputs(x, weight), _hidden(x, A, keep)),
+    pieces=("lowrank_matmul", "dropout_project"),
+)
+def segmented_linear_forward_op(x, weight, bias, A, B, ids, seed, scales, p, keep):
+    """y [..., d] and h."""
+    x2 = rows(x)
+    h = _stacked_hidden(x2, A, ids, seed, p)
+    y = fused_forward(x2, weight, h, stack_B(B, scales, x.dtype), 1.0, None, bias)
+    return shaped(y, x), own_of(h, len(A)) if keep else x.new_empty(0)
+
+
+@define_layer(
+    f"segmented_update_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> Tensor",
+    stem="segments",
+    fake=lambda out, x, A, B, ids, seed, scales, p, keep: _hidden(x, A, keep),
+    pieces=("dropout_project",),
+)
+def segmented_update_forward_inplace_op(out, x, A, B, ids, seed, scales, p, keep):
+    """out [..., d] is increased by the update; returns h."""
+    h = _stacked_hidden(rows(x), A, ids, seed, p)
+    tokens(out).addmm_(h, stack_B(B, scales, x.dtype).t())
+    return own_of(h, len(A)) if keep else x.new_empty(0)
+
+
+@define_layer(
+    f"segmented_update_forward(Tensor base_out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    stem="segments",
+    fake=lambda base_out, x, A, B, ids, seed, scales, p, keep: (
+        base_out.new_empty(base_out.shape),
+        _hidden(x, A, keep),
+    ),
+    pieces=("dropout_project",),
+)
+def segmented_update_forward_op(base_out, *args):
+    """The same on a copy of base_out: y and h."""
+    out = base_out.clone(memory_format=torch.contiguous_format)
+    return out, segmented_update_forward_inplace_op.reference(out, *args)
+
+
+@define_layer(
+    f"segmented_linear_backward(Tensor dy, Tensor? x, Tensor? weight, {_ADAPTERS}, Tensor? seed, Tensor? h,"
+    f" float[] scales, float p, bool need_x, bool need_bias, int[] needs) -> {_GRADIENTS}",
+    stem="segments",
+    fake=lambda dy, x, weight, A, B, ids, seed, h, scales, p, need_x, need_bias, needs: _gradients_fake(
+        dy, A, B, need_x, need_bias, needs
+    ),
+    pieces=("lowrank_backward", "dropout_outer", "dropout_lift_"),
+)
+def segmented_linear_backward_op(dy, x, weight, A, B, ids, seed, h, scales, p, need_x, need_bias, needs):
+    """dx, db, every dA_s and every dB_s of both tiers; without a weight dx is the update's share."""
+    n, dy2 = len(A), rows(dy)
+    trained, lifted = ([s for s in range(n) if needs[s] >> bit & 1] for bit in (0, 1))
+    need_u = need_x or bool(trained)
+    stacked_A = stack_A(A, dy.dtype)
+    r = stacked_A.shape[0] // n
+    foreign = others(row_ids(ids, dy2.shape[0]), n)
+    stacked = dy2.new_empty(dy2.shape[0], n * r) if h is None else spread(h, foreign)  # unread when not saved
+    u, full_B, db, _, _ = lowrank_backward_op(
+        dy2, stacked, stack_B(B, scales, dy.dtype), 1.0, None, None, None, need_u, bool(lifted), need_bias, False
+    )
+    if need_u:
+        keep_own_(u, foreign)
+    dx = dy.new_empty(0)
+    if need_x:
+        dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], stacked_A.shape[1])
+        dx = dropout.lift_(dx, u, stacked_A, seed, p).reshape(*dy.shape[:-1], stacked_A.shape[1])
+    dA, dB = ([dy.new_empty(0) for _ in A] for _ in range(2))
+    if trained:
+        ranks = [A[s].shape[0] for s in trained]
+        if sum(ranks) < n * r:
+            u = torch.cat([u[:, s * r : s * r + rank] for s, rank in zip(trained, ranks, strict=True)], 1)
+        full_A = A_gradient(u, rows(x), seed, p, accumulate_dtype(dy.dtype))
+        for s, part in zip(trained, full_A.split(ranks), strict=True):
+            dA[s] = part.to(A[s].dtype, copy=True)
+    for s in lifted:
+        dB[s] = (scales[s] * full_B[:, s * r : s * r + B[s].shape[1]]).to(B[s].dtype)
+    return dx, db.to(dy.dtype) if need_bias else dy.new_empty(0), dA, dB
+
+
+# The grouped route, composed in Python for every device: of the operators above, and without dropout. ``order`` and
+# ``offsets`` are those of group_rows.
+
+_GROUPED = ("segment_project", "segment_lift_")
+
+
+def _groups_fake(ids, x, n):
+    order = ids.new_empty(math.prod(x.shape[:-1]), dtype=torch.int64)
+    return order, ids.new_empty(n + 1, dtype=torch.int64)
+
+
+@define_layer(
+    f"grouped_linear_forward(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, float[] scales, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="segments",
+    fake=lambda x, weight, bias, A, B, ids, scales, keep: (
+        _outputs(x, weight),
+        _hidden(x, A, keep),
+        *_groups_fake(ids, x, len(A)),
+    ),
+    pieces=_GROUPED,
+)
+def grouped_linear_forward_op(x, weight, bias, *args):
+    """y [..., d], h, order and offsets."""
+    y = F.linear(rows(x), weight, bias)
+    return shaped(y, x), *grouped_update_forward_inplace_op.reference(y, x, *args)
+
+
+@define_layer(
+    f"grouped_update_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, float[] scales, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
+    stem="segments",
+    fake=lambda out, x, A, B, ids, scales, keep: (_hidden(x, A, keep), *_groups_fake(ids, x, len(A))),
+    pieces=_GROUPED,
+)
+def grouped_update_forward_inplace_op(out, x, A, B, ids, scales, keep):
+    """out [..., d] is increased by the update; returns h, order and offsets."""
+    n, x2 = len(A), rows(x)
+    groups = group_rows(row_ids(ids, x2.shape[0]), n)
+    h = segment_project_op(x2, _each(stack_A(A, x.dtype), n, 0), *groups)
+    segment_lift_op(tokens(out), h, _each(stack_B(B, scales, x.dtype), n, 1), *groups)
+    return h if keep else x.new_empty(0), *groups
+
+
+@define_layer(
+    f"grouped_update_forward(Tensor base_out, Tensor x, {_ADAPTERS}, float[] scales, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="segments",
+    fake=lambda base_out, x, A, B, ids, scales, keep: (
+        base_out.new_empty(base_out.shape),
+        _hidden(x, A, keep),
+        *_groups_fake(ids, x, len(A)),
+    ),
+    pieces=_GROUPED,
+)
+def grouped_update_forward_op(base_out, *args):
+    """The same on a copy of base_out: y, h, order and offsets."""
+    out = base_out.clone(memory_format=torch.contiguous_format)
+    return out, *grouped_update_forward_inplace_op.reference(out, *args)
+
+
+@define_layer(
+    "grouped_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor[] A, Tensor[] B, Tensor order,"
+    f" Tensor offsets, Tensor? h, float[] scales, bool need_x, bool need_bias, int[] needs) -> {_GRADIENTS}",
+    stem="segments",
+    fake=lambda dy, x, weight, A, B, order, offsets, h, scales, need_x, need_bias, needs: _gradients_fake(
+        dy, A, B, need_x, need_bias, needs
+    ),
+    pieces=(*_GROUPED, "segment_outer"),
+)
+def grouped_linear_backward_op(dy, x, weight, A, B, order, offsets, h, scales, need_x, need_bias, needs):
+    """As segmented_linear_backward. A gradient is computed for every adapter if one needs it."""
+    n, dy2, groups = len(A), rows(dy), (order, offsets)
+    trained, lifted = ([s for s in range(n) if needs[s] >> bit & 1] for bit in (0, 1))
+    dx, db = dy.new_empty(0), dy.new_empty(0)
+    if need_x or trained:
+        u = segment_project_op(dy2, _each(stack_B(B, scales, dy.dtype), n, 1).transpose(1, 2), *groups)
+    if need_x:
+        each_A = _each(stack_A(A, dy.dtype), n, 0)
+        dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], each_A.shape[2])
+        segment_lift_op(dx, u, each_A.transpose(1, 2), *groups)
+        dx = dx.reshape(*dy.shape[:-1], dx.shape[1])
+    if need_bias:
+        db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
+    dA, dB = ([dy.new_empty(0) for _ in A] for _ in range(2))
+    if trained:
+        full_A = segment_outer_op(u, rows(x), *groups)
+        for s in trained:
+            dA[s] = full_A[s, : A[s].shape[0]].to(A[s].dtype, copy=True)
+    if lifted:
+        full_B = segment_outer_op(h, dy2, *groups)
+        for s in lifted:
+            dB[s] = (scales[s] * full_B[s, : B[s].shape[1]].t()).to(B[s].dtype).contiguous()
+    return dx, db, dA, dB
+
+
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
-class SegmentedFunction(Function):
-    """y from x and a frozen ``weight``, or, where ``base_out`` is given, in place over somebody else's x Wᵀ + b."""
+def _forward(x, base_out, weight, bias, ids, seed, p, scales, grouped, inplace, A, B, keep):
+    """y and h of either tier and route; of the grouped one order and offsets too."""
+    if grouped:
+        options = A, B, ids, scales, keep
+        if base_out is None:
+            return grouped_linear_forward_op(x, weight, bias, *options)
+        if inplace:
+            return base_out, *grouped_update_forward_inplace_op(base_out, x, *options)
+        return grouped_update_forward_op(base_out, x, *options)
+    options = A, B, ids, seed, scales, p, keep
+    if base_out is None:
+        return segmented_linear_forward_op(x, weight, bias, *options)
+    if inplace:
+        return base_out, segmented_update_forward_inplace_op(base_out, x, *options)
+    return segmented_update_forward_op(base_out, x, *options)
+
+
+class SegmentsFunction(Function):
+    """Both tiers on both routes: over a frozen ``weight``, or over ``base_out`` where it is given, in place or on a
+    copy. Saves x and each row's own h."""
 
     @staticmethod
-    def forward(ctx, x, base_out, weight, bias, ids, seed, p, scales, *adapters):
+    def forward(ctx, x, base_out, weight, bias, ids, seed, p, scales, grouped, inplace, *adapters):
         n = len(scales)
-        As, Bs = adapters[:n], adapters[n:]
-        x2 = rows(x)
-        A, B = stack_A(As, x.dtype), stack_B(Bs, scales, x.dtype)
-        h = keep_own_(dropout.project(x2, A, seed, p), others(row_ids(ids, x2.shape[0]), n))
-        if base_out is None:
-            y = shaped(fused_forward(x2, weight, h, B, 1.0, None, bias), x)
-        else:
-            y = base_out
-            tokens(y).addmm_(h, B.t())
-            ctx.mark_dirty(base_out)
-        need_A, need_B = ctx.needs_input_grad[8 : 8 + n], ctx.needs_input_grad[8 + n :]
-        ctx.save_for_backward(
-            x if any(need_A) else None, weight, ids, seed, own_of(h, n) if any(need_B) else None, *adapters
+        need_A, need_B = any(ctx.needs_input_grad[10 : 10 + n]), any(ctx.needs_input_grad[10 + n :])
+        y, h, *groups = _forward(
+            x, base_out, weight, bias, ids, seed, p, scales, grouped, inplace, adapters[:n], adapters[n:], need_B
         )
-        ctx.p, ctx.scales, ctx.x_shape = p, scales, x.shape
+        if inplace:
+            ctx.mark_dirty(base_out)
+        places = groups or (ids, seed)
+        ctx.save_for_backward(x if need_A else None, weight, h if need_B else None, *places, *adapters)
+        ctx.scales, ctx.p, ctx.grouped = scales, p, grouped
         return y
 
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
-        x, weight, ids, seed, h, *adapters = ctx.saved_tensors
+        x, weight, h, first, second, *adapters = ctx.saved_tensors
         n = len(ctx.scales)
-        As, Bs = adapters[:n], adapters[n:]
-        need_x, need_out, _, need_bias = ctx.needs_input_grad[:4]
-        need_A, need_B = ctx.needs_input_grad[8 : 8 + n], ctx.needs_input_grad[8 + n :]
-        need_u = need_x or any(need_A)
-        dy2 = rows(dy)
-        A, B = stack_A(As, dy.dtype), stack_B(Bs, ctx.scales, dy.dtype)
-        r = A.shape[0] // n
-        foreign = others(row_ids(ids, dy2.shape[0]), n)
-        stacked = dy2.new_empty(dy2.shape[0], n * r) if h is None else spread(h, foreign)  # unread when not saved
-        u, dB, db, _, _ = lowrank_backward_op(
-            dy2, stacked, B, 1.0, None, None, None, need_u, any(need_B), need_bias, False
-        )
-        if need_u:
-            keep_own_(u, foreign)
-        dx = None
-        if need_x:
-            dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], A.shape[1])
-            dx = dropout.lift_(dx, u, A, seed, ctx.p).reshape(ctx.x_shape)
-        grads: list[torch.Tensor | None] = [None] * (2 * n)
-        trained = [s for s in range(n) if need_A[s]]
-        if trained:
-            ranks = [As[s].shape[0] for s in trained]
-            if sum(ranks) < n * r:
-                u = torch.cat([u[:, s * r : s * r + rank] for s, rank in zip(trained, ranks, strict=True)], 1)
-            dA = A_gradient(u, rows(x), seed, ctx.p, accumulate_dtype(x.dtype))
-            for s, part in zip(trained, dA.split(ranks), strict=True):
-                grads[s] = part.to(As[s].dtype)
-        for s in range(n):
-            if need_B[s]:
-                part = dB[:, s * r : s * r + Bs[s].shape[1]]
-                grads[n + s] = (ctx.scales[s] * part).to(Bs[s].dtype)
-        db = db.to(dy.dtype) if need_bias else None
-        return dx, dy if need_out else None, None, db, None, None, None, None, *grads
-
-
-class GroupedFunction(Function):
-    """The same on the grouped route, without dropout. A gradient is computed for every adapter if one needs it."""
-
-    @staticmethod
-    def forward(ctx, x, base_out, weight, bias, ids, scales, *adapters):
-        n, x2 = len(scales), rows(x)
-        groups = group_rows(row_ids(ids, x2.shape[0]), n)
-        A, B = stack_A(adapters[:n], x.dtype), stack_B(adapters[n:], scales, x.dtype)
-        h = segment_project_op(x2, _each(A, n, 0), *groups)
-        if base_out is None:
-            y2 = F.linear(x2, weight, bias)
+        need_x, need_out, _, need_bias, *_ = ctx.needs_input_grad
+        need_A, need_B = ctx.needs_input_grad[10 : 10 + n], ctx.needs_input_grad[10 + n :]
+        needs = [a | b << 1 for a, b in zip(need_A, need_B, strict=True)]
+        common = dy, x, weight, adapters[:n], adapters[n:], first, second, h, ctx.scales
+        if ctx.grouped:
+            dx, db, dA, dB = grouped_linear_backward_op(*common, need_x, need_bias, needs)
         else:
-            y2 = tokens(base_out)
-            ctx.mark_dirty(base_out)
-        segment_lift_op(y2, h, _each(B, n, 1), *groups)
-        need_A, need_B = ctx.needs_input_grad[6 : 6 + n], ctx.needs_input_grad[6 + n :]
-        ctx.save_for_backward(x if any(need_A) else None, weight, *groups, h if any(need_B) else None, *adapters)
-        ctx.scales, ctx.x_shape = scales, x.shape
-        return shaped(y2, x) if base_out is None else base_out
-
-    @staticmethod
-    @backward_pass
-    def backward(ctx, dy):
-        x, weight, order, offsets, h, *adapters = ctx.saved_tensors
-        n = len(ctx.scales)
-        As, Bs, groups = adapters[:n], adapters[n:], (order, offsets)
-        need_x, need_out, _, need_bias = ctx.needs_input_grad[:4]
-        need_A, need_B = ctx.needs_input_grad[6 : 6 + n], ctx.needs_input_grad[6 + n :]
-        dy2 = rows(dy)
-        dx = u = None
-        if need_x or any(need_A):
-            u = segment_project_op(dy2, _each(stack_B(Bs, ctx.scales, dy.dtype), n, 1).transpose(1, 2), *groups)
-        if need_x:
-            A = _each(stack_A(As, dy.dtype), n, 0)
-            dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], A.shape[2])
-            segment_lift_op(dx, u, A.transpose(1, 2), *groups)
-            dx = dx.reshape(ctx.x_shape)
-        grads: list[torch.Tensor | None] = [None] * (2 * n)
-        if any(need_A):
-            dA = segment_outer_op(u, rows(x), *groups)
-        if any(need_B):
-            dB = segment_outer_op(h, dy2, *groups)
-        for s in range(n):
-            if need_A[s]:
-                grads[s] = dA[s, : As[s].shape[0]].to(As[s].dtype)
-            if need_B[s]:
-                grads[n + s] = (ctx.scales[s] * dB[s, : Bs[s].shape[1]].t()).to(Bs[s].dtype)
-        db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype) if need_bias else None
-        return dx, dy if need_out else None, None, db, None, None, *grads
-
-
-def _each(stacked: torch.Tensor, n: int, axis: int) -> torch.Tensor:
-    """A view of the n adapters stacked along ``axis``, one after the other in the first dimension."""
-    return stacked.unflatten(axis, (n, stacked.shape[axis] // n)).movedim(axis, 0)
+            dx, db, dA, dB = segmented_linear_backward_op(*common, ctx.p, need_x, need_bias, needs)
+        return (
+            dx if need_x else None, dy if need_out else None, None, db if need_bias else None, *[None] * 6,
+            *[grad if need & 1 else None for grad, need in zip(dA, needs, strict=True)],
+            *[grad if need & 2 else None for grad, need in zip(dB, needs, strict=True)],
+        )  # fmt: skip
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------
@@ -320,17 +477,18 @@ def _run(route, x, base_out, weight, bias, lora_A_list, lora_B_list, segment_ids
     if route not in ROUTES:
         raise ValueError(f"route: got {route!r}, wanted one of {', '.join(map(repr, ROUTES))}")
     checks.probability("dropout_p", dropout_p)
-    seed = draw_seed(x, dropout_p, training)
-    adapters = (*lora_A_list, *lora_B_list)
+    p = dropout_p if training else 0.0
+    seed = draw_seed(x, p)
     if route == "auto":
         columns = len(lora_A_list) * max(A.shape[0] for A in lora_A_list)
-        route = choose_route(x.shape[:-1].numel(), columns, x.dtype, x.device.type, seed is not None)
-    common = x, base_out, weight, bias, segment_ids.reshape(-1)
-    if route == "stacked":
-        return apply(SegmentedFunction, x.device.type, *common, seed, dropout_p, scales, *adapters)
-    if seed is not None:
+        route = choose_route(math.prod(x.shape[:-1]), columns, x.dtype, x.device.type, seed is not None)
+    grouped, inplace = route == "grouped", base_out is not None and overwritable(base_out)
+    if grouped and seed is not None:
         raise ValueError(f"route: got 'grouped' with dropout_p {dropout_p!r}, wanted 'stacked' (or 'auto')")
-    return apply(GroupedFunction, x.device.type, *common, scales, *adapters)
+    common = x, base_out, weight, bias, segment_ids.reshape(-1), seed, p, scales, grouped, inplace
+    if torch.is_grad_enabled():
+        return apply(SegmentsFunction, x, *common, *lora_A_list, *lora_B_list)
+    return apply_op(_forward, x, *common, lora_A_list, lora_B_list, False)[0]
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -440,5 +598,4 @@ def segmented_lowrank_update(
     checks.base(base_out, x)
     x = x.to(base_out.dtype)
     scales = _check_adapters(x, base_out.shape[-1], lora_A_list, lora_B_list, segment_ids, scales)
-    out = overwritable(base_out)
-    return _run(route, x, out, None, None, lora_A_list, lora_B_list, segment_ids, scales, dropout_p, training)
+    return _run(route, x, base_out, None, None, lora_A_list, lora_B_list, segment_ids, scales, dropout_p, training)

@@ -1,0 +1,71 @@
+// Bone, MiSS, mini and DiSHA layers, forward and backward, for any device: spectral_ops/functional/blocksum.py has the
+// mathematics and the same steps in Python.
+#pragma once
+
+#include "../ops/blocksum.h"
+#include "library.h"
+
+namespace spectral_ops {
+
+// y [T, d] += expand(h D): a plain product where every output has its own column of D, else one tiling pass.
+template <class Device> void expand(const Tensor& y, const Tensor& h, const Tensor& D, const MaybeTensor& out_offsets) {
+  if (D.size(1) == y.size(1) && !out_offsets) add_product<Device>(y, h, D);
+  else block_tile_<Device>(y, mm<Device>(h, D), out_offsets, std::nullopt, 0.0, true);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bone_linear_forward(Tensor x, Tensor weight, Tensor D, MaybeTensor bias, MaybeTensor seed, double p,
+                                               MaybeTensor in_offsets, MaybeTensor out_offsets) {
+  const NoGrad guard;
+  check_weight(x, weight);
+  check_matrix("D", D);
+  check_same_device("D", D, x);
+  Tensor y = empty_rows(x, weight.size(0));
+  const Tensor x2 = flat("x", x), y2 = flat("y", y);
+  Tensor h = block_sum<Device>(x2, D.size(0), in_offsets, seed, p);
+  linear_into<Device>(y2, x2, weight, bias);
+  expand<Device>(y2, h, cast_as(D, x), out_offsets);
+  return {y, h};
+}
+
+// out [..., d] += expand(h D); returns h.
+template <class Device> Tensor bone_update_forward_(Tensor out, Tensor x, Tensor D, MaybeTensor seed, double p) {
+  const NoGrad guard;
+  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
+  check_matrix("D", D);
+  check_same_device("D", D, x);
+  Tensor h = block_sum<Device>(flat("x", x), D.size(0), std::nullopt, seed, p);
+  expand<Device>(flat("out", out), h, cast_as(D, x), std::nullopt);
+  return h;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bone_update_forward(Tensor base_out, Tensor x, Tensor D, MaybeTensor seed, double p) {
+  Tensor out = copy_of(base_out);
+  Tensor h = bone_update_forward_<Device>(out, x, D, seed, p);
+  return {out, h};
+}
+
+// Results: dx [..., k], dD, db; empty [0] where `needs` has no bit for it. Without a weight dx is the update's share alone.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> bone_linear_backward(Tensor dy, MaybeTensor weight, Tensor D, Tensor h, MaybeTensor seed,
+                                                        double p, MaybeTensor in_offsets, MaybeTensor out_offsets, int64_t k,
+                                                        int64_t needs) {
+  const NoGrad guard;
+  check_matrix("D", D);
+  const Tensor dy2 = flat("dy", dy);
+  const bool own_columns = D.size(1) == dy2.size(1) && !out_offsets;
+  const Tensor sums = own_columns ? dy2 : block_sum<Device>(dy2, D.size(1), out_offsets, std::nullopt, 0.0);
+  Tensor dx = nothing(dy);
+  if (wants(needs, 0)) {
+    dx = empty_rows(dy, k);
+    const Tensor dx2 = flat("dx", dx);
+    if (weight) mm_out<Device>(dx2, dy2, *weight);
+    block_tile_<Device>(dx2, mm<Device>(sums, transposed(cast_as(D, dy))), in_offsets, seed, p, weight.has_value());
+  }
+  Tensor dD = wants(needs, 1) ? mm<Device>(transposed(h), sums, D.scalar_type()) : nothing(dy);
+  Tensor db = wants(needs, 2) ? column_sum(dy2, dy.scalar_type()) : nothing(dy);
+  return {dx, dD, db};
+}
+
+}  // namespace spectral_ops

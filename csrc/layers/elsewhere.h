@@ -1,0 +1,49 @@
+// For a device that has no compiled kernel of some operators: a layer reaches them through torch's dispatcher, where Triton's
+// or the reference is registered.
+#pragma once
+
+#include "../ops/bat.h"
+#include "../ops/dropout.h"
+#include "../ops/transpose.h"
+#include "library.h"
+
+namespace spectral_ops {
+
+// The same for an operator that returns nothing, and for one that returns two tensors.
+template <class... Arguments> void call_void(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{to_stack(arguments)...};
+  check_call(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), name);
+}
+
+template <class... Arguments> std::tuple<Tensor, Tensor> call_two(const char* name, const Arguments&... arguments) {
+  static_assert(sizeof...(Arguments) >= 2, "the results take the arguments' places");
+  std::array<StableIValue, sizeof...(Arguments)> stack{to_stack(arguments)...};
+  check_call(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), name);
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+}  // namespace spectral_ops
+
+#define SPECTRAL_OPS_ELSEWHERE(Device)                                                                                        \
+  template <> inline Tensor dropout_project<Device>(Tensor x, Tensor A, Tensor seed, double p) {                              \
+    return call("spectral_ops::dropout_project", "", x, A, seed, p);                                                          \
+  }                                                                                                                           \
+  template <> inline Tensor dropout_outer<Device>(Tensor u, Tensor x, Tensor seed, double p) {                                \
+    return call("spectral_ops::dropout_outer", "", u, x, seed, p);                                                            \
+  }                                                                                                                           \
+  template <> inline void dropout_lift_<Device>(Tensor out, Tensor u, Tensor A, Tensor seed, double p) {                      \
+    call_void("spectral_ops::dropout_lift_", out, u, A, seed, p);                                                             \
+  }                                                                                                                           \
+  template <> inline Tensor seeded_dropout<Device>(Tensor x, Tensor seed, double p) {                                         \
+    return call("spectral_ops::seeded_dropout", "", x, seed, p);                                                              \
+  }                                                                                                                           \
+  template <> inline Tensor bat_matmul<Device>(Tensor x, Tensor weight, Tensor bat, bool transpose) {                         \
+    return call("spectral_ops::bat_matmul", "", x, weight, bat, transpose);                                                   \
+  }                                                                                                                           \
+  template <> inline std::tuple<Tensor, Tensor> bat_mix<Device>(Tensor x, Tensor bat) {                                       \
+    return call_two("spectral_ops::bat_mix", x, bat);                                                                         \
+  }                                                                                                                           \
+  template <> inline Tensor bat_mix_backward_<Device>(Tensor g, Tensor q, Tensor x, Tensor bat, bool need_g, bool need_dC) {  \
+    return call("spectral_ops::bat_mix_backward_", "", g, q, x, bat, need_g, need_dC);                                        \
+  }                                                                                                                           \
+  template <> inline void transpose_<Device>(Tensor out, Tensor x) { call_void("spectral_ops::transpose_", out, x); }
