@@ -11,6 +11,7 @@ must where that is quantised or carries hooks, and adds the adapter to its resul
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,22 +22,32 @@ from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+from torch._subclasses import FakeTensor
 
-from spectral_ops.functional import (
-    bat_linear,
-    bone_linear,
-    bone_update,
-    column_norm,
-    dora_linear,
-    dora_update,
-    lowrank_linear,
-    lowrank_update,
-)
+from spectral_ops.functional import bat, blocksum, column_norm, dora, dora_update, lowrank
+from spectral_ops.functional.common import autocast_arguments
 from spectral_ops.integrations.peft_adalora import SVD, FusedAdaLoraModel, adalora_plan
-from spectral_ops.integrations.peft_plan import Base, Bat, Bone, LowRank, Unfit, lora_plan, miss_plan, variant_name
+from spectral_ops.integrations.peft_plan import (
+    Base,
+    Bat,
+    Bone,
+    Facts,
+    LowRank,
+    Unfit,
+    lora_plan,
+    miss_plan,
+    variant_name,
+)
 from spectral_ops.integrations.report import BASE_AGNOSTIC, FUSED, PEFT, LayerState, Report, Row, note_while_tracing
 
 # --- the call --------------------------------------------------------------------------------------------------------
+
+
+def operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple:
+    """What the layer's product is made of: cast under autocast."""
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return autocast_arguments(x, weight, bias)
+    return x, weight, bias
 
 
 def base_result(base: Base, x: torch.Tensor) -> torch.Tensor:
@@ -60,10 +71,10 @@ def run_lora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRa
             if a.bias is not None:  # lora_B's bias is scaled with its product, so it joins the base layer's
                 total = a.scale * a.bias if total is None else torch.add(total, a.bias, alpha=a.scale)
         total = total if total is base.bias else total.to(base.weight.dtype)
-        out = lowrank_linear(x, base.weight, A, B, total, scale=scale, dropout_p=p, training=True)
-        rest = adapters[1:]
+        x, weight, total = operands(x, base.weight, total)
+        out, rest = lowrank.linear(x, weight, A, B, total, None, None, scale, p), adapters[1:]
     for a in rest:
-        out = lowrank_update(out, x, a.A, a.B, scale=a.scale, dropout_p=a.p, training=True)
+        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, None, None, a.scale, a.p)
     return out
 
 
@@ -75,45 +86,66 @@ def run_dora(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank) ->
             weight = dequantize_bnb_weight(base.layer.weight, state=getattr(base.layer, "state", None))
             norm = column_norm(weight, A, B, scale)
         return dora_update(out, x, A, B, magnitude, norm, base.bias, scale=scale)
-    norm = None
-    if not torch.compiler.is_compiling():  # a compiled graph computes it anew each time
+    if torch.compiler.is_compiling():  # a compiled graph computes it anew each time
+        norm = column_norm(base.weight, A, B, scale)
+    else:
         norm = layer._spectral_ops.norm(name, base.weight, A, B, scale)
-    return dora_linear(
-        x, base.weight, A, B, magnitude, base.bias, scale=scale, norm=norm, dropout_p=p, training=True,
-        recompute=layer._spectral_ops.recompute,
-    )  # fmt: skip
+    x, weight, bias = operands(x, base.weight, base.bias)
+    return dora.linear(x, weight, A, B, magnitude, bias, norm, scale, p, layer._spectral_ops.recompute)
 
 
 def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone] | list[Bat]) -> torch.Tensor:
-    if layer.miss_fn == "bat":
+    if type(adapters[0]) is Bat:
         return run_bat(layer, x, base, adapters[0])
     if base.weight is None:
         out, rest = base_result(base, x), adapters
     else:
-        D, p = adapters[0]
-        out, rest = bone_linear(x, base.weight, D, base.bias, dropout_p=p, training=True), adapters[1:]
+        (D, p), rest = adapters[0], adapters[1:]
+        narrow, weight, bias = operands(x, base.weight, base.bias)
+        out = blocksum.linear(narrow, weight, D, bias, p)
     for D, p in rest:
-        out = bone_update(out, x, D, dropout_p=p, training=True)
-    return out.to(x.dtype)  # PEFT's MiSS returns x's dtype, also under autocast
+        out = blocksum.update(out, x.to(out.dtype), D, p)
+    return out if out.dtype is x.dtype else out.to(x.dtype)  # PEFT's MiSS returns x's dtype, also under autocast
 
 
 def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torch.Tensor:
     bias = base.bias
-    if bias is not None:  # PEFT's bat takes one in another dtype than the weight's
+    if bias is not None and bias.dtype is not base.weight.dtype:  # PEFT's bat takes one in another dtype
         bias = bias.to(base.weight.dtype)
-    return bat_linear(x, base.weight, adapter.B, bias, exact=layer._spectral_ops.exact).to(x.dtype)
+    narrow, weight, bias = operands(x, base.weight, bias)
+    out = bat.linear(narrow, weight, adapter.B, bias, False, layer._spectral_ops.exact)
+    return out if out.dtype is x.dtype else out.to(x.dtype)
 
 
 def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SVD]) -> torch.Tensor:
     if base.weight is None:
         out, rest = base_result(base, x), adapters
     else:
-        A, B, core, p = adapters[0]
-        out = lowrank_linear(x, base.weight, A, B, base.bias, core=core, dropout_p=p, training=True)
-        rest = adapters[1:]
-    for A, B, core, p in rest:
-        out = lowrank_update(out, x, A, B, core=core, dropout_p=p, training=True)
+        first, rest = adapters[0], adapters[1:]
+        x, weight, bias = operands(x, base.weight, base.bias)
+        out = lowrank.linear(x, weight, first.A, first.B, bias, first.core(), None, 1.0, first.p)
+    for a in rest:
+        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, a.core(), None, 1.0, a.p)
     return out
+
+
+def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """The call that a plan makes, as little as there is left to do: usually one operator over one weight. It must not
+    hold the layer, which holds it."""
+    first, weight, bias = adapters[0], base.weight, base.bias
+    if weight is not None and len(adapters) == 1 and facts.autocast is None:
+        if type(first) is LowRank and first.magnitude is None and first.bias is None:
+            _, A, B, scale, p, *_ = first
+            return lambda layer, x: lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
+        if type(first) is Bone:
+            D, p = first
+            return lambda layer, x: blocksum.linear(x, weight, D, bias, p)
+        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        if type(first) is SVD and not (first.rank.requires_grad or capturing or type(first.rank) is FakeTensor):
+            A, B, E, rank, scale, p = first
+            scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
+            return lambda layer, x: lowrank.linear(x, weight, A, B, bias, E, None, scale, p)
+    return lambda layer, x: run(layer, x, base, adapters)
 
 
 class Fused:
@@ -122,38 +154,52 @@ class Fused:
     _spectral_ops: LayerState
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            plan = self._spectral_ops.plan
+            if plan is not None and not args and not kwargs and plan[0].hold(self, x):
+                return plan[1](self, x)
+        return self._planned(x, *args, **kwargs)
+
+    def _planned(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The call with a plan made anew, which the next calls take while it holds; PEFT's where none fits."""
+        state = self._spectral_ops
         if self._disable_adapters or self.merged_adapters:  # the base layer alone: nothing to fuse
             return super().forward(x, *args, **kwargs)
-        reason = None
+        reason, facts = None, Facts()
         try:
             if args or kwargs:
                 raise Unfit(argument_reason(kwargs))
-            base, adapters = self._plan(x)
+            base, adapters = self._plan(x, facts)
         except Unfit as unfit:
             reason = str(unfit)
+        compiling = torch.compiler.is_compiling()
         if reason is not None:
-            if torch.compiler.is_compiling():
-                note_while_tracing(self._spectral_ops.key, reason)
+            if compiling:
+                note_while_tracing(state.key, reason)
             else:
-                self._spectral_ops.note(reason)
+                state.note(reason)
         elif adapters:
-            return self._run(x, base, adapters)
+            if compiling:
+                return self._run(x, base, adapters)
+            call = bound(type(self)._run, base, adapters, facts)  # also now: a checkpoint compares the two calls
+            state.plan = (facts, call) if facts.lasting else None
+            return call(self, x)
         return super().forward(x, *args, **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        self._spectral_ops.norms.clear()
+        self._spectral_ops.forget()
         super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:  # the base weight comes back rounded, perhaps at the same address
-        self._spectral_ops.norms.clear()
+        self._spectral_ops.forget()
         super().unmerge()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:  # some initialisations write to the base weight
         super().update_layer(*args, **kwargs)
-        self._spectral_ops.norms.clear()
+        self._spectral_ops.forget()
 
     def _apply(self, fn, recurse: bool = True):
-        self._spectral_ops.norms.clear()
+        self._spectral_ops.forget()
         return super()._apply(fn, recurse)
 
 
@@ -263,7 +309,7 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_a
         return Row(*head, PEFT, reason="its own forward was replaced (a hook that accelerate's device_map added)")
     is_miss = original is miss.MissLinear
     try:
-        base, adapters = REPLACEMENTS[original]._plan(layer, None)
+        base, adapters = REPLACEMENTS[original]._plan(layer, None, Facts())
     except Unfit as unfit:
         return Row(*head, PEFT, reason=str(unfit))
     if not adapters:

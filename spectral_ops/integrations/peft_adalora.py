@@ -16,35 +16,47 @@ from torch import nn
 
 from spectral_ops.adapters.adalora_schedule import RankAllocator, Triple
 from spectral_ops.functional import orthogonality_loss
-from spectral_ops.integrations.peft_plan import Base, Unfit, active, base_of, check_input, drop_rate, read
+from spectral_ops.integrations.peft_plan import Base, Facts, Unfit, active, base_of, check_input, drop_rate, read
 
 
 class SVD(NamedTuple):
-    """One active AdaLoRA adapter; core [r] is E γ, with its gradient to E."""
+    """One active AdaLoRA adapter: E [r, 1], the number of its triplets in a tensor, and the scaling over that."""
 
     A: torch.Tensor
     B: torch.Tensor
-    core: torch.Tensor
+    E: torch.Tensor
+    rank: torch.Tensor
+    scale: float
     p: float
 
+    def core(self) -> torch.Tensor:
+        """E γ [r, 1], with its gradient to E."""
+        return self.E * (self.scale / (self.rank + 1e-5)).to(self.E.dtype)
 
-def adalora_plan(layer: nn.Module, x: torch.Tensor | None) -> tuple[Base, list[SVD]]:
+
+def adalora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[SVD]]:
     """The tensors of an AdaLoRA layer's call, or Unfit. Without x the input is not looked at."""
-    base, modules = base_of(layer), layer._modules
+    base, modules = base_of(layer, facts), layer._modules
+    keys = "lora_A", "lora_B", "lora_E", "ranknum"
+    held = [facts.entry(modules, key) for key in keys]
+    dropouts = facts.entry(modules, "lora_dropout")._modules
     adapters, parameters = [], []
     for name in active(layer):
-        if name not in modules["lora_A"]._parameters:
+        if facts.entry(held[0]._parameters, name) is None:
             continue
-        A, B, E, rank = (read(modules[key], name, key) for key in ("lora_A", "lora_B", "lora_E", "ranknum"))
-        p = drop_rate(modules["lora_dropout"]._modules[name], "lora_dropout")
-        if not isinstance(layer.scaling[name], (float, int)):
-            raise Unfit(f"the scaling is a {type(layer.scaling[name]).__name__}, not a number")
+        A, B, E, rank = (read(module, name, key, facts) for module, key in zip(held, keys, strict=True))
+        p = drop_rate(facts.entry(dropouts, name), "lora_dropout", facts)
+        scale = facts.entry(facts.attribute(layer, "scaling"), name)
+        if not isinstance(scale, (float, int)):
+            raise Unfit(f"the scaling is a {type(scale).__name__}, not a number")
         if x is None or A.shape[0]:  # no triplet left: the base alone
-            core = None if x is None else E.flatten() * (layer.scaling[name] / (rank + 1e-5)).to(E.dtype)
-            adapters.append(SVD(A, B, core, p))
+            adapters.append(SVD(A, B, E, rank, scale, p))
+            facts.version(rank)
             parameters += (A, B, E)
+        else:
+            facts.lasting = False
     if x is not None:
-        check_input(layer, x, base, parameters)
+        check_input(layer, x, base, parameters, facts)
     return base, adapters
 
 

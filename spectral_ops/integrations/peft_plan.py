@@ -1,7 +1,8 @@
 """What one call of a PEFT layer computes with: the tensors of the fused path, or the reason why it does not fit.
 
-Nothing is cached: adapters are switched, hooks come and go and weights are offloaded between calls, and reading it all
-anew costs a few microseconds. A submodule that is more than its class's forward is never bypassed.
+Adapters are switched, hooks come and go and weights are offloaded between calls. So whatever a plan reads it notes down
+(:class:`Facts`), and the next call takes the same plan only while every fact still holds, which costs two microseconds
+where reading it all anew costs ten. A submodule that is more than its class's forward is never bypassed.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # a fake one stands for a plain one while shapes are traced
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTISED: tuple[type, ...] = ()  # base layers whose forward returns a fresh tensor that nobody else reads
 if is_bnb_available():
@@ -66,6 +69,99 @@ class Bat(NamedTuple):
     B: torch.Tensor
 
 
+class Facts:
+    """Everything a plan has read. The layer's own attributes are kept by name alone: a reference back to it would keep
+    its weights alive after it."""
+
+    def __init__(self) -> None:
+        self.own: list[tuple[str, Any]] = []  # attributes of the layer
+        self.entries: list[tuple[dict, str, Any]] = []  # of its modules' dicts
+        self.plain: list[dict] = []  # modules without hooks, whose forward is their class's
+        self.dtypes: list[tuple[torch.Tensor, torch.dtype]] = []
+        self.versions: list[tuple[torch.Tensor, int, bool]] = []  # of tensors whose content was read
+        self.frozen: torch.Tensor | None = None  # the base weight
+        self.names: list[str] | str = []
+        self.x_dtype: torch.dtype | None = None
+        self.autocast: torch.dtype | None = None
+        self.lasting = True
+
+    def entry(self, holder: dict, key: str) -> Any:
+        value = holder.get(key)
+        self.entries.append((holder, key, value))
+        return value
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """A module that is not called: it must do no more than its class's forward."""
+        self.plain.append(module.__dict__)
+        return module
+
+    def attribute(self, layer: nn.Module, key: str) -> Any:
+        value = layer.__dict__.get(key)
+        self.own.append((key, value))
+        return value
+
+    def version(self, t: torch.Tensor) -> None:
+        if t.is_inference():
+            self.lasting = False
+        else:
+            self.versions.append((t, t._version, t.requires_grad))
+
+    def hold(self, layer: nn.Module, x: torch.Tensor) -> bool:
+        """Whether a plan with these facts is what planning anew would give."""
+        own = layer.__dict__
+        if layer._disable_adapters or layer.merged_adapters or layer._active_adapter != self.names:
+            return False
+        for key, value in self.own:
+            if own.get(key) is not value:
+                return False
+        for holder, key, value in self.entries:
+            if holder.get(key) is not value:
+                return False
+        for d in self.plain:
+            if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+                return False
+            if "forward" in d:
+                return False
+        if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+            return False
+        for t, dtype in self.dtypes:
+            if t.dtype is not dtype:
+                return False
+        for t, version, trained in self.versions:
+            if t._version != version or t.requires_grad is not trained:
+                return False
+        if x.dtype is not self.x_dtype or watched():
+            return False
+        if self.frozen is not None and self.frozen.requires_grad and torch.is_grad_enabled():
+            return False
+        return (autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None) is self.autocast
+
+    def settle(self, layer: nn.Module, x: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+        """The facts that every plan has, noted once it is made."""
+        self.attribute(layer, "_modules")  # a replica of DataParallel has another
+        active = layer._active_adapter
+        self.names = list(active) if isinstance(active, list) else active
+        self.dtypes = [(t, t.dtype) for t in tensors]
+        self.x_dtype, self.autocast = x.dtype, autocast_dtype(x)
+        self.lasting = self.lasting and not any(type(t) is FakeTensor for t in (x, *tensors))
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast would give products of x; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def watched() -> bool:
+    """Whether somebody looks inside this call, or must see every module called (see :func:`check_tracing`)."""
+    return bool(
+        torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _has_any_global_hook()
+    )
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, or a replaced one (device_map offload)."""
     return bool(
@@ -77,16 +173,19 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def held(module: nn.Module, name: str) -> torch.Tensor | None:
+def held(module: nn.Module, name: str, facts: Facts) -> torch.Tensor | None:
     """A parameter, or the plain tensor that FSDP1 and DataParallel put in its place."""
-    p = module._parameters.get(name)
-    return module.__dict__.get(name) if p is None else p
+    p = facts.entry(module._parameters, name)
+    if p is None and name in module.__dict__:
+        facts.lasting = False
+        return module.__dict__[name]
+    return p
 
 
-def read(module: nn.Module, name: str, role: str) -> torch.Tensor:
+def read(module: nn.Module, name: str, role: str, facts: Facts) -> torch.Tensor:
     """A parameter that can be used without calling its module: whole, on a real device, and no tensor subclass."""
-    p = held(module, name)
-    if type(p) is not nn.Parameter and type(p) is not torch.Tensor:
+    p = held(module, name, facts)
+    if type(p) not in PLAIN:
         raise Unfit(f"{role} is a {type(p).__name__}, not a plain tensor")
     if p.is_meta:
         raise Unfit(f"{role} is on the meta device (offloaded)")
@@ -95,50 +194,54 @@ def read(module: nn.Module, name: str, role: str) -> torch.Tensor:
     return p
 
 
-def leaf(module: nn.Module, kind: type, role: str) -> torch.Tensor:
+def leaf(module: nn.Module, kind: type, role: str, facts: Facts) -> torch.Tensor:
     """The weight of a submodule that PEFT would call and the fast path does not."""
     if type(module) is not kind:
         raise Unfit(f"{role} is a {type(module).__name__}, not a plain {kind.__name__}")
-    if hooked(module):
+    if hooked(facts.module(module)):
         raise Unfit(f"{role} carries hooks of its own")
-    return read(module, "weight", role)
+    return read(module, "weight", role, facts)
 
 
-def drop_rate(dropout: nn.Module, role: str) -> float:
+def drop_rate(dropout: nn.Module, role: str, facts: Facts) -> float:
     """The probability a dropout submodule applies in this call."""
     if type(dropout) is nn.Identity:
         p = 0.0
     elif type(dropout) is nn.Dropout:
-        p = dropout.p if dropout.training else 0.0
+        state = dropout.__dict__
+        p = facts.entry(state, "p") if facts.entry(state, "training") else 0.0
     else:
         raise Unfit(f"{role} is a {type(dropout).__name__}, not nn.Dropout")
-    if hooked(dropout):
+    if hooked(facts.module(dropout)):
         raise Unfit(f"{role} carries hooks of its own")
     if p >= 1.0:
         raise Unfit(f"{role} drops everything (p = {p})")
     return p
 
 
-def base_of(layer: nn.Module) -> Base:
+def base_of(layer: nn.Module, facts: Facts) -> Base:
     """How the frozen layer takes part in this call."""
-    base = layer._modules["base_layer"]
+    base = facts.entry(layer._modules, "base_layer")
     kind = type(base)
     if (kind is nn.Linear or kind is Conv1D) and not hooked(base):
-        weight = read(base, "weight", "the base weight")
+        facts.module(base)
+        weight = read(base, "weight", "the base weight", facts)
         if weight.requires_grad and torch.is_grad_enabled():
             raise Unfit("the base weight is trained")
-        return Base(base, weight.t() if kind is Conv1D else weight, held(base, "bias"))
+        facts.frozen = weight
+        return Base(base, weight.t() if kind is Conv1D else weight, held(base, "bias", facts))
+    facts.lasting = False
     if isinstance(base, BaseTunerLayer):
         raise Unfit("the base layer is itself an adapter layer")
     if "parametrizations" in base._modules:
         raise Unfit("the base layer is parametrized")
     if kind in QUANTISED:
-        return Base(base, None, held(base, "bias"), hooked(base))
+        return Base(base, None, held(base, "bias", facts), hooked(base))
     if not isinstance(base, (nn.Linear, Conv1D)):
         raise Unfit(f"the base layer is a {kind.__name__}")
     if "weight" in base._parameters:
-        read(base, "weight", "the base weight")
-    return Base(base, None, held(base, "bias"), True)
+        read(base, "weight", "the base weight", facts)
+    return Base(base, None, held(base, "bias", facts), True)
 
 
 def check_tracing() -> None:
@@ -153,13 +256,14 @@ def check_tracing() -> None:
         raise Unfit("forward-mode differentiation is running")
 
 
-def check_input(layer: nn.Module, x: torch.Tensor, base: Base, parameters: list[torch.Tensor]) -> None:
+def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tensor], facts: Facts) -> None:
     """x and the dtypes are such that PEFT would compute the same up to rounding."""
-    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+    if type(x) not in PLAIN:
         raise Unfit(f"x is a {type(x).__name__}, not a plain tensor")
     check_tracing()
     if _has_any_global_hook():
         raise Unfit("a global module hook is registered, which must see every submodule called")
+    facts.settle(layer, x, parameters if base.weight is None else [base.weight, *parameters])
     dtype = x.dtype
     weight = x if base.weight is None else base.weight
     if weight.dtype is dtype and dtype in FLOATS:
@@ -168,9 +272,10 @@ def check_input(layer: nn.Module, x: torch.Tensor, base: Base, parameters: list[
                 break
         else:
             return
-    autocast = torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64
+    facts.attribute(layer, "cast_input_dtype_enabled")
+    autocast = facts.autocast is not None and dtype is not torch.float64
     if autocast:
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = facts.autocast
     elif weight.dtype is not dtype:
         raise Unfit(f"x is {dtype} over a base weight in {weight.dtype}")
     if weight.dtype not in FLOATS[:3] or x.dtype not in FLOATS[:3]:
@@ -191,28 +296,29 @@ def variant_name(variant: Any) -> str:
     return type(variant).__name__.replace("LinearVariant", "").replace("Variant", "")
 
 
-def lora_plan(layer: nn.Module, x: torch.Tensor | None) -> tuple[Base, list[LowRank]]:
+def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[LowRank]]:
     """The tensors of a LoRA layer's call, or Unfit. Without x the input is not looked at."""
-    base = base_of(layer)
-    modules = layer._modules
-    As, Bs, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    base = base_of(layer, facts)
+    As, Bs, dropouts = (facts.entry(layer._modules, key)._modules for key in ("lora_A", "lora_B", "lora_dropout"))
     adapters, parameters = [], []
     for name in active(layer):
-        if name not in As:
+        if (module_A := facts.entry(As, name)) is None:
             continue
-        A, B = leaf(As[name], nn.Linear, "lora_A"), leaf(Bs[name], nn.Linear, "lora_B")
-        p = drop_rate(dropouts[name], "lora_dropout")
-        bias = held(Bs[name], "bias")
-        scale = layer.scaling[name]
+        module_B = facts.entry(Bs, name)
+        A, B = leaf(module_A, nn.Linear, "lora_A", facts), leaf(module_B, nn.Linear, "lora_B", facts)
+        p = drop_rate(facts.entry(dropouts, name), "lora_dropout", facts)
+        bias = held(module_B, "bias", facts)
+        scale = facts.entry(facts.attribute(layer, "scaling"), name)
         if not isinstance(scale, (float, int)):
             raise Unfit(f"the scaling is a {type(scale).__name__}, not a number")
         magnitude = None
-        variant = layer.lora_variant.get(name)
+        variant = facts.entry(facts.attribute(layer, "lora_variant"), name)
         if variant is not None:
             if type(variant) is not variants.DoraLinearVariant:
                 raise Unfit(f"the LoRA variant {variant_name(variant)} is left to PEFT")
-            magnitude = leaf(modules["lora_magnitude_vector"]._modules[name], DoraLinearLayer, "the magnitude")
-            p = p if layer.training else 0.0
+            vectors = facts.entry(layer._modules, "lora_magnitude_vector")._modules
+            magnitude = leaf(facts.entry(vectors, name), DoraLinearLayer, "the magnitude", facts)
+            p = p if facts.attribute(layer, "training") else 0.0
             check_dora(layer, base, bias, p)
             parameters.append(magnitude)
         parameters += (A, B)
@@ -220,7 +326,7 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None) -> tuple[Base, list[LowR
     if len(adapters) > 1 and any(a.magnitude is not None for a in adapters):
         raise Unfit("several active adapters, one of them DoRA")
     if x is not None:
-        check_input(layer, x, base, parameters)
+        check_input(layer, x, base, parameters, facts)
     return base, adapters
 
 
@@ -236,40 +342,38 @@ def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float
             raise Unfit("DoRA with dropout over a quantised base needs a second product with its weight")
 
 
-def miss_plan(layer: nn.Module, x: torch.Tensor | None) -> tuple[Base, list[Bone] | list[Bat]]:
+def miss_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Bone] | list[Bat]]:
     """The tensors of a MiSS layer's call, or Unfit."""
-    base = base_of(layer)
-    if layer.miss_fn == "bat":
-        return base, bat_plan(layer, x, base)
-    modules = layer._modules
+    base, kind = base_of(layer, facts), facts.attribute(layer, "miss_fn")
+    dropouts = facts.entry(layer._modules, "miss_dropout")._modules
+    names = [name for name in active(layer) if facts.entry(dropouts, name) is not None]
+    blocks = facts.entry(layer._modules, "miss_block")
+    if kind == "bat":
+        return base, bat_plan(layer, x, base, blocks, names, facts)
     adapters = []
-    for name in active(layer):
-        if name not in modules["miss_dropout"]._modules:
-            continue
-        D = read(modules["miss_block"], name, "miss_block")
-        p = drop_rate(modules["miss_dropout"]._modules[name], "miss_dropout")
-        columns = layer.miss_mini_r[name] if layer.miss_fn == "mini" else layer.out_features
+    for name in names:
+        D = read(blocks, name, "miss_block", facts)
+        p = drop_rate(dropouts[name], "miss_dropout", facts)
+        columns = layer.miss_mini_r[name] if kind == "mini" else layer.out_features
         if D.dim() != 2 or D.shape[1] != columns:
-            raise Unfit(f"miss_block {list(D.shape)} does not fit the layer's kind ({layer.miss_fn})")
+            raise Unfit(f"miss_block {list(D.shape)} does not fit the layer's kind ({kind})")
         adapters.append(Bone(D, p))
     if x is not None:
-        check_input(layer, x, base, [a.D for a in adapters])
+        check_input(layer, x, base, [a.D for a in adapters], facts)
     return base, adapters
 
 
-def bat_plan(layer: nn.Module, x: torch.Tensor | None, base: Base) -> list[Bat]:
-    modules = layer._modules
-    names = [name for name in active(layer) if name in modules["miss_dropout"]._modules]
+def bat_plan(layer, x, base: Base, blocks: nn.Module, names: list[str], facts: Facts) -> list[Bat]:
     if len(names) > 1:
         raise Unfit("several active bat adapters: each transforms the weight that the one before it made")
     if names:
         check_bat_base(base)
-    adapters = [Bat(read(modules["miss_block"], name, "miss_block")) for name in names]
+    adapters = [Bat(read(blocks, name, "miss_block", facts)) for name in names]
     for (B,) in adapters:
         if B.dim() != 3 or B.shape[1] != B.shape[2] or B.shape[0] * B.shape[1] != layer.out_features:
             raise Unfit(f"miss_block {list(B.shape)} does not fit the layer's kind (bat)")
     if x is not None:
-        check_input(layer, x, base, [a.B for a in adapters])
+        check_input(layer, x, base, [a.B for a in adapters], facts)
     return adapters
 
 

@@ -24,6 +24,7 @@ class LayerState:
         self.name, self.strict, self.recompute, self.exact = name, strict, recompute, exact
         self.reasons: dict[str, int] = {}  # why PEFT's forward ran -> how many calls
         self.norms: dict[str, NormCache] = {}  # adapter name -> DoRA's column norm
+        self.plan: tuple | None = None  # what the last call computed with, and the facts under which the next may
         self.key = LayerState.next_key
         LayerState.next_key += 1
         LayerState.by_key[self.key] = self
@@ -34,6 +35,11 @@ class LayerState:
         if cache is None:
             cache = self.norms[adapter] = NormCache()
         return cache.get(*arguments)
+
+    def forget(self) -> None:
+        """Start anew: the weights may have changed without a trace."""
+        self.norms.clear()
+        self.plan = None
 
     def note(self, reason: str) -> None:
         """Record one call that PEFT's forward serves; raise instead where accelerate was strict."""
@@ -104,7 +110,7 @@ class Report:
     def invalidate(self) -> None:
         """Forget every cached DoRA norm: call it after writing to a frozen base weight through ``.data``."""
         for state in self.states:
-            state.norms.clear()
+            state.forget()
 
     def __str__(self) -> str:
         counts = self.counts
