@@ -142,7 +142,9 @@ class AdaLoRALinear(LowRankLinear):
     def adapted(self, x, name):
         if not self.lora_A[name].shape[0]:  # all of its triplets were pruned, and the file had none
             return self.base_layer(x)
-        return super().adapted(x, name)
+        A, B, E = (self.parameter(key, name) for key in self.tensor_keys)
+        config = self.settings[name]
+        return self.lowrank(x, A, B, config.dropout, core=E, scale=config.scaling)
 
     def freeze(self, name: str, config: AdaLoRAConfig, path: str, left: list[bool]) -> None:
         """Take ``config``, which has its rank_pattern now; ``left`` says which of the triplets held here are left."""

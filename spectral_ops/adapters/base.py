@@ -16,7 +16,8 @@ from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters import quantised
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.tied import BufferDict, TiedDict
-from spectral_ops.functional import checks
+from spectral_ops.functional import checks, lowrank, lowrank_update
+from spectral_ops.functional.common import autocast_arguments
 
 # --- base layers -----------------------------------------------------------------------------------------------------
 
@@ -233,6 +234,34 @@ class AdapterLinear(nn.Module):
     def adapter_names(self) -> list[str]:
         """The adapters this layer holds."""
         return list(self.settings)
+
+    def parameter(self, key: str, name: str) -> torch.Tensor:
+        """``self.<key>[name]``, past what nn.Module and nn.ParameterDict look up on the way."""
+        holder = self._modules[key]
+        found = holder._parameters.get(name)
+        return holder[name] if found is None else found
+
+    def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """x, the base weight [d, k] and the bias as a layer's operator takes them, cast under autocast; None where it
+        must not read the weight itself."""
+        base = self._modules["base_layer"]
+        if why_not_dense(base) is not None:
+            return None
+        weight = base.weight.t() if self.transposed else base.weight
+        x, weight, bias = autocast_arguments(x, weight, base.bias)
+        if not isinstance(x, torch.Tensor) or x.dtype is not weight.dtype:
+            checks.linear(x, weight, bias)
+            checks.same_dtype("x", x, weight=weight, bias=bias)
+        return x, weight, bias
+
+    def lowrank(self, x, A, B, dropout, *, core=None, scale=1.0):
+        """x Wᵀ + scale drop(x) Aᵀ C Bᵀ + b: over our own product where we may read the weight, else over the base
+        layer's output."""
+        p = dropout if self.training else 0.0
+        if (operands := self.operands(x)) is None:
+            return lowrank_update(self.base_layer(x), x, A, B, scale=scale, core=core, dropout_p=p, training=True)
+        x, weight, bias = operands
+        return lowrank.linear(x, weight, A, B, bias, core, None, scale, p)
 
     def dense_matrix(self, why: str) -> torch.Tensor:
         """:attr:`matrix`, or a ValueError where the base is quantised."""

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterLinear, why_not_dense
+from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.functional import bat_linear, bat_weight
+from spectral_ops.functional import bat, bat_weight
 
 ROW = "BAT_ROW"  # peft_type of a row file: PEFT knows no such method, so that it cannot take it for its own
 
@@ -75,12 +75,11 @@ class BatLinear(AdapterLinear):
         nn.init.zeros_(self.miss_block[name])
 
     def adapted(self, x, name):
-        config, base = self.settings[name], self.base_layer
-        if why_not_dense(base) is None:
-            return bat_linear(
-                x, self.matrix, self.miss_block[name], base.bias, mode=config.mode, exact=config.exact
-            )  # fmt: skip
-        out = base(x)
+        config = self.settings[name]
+        if (operands := self.operands(x)) is not None:
+            x, weight, bias = operands
+            return bat.linear(x, weight, self.parameter("miss_block", name), bias, config.mode == "row", config.exact)
+        out = self.base_layer(x)
         return out + F.linear(x.to(out.dtype), self.change(self.matrix, name).to(out.dtype))
 
     def change(self, weight: torch.Tensor, name: str) -> torch.Tensor:

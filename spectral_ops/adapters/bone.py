@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterLinear, why_not_dense
+from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.functional import bone_linear, bone_update, checks
+from spectral_ops.functional import blocksum, bone_update, checks
 
 
 @dataclass
@@ -65,10 +65,11 @@ class BoneLinear(AdapterLinear):
             nn.init.zeros_(self.miss_block[name])
 
     def adapted(self, x, name):
-        options = {"dropout_p": self.settings[name].dropout, "training": self.training}
-        if why_not_dense(self.base_layer) is None:
-            return bone_linear(x, self.matrix, self.miss_block[name], self.base_layer.bias, **options)
-        return bone_update(self.base_layer(x), x, self.miss_block[name], **options)
+        p, D = self.settings[name].dropout if self.training else 0.0, self.parameter("miss_block", name)
+        if (operands := self.operands(x)) is None:
+            return bone_update(self.base_layer(x), x, D, dropout_p=p, training=True)
+        x, weight, bias = operands
+        return blocksum.linear(x, weight, D, bias, p)
 
     @torch.no_grad()
     def delta_weight(self, adapter_name=None):

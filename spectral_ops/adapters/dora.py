@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterLinear, why_not_dense
+from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
-from spectral_ops.functional import NormCache, column_norm, dora_linear, dora_update, lowrank_update
+from spectral_ops.functional import NormCache, column_norm, dora, dora_update, lowrank_update
 
 SMALL = 1e-4  # a row scaled by less than this cannot be unmerged by division
 
@@ -71,21 +71,19 @@ class MagnitudeLinear(AdapterLinear):
 
     def magnitude(self, name: str) -> torch.Tensor:
         """m [d]."""
-        return getattr(self, self.magnitude_key)[name]
+        return self.parameter(self.magnitude_key, name)
 
     def rescaled(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, name: str) -> torch.Tensor:
         """The layer's output with the rows of W + scale B A scaled to their magnitudes."""
-        base, dropout, m = self.base_layer, self.settings[name].dropout, self.magnitude(name)
-        reason = why_not_dense(base)
-        if self.is_dense:
+        base, dropout, m = self._modules["base_layer"], self.settings[name].dropout, self.magnitude(name)
+        operands = self.operands(x)
+        if operands is not None or self.is_dense:
             norm = self.norms[name].get(self.matrix, A, B, scale)
         else:  # nothing is kept: telling whether it is stale would need the dequantised weight as well
             norm = column_norm(self.full_matrix(), A, B, scale)
-        if reason is None:
-            return dora_linear(
-                x, self.matrix, A, B, m, base.bias,
-                scale=scale, norm=norm, dropout_p=dropout, training=self.training,
-            )  # fmt: skip
+        if operands is not None:
+            x, weight, bias = operands
+            return dora.linear(x, weight, A, B, m, bias, norm, scale, dropout if self.training else 0.0)
         if dropout and self.training:
             return self.dropped(x, A, B, (m / norm).to(x.dtype), scale, dropout)
         return dora_update(base(x), x, A, B, m, norm, base.bias, scale=scale)
@@ -144,4 +142,5 @@ class DoRALinear(MagnitudeLinear, LoRALinear):
         return (self.magnitude_key,) if name in self.magnitude_only else super().trainable(name)
 
     def adapted(self, x, name):
-        return self.rescaled(x, self.lora_A[name], self.lora_B[name], self.settings[name].scaling, name)
+        A, B = self.parameter("lora_A", name), self.parameter("lora_B", name)
+        return self.rescaled(x, A, B, self.settings[name].scaling, name)

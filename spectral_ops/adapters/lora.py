@@ -20,8 +20,6 @@ from spectral_ops.adapters.base import AdapterLinear, why_not_dense
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.functional import (
     checks,
-    lowrank_linear,
-    lowrank_update,
     segmented_lowrank_linear,
     segmented_lowrank_update,
 )
@@ -192,7 +190,7 @@ class LoRALinear(AdapterLinear):
 
     def original(self, x):
         for name in self.initial_A:  # at most one: what its initialisation took is added back
-            return self.lowrank(x, self.initial_A[name], self.initial_B[name], name, 0.0)
+            return self.lowrank(x, self.initial_A[name], self.initial_B[name], 0.0, scale=self.settings[name].scaling)
         return self.base_layer(x)
 
     def forward(self, x):
@@ -223,14 +221,9 @@ class LoRALinear(AdapterLinear):
         return segmented_lowrank_update(self.base_layer(x), x, *adapters, **options)
 
     def adapted(self, x, name):
-        return self.lowrank(x, self.lora_A[name], self.lora_B[name], name, self.settings[name].dropout)
-
-    def lowrank(self, x, A, B, name, dropout):
-        """The operator, over our own product where we may read the weight, else over the base layer's output."""
-        options = {"scale": self.settings[name].scaling, "dropout_p": dropout, "training": self.training}
-        if why_not_dense(self.base_layer) is None:
-            return lowrank_linear(x, self.matrix, A, B, self.base_layer.bias, **options)
-        return lowrank_update(self.base_layer(x), x, A, B, **options)
+        config = self.settings[name]
+        A, B = self.parameter("lora_A", name), self.parameter("lora_B", name)
+        return self.lowrank(x, A, B, config.dropout, scale=config.scaling)
 
     @torch.no_grad()
     def delta_weight(self, adapter_name=None):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterLinear, why_not_dense
-from spectral_ops.functional import lowrank_linear, lowrank_update
+from spectral_ops.adapters.base import AdapterLinear
 
 
 class LowRankLinear(AdapterLinear):
@@ -22,11 +21,7 @@ class LowRankLinear(AdapterLinear):
 
     def adapted(self, x, name):
         A, B, core = self.factors(name)
-        dropout = self.settings[name].dropout
-        options = {"scale": self.scale(name), "core": core, "dropout_p": dropout, "training": self.training}
-        if why_not_dense(self.base_layer) is None:
-            return lowrank_linear(x, self.matrix, A, B, self.base_layer.bias, **options)
-        return lowrank_update(self.base_layer(x), x, A, B, **options)
+        return self.lowrank(x, A, B, self.settings[name].dropout, core=core, scale=self.scale(name))
 
     @torch.no_grad()
     def delta(self, name: str) -> torch.Tensor:

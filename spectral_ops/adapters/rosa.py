@@ -22,14 +22,15 @@ from spectral_ops.functional import (
     CSR,
     checks,
     csr_add,
-    lowrank_linear,
+    lowrank,
     lowrank_update,
     residents,
-    rosa_linear,
     rosa_update,
     routes,
     steps,
 )
+from spectral_ops.functional import csr as rosa
+from spectral_ops.functional.common import autocast_arguments
 
 RESIDENT = "_spectral_ops_resident"  # of a base layer whose weight may hold W + S: what a compiler can see of it
 ACCUMULATION = ("mean_squared", "mean")
@@ -46,7 +47,7 @@ class RoSAConfig(LoRAConfig):
     spa_num_grads: how many batches the mask is chosen from. grad_acc_mode: by the mean of their squared gradients
     ("mean_squared") or the size of their mean ("mean"). mask_save_path, mask_load_path: a safetensors file the mask is
     written to, or read from instead. terminate_after_mask_generation: end the process once the mask is saved, to start
-    again with mask_load_path. route: how S takes part, see :func:`rosa_linear`; "auto" may also choose "resident" where
+    again with mask_load_path. route: how S takes part, see ``rosa_linear``; "auto" may also choose "resident" where
     nothing but the layer reads its weight: an unshared parameter of an attached model in one process, not compiled.
     """
 
@@ -271,12 +272,15 @@ class RoSALinear(LoRALinear):
         return None
 
     def _route(self, x: torch.Tensor, csr: CSR, name: str) -> str:
-        route = self.settings[name].route
+        """The route of this call, for x as autocast has cast it."""
+        route, casts = self.settings[name].route, x.dtype is not self.base_layer.weight.dtype
         if route == "resident" and (why_not := self._why_not_resident()):
             raise ValueError(f'route: got "resident" {why_not}, wanted "auto", "scatter" or "spmm"')
-        if route != "auto" or not self.may_reside(name):
+        if route != "auto":
             return route
         T, step = x.numel() // max(x.shape[-1], 1), steps.current()
+        if casts or not self.may_reside(name):
+            return routes.forward_route(T, *csr.shape, csr.nnz, x.device.type, x.dtype)
         graph = self.training or torch.is_grad_enabled()
         if graph and self._chosen is not None and self._chosen[0] == step:
             return self._chosen[1]  # a weight saved by one route must not be written by another before its backward
@@ -297,22 +301,26 @@ class RoSALinear(LoRALinear):
 
     def _output(self, x: torch.Tensor, name: str) -> torch.Tensor:
         config, base, csr = self.settings[name], self.base_layer, self._checked_csr(name)
-        A, B = (self.lora_A[name], self.lora_B[name]) if config.low_rank else (None, None)
-        options = {"scale": config.scaling, "dropout_p": config.dropout, "training": self.training}
-        if why_not_dense(base) is None and (A is not None or csr is not None):
-            route = "spmm" if csr is None else self._route(x, csr, name)
-            if route == "resident":
-                setattr(base, RESIDENT, True)
-            else:
-                self.release()
-            if csr is None:
-                return lowrank_linear(x, self.stored, A, B, base.bias, **options)
-            return rosa_linear(x, self.stored, csr, A, B, base.bias, route=route, **options)
-        self.release()
-        out = base(x)
-        if A is not None:
-            out = lowrank_update(out, x, A, B, **options)
-        return out if csr is None else rosa_update(out, x, csr)
+        A, B = (self.parameter("lora_A", name), self.parameter("lora_B", name)) if config.low_rank else (None, None)
+        if why_not_dense(base) is not None or (A is None and csr is None):
+            self.release()
+            out = base(x)
+            if A is not None:
+                out = lowrank_update(
+                    out, x, A, B, scale=config.scaling, dropout_p=config.dropout, training=self.training
+                )
+            return out if csr is None else rosa_update(out, x, csr)
+        (x,) = autocast_arguments(x)
+        route = "spmm" if csr is None else self._route(x, csr, name)
+        if route == "resident" and x.dtype is base.weight.dtype:
+            setattr(base, RESIDENT, True)
+        else:
+            self.release()  # before autocast casts W, where it does
+        x, weight, bias = self.operands(x)
+        p = config.dropout if self.training and A is not None else 0.0
+        if csr is None:
+            return lowrank.linear(x, weight, A, B, bias, None, None, config.scaling, p)
+        return rosa.linear(x, weight, csr.ordered(csr.values), csr.pattern, A, B, bias, config.scaling, p, route)
 
     def original(self, x):
         """The layer's output without adapters, from a copy of W where a backward may come after W + S is back."""

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterLinear, why_not_dense
+from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.functional import cayley, checks, lowrank_linear, lowrank_update
+from spectral_ops.functional import cayley, checks
 from spectral_ops.init import truncated_svd
 
 
@@ -154,14 +154,8 @@ class SpectralLinear(AdapterLinear):
             return (turned[1] * D) @ Q[0].t() + D.unsqueeze(1) * turned[0].t() + torch.diag(D - S)
 
     def adapted(self, x, name):
-        return self.lowrank(x, *self.factors(name), self.settings[name].dropout)
-
-    def lowrank(self, x, A, B, core, dropout):
-        """The operator, over our own product where we may read the weight, else over the base layer's output."""
-        options = {"core": core, "dropout_p": dropout, "training": self.training}
-        if why_not_dense(self.base_layer) is None:
-            return lowrank_linear(x, self.matrix, A, B, self.base_layer.bias, **options)
-        return lowrank_update(self.base_layer(x), x, A, B, **options)
+        A, B, core = self.factors(name)
+        return self.lowrank(x, A, B, self.settings[name].dropout, core=core)
 
     @torch.no_grad()
     def delta_weight(self, adapter_name=None):
@@ -195,7 +189,10 @@ class SpectralLinear(AdapterLinear):
 
     def original(self, x):
         name = self._removed()
-        return self.base_layer(x) if name is None else self.lowrank(x, *self.triplets(name), 0.0)
+        if name is None:
+            return self.base_layer(x)
+        A, B, core = self.triplets(name)
+        return self.lowrank(x, A, B, 0.0, core=core)
 
     # files and fusion
 
