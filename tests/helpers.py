@@ -16,6 +16,7 @@ relative to the result itself or to the root of the sum of its squared terms (th
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import subprocess
@@ -559,6 +560,7 @@ SEGMENTS = [
     Family("segments", build_segments),
     Family("segments-update-dropout", build_segments, {"update": True, "p": 0.3}),
     Family("segments-grouped", build_segments, {"route": "grouped"}),
+    Family("segments-grouped-update", build_segments, {"route": "grouped", "update": True}),
 ]
 FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS}
 
@@ -632,12 +634,25 @@ def check(problem: Problem, dy_layout: str = "contiguous") -> None:
     assert torch.equal(dy, dy_before), "dy was overwritten"
 
 
+def check_batched_gradients(problem: Problem) -> None:
+    """A batch of incoming gradients, in either of torch's ways, gives what each gives alone."""
+    y, inputs = problem.call(), [problem.inputs[n] for n in problem.trained()]
+    dys = randn(3, *y.shape, dtype=y.dtype, device=y.device)
+    alone = [torch.autograd.grad(y, inputs, dy, retain_graph=True) for dy in dys]
+    batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda dy: torch.autograd.grad(y, inputs, dy, retain_graph=True))(dys)
+    for got in (batched, mapped):
+        for grads, own in zip(got, zip(*alone, strict=True), strict=True):
+            torch.testing.assert_close(grads, torch.stack(own))
+
+
 def storage(t: torch.Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
 class Recorder(TorchDispatchMode):
-    """Every operator call that passes the dispatcher, with the tensors it newly allocated."""
+    """Every operator call that passes the dispatcher, with the tensors it newly allocated. A layer operator is followed
+    into what its Python composition calls; what its compiled twin allocates, :func:`allocations` sees."""
 
     def __init__(self):
         super().__init__()
@@ -645,6 +660,15 @@ class Recorder(TorchDispatchMode):
         self.allocated: list[tuple[str, torch.Size, torch.Tensor]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if layer := _library.LAYERS.get(func._schema.name.removeprefix("spectral_ops::")):
+            self.calls.append((str(func), args))
+            with self, torch.no_grad():
+                return layer.reference(*args)
+        if func.namespace == "aten":  # inside a layer torch takes no composite operator apart before a mode sees it
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         out = func(*args, **(kwargs or {}))
         known = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         self.calls.append((str(func), args))
@@ -653,8 +677,23 @@ class Recorder(TorchDispatchMode):
                 self.allocated.append((str(func), t.shape, t))
         return out
 
+    def products(self) -> list[tuple]:
+        """The arguments of the library's products; inside a layer they are those that torch itself would take apart."""
+        kinds = ("aten.mm.", "aten.addmm", "aten.matmul.", "aten.linear.")
+        return [args for name, args in self.calls if name.startswith(kinds)]
+
     def shapes(self) -> list[tuple[int, ...]]:
         return [tuple(shape) for _, shape, _ in self.allocated]
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes of every block of memory that torch's CPU allocator hands out during ``call``, inside operators too."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    events = profiler.profiler.kineto_results.events()
+    return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
 
 
 @contextlib.contextmanager
@@ -905,6 +944,48 @@ def results(operator: _library.Operator, overload: Callable, args: tuple) -> lis
         if s.alias_info is not None and s.alias_info.is_write and a.is_floating_point()
     ]  # fmt: skip
     return [*(t for t in tree_leaves(out) if t is not None), *written]
+
+
+class _Layers(TorchDispatchMode):
+    """The arguments of every layer operator that is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: dict[str, list[tuple]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("spectral_ops::")
+        if name in _library.LAYERS:
+            self.calls.setdefault(name, []).append(
+                tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _layer_calls(dtype: torch.dtype, shape: tuple) -> dict[str, list[tuple]]:
+    torch.manual_seed(0)
+    with _Layers() as seen:
+        for family in FAMILIES.values():
+            for bias in (None, "trained"):
+                problem = family.build(shape, dtype, **({} if family.name == "block-sum" else {"bias": bias}))
+                y = problem.call()
+                torch.autograd.grad(y, [problem.inputs[n] for n in problem.trained()], cotangent(problem, y))
+        weight = randn(12, 16, dtype=dtype)
+        csr = spectral_ops.CSR.from_dense(randn(12, 16, dtype=dtype).clamp_min(0))
+        for mode, n in (("col", 3), ("row", 4)):
+            spectral_ops.bat_weight(weight, randn(n, 4, 4, dtype=dtype).requires_grad_(), mode=mode).sum().backward()
+        csr = csr.with_values(csr.values.detach().requires_grad_())
+        spectral_ops.csr_add(weight, csr).sum().backward()
+    return seen.calls
+
+
+def layer_samples(name: str, dtype: torch.dtype = torch.float32, shape: tuple = TYPICAL) -> list[tuple]:
+    """Arguments of a layer operator: those of every family of problems, forward and backward. Under a dispatch mode
+    nothing is overwritten, so an operator that does has the arguments of its functional twin."""
+    calls = _layer_calls(dtype, shape)
+    assert name.removesuffix("_") in calls, f"no family calls {name}"
+    return calls[name.removesuffix("_")]
 
 
 def _squared(name: str, a):

@@ -1,6 +1,7 @@
 """The CSR row (METHODS 1.5): csr_add, csr_spmm, csr_sddmm, rosa_linear, rosa_update, and the CSR type."""
 
 import copy
+import functools
 import itertools
 import threading
 
@@ -19,6 +20,7 @@ from helpers import (
     Recorder,
     check,
     cotangent,
+    extension_loaded,
     ids,
     randn,
     saved_tensors,
@@ -27,9 +29,11 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import spectral_ops
 from spectral_ops import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
+from spectral_ops._library import accumulate_dtype
 from spectral_ops.functional import routes, sparse
 
 
@@ -298,7 +302,35 @@ def test_degenerate_shapes(d, k, backend):
     assert torch.equal(csr_add(W, csr), W)
     assert csr_spmm(torch.ones(4, k), csr).tolist() == [[0.0] * d] * 4
     assert csr_sddmm(torch.ones(4, d), torch.ones(4, k), csr).shape == (0,)
-    assert rosa_linear(torch.ones(4, k), W, csr, route="scatter").tolist() == [[float(k)] * d] * 4
+    for route in routes.ROUTES:
+        assert rosa_linear(torch.ones(4, k), W, csr, route=route).tolist() == [[float(k)] * d] * 4
+    spectral_ops.residents.restore(W)
+
+
+@pytest.mark.parametrize("lead", [(0,), (4,), (2, 0), ()], ids=str)
+@pytest.mark.parametrize(("d", "k"), [(0, 3), (3, 0), (0, 0), (3, 2)])
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_gradients_of_degenerate_shapes(lead, d, k, density, backend):
+    csr = CSR.from_dense(torch.rand(d, k) < density)
+    values = randn(csr.nnz).requires_grad_()
+    csr = csr.with_values(values)
+    x, base, b = randn(*lead, k).requires_grad_(), randn(*lead, d).requires_grad_(), randn(d).requires_grad_()
+    W, A, B, dy = randn(d, k), randn(2, k).requires_grad_(), randn(d, 2).requires_grad_(), randn(*lead, d)
+    S = csr.to_dense()
+    for route, gradient in itertools.product(routes.ROUTES, routes.GRADIENT_ROUTES):
+        options = {"route": route, "gradient_route": gradient}
+        cases = [
+            (rosa_linear(x, W.clone(), csr, A, B, b, **options), x @ (W + S + B @ A).T + b, [x, values, A, B, b]),
+            (csr_spmm(x, csr, gradient_route=gradient), x @ S.T, [x, values]),
+            (rosa_update(base * 1, x, csr, gradient_route=gradient), base + x @ S.T, [base, x, values]),
+            (csr_add(W, csr), W + S, [values]),
+        ]
+        for got, want, inputs in cases:
+            torch.testing.assert_close(got, want)
+            G = dy if got.shape == dy.shape else randn(*got.shape)
+            right = torch.autograd.grad(want, inputs, G, retain_graph=True)
+            for a, c in zip(torch.autograd.grad(got, inputs, G), right, strict=True):
+                torch.testing.assert_close(a, c)
 
 
 @pytest.mark.parametrize("T", [0, 1, 3])
@@ -796,6 +828,32 @@ def test_no_sync_no_sort_no_transposed_copy(route, gradient_route, make):
     assert all(storage(t) != storage(W) for t in written), "W was written"
 
 
+@pytest.mark.parametrize("route", ["spmm", "scatter"])
+@pytest.mark.parametrize("gradient_route", routes.GRADIENT_ROUTES)
+def test_nor_does_the_compiled_layer(route, gradient_route):
+    """The same where no dispatch mode looks: by what torch's profiler records inside the operators."""
+    csr, dtype = random_csr(700, 600, torch.float32, density=0.01, trained=True), torch.bfloat16
+    x, W = randn(7, 600, dtype=dtype).requires_grad_(), randn(700, 600, dtype=dtype)
+    A, B = randn(2, 600).float().requires_grad_(), randn(700, 2).float().requires_grad_()
+    dy, kept = randn(7, 700, dtype=dtype), W.clone()
+    csr.validate()
+    spectral_ops.scratch.release()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        y = rosa_linear(x, W, csr, A, B, route=route, gradient_route=gradient_route)
+        torch.autograd.grad(y, [x, csr.values, A, B], dy)
+    events = profiler.profiler.kineto_results.events()
+    names = {e.name().removeprefix("aten::") for e in events}
+    assert "spectral_ops::rosa_linear_forward" in names
+    assert not names & set(FORBIDDEN), names
+    blocks = [e.nbytes() for e in events if e.name() == "[memory]"]
+    if route == "spmm" and gradient_route == "sampled":
+        assert max(blocks) < W.nbytes, blocks
+    elif route == "scatter":  # one copy of W, which the layers share
+        assert sum(size >= W.nbytes for size in blocks) <= 1 + (gradient_route != "sampled"), blocks
+    assert torch.equal(W, kept)
+
+
 def test_the_transposed_pattern_is_built_once(monkeypatch):
     csr = random_csr(8, 6, trained=True).validate()
     x = randn(3, 6).requires_grad_()
@@ -879,6 +937,128 @@ def test_the_cost_model_is_asked_where_auto_is_said(monkeypatch):
     asked.clear()
     torch.autograd.grad(rosa_linear(x, W, csr, route="spmm", gradient_route="dense").sum(), csr.values)
     assert not asked
+
+
+# --- one operator per layer and direction ----------------------------------------------------------------------------
+
+
+def functions(dtype=torch.float32):
+    """Every function here: what it makes of its inputs, and those."""
+    csr, unsorted = random_csr(12, 10, dtype), unsorted_csr(dtype)
+    x, W, base, b = (randn(*shape, dtype=dtype) for shape in ((2, 3, 10), (12, 10), (2, 3, 12), (12,)))
+    A, B = (randn(*shape, dtype=accumulate_dtype(dtype)) for shape in ((3, 10), (12, 3)))
+    cases = {
+        "csr_add": (lambda W, v: csr_add(W, csr.with_values(v)), [W, csr.values]),
+        "csr_add inplace": (lambda W, v: csr_add(W * 2, csr.with_values(v), inplace=True), [W, csr.values]),
+        "csr_sddmm": (lambda dy, x: csr_sddmm(dy, x, csr), [base, x]),
+        "csr_spmm": (lambda x, v: csr_spmm(x, csr.with_values(v)), [x, csr.values]),
+        "csr_spmm unsorted": (lambda x, v: csr_spmm(x, unsorted.with_values(v)), [x[..., :5], unsorted.values]),
+        "rosa_update": (lambda y, x, v: rosa_update(y * 2, x, csr.with_values(v)), [base, x, csr.values]),
+    }
+
+    def layer(x, v, A, B, b, **options):
+        return rosa_linear(x, W, csr.with_values(v), A, B, b, **options, dropout_p=0.4, training=True)
+
+    for route, gradient in itertools.product(routes.ROUTES, routes.GRADIENT_ROUTES):
+        options = {"route": route, "gradient_route": gradient}
+        cases[f"rosa_linear {route} {gradient}"] = (functools.partial(layer, **options), [x, csr.values, A, B, b])
+    return cases
+
+
+FUNCTIONS = list(functions())
+
+
+def step(function, inputs, run=lambda function, *inputs: function(*inputs)):
+    """What it returns and its gradients, dropout drawn from one state of the generator."""
+    torch.manual_seed(5)
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    y = run(lambda *inputs: function(*inputs).sin().square(), *inputs)
+    return [y, *torch.autograd.grad(y.float().sum(), inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_selective_checkpointing_is_plain_bit_for_bit(name, dtype):
+    """An in-place sum of a kept tensor must raise, all else must be exact."""
+    function, inputs = functions(dtype)[name]
+    want = step(function, inputs)
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mul.Tensor)
+
+    def policy(keeps, ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    for keeps in (products.__contains__, lambda op: op.namespace == "spectral_ops", lambda op: False, lambda op: True):
+        contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(policy, keeps))
+        run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        if name == "csr_add inplace" and keeps(torch.ops.aten.mul.Tensor):
+            with pytest.raises(RuntimeError, match="has been mutated"):
+                step(function, inputs, run)
+            continue
+        got = step(function, inputs, run)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_batched_gradients(name):
+    function, inputs = functions(torch.float64)[name]
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    dys = randn(4, *y.shape)
+    batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        for got, want in zip(batched, torch.autograd.grad(y, inputs, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(got[i], want)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_backend_that_cannot_run_raises_in_both_directions(name):
+    function, inputs = functions()[name]
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    with spectral_ops.use_backend("cuda"), pytest.raises(spectral_ops.BackendUnavailable):
+        function(*inputs)
+    y = function(*inputs)
+    with spectral_ops.use_backend("cuda"), pytest.raises(spectral_ops.BackendUnavailable):
+        torch.autograd.grad(y, inputs[1], torch.ones_like(y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_the_operators_of_csr_add(dtype):
+    """The compiled one and the composition of references agree, results are fresh, and shapes come without values."""
+    csr = random_csr(12, 10, dtype)
+    index = csr.pattern.row_offsets, csr.pattern.columns
+    wide = randn(12, 14, dtype=dtype)
+    for W in (randn(12, 10, dtype=dtype), randn(10, 12, dtype=dtype).t(), wide[:, 2:12], wide[:1, 2:12].expand(12, 10)):
+        for name, args in (("csr_add_forward", (W, csr.values, *index)), ("csr_add_backward", (W, *index, dtype))):
+            packet, kept = getattr(torch.ops.spectral_ops, name), W.clone()
+            got, want = packet.default(*args), packet.reference(*args)
+            assert torch.equal(got, want) and got.is_contiguous() and storage(got) != storage(W)
+            assert torch.equal(W, kept)
+            torch.library.opcheck(packet.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_a_direct_call_leaves_out_is_named():
+    """None where a route reads a tensor, numbers that are no route, indices that lead outside: an error, no crash."""
+    csr, x, W, dy = random_csr(12, 10), randn(4, 10), randn(12, 10), randn(4, 12)
+    p, none = csr.pattern, (None,) * 4
+    operator = torch.ops.spectral_ops.rosa_linear_backward.default
+
+    def backward(route, gradient_route, needs, pattern=(*p[:2], None, None, None, *none), x=None, weight=W):
+        return operator(dy, x, weight, csr.values, *pattern, *none, 1.0, 0.0, route, gradient_route, needs)
+
+    for call, name in (
+        (lambda: backward(2, 0, 1), "column_offsets|permutation"),
+        (lambda: backward(1, 0, 1, weight=None), "weight"),
+        (lambda: backward(1, 0, 2), "x"),
+        (lambda: backward(1, 2, 2, x=x), "active_rows|compact_columns"),
+        (lambda: backward(3, 0, 1), "route"),
+        (lambda: backward(1, 7, 2, x=x), "gradient_route"),
+        (lambda: backward(1, 1, 2, (p.row_offsets[:-1], p.columns, None, None, None, *none), x), "row_offsets"),
+        (lambda: backward(1, 0, 1, (p.row_offsets, p.columns + 9, None, None, None, *none)), "columns"),
+    ):
+        if not extension_loaded():
+            name = ""
+        with pytest.raises((RuntimeError, AttributeError, TypeError, IndexError), match=name):
+            call()
 
 
 def test_deterministic_with_and_without_the_switch(two_threads):

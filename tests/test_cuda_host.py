@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import layer_samples, results
 
-from spectral_ops._library import OPERATORS
+from spectral_ops._library import LAYERS, OPERATORS
 from spectral_ops.functional import CSR
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,8 @@ def emulated():
         pytest.skip("needs g++ and the headers of a CUDA toolkit")
     folder = ROOT / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*"), *ROOT.glob("csrc/*.h")]
+    sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*")]
+    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h")]
     newest = max(p.stat().st_mtime for p in sources)
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
@@ -73,7 +75,7 @@ def emulated():
         subprocess.run(link, check=True, capture_output=True)
         partial.replace(library)
     schemas = torch.library.Library("spectral_ops_emulated", "DEF")
-    for operator in OPERATORS.values():
+    for operator in (*OPERATORS.values(), *LAYERS.values()):
         schemas.define(operator.schema)
     torch.ops.load_library(str(library))
     torch.ops.spectral_ops_emulated.plans = ctypes.CDLL(str(library))
@@ -635,3 +637,17 @@ def test_sampled_product_fills_an_h100(emulated):
             emulated.plans.sampled_plan_of, T, 4096, 4096, 100_000, CODES[torch.bfloat16]
         )
         assert 132 <= blocks * parts * splits <= 264, T
+
+
+# --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_layer(emulated, name, dtype):
+    """The C++ of a layer with its CUDA kernels emulated, against the composition in Python of references."""
+    layer = LAYERS[name]
+    for args in layer_samples(name, dtype):
+        got, want = (results(layer, run, args) for run in (getattr(emulated, name), layer.overloads["reference"]))
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_near(a, b, 4 * ROUNDED[dtype], f"result {i} of {name}")

@@ -1,5 +1,7 @@
 """The DoRA row (METHODS 1.2): column_norm, dora_linear, dora_update."""
 
+import functools
+
 import pytest
 import torch
 from contract import Contract
@@ -17,12 +19,16 @@ from helpers import (
     evaluate,
     ids,
     laid_out,
+    overload_or_reason,
     randn,
     weight_norm,
 )
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import spectral_ops
 from spectral_ops import use_backend
+from spectral_ops._library import LAYERS
+from spectral_ops.functional import common, random
 
 
 class TestDora(Contract):
@@ -284,3 +290,135 @@ def test_at_initialisation_it_is_the_frozen_layer():
         want = x.double() @ W.double().T + b.double()
         path = x.double().abs() @ W.double().abs().T + b.double().abs()
         assert_within_budget("y", y, want, path, dtype, 64)
+
+
+# --- layer operators --------------------------------------------------------------------------------------------------
+
+
+def layer_calls(T, dtype, adapter_dtype, bias, dropout):
+    """Arguments of every layer operator of the row; of a backward: every gradient alone, all and none."""
+    k, d, r, scale = 24, 37, 5, 0.7
+    x, dy = (randn(*T, n, dtype=dtype) for n in (k, d))
+    W, A, B = randn(d, k, dtype=dtype, fan=k), *(randn(*s, dtype=adapter_dtype) for s in ((r, k), (d, r)))
+    m = randn(d, dtype=accumulate(dtype))
+    m[::5] = 1e-6  # rows that y says nothing of
+    b = randn(d, dtype=dtype) if bias else None
+    norm, seed, p = spectral_ops.column_norm(W, A, B, scale), torch.tensor([3]) if dropout else None, 0.25 * dropout
+    forward = (x, W, A, B, m, b, norm, seed, scale, p)
+    yield "dora_linear_forward", forward
+    y, h, gains, z = LAYERS["dora_linear_forward"].default(*forward)
+    kept = z if dropout else y
+    for needs in (0, 31, 23, *(1 << bit for bit in range(5))):
+        yield "dora_linear_backward", (dy, x, W, A, B, m, b, gains, h, kept, seed, scale, p, needs)
+    if dropout:
+        return
+    yield "dora_linear_backward", (dy, x, W, A, B, m, b, gains, h, None, seed, scale, p, 31)
+    yield "dora_linear_backward", (dy, None, W, A, B, m, b, gains, None, None, seed, scale, p, 17)
+    for need_z in (True, False):
+        update = (randn(*T, d, dtype=dtype), x, A, B, m, b, norm, scale, need_z)
+        yield "dora_update_forward_", update
+        yield "dora_update_forward", update
+    y, h, gains, z = LAYERS["dora_update_forward"].default(*update[:-1], True)
+    for needs in (0, 63, 47, *(1 << bit for bit in range(6))):
+        yield "dora_update_backward", (dy, x, A, B, m, gains, h, None if bias else y, z if bias else None, scale, needs)
+
+
+@pytest.mark.parametrize(
+    ("T", "dtype", "adapter_dtype"),
+    [((2, 3), torch.float64, torch.float64), ((70,), torch.float32, torch.float32), ((), torch.bfloat16, torch.float32),
+     ((9,), torch.bfloat16, torch.bfloat16), ((0, 3), torch.float16, torch.float32)],
+    ids=ids,
+)  # fmt: skip
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+def test_the_compiled_layers_are_their_compositions(T, dtype, adapter_dtype, bias, dropout):
+    for name, args in layer_calls(T, dtype, adapter_dtype, bias, dropout):
+        layer = LAYERS[name]
+        overload, reason = overload_or_reason(layer, "cpu", "cpu")
+        if overload is None:
+            pytest.skip(reason)
+        results = []
+        for run in (overload, layer.overloads["reference"]):
+            given = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            results.append([*run(*given), *([given[0]] if name.endswith("_") else [])])
+        for a, b in zip(*results, strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous()
+            if a.numel():
+                eps = max(torch.finfo(a.dtype).eps, torch.finfo(dtype).eps)
+                assert (a.double() - b.double()).abs().max() <= 16 * eps * b.double().abs().max(), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [None, "trained"])
+def test_a_gradient_penalty_is_that_of_the_plain_formula(p, bias):
+    """PEFT's formula in plain torch, c a constant, differentiated twice."""
+    problem = FAMILIES["dora"].build(((2, 3), 9, 7, 4), p=p, bias=bias, given_norm=True)
+    v, c = problem.inputs, problem.constants["norm"].double()
+    names = problem.trained()
+
+    def plain():
+        torch.manual_seed(problem.seed)
+        dropped = v["x"]
+        if p:
+            seed = common.draw_seed(dropped, p)
+            dropped = dropped * random.keep_mask(6, 9, seed, p).double().reshape(dropped.shape) / (1 - p)
+        g, scale = v["magnitude"] / c, problem.constants["scale"]
+        update = g * scale * (dropped @ v["A"].T @ v["B"].T) + (g - 1) * (dropped @ v["weight"].T)
+        return torch.nn.functional.linear(v["x"], v["weight"], v.get("bias")) + update
+
+    def penalty(y):
+        grads = torch.autograd.grad(y.sin().sum(), [v[n] for n in names], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), [v[n] for n in names])
+
+    for name, got, want in zip(names, penalty(problem.call()), penalty(plain()), strict=True):
+        torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- selective checkpointing ------------------------------------------------------------------------------------------
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
+KEPT = {
+    "products": lambda op: op in PRODUCTS,
+    "ours": lambda op: op.namespace == "spectral_ops",
+    "norms": lambda op: op.namespace == "spectral_ops" and "norm" in op._schema.name,
+    "nothing": lambda op: False,
+    "everything": lambda op: True,
+}
+
+
+def training_run(dtype, bias, dropout, keep):
+    """Outputs and gradients of 3 optimizer steps of 2 micro-batches each; ``keep`` is None for no checkpoint."""
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if keep(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    torch.manual_seed(2)
+    layers = torch.nn.Linear(32, 48, bias), torch.nn.SiLU(), torch.nn.Linear(48, 32, bias)
+    config = spectral_ops.DoRAConfig(r=4, target_modules="all-linear", lora_dropout=dropout)
+    net = spectral_ops.attach(torch.nn.Sequential(*layers).to(dtype), config)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p += 0.1 * torch.randn_like(p)
+    optimizer, seen = torch.optim.AdamW(trained, lr=0.02), []
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    for _ in range(3):
+        for _ in range(2):
+            x = torch.randn(3, 5, 32, dtype=dtype, requires_grad=True)
+            y = net(x) if keep is None else checkpoint(net, x, use_reentrant=False, context_fn=contexts)
+            y.square().sum().backward()
+            seen += [y.detach(), x.grad, *(p.grad.clone() for p in trained)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_selective_checkpointing_is_plain_training(dtype, bias, dropout):
+    """Whatever a policy keeps, the norm of a layer and its output are those of the weights that the step began with."""
+    want = training_run(dtype, bias, dropout, None)
+    for name, keep in KEPT.items():
+        got = training_run(dtype, bias, dropout, keep)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), f"kept: {name}"

@@ -9,7 +9,7 @@ import torch
 from helpers import fresh_python
 
 import spectral_ops
-from spectral_ops import CSR, BackendUnavailable, use_backend
+from spectral_ops import CSR, BackendUnavailable, _library, use_backend
 
 T, k, d, r = 3, 8, 6, 2
 
@@ -341,3 +341,64 @@ def test_backend_unavailable_is_a_runtime_error():
     assert issubclass(BackendUnavailable, RuntimeError)
     with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda' was forced, but cannot run block_sum: "):
         spectral_ops.block_sum(t(T, k), r)
+
+
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) & set(_library.FUNCTIONS) | {"segmented_lowrank_linear"}))
+def test_a_forced_backend_that_cannot_run_raises_in_every_function(function):
+    """CPU tensors under "cuda": no function answers with another backend's numbers."""
+    if function == "segmented_lowrank_linear":
+        given = {"x": t(T, k), "weight": t(d, k), "lora_A_list": [t(r, k)], "lora_B_list": [t(d, r)],
+                 "segment_ids": torch.zeros(T, dtype=torch.int64)}  # fmt: skip
+    else:
+        given = arguments(function)
+    getattr(spectral_ops, function)(**given)
+    with use_backend("cuda"), pytest.raises(BackendUnavailable, match="'cuda' was forced, but cannot run"):
+        getattr(spectral_ops, function)(**given)
+
+
+@pytest.mark.parametrize(("k", "d"), [(0, 6), (8, 0), (0, 0)])
+@pytest.mark.parametrize("lead", [(3,), (2, 3), (0,)])
+def test_no_features(lead, k, d):
+    """Without inputs a layer is its bias, without outputs it is empty; gradients have the shapes they should."""
+    calls = {
+        "lowrank_linear": lambda x, W, b, A, B: spectral_ops.lowrank_linear(x, W, A, B, b),
+        "dora_linear": lambda x, W, b, A, B: spectral_ops.dora_linear(x, W, A, B, t(d), b),
+        "lowrank_update": lambda x, W, b, A, B: spectral_ops.lowrank_update(x @ W.t() + b, x, A, B),
+    }
+    if d:
+        calls["rosa_linear"] = lambda x, W, b, A, B: spectral_ops.rosa_linear(x, W, empty_csr(d, k), A, B, b)
+    for name, call in calls.items():
+        x, A, B = t(*lead, k, trained=True), t(2, k, trained=True), t(d, 2, trained=True)
+        y = call(x, t(d, k), t(d), A, B)
+        assert y.shape == (*lead, d), name
+        if k == 0 and name != "dora_linear":
+            assert torch.equal(y, torch.ones_like(y)), name
+        for grad, of in zip(torch.autograd.grad(y.sum(), (x, A, B)), (x, A, B), strict=True):
+            assert grad.shape == of.shape, name
+            assert torch.isfinite(grad).all() or (name == "dora_linear" and k == 0), (
+                name
+            )  # there c is 0, and m / c is not
+
+
+def empty_csr(rows, columns):
+    return CSR(t(0), torch.zeros(rows + 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), (rows, columns))
+
+
+def test_a_block_needs_features():
+    with pytest.raises(ValueError, match="^bone: "):
+        spectral_ops.bone_linear(t(3, 0), t(6, 0), t(1, 6))
+    with pytest.raises(ValueError, match="^bat: "):
+        spectral_ops.bat_linear(t(3, 0), t(6, 0), t(6, 0, 0))
+    with pytest.raises(ValueError, match="^bone: "):
+        spectral_ops.bone_linear(t(3, 8), t(0, 8), t(2, 0))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_csr_add_on_an_expanded_weight(inplace):
+    expanded = t(1, k).expand(d, k)
+    if inplace:
+        with pytest.raises(ValueError, match="^weight: "):
+            spectral_ops.csr_add(expanded, sparse(), inplace=True)
+    else:
+        total = spectral_ops.csr_add(expanded, sparse())
+        assert torch.equal(total, expanded + sparse().to_dense())

@@ -25,6 +25,7 @@ from helpers import (
     cotangent,
     evaluate,
     ids,
+    layer_samples,
     operator_samples,
     overload_or_reason,
     poisoned,
@@ -32,10 +33,11 @@ from helpers import (
     results,
     weight_norm,
 )
+from torch.utils._pytree import tree_map_only
 
 import spectral_ops
 from spectral_ops import NormCache, use_backend
-from spectral_ops._library import OPERATORS
+from spectral_ops._library import LAYERS, OPERATORS
 from spectral_ops.functional import random
 from spectral_ops.triton_kernels import TILES
 
@@ -97,6 +99,27 @@ def test_operator_against_float64(name, backend, dtype):
     for size in SIZES:
         for args in samples(name, dtype=dtype, **size):
             check_operator(op, overload, args)
+
+
+LAYER_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_layer_against_the_cpu(name, backend, dtype):
+    """Whole layers: compiled, composed of Triton's pieces and of references, against the composition on the CPU."""
+    layer = LAYERS[name]
+    overload, reason = overload_or_reason(layer, backend, "cuda")
+    if overload is None:
+        pytest.skip(reason)
+    for args in layer_samples(name, dtype):
+        on_gpu = tree_map_only(torch.Tensor, lambda t: t.cuda(), args)
+        got, want = results(layer, overload, on_gpu), results(layer, layer.overloads["reference"], args)
+        for a, b in zip(got, want, strict=True):
+            assert a.is_cuda and a.shape == b.shape and a.dtype == b.dtype
+            scale = b.double().norm().clamp_min(1e-3 * max(b.numel(), 1) ** 0.5)
+            assert (a.cpu().double() - b.double()).norm() <= LAYER_TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)

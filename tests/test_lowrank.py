@@ -12,6 +12,7 @@ from helpers import (
     Recorder,
     assert_within_budget,
     check,
+    check_batched_gradients,
     cotangent,
     evaluate,
     randn,
@@ -94,10 +95,30 @@ def test_group_reads_x_once():
     problem = FAMILIES["group"].build(((12,), 24, 40, 5))
     with Recorder() as seen, torch.no_grad():
         problem.call()
-    products = [args for name, args in seen.calls if "aten.mm" in name or "aten.addmm" in name]
     x = storage(problem.inputs["x"])
-    reads = [a for a in products if any(isinstance(t, torch.Tensor) and storage(t) == x for t in a)]
+    reads = [a for a in seen.products() if any(isinstance(t, torch.Tensor) and storage(t) == x for t in a)]
     assert len(reads) == 3 + 1, "three base products and one stacked projection"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients_of_a_group(backend):
+    check_batched_gradients(FAMILIES["group"].build())
+
+
+def test_views_that_start_inside_their_memory(backend):
+    """x, weights and gradients may be parts of larger tensors, as those of a fused projection are."""
+    xs, dys = randn(4, 2, 3, 24), randn(4, 2, 3, 40)
+    W, A, B = randn(80, 24, fan=24), randn(10, 24, fan=24), randn(80, 5)
+    x, dy, parts = xs[1], dys[2], [t[t.shape[0] // 2 :].requires_grad_(t is not W) for t in (W, A, B)]
+    for inputs in (parts, [t.detach().clone().requires_grad_(t.requires_grad) for t in parts]):
+        y = spectral_ops.lowrank_linear(x, *inputs)
+        (group,) = spectral_ops.lowrank_linear_group(x, [(*inputs, None, 1.0)])
+        both = [[out, *torch.autograd.grad(out, inputs[1:], dy)] for out in (y, group)]
+        if inputs is parts:
+            seen = both
+    for a, b in zip(sum(seen, []), sum(both, []), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(y, x @ (W[40:] + B[40:] @ A[5:]).T)
 
 
 def test_update_overwrites_a_fresh_base_and_copies_any_other():

@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
-from helpers import randn, saved_tensors, storage, weight_norm
+from helpers import Recorder, randn, saved_tensors, storage, weight_norm
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import spectral_ops
 from spectral_ops import NormCache, explain
@@ -282,3 +284,100 @@ def test_sharded_and_other_tensor_subclasses_always_recompute(layer, monkeypatch
     cache = NormCache()
     assert agrees(cache.get(W.as_subclass(Sharded), A, B, SCALE).as_subclass(torch.Tensor), W, A, B)
     assert agrees(cache.get(W, A.detach().as_subclass(Sharded), B, SCALE).as_subclass(torch.Tensor), W, A, B)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_under_a_dispatch_mode_it_is_the_same_to_the_bit_and_nothing_is_written(dtype, backend):
+    """A mode may keep results and skip calls, so none may write into memory that is there from call to call."""
+    W, A, B = randn(70, 90, dtype=dtype, fan=90), randn(r, 90, dtype=torch.float32, fan=90), randn(70, r)
+    cache, other = NormCache(), NormCache()
+    want = cache.get(W, A, B, SCALE)
+    kept = want.clone()
+    want.fill_(7)
+    with Recorder() as seen:
+        got = cache.get(W, A, B, SCALE)
+        again = other.get(W, A, B, SCALE)
+    assert torch.equal(got, kept) and torch.equal(again, kept)
+    assert (want == 7).all() and other._norm is None
+    names = {name.split(".")[1] for name, _ in seen.calls if name.startswith("spectral_ops.")}
+    assert names == {"row_square", "column_norm"}
+
+
+def keep_the_norm(ctx, op, *args, **kwargs):
+    kept = op._schema.name.startswith(("spectral_ops::row_square", "spectral_ops::column_norm"))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_a_checkpoint_that_keeps_the_norm(layer):
+    """Between the passes the layer runs with other weights (an average of them, say): the norm of the first stays."""
+    W, A, B = layer
+    cache, x = NormCache(), torch.randn(5, k, requires_grad=True)
+    m = torch.nn.Parameter(torch.ones(d))
+
+    def run(x):
+        return spectral_ops.dora_linear(x, W, A, B, m, scale=SCALE, norm=cache.get(W, A, B, SCALE)).tanh()
+
+    want = torch.autograd.grad(run(x).square().sum(), [x, A, B, m])
+    y = checkpoint(run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(keep_the_norm))
+    own = A.data
+    A.data = 3 * own
+    run(x)
+    A.data = own
+    got = torch.autograd.grad(y.square().sum(), [x, A, B, m])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_under_a_transform_nothing_is_reused(layer):
+    W, A, B = layer
+    cache = NormCache()
+    cache.get(W, A, B, SCALE).fill_(7)
+    stacked = torch.stack((A.detach(), 2 * A.detach()))
+    norms = torch.func.vmap(lambda A: cache.get(W, A, B.detach(), SCALE))(stacked)
+    assert all(agrees(norm, W, A, B) for norm, A in zip(norms, stacked, strict=True))
+
+    def loss(A):
+        norm = cache.get(W, A, B.detach(), SCALE)
+        return (A * norm.sum()).sum(), norm
+
+    gradient, norm = torch.func.grad(loss, has_aux=True)(A.detach())
+    assert agrees(norm, *layer)
+    torch.testing.assert_close(gradient, norm.sum().expand_as(A))  # none through the norm
+    assert (cache._norm == 7).all()
+
+
+def test_fake_tensors_leave_no_trace(layer):
+    cache = NormCache()
+    cache.get(*layer, SCALE)
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(t.detach()) for t in layer]
+    with mode:
+        inside = cache.get(*fake, SCALE)
+    for norm in (inside, cache.get(*fake, SCALE)):
+        assert norm.shape == (d,) and norm.dtype == torch.float32
+    assert agrees(cache.get(*layer, SCALE), *layer)
+
+
+def test_tensors_of_inference_mode_are_not_reused(layer):
+    W, A, B = layer
+    cache = NormCache()
+    cache.get(W, A, B, SCALE).fill_(7)
+    with torch.inference_mode():
+        inner = 2 * A
+        assert agrees(cache.get(W, inner, B, SCALE), W, inner.clone(), B)
+        assert (cache.get(W, A, B, SCALE) == 7).all() or explain("column_norm_cached_", W).backend == "reference"
+    assert torch.is_grad_enabled()
+
+
+def test_a_weight_that_could_not_be_read_leaves_the_cache_empty(layer, monkeypatch):
+    from spectral_ops.functional import norm_cache
+
+    def fail(weight):
+        raise MemoryError
+
+    cache = NormCache()
+    with monkeypatch.context() as patch:
+        patch.setattr(norm_cache, "row_square_op", fail)
+        with pytest.raises(MemoryError):
+            cache.get(*layer, SCALE)
+    assert torch.is_grad_enabled()
+    assert agrees(cache.get(*layer, SCALE), *layer)

@@ -1,5 +1,6 @@
 """The resident route (functional/resident.py): W holds round(W + S) between calls, and comes back bit for bit."""
 
+import functools
 import gc
 import threading
 import weakref
@@ -7,11 +8,17 @@ import weakref
 import pytest
 import torch
 from helpers import DTYPES, ids, randn, sparse_pattern, storage
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 from spectral_ops import CSR, residents, rosa_linear
 from spectral_ops.functional.csr import csr_gather_op
-from spectral_ops.functional.resident import Residents
+from spectral_ops.functional.resident import Claim, Residents
 
 D, K, T = 12, 10, 5
 
@@ -261,8 +268,6 @@ def test_restore_of_what_holds_nothing():
 
 def test_an_exception_inside_restores(weight):
     csr = new_csr()
-    from spectral_ops.functional.resident import Claim
-
     with pytest.raises(KeyboardInterrupt), residents.holding(weight, csr.values.detach(), csr.pattern, Claim()):
         assert residents.holds(weight)
         raise KeyboardInterrupt
@@ -277,7 +282,7 @@ def test_a_product_that_fails_restores(weight, monkeypatch):
         raise RuntimeError("no memory")
 
     y = run(x, weight, csr)
-    monkeypatch.setattr(torch.nn.functional, "linear", fails)
+    monkeypatch.setattr("spectral_ops.functional.csr.rosa_linear_forward_op", fails)
     with pytest.raises(RuntimeError, match="no memory"):
         run(x, weight, csr)
     monkeypatch.undo()
@@ -408,15 +413,127 @@ def test_the_graph_keeps_no_copy_of_the_weight():
 # --- the house it lives in -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_activation_checkpointing(weight, reentrant):
-    csr, x, dy = new_csr(), randn(T, K).requires_grad_(), randn(T, D)
+@pytest.mark.parametrize("how", ["early stop", "no early stop", "reentrant"])
+@pytest.mark.parametrize("between", ["nothing", "restored", "another delta"])
+def test_activation_checkpointing(weight, how, between):
+    """Two layers over one weight in one block: bit for bit what the block gives without, whatever W holds by then."""
+    first, second, x, dy = new_csr(seed=1), new_csr(seed=2), randn(T, K), randn(T, D)
     W0 = weight.detach().clone()
-    y = checkpoint(lambda x, v: run(x, weight, csr.with_values(v)), x, csr.values, use_reentrant=reentrant)
-    residents.restore(weight)
-    y.backward(dy)
-    torch.testing.assert_close(x.grad, dy @ (W0 + dense(csr)))
-    assert csr.values.grad is not None
+
+    def block(x, a, b):
+        y = run(x.sin(), weight, first.with_values(a))
+        return (y @ y.T).tanh() @ run(x, weight, second.with_values(b))
+
+    found = []
+    for function in (block, functools.partial(checkpoint, block, use_reentrant=how == "reentrant")):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, first.values, second.values)]
+        with set_checkpoint_early_stop(how == "early stop"):
+            y = function(*inputs)
+        if between == "restored":
+            residents.restore(weight)
+        elif between == "another delta":
+            run(x, weight, new_csr(seed=3))
+        y.backward(dy)
+        found.append([y, *(t.grad for t in inputs)])
+        residents.restore(weight)
+        assert torch.equal(weight.detach(), W0)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Seen(TorchDispatchMode):
+    """The operators that a dispatch mode sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def results(x, W, csr, dy):
+    inputs = [x.detach().clone().requires_grad_(), csr.values.detach().clone().requires_grad_()]
+    y = run(inputs[0], W, csr.with_values(inputs[1]))
+    return [y, *torch.autograd.grad(y, inputs, dy)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+def test_under_a_dispatch_mode_scatter_stands_in(dtype, backend):
+    """The same numbers bit for bit, W held by nobody, and no write of W that the mode could keep or skip."""
+    W, csr, x, dy = randn(D, K, dtype=dtype), new_csr(torch.float32), randn(T, K, dtype=dtype), randn(T, D, dtype=dtype)
+    kept = W.clone()
+    for held in (False, True):
+        if held:
+            run(x, W, new_csr(torch.float32, seed=9))
+        with Seen() as mode:
+            got = results(x, W, csr, dy)
+            assert torch.equal(W, kept)
+            assert not residents.holds(W)
+        assert not any("scatter" in name or "gather_" in name for name in mode.names), mode.names
+        want = results(x, W, csr, dy)
+        assert residents.holds(W)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        residents.restore(W)
+
+
+def test_a_mode_around_the_backward_alone_sees_no_write():
+    csr, W, x = new_csr(), randn(D, K), randn(T, K).requires_grad_()
+    y = run(x, W, csr)
+    residents.restore(W)
+    total = W + dense(csr)
+    with Seen() as mode:
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        residents.restore(W)
+        copy = residents.original(W)
+    torch.testing.assert_close(dx, torch.ones_like(y) @ total)
+    assert torch.equal(copy, W)
+    assert [n for n in mode.names if "csr" in n or "rosa" in n] == ["rosa_linear_backward.default"]
+
+
+@pytest.mark.parametrize("saved", ["products", "ours", "nothing", "everything"])
+def test_selective_checkpointing(saved):
+    """With another delta in W before the forward, and again before the backward."""
+    csr, other, W, x, dy = new_csr(), new_csr(seed=4, trained=False), randn(D, K), randn(T, K), randn(T, D)
+    kept = W.clone()
+    keeps = {
+        "products": lambda op: op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default),
+        "ours": lambda op: op.namespace == "spectral_ops",
+        "nothing": lambda op: False,
+        "everything": lambda op: True,
+    }[saved]
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    found = []
+    for selective in (False, True):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, csr.values)]
+
+        def block(x, values):
+            return run(x, W, csr.with_values(values)).sin().square()
+
+        run(x, W, other)
+        y = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts) if selective else block(*inputs)
+        run(x, W, other)
+        y.backward(dy)
+        found.append([y, *(t.grad for t in inputs)])
+        residents.restore(W)
+        assert torch.equal(W, kept)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_under_autocast_a_copy_of_the_base_weight_is_cast():
+    """W may hold W + S when autocast casts it: the copy must not."""
+    csr, W, x, dy = new_csr(torch.float32), randn(D, K).float(), randn(T, K).float(), randn(T, D).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = results(x, W, csr, dy)
+    run(x, W, csr)
+    assert residents.holds(W)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results(x, W, csr, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_gradient_accumulation(weight):
@@ -476,8 +593,6 @@ def test_originals_are_all_that_is_kept():
     """nnz entries in W's dtype, not a copy of W."""
     own = Residents()
     W, csr = randn(D, K, dtype=torch.bfloat16), new_csr(torch.float32)
-    from spectral_ops.functional.resident import Claim
-
     want = torch.empty(csr.nnz, dtype=torch.bfloat16)
     csr_gather_op(want, W, csr.pattern.row_offsets, csr.pattern.columns)
     with own.holding(W, csr.values.detach(), csr.pattern, Claim()):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers import FAMILIES, cotangent, storage
+from helpers import FAMILIES, cotangent, extension_loaded, fresh_python, randn, storage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +13,18 @@ from spectral_ops.functional.scratch import Scratch
 
 CPU = torch.device("cpu")
 F32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    """Bytes held include those of the compiled layers, which other tests have left behind."""
+    spectral_ops.scratch.release()
+
+
+def bat(n: int, dtype=F32, weight: float | None = None) -> torch.Tensor:
+    """A Bat layer [n, n], whose W' fills n² elements of the layers' buffer; blocks of 4, as many tokens."""
+    W = randn(n, n, dtype=dtype) if weight is None else torch.full((n, n), weight, dtype=dtype)
+    return spectral_ops.bat_linear(torch.ones(4, n, dtype=dtype), W, torch.zeros(n // 4, 4, 4, dtype=dtype))
 
 
 def address(scratch: Scratch, shape=(4, 4), dtype=F32) -> int:
@@ -171,12 +183,14 @@ def test_inference_mode_leaves_a_buffer_that_trains():
         assert not t.is_inference()
         W = torch.ones(4, 4, requires_grad=True)
         (W * t.copy_(torch.ones(4, 4))).sum().backward()
-    spectral_ops.scratch.release()
-    problem = FAMILIES["rosa-scatter"].build(((9,), 24, 40, 5), torch.float32)
-    with torch.inference_mode():
-        problem.call()
-    y = problem.call()
-    torch.autograd.grad(y.sum(), [problem.inputs[n] for n in problem.trained()])
+    for name in ("rosa-scatter", "bat", "bat-exact"):
+        for dtype in (F32, torch.bfloat16):
+            spectral_ops.scratch.release()
+            problem = FAMILIES[name].build(((9,), 24, 40, 4), dtype)
+            with torch.inference_mode():
+                problem.call()
+            y = problem.call()
+            torch.autograd.grad(y.sum(), [problem.inputs[n] for n in problem.trained()])
 
 
 def test_a_compiler_gets_memory_of_its_own():
@@ -226,6 +240,7 @@ def test_what_a_buffer_held_is_never_read():
             def poison():
                 with spectral_ops.scratch.lease((200, 200), torch.float64, CPU) as t:
                     t.fill_(float("nan"))
+                bat(200, torch.float64, weight=float("nan"))
 
             poison()
             y = problem.call()
@@ -257,3 +272,96 @@ def test_layers_in_threads(name):
     for t in threads:
         t.join()
     assert not wrong
+
+
+# --- the buffer of the compiled layers -------------------------------------------------------------------------------
+
+
+def test_the_layers_buffer_is_one_for_all_dtypes_and_does_not_grow():
+    for _ in range(3):
+        for n, dtype in ((40, F32), (40, torch.bfloat16), (32, torch.float64), (60, torch.float16), (8, F32)):
+            bat(n, dtype)
+    assert spectral_ops.scratch.nbytes == 32 * 32 * 8
+    bat(80)
+    assert spectral_ops.scratch.nbytes == 80 * 80 * 4
+    spectral_ops.scratch.release()
+    assert spectral_ops.scratch.nbytes == 0
+
+
+def test_an_error_inside_a_layer_ends_its_lease():
+    """The product raises while W' is leased: the buffer is free again, so that it can be given back."""
+    operator, W, blocks = torch.ops.spectral_ops.bat_linear_forward, randn(40, 40, dtype=F32), torch.zeros(10, 4, 4)
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            operator(torch.ones(4, 40), W, blocks, torch.ones(7), False, False)
+    bat(40)
+    spectral_ops.scratch.release()
+    assert spectral_ops.scratch.nbytes == 0
+
+
+def test_layers_without_elements_lease_nothing():
+    for d, k in ((0, 8), (8, 0), (0, 0)):
+        x, W = torch.ones(4, k).requires_grad_(), torch.ones(d, k)
+        blocks = torch.zeros(d // 4, 4, 4).requires_grad_()
+        y = spectral_ops.bat_linear(x, W, blocks)
+        assert torch.equal(y, torch.zeros(4, d))
+        dx, dB = torch.autograd.grad(y.sum(), [x, blocks])
+        assert torch.equal(dx, torch.zeros(4, k)) and torch.equal(dB, torch.zeros_like(blocks))
+    assert spectral_ops.scratch.nbytes == 0
+
+
+def test_releasing_while_layers_run():
+    x, W, blocks = randn(33, 40, dtype=F32), randn(40, 40, dtype=F32), randn(10, 4, 4, dtype=F32)
+    want, wrong, done = spectral_ops.bat_linear(x, W, blocks), [], threading.Event()
+
+    def work():
+        for _ in range(200):
+            if not torch.equal(spectral_ops.bat_linear(x, W, blocks), want):
+                wrong.append(1)
+
+    def release():
+        while not done.is_set():
+            spectral_ops.scratch.release()
+
+    workers, releaser = [threading.Thread(target=work) for _ in range(3)], threading.Thread(target=release)
+    for t in (*workers, releaser):
+        t.start()
+    for t in workers:
+        t.join()
+    done.set()
+    releaser.join()
+    assert not wrong
+    spectral_ops.scratch.release()
+    assert spectral_ops.scratch.nbytes == 0
+
+
+def test_a_forked_process_computes():
+    """Forked at any moment of another thread's call: the child finds no lock that nobody will open."""
+    if not extension_loaded():
+        pytest.skip("the buffer is the compiled layers'")
+    done = fresh_python(
+        """
+import os, threading, torch, spectral_ops
+torch.set_num_threads(1)
+x, W, blocks = torch.ones(8, 64), torch.ones(64, 64), torch.zeros(16, 4, 4)
+run, stop = lambda: spectral_ops.bat_linear(x, W, blocks), threading.Event()
+want = run()
+def work():
+    while not stop.is_set():
+        run()
+thread = threading.Thread(target=work)
+thread.start()
+codes = []
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(run(), want) else 1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop.set()
+thread.join()
+print(set(codes))
+""",
+        OMP_NUM_THREADS="1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{0}"

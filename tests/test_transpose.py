@@ -49,7 +49,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize(("T", "d", "k", "multiple"), [(9, 40, 7, 8), (70, 21, 33, 1), (0, 8, 3, 1), (5, 0, 3, 1)])
 def test_tiles_add_up_to_the_gradient(dtype, T, d, k, multiple, backend, monkeypatch):
-    """Tiles that do not fill d, rows of dy that lie apart; only bfloat16 copies, and no more than one tile."""
+    """Tiles that do not fill d, rows of dy that lie apart; bfloat16 copies several tokens, a tile at a time."""
     monkeypatch.setitem(common.TILE_ROWS, "cpu", 16)
     dy, x = laid_out(randn(T, d).to(dtype), "rows"), laid_out(randn(T, k).to(dtype), "rows")
     with Recorder() as seen:
@@ -61,4 +61,4 @@ def test_tiles_add_up_to_the_gradient(dtype, T, d, k, multiple, backend, monkeyp
     tolerance = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(G.double(), want, rtol=tolerance, atol=10 * torch.finfo(torch.float32).eps * T**0.5)
     copies = [args[0].shape for name, args in seen.calls if "transpose_" in name]
-    assert copies == ([(min(16, d - s), T) for s in range(0, d, 16)] if dtype == torch.bfloat16 else [])
+    assert copies == ([(min(16, d - s), T) for s in range(0, d, 16)] if dtype == torch.bfloat16 and T > 1 else [])

@@ -36,6 +36,10 @@
 #undef __forceinline__
 #define __forceinline__ inline
 
+extern "C" {
+extern int64_t emulator_launches;  // of kernels and of the library's products, since the program started
+}
+
 namespace emulator {
 
 struct Copy { void* to; const void* from; int bytes; };
@@ -259,7 +263,9 @@ template <int N> void copy_wait() {
 
 template <class... P, class... A>
 cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t shared, cudaStream_t, const A&... arguments) {
-  return grid > 0 ? emulator::launch(kernel, grid, block, shared, arguments...) : cudaSuccess;
+  if (grid <= 0) return cudaSuccess;
+  ++emulator_launches;
+  return emulator::launch(kernel, grid, block, shared, arguments...);
 }
 
 }  // namespace spectral_ops::cuda

@@ -1,9 +1,12 @@
 // The CUDA operators on the emulator, as CPU operators of the namespace spectral_ops_emulated: the host side and the
 // kernels are those of spectral_ops._C_cuda, only the stream, the device guard and the GPU are missing.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include "../../csrc/cuda/launch.h"
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/layers/bindings.h"
+#include "../../csrc/layers/elsewhere.h"
 #include "../../csrc/ops/bat.h"
 #include "../../csrc/ops/blocksum.h"
 #include "../../csrc/ops/csr.h"
@@ -12,15 +15,26 @@
 
 #include <cstring>
 
+extern "C" __attribute__((visibility("default"))) int64_t emulator_launches = 0;
+
 namespace spectral_ops {
 
-namespace {
-
 struct Emulated {
+  // The tensors are a CPU's, and each product would be a kernel.
+  static AOTITorchError mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
+    ++emulator_launches;
+    return aoti_torch_cpu_mm_out(out, a, b);
+  }
+  static AOTITorchError addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a, AtenTensorHandle b,
+                                  double beta, double alpha) {
+    ++emulator_launches;
+    return aoti_torch_cpu_addmm_out(out, self, a, b, beta, alpha);
+  }
+
   template <class Arguments> static void launch(Arguments a, const Tensor& like) {
     constexpr int64_t kGuard = 4096;
     const int64_t bytes = cuda::workspace_bytes(a);
-    Tensor workspace = torch::stable::new_empty(like, {bytes + kGuard}, ScalarType::Byte);
+    Tensor workspace = empty(like, {bytes + kGuard}, ScalarType::Byte);
     unsigned char* data = static_cast<unsigned char*>(workspace.data_ptr());
     std::memset(data, 0xff, static_cast<size_t>(bytes + kGuard));  // NaN: partial sums that nobody wrote show
     cuda::set_workspace(a, data);
@@ -31,7 +45,7 @@ struct Emulated {
   }
 };
 
-}  // namespace
+SPECTRAL_OPS_ELSEWHERE(Emulated)
 
 STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
   m.impl("block_sum", TORCH_BOX(&block_sum<Emulated>));
@@ -48,6 +62,7 @@ STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
   m.impl("csr_gather_", TORCH_BOX(&csr_gather_<Emulated>));
   m.impl("csr_spmm_", TORCH_BOX(&csr_spmm_<Emulated>));
   m.impl("csr_sddmm", TORCH_BOX(&csr_sddmm<Emulated>));
+  for (const Binding& layer : kLayers<Emulated>) m.impl(layer.name, layer.function);
 }
 
 }  // namespace spectral_ops
