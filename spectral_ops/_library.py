@@ -136,7 +136,8 @@ class Operator:
     def _run_triton(self, *args: Any) -> Any:
         out = self.triton_function()(*args)
         if self.mutated:  # the kernels write past torch
-            torch.autograd.graph.increment_version([args[i] for i in self.mutated if not args[i].is_inference()])
+            written = tree_leaves([args[i] for i in self.mutated])
+            torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
         return out
 
     def _run_tuned(self, *args: Any) -> Any:

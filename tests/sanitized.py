@@ -16,7 +16,11 @@ sys.modules["spectral_ops._C"] = importlib.util.module_from_spec(spec)  # before
 
 import test_cpu_kernels  # noqa: E402
 import test_importance  # noqa: E402
-from helpers import check_operator  # noqa: E402
+from helpers import (  # noqa: E402
+    check_operator,  # noqa: E402
+    layer_samples,
+    results,
+)
 from test_library import SIZES, samples  # noqa: E402
 
 import spectral_ops  # noqa: E402
@@ -41,7 +45,14 @@ for name in test_importance.OPS:  # they take lists of tensors, which the sample
             returned = operator.default(*arguments), operator.reference(*twin)
             got, want = (tree_leaves(part) for part in zip(returned, (arguments, twin), strict=True))
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
-for name in sorted(_loader.EXTENSIONS["cpu"].operators - set(test_importance.OPS)):
+with torch.random.fork_rng():  # what follows draws its own numbers
+    for name in sorted(_loader.EXTENSIONS["cpu"].operators & set(_library.LAYERS)):
+        layer = _library.LAYERS[name]
+        for dtype in dtypes:
+            for arguments in layer_samples(name, dtype):
+                got, want = (results(layer, run, arguments) for run in (layer.default, layer.overloads["reference"]))
+                assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want], name
+for name in sorted(_loader.EXTENSIONS["cpu"].operators & set(_library.OPERATORS) - set(test_importance.OPS)):
     operator = _library.OPERATORS[name]
     for dtype in dtypes:
         for size in [*SIZES, {"T": 0}]:

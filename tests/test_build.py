@@ -167,7 +167,7 @@ def test_extension_attributes():
     from spectral_ops import _C
 
     assert _C.schema_hash == _library.schema_hash()
-    assert {"block_sum", "block_tile_"} <= set(_C.operators) <= set(_library.OPERATORS)
+    assert {"block_sum", "block_tile_"} <= set(_C.operators) <= {*_library.OPERATORS, *_library.LAYERS}
     assert _C.isa() in ("default", "avx2", "avx512", "avx512_bf16")
     assert "torch 2." in _C.build_info and _C.build_info in BUILT.info
     _C.register()  # a second time changes nothing
