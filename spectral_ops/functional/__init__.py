@@ -49,7 +49,6 @@ __all__ = [
     "token_logprobs",
 ]
 
-_DROPOUT = ("dropout_project", "dropout_outer", "dropout_lift_")
 _NORM = ("row_square", "column_norm", "column_norm_cached_")
 _SEGMENTS = ("segmented_linear_backward", "grouped_linear_backward")
 FUNCTIONS.update(

@@ -229,6 +229,7 @@ def base_of(layer: nn.Module, facts: Facts) -> Base:
         if weight.requires_grad and torch.is_grad_enabled():
             raise Unfit("the base weight is trained")
         facts.frozen = weight
+        facts.lasting = facts.lasting and kind is nn.Linear  # a view of Conv1D's weight would outlive a new `.data`
         return Base(base, weight.t() if kind is Conv1D else weight, held(base, "bias", facts))
     facts.lasting = False
     if isinstance(base, BaseTunerLayer):
