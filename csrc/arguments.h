@@ -58,19 +58,9 @@ struct LowRankBackward {
   DType dtype, g_dtype, bias_dtype;  // dtype: of dy, h, B and y
 };
 
-// square [rows] = Σ_i weight[o, i]² in float32 (float64 for float64).
-struct RowSquare {
-  const void* weight;
-  void* square;
-  int64_t rows, columns;
-  int64_t row_stride, column_stride;
-  DType dtype;
-};
-
 // norm [rows] = ‖weight_o + scale (B A)_o‖ in float32 (float64 for float64); A [r, columns], B [rows, r].
 struct ColumnNorm {
   const void *weight, *A, *B;
-  const void* square;  // [rows], in norm's dtype, or null
   void* norm;
   int64_t* stamp;  // [2] fingerprint of A and B, or null where nothing is cached
   void* workspace;  // CUDA: norm_plan(...).bytes

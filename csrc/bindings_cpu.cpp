@@ -17,7 +17,6 @@
 #include "ops/importance.h"
 #include "ops/lowrank.h"
 #include "ops/policy.h"
-#include "ops/transpose.h"
 
 namespace spectral_ops {
 
@@ -47,7 +46,6 @@ const Binding kKernels[] = {
     {"importance_prune_", TORCH_BOX(&importance_prune_)},
     {"lowrank_update_", TORCH_BOX(&Mutating<&lowrank_update_<Cpu>>::run)},
     {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cpu>)},
-    {"row_square", TORCH_BOX(&row_square<Cpu>)},
     {"column_norm", TORCH_BOX(&column_norm<Cpu>)},
     {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cpu>)},
     {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cpu>)},
@@ -57,7 +55,6 @@ const Binding kKernels[] = {
     {"seeded_dropout", TORCH_BOX(&seeded_dropout<Cpu>)},
     {"target_logprob", TORCH_BOX(&target_logprob<Cpu>)},
     {"softmax_gradient_", TORCH_BOX(&Mutating<&softmax_gradient_<Cpu>>::run)},
-    {"transpose_", TORCH_BOX(&Mutating<&transpose_<Cpu>>::run)},
 };
 
 PyObject* do_register(PyObject*, PyObject*) {

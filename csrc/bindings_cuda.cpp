@@ -46,7 +46,6 @@ const Binding kKernels[] = {
     {"block_tile_", TORCH_BOX(&Mutating<&block_tile_<Cuda>>::run)},
     {"lowrank_update_", TORCH_BOX(&Mutating<&lowrank_update_<Cuda>>::run)},
     {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cuda>)},
-    {"row_square", TORCH_BOX(&row_square<Cuda>)},
     {"column_norm", TORCH_BOX(&column_norm<Cuda>)},
     {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cuda>)},
     {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cuda>)},

@@ -101,11 +101,11 @@ def test_layers_are_compared_by_ratios_and_operators_by_times():
 
 
 def test_on_another_machine_operators_are_compared_by_their_floor():
-    a = made_up(operators=[operator(), operator("row_square")], overhead=[results.Overhead(
+    a = made_up(operators=[operator(), operator("column_norm")], overhead=[results.Overhead(
         name="lora", implementation="spectral_ops", tokens=1, times=[1e-5] * 20)])  # fmt: skip
     b = dataclasses.replace(a, meta=a.meta | {"threads": 1}, operators=[
-        operator(seconds=2e-3, floor_seconds=1e-3), operator("row_square", seconds=2e-3)])  # fmt: skip
-    assert verdicts(a, b) == {"block_sum": "no difference", "row_square": "slower"}
+        operator(seconds=2e-3, floor_seconds=1e-3), operator("column_norm", seconds=2e-3)])  # fmt: skip
+    assert verdicts(a, b) == {"block_sum": "no difference", "column_norm": "slower"}
     assert "THE MACHINES DIFFER" in compare.report(a, b)[0]
 
 
@@ -274,11 +274,11 @@ def test_growth_measures_the_variables_that_an_operator_has(monkeypatch):
     monkeypatch.setattr(growth, "VALUES", {"cpu": {"tokens": (4, 8, 16), "features": (32, 64, 128)}})
     monkeypatch.setattr(growth, "COMMON", {"rank": (4, 8, 16), "density": (0.1, 0.2, 0.4)})
     monkeypatch.setattr(growth, "USUAL", {"rank": 4, "density": 0.1})
-    names = ["row_square", "block_sum", "csr_spmm_"]
+    names = ["column_norm", "block_sum", "csr_spmm_"]
     found = list(growth.measure(names, [torch.float32], "cpu", {"float32": CEILING}, repeats=3))
     variables = {name: [g.variable for g in found if g.operator == name] for name in names}
     assert variables == {
-        "row_square": ["features"],
+        "column_norm": ["features", "rank"],
         "block_sum": ["tokens", "features", "rank"],
         "csr_spmm_": ["tokens", "features", "density"],
     }

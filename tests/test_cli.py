@@ -164,7 +164,7 @@ def test_defaults_and_selections(tmp_path):
 
     assert chosen().methods == list(peers.USUAL) and chosen().ops == operators.NAMES
     assert chosen("--methods", "all").methods == list(peers.METHODS) and chosen("--methods", "all").ops == []
-    assert chosen("--ops", "row_square").methods == []
+    assert chosen("--ops", "column_norm").methods == []
     both = chosen("--ops", "none", "--methods", "vera", "--quick", "--tokens", "7")
     assert (both.ops, both.methods, both.tokens, both.repeats) == ([], ["vera"], [7], bench.QUICK["repeats"])
 

@@ -109,11 +109,9 @@ def check_norm(d, k, r, dtype):
             continue
         W, A, B = randn(d, k, dtype=dtype), randn(r, k, dtype=factor), randn(d, r, dtype=factor)
         for w in (W, W.t().contiguous().t(), randn(d, 2 * k, dtype=dtype)[:, ::2]):
-            check(dora.row_square_op, w)
             units = 100  # what cancels down to 1/64 loses six bits
             for a, b in ((A, B), (A.t().contiguous().t(), B.t().contiguous().t())):
-                check(dora.column_norm_op, w, a, b, 0.5, None, units=units)
-                check(dora.column_norm_op, w, a, b, 0.5, dora.row_square_op.default(w), units=units)
+                check(dora.column_norm_op, w, a, b, 0.5, units=units)
 
 
 def check_bat(T, n, m, r, dtype, factor=None):
@@ -287,7 +285,6 @@ def test_strides(dtype):
         check(dropout.dropout_project_op, x, B.t(), seed, 0.2, units=64)
         check(dropout.dropout_outer_op, h, x, seed, 0.2, units=64)
         check(dropout.seeded_dropout_op, x, seed, 0.2)
-        check(dora.row_square_op, x)
     for out, h in zip(layouts(T, n, dtype), layouts(T, r, dtype), strict=True):
         if 0 in out.stride():
             continue
@@ -322,13 +319,13 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype):
 
     def results():
         norm, stamp = torch.zeros(n), torch.zeros(2, dtype=torch.int64)
-        dora.column_norm_cached_op.default(norm, stamp, W, A, B, 1.0, dora.row_square_op.default(W), True)
+        dora.column_norm_cached_op.default(norm, stamp, W, A, B, 1.0, True)
         return [
             *lowrank.lowrank_backward_op.default(dy, h, B, 1.0, g, dy, g, True, True, True, True),
             *lowrank.lowrank_backward_op.default(dy, h, B, 1.0, None, None, None, True, True, True, False),
             dropout.dropout_project_op.default(dy, A, seed, 0.1),
             dropout.dropout_outer_op.default(h, dy, seed, 0.1),
-            dora.column_norm_op.default(W, A, B, 1.0, None), norm, stamp,
+            dora.column_norm_op.default(W, A, B, 1.0), norm, stamp,
         ]  # fmt: skip
 
     before = torch.get_num_threads()
@@ -415,7 +412,7 @@ def test_nan_and_inf_reach_what_they_reach_in_the_reference(bad, dtype):
         (dropout.dropout_project_op, (dy, B.t().contiguous(), seed, 0.5)),
         (dropout.dropout_outer_op, (h, dy, seed, 0.5)),
         (dropout.seeded_dropout_op, (dy, seed, 0.5)),
-        (dora.column_norm_op, (dy, B.t().contiguous(), h, 1.0, None)),
+        (dora.column_norm_op, (dy, B.t().contiguous(), h, 1.0)),
     ]:
         got, want = op.default(*args), op.overloads["reference"](*args)
         for a, b in zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (got, want)), strict=True):
@@ -433,7 +430,7 @@ def test_norm_of_rows_that_cancel(dtype):
     W = (-(B.double() @ A.double()) + 1e-3 * randn(d, k, dtype=torch.float64)).to(dtype)
     W[::3] = randn(d, k, dtype=dtype)[::3]
     for w in (W, W.t().contiguous().t()):
-        got = dora.column_norm_op.default(w, A, B, 1.0, None).double()
+        got = dora.column_norm_op.default(w, A, B, 1.0).double()
         want = (w.double() + B.double() @ A.double()).norm(dim=1)
         eps = torch.finfo(acc(dtype)).eps
         bound = 32 * eps * (want + w.double().norm(dim=1))
@@ -444,14 +441,14 @@ def test_norm_of_rows_that_cancel(dtype):
 def test_cached_norm_is_recomputed_when_a_bit_of_A_or_B_changes(dtype):
     d, k, r = 33, 65, 4
     W, A, B = randn(d, k), randn(r, k, dtype=dtype), randn(d, r, dtype=dtype)
-    square, norm, stamp = dora.row_square_op.default(W), torch.zeros(d), torch.zeros(2, dtype=torch.int64)
+    norm, stamp = torch.zeros(d), torch.zeros(2, dtype=torch.int64)
 
     def cached(force=False):
         norm.fill_(-1)
-        dora.column_norm_cached_op.default(norm, stamp, W, A, B, 0.5, square, force)
+        dora.column_norm_cached_op.default(norm, stamp, W, A, B, 0.5, force)
         if (norm == -1).all():
             return False
-        assert torch.equal(norm, dora.column_norm_op.default(W, A, B, 0.5, square))
+        assert torch.equal(norm, dora.column_norm_op.default(W, A, B, 0.5))
         return True
 
     assert cached(force=True)

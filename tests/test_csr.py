@@ -22,6 +22,7 @@ from helpers import (
     cotangent,
     extension_loaded,
     ids,
+    laid_out,
     randn,
     saved_tensors,
     sparse_pattern,
@@ -34,7 +35,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import spectral_ops
 from spectral_ops import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.functional import routes, sparse
+from spectral_ops.functional import common, routes, sparse
 
 
 class TestCSR(Contract):
@@ -1075,3 +1076,34 @@ def test_deterministic_with_and_without_the_switch(two_threads):
         finally:
             torch.use_deterministic_algorithms(False)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("T", "d"), [(0, 5), (1, 3), (3, 2), (8, 16), (65, 67), (200, 33), (70, 1100)])
+def test_a_dense_gradient_has_every_element_of_dy_in_its_place(T, d, dtype):
+    """x is the identity, so dyᵀx is dyᵀ to the bit: whole tiles and edges of the copy that bfloat16 goes through."""
+    k = max(T, 1)
+    csr = CSR.from_dense(torch.ones(d, k, dtype=dtype))
+    values = csr.values.clone().requires_grad_()
+    dy, x = randn(T, 2 * d, dtype=dtype)[:, ::2][:, :d], torch.eye(k, dtype=dtype)[:T]
+    for laid in (dy, dy.contiguous(), randn(d, T, dtype=dtype).t()):
+        y = csr_spmm(x, csr.with_values(values), gradient_route="dense")
+        (got,) = torch.autograd.grad(y, [values], laid)
+        want = torch.zeros(d, k, dtype=dtype)
+        want[:, :T] = laid.t()
+        assert torch.equal(got.view(d, k), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "d", "k", "multiple"), [(9, 40, 7, 8), (70, 21, 33, 1), (0, 8, 3, 1), (5, 0, 3, 1)])
+def test_tiles_add_up_to_the_gradient(dtype, T, d, k, multiple, monkeypatch):
+    """Composed in Python: tiles that do not fill d, rows of dy and x that lie apart."""
+    monkeypatch.setitem(common.TILE_ROWS, "cpu", 16)
+    dy, x = laid_out(randn(T, d, dtype=dtype), "rows"), laid_out(randn(T, k, dtype=dtype), "rows")
+    tiles = [(start, G.clone()) for start, G in common.gradient_tiles(dy, x, multiple)]
+    assert [start for start, _ in tiles] == list(range(0, d, 16))
+    G = torch.cat([G for _, G in tiles]) if tiles else x.new_empty(0, k)
+    want = dy.double().t() @ x.double()
+    assert G.shape == want.shape and G.dtype == dtype
+    tolerance = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(G.double(), want, rtol=tolerance, atol=10 * torch.finfo(torch.float32).eps * T**0.5)

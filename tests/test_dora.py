@@ -304,23 +304,25 @@ def layer_calls(T, dtype, adapter_dtype, bias, dropout):
     m[::5] = 1e-6  # rows that y says nothing of
     b = randn(d, dtype=dtype) if bias else None
     norm, seed, p = spectral_ops.column_norm(W, A, B, scale), torch.tensor([3]) if dropout else None, 0.25 * dropout
-    forward = (x, W, A, B, m, b, norm, seed, scale, p)
+    forward = (x, W, None, A, B, m, b, norm, seed, scale, p, False)
     yield "dora_linear_forward", forward
     y, h, gains, z = LAYERS["dora_linear_forward"].default(*forward)
-    kept = z if dropout else y
+    kept = (None, z) if dropout else (y, None)
     for needs in (0, 31, 23, *(1 << bit for bit in range(5))):
-        yield "dora_linear_backward", (dy, x, W, A, B, m, b, gains, h, kept, seed, scale, p, needs)
+        yield "dora_linear_backward", (dy, x, W, A, B, m, b, gains, h, *kept, seed, scale, p, needs)
     if dropout:
         return
-    yield "dora_linear_backward", (dy, x, W, A, B, m, b, gains, h, None, seed, scale, p, 31)
-    yield "dora_linear_backward", (dy, None, W, A, B, m, b, gains, None, None, seed, scale, p, 17)
+    yield "dora_linear_backward", (dy, x, W, A, B, m, b, gains, h, None, None, seed, scale, p, 31)
+    yield "dora_linear_backward", (dy, None, W, A, B, m, b, gains, None, None, None, seed, scale, p, 17)
     for need_z in (True, False):
-        update = (randn(*T, d, dtype=dtype), x, A, B, m, b, norm, scale, need_z)
-        yield "dora_update_forward_", update
-        yield "dora_update_forward", update
-    y, h, gains, z = LAYERS["dora_update_forward"].default(*update[:-1], True)
+        base_out = randn(*T, d, dtype=dtype)
+        yield "dora_update_forward_", (base_out, x, A, B, m, b, norm, scale, need_z)
+        update = (x, None, base_out, A, B, m, b, norm, None, scale, 0.0, need_z)
+        yield "dora_linear_forward", update
+    y, h, gains, z = LAYERS["dora_linear_forward"].default(*update[:-1], True)
+    kept = (None, z) if bias else (y, None)
     for needs in (0, 63, 47, *(1 << bit for bit in range(6))):
-        yield "dora_update_backward", (dy, x, A, B, m, gains, h, None if bias else y, z if bias else None, scale, needs)
+        yield "dora_linear_backward", (dy, x, None, A, B, m, None, gains, h, *kept, None, scale, 0.0, needs)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ import spectral_ops
 from spectral_ops import BackendUnavailable, _library, _loader, explain, use_backend
 from spectral_ops._library import OPERATORS
 
-STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "cayley", "transpose")
+STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "cayley")
 SIZES = [{}, {"T": 1, "r": 1}, {"T": 70, "k": 131, "d": 66, "r": 17}]
 
 
@@ -440,7 +440,6 @@ def test_bytes_by_hand(dtype):
     assert cost("lowrank_backward", 0) == s * (t * d + t * r + d * r + t * r) + a * (d * r + d)
     everything = s * (t * d + t * r + d * r + t * d + d) + a * d + s * (t * r + t * d) + a * (d * r + d + d)
     assert cost("lowrank_backward", 1) == everything
-    assert cost("row_square", 0) in (s * d * k, s * d * k + a * d)
     assert s * (d * k + r * k + d * r) <= cost("column_norm", 0) <= s * (d * k + r * k + d * r) + a * d
     assert cost("block_sum", 0) == s * (t * k + t * r)
     assert cost("block_tile_", 0) == s * (2 * t * k + t * r)
@@ -456,7 +455,6 @@ def test_bytes_by_hand(dtype):
     assert cost("bat_contract_", 0) == 2 * s * dr * kr + a * nd * r * r
     assert cost("bat_mix", 0) == s * (2 * t * kr + nk * r * r + t * r)
     assert cost("bat_mix_backward_", 0) == s * (3 * t * kr + t * r + nk * r * r) + (s * nk * r * r)
-    assert cost("transpose_", 0) == 2 * s * t * d
     nnz = cases["csr_sddmm"][0][3].numel()
     indices = 4 * (nnz + d + 1)
     assert cost("csr_scatter_", 0) == s * 3 * nnz + indices

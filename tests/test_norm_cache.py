@@ -229,18 +229,18 @@ def test_the_buffer_is_not_what_backward_reads(layer):
 
 
 def test_two_threads(layer, monkeypatch):
-    """A second thread that arrives while the first is computing ‖W‖² waits, or computes its own: it never sees None."""
+    """A second thread that arrives while the first is computing waits, or computes its own: it never sees None."""
     from spectral_ops.functional import norm_cache
 
     inside, proceed = threading.Event(), threading.Event()
-    real = norm_cache.row_square_op
+    real = norm_cache.column_norm_cached_op
 
-    def slow(weight):
+    def slow(*args):
         inside.set()
         proceed.wait(1.0)
-        return real(weight)
+        return real(*args)
 
-    monkeypatch.setattr(norm_cache, "row_square_op", slow)
+    monkeypatch.setattr(norm_cache, "column_norm_cached_op", slow)
     cache, results, errors = NormCache(), [], []
 
     def work():
@@ -300,11 +300,11 @@ def test_under_a_dispatch_mode_it_is_the_same_to_the_bit_and_nothing_is_written(
     assert torch.equal(got, kept) and torch.equal(again, kept)
     assert (want == 7).all() and other._norm is None
     names = {name.split(".")[1] for name, _ in seen.calls if name.startswith("spectral_ops.")}
-    assert names == {"row_square", "column_norm"}
+    assert names == {"column_norm"}
 
 
 def keep_the_norm(ctx, op, *args, **kwargs):
-    kept = op._schema.name.startswith(("spectral_ops::row_square", "spectral_ops::column_norm"))
+    kept = op._schema.name.startswith("spectral_ops::column_norm")
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -371,12 +371,12 @@ def test_tensors_of_inference_mode_are_not_reused(layer):
 def test_a_weight_that_could_not_be_read_leaves_the_cache_empty(layer, monkeypatch):
     from spectral_ops.functional import norm_cache
 
-    def fail(weight):
+    def fail(*args):
         raise MemoryError
 
     cache = NormCache()
     with monkeypatch.context() as patch:
-        patch.setattr(norm_cache, "row_square_op", fail)
+        patch.setattr(norm_cache, "column_norm_cached_op", fail)
         with pytest.raises(MemoryError):
             cache.get(*layer, SCALE)
     assert torch.is_grad_enabled()

@@ -77,6 +77,26 @@ def test_outputs_and_gradients(dtype):
     assert not report.fallbacks()
 
 
+def test_a_number_of_triplets_that_trains():
+    """PEFT makes a parameter that trains of every ranknum it casts, those of all half-precision models."""
+    models = tiny.pair(built().train())
+    for model in models:
+        for name, p in model.named_parameters():
+            if "ranknum" in name:
+                p.requires_grad_()
+    theirs, ours = models
+    spectral_ops.accelerate(ours, strict=True)
+    for _ in range(2):
+        want, got = (tiny.logits_and_gradients(model, tiny.tokens()) for model in models)
+        assert sum("ranknum" in name for name in got) == 14
+        assert tiny.worst(want, got) < 1e-5
+        with torch.no_grad():
+            for model in models:
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 0.1 * p.grad
+
+
 def test_dropout_has_the_law_of_peft_s():
     theirs, ours, _ = pair(lora_dropout=0.4)
     ids = tiny.tokens()

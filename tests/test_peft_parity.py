@@ -129,6 +129,20 @@ def test_conv1d(dora, dropout):
     assert worst(logits_and_gradients(plain, tokens()), logits_and_gradients(ours, tokens())) < EXACT
 
 
+def test_conv1d_with_other_data():
+    """A weight whose memory is exchanged through .data, which bumps no version: a kept view of it would be stale."""
+    plain, ours = pair(perturb(get_peft_model(gpt2(), LoraConfig(r=5, target_modules=["c_attn"], fan_in_fan_out=True))))
+    fused(ours, fused=2)
+    before = logits_and_gradients(ours, tokens())["logits"]
+    for model in (plain, ours):
+        for name, p in model.named_parameters():
+            if "base_layer.weight" in name:
+                p.data = 1.5 * p.data
+    got = logits_and_gradients(ours, tokens())
+    assert worst(logits_and_gradients(plain, tokens()), got) < EXACT
+    assert not torch.allclose(got["logits"], before)
+
+
 def train(model, steps=20, fused_adamw=False):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, fused=fused_adamw)
     losses = []

@@ -58,7 +58,7 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
 
     wide = torch.float32
     x, dy, y, W, seed = make(T, k), make(T, d), make(T, d), make(d, k), make(1, dtype=torch.int64)
-    g, bias, square = make(d, dtype=wide), make(d), make(d, dtype=wide)
+    g, bias = make(d, dtype=wide), make(d)
     stamp, offsets = make(2, dtype=torch.int64), make(65, dtype=torch.int32)
     cases = {}
     for r in (16, 64, 256):
@@ -75,8 +75,8 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         cases |= {
             f"lowrank_matmul r{r}": ("lowrank", "lowrank_matmul", (x, W, h, B, 0.5, None, None)),
             f"lowrank_update_ r{r}": ("lowrank", "lowrank_update_", (y, h, B, 0.5, g, g)),
-            f"column_norm r{r}": ("dora", "column_norm", (W, A, B, 0.5, None)),
-            f"column_norm float32 A r{r}": ("dora", "column_norm_cached_", (g, stamp, W, A32, B32, 0.5, square, False)),
+            f"column_norm r{r}": ("dora", "column_norm", (W, A, B, 0.5)),
+            f"column_norm float32 A r{r}": ("dora", "column_norm_cached_", (g, stamp, W, A32, B32, 0.5, False)),
             f"dropout_project r{r}": ("dropout", "dropout_project", (x, A, seed, 0.1)),
             f"dropout_outer r{r}": ("dropout", "dropout_outer", (h, x, seed, 0.1)),
             f"dropout_lift_ r{r}": ("dropout", "dropout_lift_", (x, h, A, seed, 0.1)),
@@ -116,16 +116,13 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "lowrank_backward odd": (
             "lowrank", "lowrank_backward",
             (odd, make(T, 63), make(k - 1, 63), 0.5, g, odd, bias, True, True, True, True)),
-        "column_norm odd": ("dora", "column_norm", (make(k - 1, d).t(), make(63, k - 1), make(d, 63), 0.5, None)),
+        "column_norm odd": ("dora", "column_norm", (make(k - 1, d).t(), make(63, k - 1), make(d, 63), 0.5)),
         "dropout_outer odd": ("dropout", "dropout_outer", (make(T, 63), odd, seed, 0.1)),
         "dropout_lift_ odd": ("dropout", "dropout_lift_", (odd, make(T, 63), make(63, k - 1), seed, 0.1)),
         "seeded_dropout odd": ("dropout", "seeded_dropout", (odd, seed, 0.1)),
-        "row_square": ("dora", "row_square", (W,)),
-        "row_square transposed": ("dora", "row_square", (make(k, d).t(),)),
         "magnitude_grad": ("dora", "magnitude_grad", (g, dy, x, h, W, B, 0.5, g, g, bias)),
         "dropout_project odd": ("dropout", "dropout_project", (odd, make(64, k - 1), seed, 0.1)),
         "seeded_dropout": ("dropout", "seeded_dropout", (x, seed, 0.1)),
-        "transpose_": ("transpose", "transpose_", (make(d, T), dy)),
         "block_sum r64": ("blocksum", "block_sum", (x, 64, None, None, 0.0)),
         "block_sum r64 dropout": ("blocksum", "block_sum", (x, 64, None, seed, 0.1)),
         "block_sum r63 odd dropout": ("blocksum", "block_sum", (odd, 63, None, seed, 0.1)),
@@ -139,7 +136,7 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
     layers = [make(16, k), make(d, 16), make(16, 1)] * 2
     cases |= {
         "importance_update_": (
-            "importance", "importance_update_", (square, square, layers, layers, [], 0.85, 0.85, True)),
+            "importance", "importance_update_", (g, g, layers, layers, [], 0.85, 0.85, True)),
         "importance_prune_": ("importance", "importance_prune_", (make(32, dtype=wide), layers[2::3], [0, 16], 9)),
     }  # fmt: skip
     for r in (16, 64):
@@ -363,7 +360,6 @@ def test_long_passes_are_pipelined(arch):
         "block_sum r64",
         "block_tile_ r64",
         "column_norm r16",
-        "row_square",
         "seeded_dropout",
         "target_logprob",
         "softmax_gradient_",

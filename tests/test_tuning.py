@@ -78,11 +78,11 @@ def sums(T: int, choice: str) -> tuple:
 
 
 def test_a_table_is_read_as_it_was_written(store):
-    store({"block_sum": [sums(8, "reference"), sums(1024, "cpu")], "row_square": [(((3, 5),), "reference")]})
+    store({"block_sum": [sums(8, "reference"), sums(1024, "cpu")], "cayley_forward": [(((2, 3, 3),), "reference")]})
     table = tuning.read(tuning.file(CPU))
     assert table["block_sum"]["float32"].source == SOURCE
     assert [one.choice for one in table["block_sum"]["float32"].classes] == ["reference", "cpu"]
-    assert table["row_square"]["float32"].classes[0].arguments == ((3, 5),)
+    assert table["cayley_forward"]["float32"].classes[0].arguments == ((2, 3, 3),)
     assert tuning.text(table) == tuning.file(CPU).read_text()
 
 
@@ -322,10 +322,10 @@ def test_new_measurements_replace_those_of_the_same_operator_and_dtype():
     old, new = Entry("old", ()), Entry("new", ())
     table = {
         "block_sum": {"float32": old, "bfloat16": old},
-        "row_square": {"float32": old},
+        "block_tile_": {"float32": old},
         "csr_sddmm": {"float32": old},
     }
-    found = {"block_sum": {"float32": []}, "row_square": {"float32": []}}
+    found = {"block_sum": {"float32": []}, "block_tile_": {"float32": []}}
     merged = candidates.merged(table, found, {"block_sum": {"float32": new}})
     assert merged == {"block_sum": {"float32": new, "bfloat16": old}, "csr_sddmm": {"float32": old}}
 

@@ -18,7 +18,6 @@ OPERATORS: dict[str, str] = {
     "lowrank_matmul": "lowrank",
     "lowrank_update_": "lowrank",
     "lowrank_backward": "lowrank",
-    "row_square": "dora",
     "column_norm": "dora",
     "column_norm_cached_": "dora",
     "magnitude_grad": "dora",
@@ -44,7 +43,6 @@ OPERATORS: dict[str, str] = {
     "segment_outer": "segments",
     "importance_update_": "importance",
     "importance_prune_": "importance",
-    "transpose_": "transpose",
 }
 
 # operator -> names of further tiles that its launcher takes as ``tiles=``, beside its table's: the tuner's candidates
@@ -54,7 +52,6 @@ TILES: dict[str, tuple[str, ...]] = {
     "lowrank_matmul": ("shallow", "deep"),
     "lowrank_update_": ("short", "wide"),
     "lowrank_backward": ("short", "narrow"),
-    "row_square": ("short", "wide"),
     "column_norm": ("short", "wide"),
     "column_norm_cached_": ("short", "wide"),
     "dropout_project": ("short", "narrow"),

@@ -44,10 +44,10 @@ def _row_squares(
     o, begin, end, w, A, B, scale, d, r, w_o, w_i, A_p, A_i, B_o, B_p,
     BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_i (W + scale B A)² [BM] over inputs begin to end of rows o; A is None: of W alone. ONE: r <= R."""
+    """Σ_i (W + scale B A)² [BM] over inputs begin to end of rows o. ONE: r <= R."""
     WIDE: tl.constexpr = PRECISION != "half"
     p = tl.arange(0, R)
-    if A is not None and ONE:
+    if ONE:
         b = tl.load(B + o[:, None] * B_o + p[None, :] * B_p, mask=(o < d)[:, None] & (p < r)[None, :], other=0.0)
         if WIDE:
             b = b.to(tl.float32)
@@ -56,26 +56,24 @@ def _row_squares(
         i = (i0 + tl.arange(0, BK)).to(tl.int64)
         live = (o < d)[:, None] & (i < end)[None, :]
         v = tl.load(w + o[:, None] * w_o + i[None, :] * w_i, mask=live, other=0.0).to(tl.float32)
-        if A is not None:
-            update = tl.zeros([BM, BK], tl.float32)
-            if ONE:
-                a = tl.load(A + p[:, None] * A_p + i[None, :] * A_i, mask=(p < r)[:, None] & (i < end)[None, :],
+        update = tl.zeros([BM, BK], tl.float32)
+        if ONE:
+            a = tl.load(A + p[:, None] * A_p + i[None, :] * A_i, mask=(p < r)[:, None] & (i < end)[None, :], other=0.0)
+            if WIDE:
+                a = a.to(tl.float32)
+            update = dot(b, a, update, "ieee" if PRECISION == "half" else PRECISION)
+        else:
+            for p0 in range(0, r, R):
+                q = p0 + p
+                b = tl.load(B + o[:, None] * B_o + q[None, :] * B_p, mask=(o < d)[:, None] & (q < r)[None, :],
+                            other=0.0)  # fmt: skip
+                a = tl.load(A + q[:, None] * A_p + i[None, :] * A_i, mask=(q < r)[:, None] & (i < end)[None, :],
                             other=0.0)  # fmt: skip
                 if WIDE:
                     a = a.to(tl.float32)
+                    b = b.to(tl.float32)
                 update = dot(b, a, update, "ieee" if PRECISION == "half" else PRECISION)
-            else:
-                for p0 in range(0, r, R):
-                    q = p0 + p
-                    b = tl.load(B + o[:, None] * B_o + q[None, :] * B_p, mask=(o < d)[:, None] & (q < r)[None, :],
-                                other=0.0)  # fmt: skip
-                    a = tl.load(A + q[:, None] * A_p + i[None, :] * A_i, mask=(q < r)[:, None] & (i < end)[None, :],
-                                other=0.0)  # fmt: skip
-                    if WIDE:
-                        a = a.to(tl.float32)
-                        b = b.to(tl.float32)
-                    update = dot(b, a, update, "ieee" if PRECISION == "half" else PRECISION)
-            v += scale * update
+        v += scale * update
         squares += v * v
     return tl.sum(squares, 1)
 
@@ -111,9 +109,9 @@ def norm_kernel(
 @triton.jit
 def finish_kernel(
     partial, changed, prints, stamp, out, d, ranges,
-    ROOT: tl.constexpr, BLOCK: tl.constexpr, RANGES: tl.constexpr, PRINTS: tl.constexpr,
+    BLOCK: tl.constexpr, RANGES: tl.constexpr, PRINTS: tl.constexpr,
 ):  # fmt: skip
-    """out [d] = Σ_s partial [s, d] or its square root; where ``changed`` says so, with the stamp updated."""
+    """out [d] = the root of Σ_s partial [s, d]; where ``changed`` says so, with the stamp updated."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     run = True
     if stamp is not None:
@@ -122,9 +120,7 @@ def finish_kernel(
         s = tl.arange(0, RANGES)
         live = (s < ranges)[:, None] & (o < d)[None, :]
         total = tl.sum(tl.load(partial + s[:, None] * d + o[None, :], mask=live, other=0.0), 0)
-        if ROOT:
-            total = tl.sqrt_rn(total)
-        tl.store(out + o, total, mask=o < d)
+        tl.store(out + o, tl.sqrt_rn(total), mask=o < d)
         if stamp is not None:
             if tl.program_id(0) == 0:
                 i = tl.arange(0, PRINTS)
@@ -161,23 +157,20 @@ def _mix(source, n, columns, s0, s1, program, PRINTS: tl.constexpr, BLOCK: tl.co
     return total
 
 
-def _square_sums(out, root, weight, A, B, scale, stamp=None, force=False, tiles="") -> None:
-    """out [d] float32 = ‖W_o‖² or, with A and B, ‖W_o + scale (BA)_o‖²; ``root`` takes the square root."""
-    d, k = weight.shape
-    r = 0 if A is None else A.shape[0]
-    if r == 0 and stamp is None:
-        A = B = None
+def _norms(out, weight, A, B, scale, stamp=None, force=False, tiles="") -> None:
+    """out [d] float32 = ‖W_o + scale (BA)_o‖."""
+    (d, k), r = weight.shape, A.shape[0]
+    A, B = (t.to(torch.float32) if t.dtype == torch.float64 else t for t in (A, B))  # over a narrower W
     BM, BK, greatest, warps = tile(NORM, weight, tiles)
     precision = "half"
-    if A is not None and (A.dtype != B.dtype or A.dtype == torch.float32):
+    if A.dtype != B.dtype or A.dtype == torch.float32:
         precision = "ieee" if weight.dtype == torch.float32 or torch.version.hip else "tf32x3"
         greatest, BK = greatest // 2, BK // 2
-    elif A is not None and not aligned(weight, A, B):
+    elif not aligned(weight, A, B):
         greatest, BK = greatest // 2, BK // 2
     R = power_of_2(r, 16, greatest)
     programs = cdiv(d, BM)
     ranges, steps = split(cdiv(k, BK) or 1, programs, min(4 * processors(weight), 64 * programs))
-    A_strides, B_strides = ((0, 0), (0, 0)) if A is None else (A.stride(), B.stride())
     partial = torch.empty(ranges, d, dtype=torch.float32, device=weight.device)
     with on_device(weight):
         prints, changed, PRINTS = None, None, 1
@@ -188,48 +181,34 @@ def _square_sums(out, root, weight, A, B, scale, stamp=None, force=False, tiles=
             bits = {2: torch.int16, 4: torch.int32}
             fingerprint_kernel[(PRINTS, 2)](
                 prints, A.view(bits[A.element_size()]), B.view(bits[B.element_size()]),
-                A.numel(), A.shape[1], B.numel(), B.shape[1], *A_strides, *B_strides,
+                A.numel(), A.shape[1], B.numel(), B.shape[1], *A.stride(), *B.stride(),
                 PRINTS=PRINTS, BLOCK=1024, num_warps=4,
             )  # fmt: skip
         norm_kernel[(cdiv(d, BM), ranges)](
             partial, changed, prints, stamp, int(force), weight, A, B, scale, d, k, r, steps * BK,
-            *weight.stride(), *A_strides, *B_strides,
+            *weight.stride(), *A.stride(), *B.stride(),
             BM=BM, BK=BK, R=R, ONE=r <= R, PRECISION=precision, PRINTS=PRINTS, num_warps=warps, num_stages=2,
         )  # fmt: skip
         finish_kernel[(cdiv(d, 128),)](
             partial, changed, prints, stamp, out, d, ranges,
-            ROOT=root, BLOCK=128, RANGES=power_of_2(ranges, 1, 1 << 20), PRINTS=PRINTS, num_warps=4,
+            BLOCK=128, RANGES=power_of_2(ranges, 1, 1 << 20), PRINTS=PRINTS, num_warps=4,
         )  # fmt: skip
 
 
-def _narrowed(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """float64 parameters over a narrower W, as the reference takes them."""
-    return [t.to(torch.float32) if t.dtype == torch.float64 else t for t in tensors]
-
-
-def row_square(weight, tiles: str = ""):
+def column_norm(weight, A, B, scale: float, tiles: str = ""):
     if weight.dtype == torch.float64:
-        return reference("row_square")(weight)
+        return reference("column_norm")(weight, A, B, scale)
     out = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     if out.numel():
-        _square_sums(out, False, weight, None, None, 0.0, tiles=tiles)
+        _norms(out, weight, A, B, scale, tiles=tiles)
     return out
 
 
-def column_norm(weight, A, B, scale: float, square, tiles: str = ""):
+def column_norm_cached_(norm, stamp, weight, A, B, scale: float, force: bool, tiles: str = "") -> None:
     if weight.dtype == torch.float64:
-        return reference("column_norm")(weight, A, B, scale, square)
-    out = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    if out.numel():
-        _square_sums(out, True, weight, *_narrowed(A, B), scale, tiles=tiles)
-    return out
-
-
-def column_norm_cached_(norm, stamp, weight, A, B, scale: float, square, force: bool, tiles: str = "") -> None:
-    if weight.dtype == torch.float64:
-        reference("column_norm_cached_")(norm, stamp, weight, A, B, scale, square, force)
+        reference("column_norm_cached_")(norm, stamp, weight, A, B, scale, force)
     elif norm.numel():
-        _square_sums(norm, True, weight, *_narrowed(A, B), scale, stamp, force, tiles)
+        _norms(norm, weight, A, B, scale, stamp, force, tiles)
 
 
 @triton.jit(do_not_specialize=["T"])

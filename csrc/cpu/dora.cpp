@@ -62,7 +62,7 @@ template <class T> void norms(const NormFinish& f, int64_t task) {
   const A scale = static_cast<A>(a.scale), scale2 = static_cast<A>(a.scale * a.scale);
   for (int64_t o = first; o < last; ++o) {
     const A* b = packed + (o - first) * r;
-    const A square = a.square ? static_cast<const A*>(a.square)[o] : row_square<A>(pass, f.by_columns, o);
+    const A square = row_square<A>(pass, f.by_columns, o);
     A cross = 0, own = 0, size = 0;
     for (int64_t p0 = 0; p0 < r; p0 += kTile) {
       const int64_t n = smaller(kTile, r - p0);
@@ -142,14 +142,6 @@ template <class T> void exact_gradient(const MagnitudeExact& f, int64_t i) {
 }
 
 }  // namespace
-
-void square_finish(const SquareFinish& a, int64_t begin, int64_t end) {
-  for (int64_t o = begin * kTile; o < smaller(end * kTile, a.square.rows); ++o)
-    if (a.square.dtype == DType::float64)
-      static_cast<double*>(a.square.square)[o] = row_square<double>(a.pass, a.by_columns, o);
-    else
-      static_cast<float*>(a.square.square)[o] = row_square<float>(a.pass, a.by_columns, o);
-}
 
 void norm_finish(const NormFinish& a, int64_t begin, int64_t end) {
   for_dtype(a.norm.dtype, [&](auto* type) {

@@ -290,15 +290,14 @@ inline void run(const DropoutLift& a, const Tensor& like) {
 // --- dora ---
 
 // A pass over a weight [rows, columns], turned so that it is read along memory: over Wᵀ where W's rows are not contiguous
-// but its columns are. Returns whether it is turned; skinny [columns, r] multiplies W.
-inline bool weight_pass(Pass& pass, const Matrix& weight, int64_t rows, int64_t columns, const Matrix& skinny, int64_t r,
-                        bool squares) {
+// but its columns are. Returns whether it is turned; skinny [columns, r] multiplies W, whose rows' squares are summed.
+inline bool weight_pass(Pass& pass, const Matrix& weight, int64_t rows, int64_t columns, const Matrix& skinny, int64_t r) {
   const bool turned = weight.column != 1 && weight.row == 1;
   pass.x = turned ? weight.transposed() : weight;
   pass.rows = turned ? columns : rows, pass.columns = turned ? rows : columns, pass.r = r;
   (turned ? pass.h : pass.m) = skinny;
-  pass.row_squares = squares && !turned;
-  pass.column_sums = pass.square = squares && turned;
+  pass.row_squares = !turned;
+  pass.column_sums = pass.square = turned;
   return turned;
 }
 
@@ -311,7 +310,7 @@ inline void compute_norm(const ColumnNorm& a, const Tensor& like) {
 
   Pass pass;
   const Matrix weight = matrix(a.weight, a.weight_strides[0], a.weight_strides[1], a.dtype);
-  const bool turned = weight_pass(pass, weight, a.rows, a.columns, A.transposed(), a.r, !a.square);
+  const bool turned = weight_pass(pass, weight, a.rows, a.columns, A.transposed(), a.r);
   const Tensor memory = lay_out(pass, like);
   pack_and_add(pass);
 
@@ -351,15 +350,6 @@ inline void run(const ColumnNorm& a, const Tensor& like) {
   if (!a.force && std::equal(print, print + 2, a.stamp)) return;
   compute_norm(a, like);
   std::copy(print, print + 2, a.stamp);
-}
-
-inline void run(const RowSquare& a, const Tensor& like) {
-  Pass pass;
-  const Matrix weight = matrix(a.weight, a.row_stride, a.column_stride, a.dtype);
-  const bool turned = weight_pass(pass, weight, a.rows, a.columns, {}, 0, true);
-  const Tensor memory = lay_out(pass, like);
-  pack_and_add(pass);
-  in_parallel(SquareFinish{a, pass, turned}, tiles(a.rows), 8);
 }
 
 inline void run(const MagnitudeGrad& a, const Tensor& like) {

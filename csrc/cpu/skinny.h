@@ -184,14 +184,7 @@ struct SmallBackward {
   static bool fits(const LowRankBackward& a) { return a.r <= kRank && a.rows * a.columns * (a.r + 4) <= kWork; }
 };
 
-// The squares of a pass over W, or over Wᵀ (then by_columns). Tasks take kTile rows of W.
-struct SquareFinish {
-  const RowSquare& square;
-  const Pass& pass;
-  bool by_columns;
-};
-
-// norm from the sums of such a pass.
+// norm from the sums of a pass over W, or over Wᵀ (then by_columns). Tasks take kTile rows of W.
 struct NormFinish {
   const ColumnNorm& norm;
   const Pass& pass;

@@ -1,4 +1,4 @@
-// row_square, column_norm, column_norm_cached_ and magnitude_grad (METHODS 1.2).
+// column_norm, column_norm_cached_ and magnitude_grad (METHODS 1.2).
 //
 // The norm reads W once. A first kernel leaves partial sums of P = W Aᵀ and ‖W_o‖² for tiles of rows and ranges of columns,
 // while further blocks of the same launch form A Aᵀ; a second one adds them up, warp by row, and recomputes the rows that
@@ -15,62 +15,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kNormThreads = 128;
 constexpr double kCancellation = 1.0 / 64;  // as in spectral_ops/functional/dora.py
-
-// --- ‖W_o‖² ---
-
-// A warp for each row.
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
-square_rows(const T* __restrict__ weight, acc_t<T>* __restrict__ square, int64_t rows, int columns, int64_t row_stride) {
-  const int lane = threadIdx.x % 32;
-  const int64_t row = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= rows) return;  // a whole warp
-  const T* w = weight + row * row_stride;
-  acc_t<T> sum = 0;
-#pragma unroll 4
-  for (int i = lane * V; i < columns; i += 32 * V) {
-    acc_t<T> v[V];
-    load_part<T, V>(w + i, columns - i, v);
-#pragma unroll
-    for (int e = 0; e < V; ++e) sum += v[e] * v[e];
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) square[row] = sum;
-}
-
-// Any strides: 32 rows in a block, neighbouring threads on neighbouring rows.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-square_strided(const T* __restrict__ weight, acc_t<T>* __restrict__ square, int64_t rows, int64_t columns, int64_t row_stride,
-               int64_t column_stride) {
-  __shared__ acc_t<T> parts[kThreads];
-  const int64_t row = int64_t{blockIdx.x} * 32 + threadIdx.x % 32;
-  acc_t<T> sum = 0;
-  if (row < rows)
-#pragma unroll 4
-    for (int64_t i = threadIdx.x / 32; i < columns; i += kThreads / 32) {
-      const acc_t<T> v = value(weight[row * row_stride + i * column_stride]);
-      sum += v * v;
-    }
-  parts[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x < 32 && row < rows) {
-    for (int j = 1; j < kThreads / 32; ++j) sum += parts[32 * j + threadIdx.x];
-    square[row] = sum;
-  }
-}
-
-template <class T> cudaError_t launch_square(const RowSquare& a, cudaStream_t stream) {
-  const T* weight = static_cast<const T*>(a.weight);
-  auto* square = static_cast<acc_t<T>*>(a.square);
-  if (a.column_stride != 1 && a.columns > 1)
-    return enqueue(square_strided<T>, ceil_div(a.rows, 32), kThreads, 0, stream, weight, square, a.rows, a.columns,
-                   a.row_stride, a.column_stride);
-  const bool wide = aligned_rows(a.weight, a.row_stride, sizeof(T));
-  const auto kernel = wide ? square_rows<T, kLanes<T>> : square_rows<T, 1>;
-  return enqueue(kernel, ceil_div(a.rows, kThreads / 32), kThreads, 0, stream, weight, square, a.rows,
-                 static_cast<int>(a.columns), a.row_stride);
-}
 
 // --- fingerprint of A and B ---
 
@@ -135,8 +79,7 @@ __device__ __forceinline__ uint64_t fingerprint_sum(const Stamp& stamp, int whic
 template <class T> struct Norm {
   const T* weight;
   Factor A, B;
-  const acc_t<T>* square;  // known ‖W_o‖², or null
-  acc_t<T>*norm, *products, *squares, *gram;  // products [splits, rows, r]; squares [splits, rows] or null; gram [r, r]
+  acc_t<T>*norm, *products, *squares, *gram;  // products [splits, rows, r]; squares [splits, rows]; gram [r, r]
   acc_t<T> scale;
   int64_t rows, row_stride, column_stride, split_columns;
   int columns, r, splits, rank_tiles, gram_side;
@@ -225,7 +168,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_mma(Norm<T> a) {
   const Part part(a, 128, 64);
   const int lane = threadIdx.x % 32, i = lane / 4, q = lane % 4;
   const int64_t row0 = part.row0 + threadIdx.x / 32 * 32;
-  const bool squares = a.squares && part.rank0 == 0;
+  const bool squares = part.rank0 == 0;
 
   uint4 next[4];  // rows row0 + 8 m + i, columns 8q .. 8q+7 of the next 32
   auto fetch = [&](int column0) {
@@ -351,7 +294,7 @@ __global__ void __launch_bounds__(kNormThreads, 3) norm_fma(Norm<T> a) {
   for (int m = 0; m < 4; ++m) {
     const int64_t row = part.row0 + my_rows + m;
     if (row >= a.rows) break;
-    if (a.squares && part.rank0 == 0 && my_ranks == 0) a.squares[part.split * a.rows + row] = square[m];
+    if (part.rank0 == 0 && my_ranks == 0) a.squares[part.split * a.rows + row] = square[m];
 #pragma unroll
     for (int p = 0; p < kRanks; ++p) {
       const int rank = part.rank0 + my_ranks + p;
@@ -378,11 +321,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 4) norm_finish(No
   const int64_t row = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
   if (row >= a.rows) return;  // a whole warp
   A square = 0, cross = 0, own = 0, size = 0;
-  if (a.square) {
-    square = a.square[row];
-  } else {
-    for (int s = 0; s < a.splits; ++s) square += a.squares[s * a.rows + row];
-  }
+  for (int s = 0; s < a.splits; ++s) square += a.squares[s * a.rows + row];
   for (int p = lane; p < a.r; p += 32) {
     A product = 0, image = 0;
     for (int s = 0; s < a.splits; ++s) product += a.products[(s * a.rows + row) * a.r + p];
@@ -414,10 +353,9 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
   a.weight = static_cast<const T*>(from.weight);
   a.A = {from.A, from.r, from.columns, from.A_strides[0], from.A_strides[1], from.A_dtype};
   a.B = {from.B, from.rows, from.r, from.B_strides[0], from.B_strides[1], from.B_dtype};
-  a.square = static_cast<const A*>(from.square);
   a.norm = static_cast<A*>(from.norm);
   a.products = workspace;
-  a.squares = from.square ? nullptr : workspace + plan.square_at;
+  a.squares = workspace + plan.square_at;
   a.gram = workspace + plan.gram_at;
   a.scale = static_cast<A>(from.scale);
   a.rows = from.rows, a.row_stride = from.weight_strides[0], a.column_stride = from.weight_strides[1];
@@ -522,11 +460,6 @@ template <class T> cudaError_t launch_magnitude(const MagnitudeGrad& from, cudaS
 }
 
 }  // namespace
-
-cudaError_t row_square(const RowSquare& a, cudaStream_t stream) {
-  if (a.columns > kMaxColumns) return cudaErrorInvalidValue;
-  return for_dtype(a.dtype, [&](auto* t) { return launch_square<std::remove_pointer_t<decltype(t)>>(a, stream); });
-}
 
 // With a.stamp: recomputes only where a.force, or where A and B are not those that the stamp was taken of.
 cudaError_t column_norm(const ColumnNorm& a, cudaStream_t stream) {

@@ -65,7 +65,7 @@ struct NormPlan {
 constexpr int64_t kStampBlocks = 64;
 constexpr int64_t kNormPiece = 128;  // columns whose A is in shared memory at once
 
-inline NormPlan norm_plan(int64_t rows, int64_t columns, int64_t r, DType dtype, bool unit_columns, bool square, bool stamp) {
+inline NormPlan norm_plan(int64_t rows, int64_t columns, int64_t r, DType dtype, bool unit_columns, bool stamp) {
   NormPlan plan{};
   plan.matrix_units = (dtype == DType::bfloat16 || dtype == DType::float16) && unit_columns;
   plan.ranks = r < 64 ? r : 64;
@@ -81,14 +81,14 @@ inline NormPlan norm_plan(int64_t rows, int64_t columns, int64_t r, DType dtype,
   plan.splits = pieces > 0 ? (columns + plan.split_columns - 1) / plan.split_columns : 1;
   const int64_t size = dtype == DType::float64 ? 8 : 4;
   plan.square_at = plan.splits * rows * r;
-  plan.gram_at = plan.square_at + (square ? plan.splits * rows : 0);
+  plan.gram_at = plan.square_at + plan.splits * rows;
   plan.stamp_at = ((plan.gram_at + r * r) * size + 7) / 8 * 8;
   plan.bytes = plan.stamp_at + (stamp ? 8 * (2 * kStampBlocks + 1) : 0);
   return plan;
 }
 
 inline NormPlan norm_plan(const ColumnNorm& a) {
-  return norm_plan(a.rows, a.columns, a.r, a.dtype, a.weight_strides[1] == 1 || a.columns <= 1, !a.square, a.stamp);
+  return norm_plan(a.rows, a.columns, a.r, a.dtype, a.weight_strides[1] == 1 || a.columns <= 1, a.stamp);
 }
 
 // Bat: the blocks of r rows are cut into tiles; on the tensor cores such that each is whole.

@@ -13,37 +13,31 @@ template <class Device> void expand(const Tensor& y, const Tensor& h, const Tens
   else block_tile_<Device>(y, mm<Device>(h, D), out_offsets, std::nullopt, 0.0, true);
 }
 
+// y [..., d] += expand(h D); returns h = block_sum(drop(x)).
 template <class Device>
-std::tuple<Tensor, Tensor> bone_linear_forward(Tensor x, Tensor weight, Tensor D, MaybeTensor bias, MaybeTensor seed, double p,
-                                               MaybeTensor in_offsets, MaybeTensor out_offsets) {
-  const NoGrad guard;
-  check_weight(x, weight);
+Tensor bone_add(const Tensor& y, const Tensor& x, const Tensor& D, const MaybeTensor& seed, double p,
+                const MaybeTensor& in_offsets, const MaybeTensor& out_offsets) {
   check_matrix("D", D);
   check_same_device("D", D, x);
-  Tensor y = empty_rows(x, weight.size(0));
-  const Tensor x2 = flat("x", x), y2 = flat("y", y);
-  Tensor h = block_sum<Device>(x2, D.size(0), in_offsets, seed, p);
-  linear_into<Device>(y2, x2, weight, bias);
-  expand<Device>(y2, h, cast_as(D, x), out_offsets);
-  return {y, h};
-}
-
-// out [..., d] += expand(h D); returns h.
-template <class Device> Tensor bone_update_forward_(Tensor out, Tensor x, Tensor D, MaybeTensor seed, double p) {
-  const NoGrad guard;
-  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
-  check_matrix("D", D);
-  check_same_device("D", D, x);
-  Tensor h = block_sum<Device>(flat("x", x), D.size(0), std::nullopt, seed, p);
-  expand<Device>(flat("out", out), h, cast_as(D, x), std::nullopt);
+  Tensor h = block_sum<Device>(flat("x", x), D.size(0), in_offsets, seed, p);
+  expand<Device>(flat("out", y), h, cast_as(D, x), out_offsets);
   return h;
 }
 
+// Over a weight, or on a copy of base_out.
 template <class Device>
-std::tuple<Tensor, Tensor> bone_update_forward(Tensor base_out, Tensor x, Tensor D, MaybeTensor seed, double p) {
-  Tensor out = copy_of(base_out);
-  Tensor h = bone_update_forward_<Device>(out, x, D, seed, p);
-  return {out, h};
+std::tuple<Tensor, Tensor> bone_linear_forward(Tensor x, MaybeTensor weight, MaybeTensor base_out, Tensor D, MaybeTensor bias,
+                                               MaybeTensor seed, double p, MaybeTensor in_offsets, MaybeTensor out_offsets) {
+  const NoGrad guard;
+  Tensor y = base_output<Device>(x, weight, base_out, bias);
+  Tensor h = bone_add<Device>(y, x, D, seed, p, in_offsets, out_offsets);
+  return {y, h};
+}
+
+template <class Device> Tensor bone_update_forward_(Tensor out, Tensor x, Tensor D, MaybeTensor seed, double p) {
+  const NoGrad guard;
+  check_overwritten(out);
+  return bone_add<Device>(out, x, D, seed, p, std::nullopt, std::nullopt);
 }
 
 // Results: dx [..., k], dD, db; empty [0] where `needs` has no bit for it. Without a weight dx is the update's share alone.

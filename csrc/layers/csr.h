@@ -124,29 +124,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rosa_linear_backward(
   return {dx, dS, dA, dB, db};
 }
 
-// x Sᵀ [..., d]
+// x Sᵀ [..., d], added to a copy of base_out where it is given.
 template <class Device>
-Tensor csr_spmm_forward(Tensor x, Tensor values, Tensor row_offsets, Tensor columns, MaybeTensor permutation) {
+Tensor csr_spmm_forward(Tensor x, MaybeTensor base_out, Tensor values, Tensor row_offsets, Tensor columns,
+                        MaybeTensor permutation) {
   const NoGrad guard;
-  Tensor y = empty_rows(x, owners("row_offsets", row_offsets));
-  torch::stable::fill_(y, 0);
+  Tensor y = base_out ? copy_of(*base_out) : empty_rows(x, owners("row_offsets", row_offsets));
+  if (!base_out) torch::stable::fill_(y, 0);
   csr_spmm_<Device>(flat("y", y), flat("x", x), values, row_offsets, columns, permutation);
   return y;
-}
-
-// out [..., d] += x Sᵀ
-template <class Device>
-void rosa_update_forward_(Tensor out, Tensor x, Tensor values, Tensor row_offsets, Tensor columns) {
-  const NoGrad guard;
-  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
-  csr_spmm_<Device>(flat("out", out), flat("x", x), values, row_offsets, columns, std::nullopt);
-}
-
-template <class Device>
-Tensor rosa_update_forward(Tensor base_out, Tensor x, Tensor values, Tensor row_offsets, Tensor columns) {
-  Tensor out = copy_of(base_out);
-  rosa_update_forward_<Device>(out, x, values, row_offsets, columns);
-  return out;
 }
 
 // W + S [d, k], rounded once, as a new tensor.

@@ -39,82 +39,12 @@ inline std::pair<Tensor, Tensor> split_gains(const Tensor& gains, int64_t d) {
 // g - 1 in the dtype of like.
 inline Tensor minus_one(const Tensor& g, const Tensor& like) { return cast_as(torch::stable::subtract(g, ones_like(g)), like); }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor magnitude,
-                                                               MaybeTensor bias, Tensor norm, MaybeTensor seed, double scale,
-                                                               double p) {
-  const NoGrad guard;
-  check_weight(x, weight);
-  const int64_t d = weight.size(0);
-  check_factors(x, d, A, B);
-  Tensor gains = gains_of(magnitude, norm, d), y = empty_rows(x, d);
-  const Tensor g = elements_of(gains, 0, d), x2 = flat("x", x), y2 = flat("y", y), a = cast_as(A, x), b = cast_as(B, x);
-  if (!seed) {
-    Tensor h = mm<Device>(x2, transposed(a));
-    adapted_into<Device>(y2, x2, weight, h, b, scale, g, bias);
-    return {y, h, gains, nothing(x)};
-  }
-  const Tensor dropped = seeded_dropout<Device>(x2, *seed, p);
-  Tensor h = mm<Device>(dropped, transposed(a)), z = mm<Device>(dropped, transposed(weight));
-  add_product<Device>(z, h, transposed(b), scale);
-  call("aten::mul", "out", z, minus_one(g, x), y2);
-  add_product<Device>(y2, x2, transposed(weight));
-  if (bias) lowrank_update_<Device>(y2, h, b, scale, std::nullopt, cast_as(*bias, g));
-  else add_product<Device>(y2, h, transposed(b), scale);
-  return {y, h, gains, z};
-}
-
-// Results: dx, dA, dB, dm, db; empty [0] where `needs` has no bit for it.
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
-    Tensor dy, MaybeTensor x, Tensor weight, Tensor A, Tensor B, Tensor magnitude, MaybeTensor bias, Tensor gains, MaybeTensor h,
-    MaybeTensor y, MaybeTensor seed, double scale, double p, int64_t needs) {
-  const NoGrad guard;
-  check_matrix("weight", weight);
-  const Tensor dy2 = flat("dy", dy), a = cast_as(A, dy), b = cast_as(B, dy);
-  const auto [g, norm] = split_gains(gains, dy2.size(1));
-  const bool need_x = wants(needs, 0), need_A = wants(needs, 1), need_m = wants(needs, 3);
-  const Tensor hidden = h ? *h : empty(dy, {dy2.size(0), A.size(0)});  // unread when not saved
-  MaybeTensor x2, kept;
-  if (x) x2 = flat("x", *x);
-  if (need_m && y) kept = flat("y", *y);
-  if (need_m && !y) {
-    kept = empty(dy, {dy2.size(0), dy2.size(1)});
-    adapted_into<Device>(*kept, given("x", x2), weight, hidden, b, scale, g, bias);
-  }
-  const bool need_gdy = need_x && !seed && scales_tokens(dy2.size(0), weight, g);
-  auto [u, dB, db, dyz, gdy] = lowrank_backward<Device>(dy2, hidden, b, scale, g, kept, seed ? MaybeTensor() : bias,
-                                                        need_x || need_A, wants(needs, 2), wants(needs, 4), need_gdy);
-  Tensor dx = nothing(dy), dm = nothing(dy);
-  if (need_x && !seed) {
-    dx = empty_rows(dy, A.size(1));
-    const Tensor dx2 = flat("dx", dx);
-    base_input_gradient<Device>(dx2, dy2, gdy, weight, g);
-    add_product<Device>(dx2, u, a);
-  } else if (need_x) {
-    const Tensor through_dropout = mm<Device>(call("aten::mul", "Tensor", dy2, minus_one(g, dy)), weight);
-    add_product<Device>(through_dropout, u, a);
-    const Tensor dx2 = seeded_dropout<Device>(through_dropout, *seed, p);
-    add_product<Device>(dx2, dy2, weight);
-    dx = shaped_like(dy, dx2);
-  }
-  Tensor dA = need_A ? A_gradient<Device>(u, given("x", x2), seed, p, A.scalar_type()) : nothing(dy);
-  if (need_m) {
-    dm = seed ? call("aten::div", "Tensor", dyz, norm)
-              : magnitude_grad<Device>(dyz, dy2, given("x", x2), hidden, weight, b, scale, g, norm, bias);
-    dm = cast_as(dm, magnitude);
-  }
-  dB = wants(needs, 2) ? cast_as(dB, B) : nothing(dy);
-  db = wants(needs, 4) ? cast_as(db, dy) : nothing(dy);
-  return {dx, dA, dB, dm, db};
-}
-
 // out [..., d] becomes g * (out - b + scale h Bᵀ) + b; returns h, gains and z (with a bias and need_z).
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> dora_update_forward_(Tensor out, Tensor x, Tensor A, Tensor B, Tensor magnitude,
                                                         MaybeTensor bias, Tensor norm, double scale, bool need_z) {
   const NoGrad guard;
-  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
+  check_overwritten(out);
   const Tensor out2 = flat("out", out), b = cast_as(B, x);
   const int64_t d = out2.size(1);
   check_factors(x, d, A, B);
@@ -132,38 +62,82 @@ std::tuple<Tensor, Tensor, Tensor> dora_update_forward_(Tensor out, Tensor x, Te
   return {h, gains, z};
 }
 
+// Results: y, h, gains and z (with a seed). Without a weight: of dora_update_forward_ on a copy of base_out.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> dora_update_forward(Tensor base_out, Tensor x, Tensor A, Tensor B, Tensor magnitude,
-                                                               MaybeTensor bias, Tensor norm, double scale, bool need_z) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_forward(Tensor x, MaybeTensor weight, MaybeTensor base_out, Tensor A,
+                                                               Tensor B, Tensor magnitude, MaybeTensor bias, Tensor norm,
+                                                               MaybeTensor seed, double scale, double p, bool need_z) {
   const NoGrad guard;
-  Tensor out = copy_of(base_out);
-  auto [h, gains, z] = dora_update_forward_<Device>(out, x, A, B, magnitude, bias, norm, scale, need_z);
-  return {out, h, gains, z};
+  if (!weight) {
+    Tensor y = copy_of(given("base_out", base_out));
+    auto [h, gains, z] = dora_update_forward_<Device>(y, x, A, B, magnitude, bias, norm, scale, need_z);
+    return {y, h, gains, z};
+  }
+  check_weight(x, *weight);
+  const int64_t d = weight->size(0);
+  check_factors(x, d, A, B);
+  Tensor gains = gains_of(magnitude, norm, d), y = empty_rows(x, d);
+  const Tensor g = elements_of(gains, 0, d), x2 = flat("x", x), y2 = flat("y", y), a = cast_as(A, x), b = cast_as(B, x);
+  if (!seed) {
+    Tensor h = mm<Device>(x2, transposed(a));
+    adapted_into<Device>(y2, x2, *weight, h, b, scale, g, bias);
+    return {y, h, gains, nothing(x)};
+  }
+  const Tensor dropped = seeded_dropout<Device>(x2, *seed, p);
+  Tensor h = mm<Device>(dropped, transposed(a)), z = mm<Device>(dropped, transposed(*weight));
+  add_product<Device>(z, h, transposed(b), scale);
+  call("aten::mul", "out", z, minus_one(g, x), y2);
+  add_product<Device>(y2, x2, transposed(*weight));
+  if (bias) lowrank_update_<Device>(y2, h, b, scale, std::nullopt, cast_as(*bias, g));
+  else add_product<Device>(y2, h, transposed(b), scale);
+  return {y, h, gains, z};
 }
 
-// Results: dout, dx, dA, dB, dm, db; empty [0] where `needs` has no bit for it. The update alone, over a base whose own
-// node returns the rest of dx and db.
+// Results: dx, dA, dB, dm, db, dout; empty [0] where `needs` has no bit for it. Without a weight: the update alone, over a
+// base whose own node returns the rest of dx and db, and dout = g * dy.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dora_update_backward(Tensor dy, MaybeTensor x, Tensor A, Tensor B,
-                                                                                Tensor magnitude, Tensor gains, MaybeTensor h,
-                                                                                MaybeTensor y, MaybeTensor z, double scale,
-                                                                                int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
+    Tensor dy, MaybeTensor x, MaybeTensor weight, Tensor A, Tensor B, Tensor magnitude, MaybeTensor bias, Tensor gains,
+    MaybeTensor h, MaybeTensor y, MaybeTensor z, MaybeTensor seed, double scale, double p, int64_t needs) {
   const NoGrad guard;
-  const Tensor dy2 = flat("dy", dy);
+  if (weight) check_matrix("weight", *weight);
+  const Tensor dy2 = flat("dy", dy), a = cast_as(A, dy), b = cast_as(B, dy);
   const auto [g, norm] = split_gains(gains, dy2.size(1));
-  const bool need_out = wants(needs, 0), need_x = wants(needs, 1), need_A = wants(needs, 2), need_m = wants(needs, 4);
+  const bool need_x = wants(needs, 0), need_A = wants(needs, 1), need_m = wants(needs, 3), need_out = wants(needs, 5);
+  const bool exact = weight && !seed;  // rows of dm that y does not determine come from W
   const Tensor hidden = h ? *h : empty(dy, {dy2.size(0), A.size(0)});  // unread when not saved
-  MaybeTensor kept;
-  if (need_m) kept = flat("y", z ? *z : given("y", y));
-  auto [u, dB, db, dyz, gdy] = lowrank_backward<Device>(dy2, hidden, cast_as(B, dy), scale, g, kept, std::nullopt,
-                                                        need_x || need_A, wants(needs, 3), wants(needs, 5), need_out);
-  Tensor dx = nothing(dy), dm = nothing(dy);
-  if (need_x) {
-    dx = empty_rows(dy, A.size(1));
-    mm_out<Device>(flat("dx", dx), u, cast_as(A, dy));
+  MaybeTensor x2, kept;
+  if (x) x2 = flat("x", *x);
+  if (need_m && (z || y)) kept = flat("y", z ? *z : *y);
+  if (need_m && !kept) {
+    kept = empty(dy, {dy2.size(0), dy2.size(1)});
+    adapted_into<Device>(*kept, given("x", x2), given("weight", weight), hidden, b, scale, g, bias);
   }
-  Tensor dA = need_A ? mm<Device>(transposed(u), flat("x", given("x", x)), A.scalar_type()) : nothing(dy);
-  if (need_m) {
+  const bool need_gdy = need_out || (need_x && exact && scales_tokens(dy2.size(0), *weight, g));
+  auto [u, dB, db, dyz, gdy] = lowrank_backward<Device>(dy2, hidden, b, scale, g, kept, exact ? bias : MaybeTensor(),
+                                                        need_x || need_A, wants(needs, 2), wants(needs, 4), need_gdy);
+  Tensor dx = nothing(dy), dm = nothing(dy);
+  if (need_x && seed) {
+    const Tensor& W = given("weight", weight);
+    const Tensor through_dropout = mm<Device>(call("aten::mul", "Tensor", dy2, minus_one(g, dy)), W);
+    add_product<Device>(through_dropout, u, a);
+    const Tensor dx2 = seeded_dropout<Device>(through_dropout, *seed, p);
+    add_product<Device>(dx2, dy2, W);
+    dx = shaped_like(dy, dx2);
+  } else if (need_x) {
+    dx = empty_rows(dy, A.size(1));
+    const Tensor dx2 = flat("dx", dx);
+    if (weight) {
+      base_input_gradient<Device>(dx2, dy2, gdy, *weight, g);
+      add_product<Device>(dx2, u, a);
+    } else {
+      mm_out<Device>(dx2, u, a);
+    }
+  }
+  Tensor dA = need_A ? A_gradient<Device>(u, given("x", x2), seed, p, A.scalar_type()) : nothing(dy);
+  if (need_m && exact) {
+    dm = cast_as(magnitude_grad<Device>(dyz, dy2, given("x", x2), hidden, *weight, b, scale, g, norm, bias), magnitude);
+  } else if (need_m) {
     Tensor divisor = norm;
     if (!z) {  // y is g z; where m is zero z is lost, and the gradient 0, not a division by zero
       Tensor infinite = empty(g, {g.size(0)});
@@ -172,9 +146,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dora_update_backward(
     }
     dm = cast_as(call("aten::div", "Tensor", dyz, divisor), magnitude);
   }
-  dB = wants(needs, 3) ? cast_as(dB, B) : nothing(dy);
-  db = wants(needs, 5) ? cast_as(call("aten::mul", "Tensor", torch::stable::subtract(ones_like(g), g), db), dy) : nothing(dy);
-  return {need_out ? shaped_like(dy, gdy) : nothing(dy), dx, dA, dB, dm, db};
+  dB = wants(needs, 2) ? cast_as(dB, B) : nothing(dy);
+  if (!wants(needs, 4)) db = nothing(dy);
+  else db = cast_as(weight ? db : call("aten::mul", "Tensor", torch::stable::subtract(ones_like(g), g), db), dy);
+  return {dx, dA, dB, dm, db, need_out ? shaped_like(dy, gdy) : nothing(dy)};
 }
 
 }  // namespace spectral_ops

@@ -46,4 +46,4 @@ template <class... Arguments> std::tuple<Tensor, Tensor> call_two(const char* na
   template <> inline Tensor bat_mix_backward_<Device>(Tensor g, Tensor q, Tensor x, Tensor bat, bool need_g, bool need_dC) {  \
     return call("spectral_ops::bat_mix_backward_", "", g, q, x, bat, need_g, need_dC);                                        \
   }                                                                                                                           \
-  template <> inline void transpose_<Device>(Tensor out, Tensor x) { call_void("spectral_ops::transpose_", out, x); }
+  template <> inline void transpose_<Device>(Tensor out, Tensor x) { torch::stable::copy_(out, transposed(x)); }

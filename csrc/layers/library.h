@@ -211,6 +211,21 @@ inline const Tensor& given(const char* name, const MaybeTensor& t) {
   return *t;
 }
 
+// y [..., d] = x Wᵀ + b; without a weight a copy of base_out, which somebody else computed as that.
+template <class Device>
+Tensor base_output(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& base_out, const MaybeTensor& bias) {
+  if (!weight) return copy_of(given("base_out", base_out));
+  check_weight(x, *weight);
+  Tensor y = empty_rows(x, weight->size(0));
+  linear_into<Device>(flat("y", y), flat("x", x), *weight, bias);
+  return y;
+}
+
+// The output of a base layer, which an operator overwrites.
+inline void check_overwritten(const Tensor& out) {
+  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
+}
+
 // --- what a caller wants of a backward ---
 
 // Bit i of `needs`: whether result i is wanted.

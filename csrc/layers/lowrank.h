@@ -84,28 +84,15 @@ inline void check_factors(const Tensor& x, int64_t d, const Tensor& A, const Ten
   check_same_device("B", B, x);
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor> lowrank_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, MaybeTensor bias, MaybeTensor core,
-                                                  MaybeTensor g, MaybeTensor seed, double scale, double p) {
-  const NoGrad guard;
-  check_weight(x, weight);
-  check_factors(x, weight.size(0), A, B);
-  Tensor y = empty_rows(x, weight.size(0));
-  const Tensor x2 = flat("x", x), y2 = flat("y", y);
-  Tensor h = project<Device>(x2, cast_as(A, x), seed, p);
-  adapted_into<Device>(y2, x2, weight, apply_core<Device>(h, core), cast_as(B, x), scale, g, bias);
-  return {y, h};
-}
-
 // out [..., d] becomes g * (out - b + scale h' Bᵀ) + b; returns h.
 template <class Device>
 Tensor lowrank_update_forward_(Tensor out, Tensor x, Tensor A, Tensor B, MaybeTensor bias, MaybeTensor core, MaybeTensor g,
                                MaybeTensor seed, double scale, double p) {
   const NoGrad guard;
-  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
-  const Tensor out2 = flat("out", out), x2 = flat("x", x);
+  check_overwritten(out);
+  const Tensor out2 = flat("out", out);
   check_factors(x, out2.size(1), A, B);
-  Tensor h = project<Device>(x2, cast_as(A, x), seed, p);
+  Tensor h = project<Device>(flat("x", x), cast_as(A, x), seed, p);
   const Tensor hc = apply_core<Device>(h, core), b = cast_as(B, x);
   if (!g) {
     add_product<Device>(out2, hc, transposed(b), scale);
@@ -117,12 +104,24 @@ Tensor lowrank_update_forward_(Tensor out, Tensor x, Tensor A, Tensor B, MaybeTe
   return h;
 }
 
+// Over a weight, or on a copy of base_out.
 template <class Device>
-std::tuple<Tensor, Tensor> lowrank_update_forward(Tensor base_out, Tensor x, Tensor A, Tensor B, MaybeTensor bias,
-                                                  MaybeTensor core, MaybeTensor g, MaybeTensor seed, double scale, double p) {
-  Tensor out = copy_of(base_out);
-  Tensor h = lowrank_update_forward_<Device>(out, x, A, B, bias, core, g, seed, scale, p);
-  return {out, h};
+std::tuple<Tensor, Tensor> lowrank_linear_forward(Tensor x, MaybeTensor weight, MaybeTensor base_out, Tensor A, Tensor B,
+                                                  MaybeTensor bias, MaybeTensor core, MaybeTensor g, MaybeTensor seed,
+                                                  double scale, double p) {
+  const NoGrad guard;
+  if (!weight) {
+    Tensor y = copy_of(given("base_out", base_out));
+    Tensor h = lowrank_update_forward_<Device>(y, x, A, B, bias, core, g, seed, scale, p);
+    return {y, h};
+  }
+  check_weight(x, *weight);
+  check_factors(x, weight->size(0), A, B);
+  Tensor y = empty_rows(x, weight->size(0));
+  const Tensor x2 = flat("x", x), y2 = flat("y", y);
+  Tensor h = project<Device>(x2, cast_as(A, x), seed, p);
+  adapted_into<Device>(y2, x2, *weight, apply_core<Device>(h, core), cast_as(B, x), scale, g, bias);
+  return {y, h};
 }
 
 // Results: dx, dA, dB, db, dcore, dout; empty [0] where `needs` has no bit for it. Without a weight: the update alone, over

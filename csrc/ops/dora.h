@@ -1,4 +1,4 @@
-// The host side of row_square, column_norm, column_norm_cached_ and magnitude_grad for any device.
+// The host side of column_norm, column_norm_cached_ and magnitude_grad for any device.
 #pragma once
 
 #include <utility>
@@ -7,24 +7,8 @@
 
 namespace spectral_ops {
 
-template <class Device> Tensor row_square(Tensor weight) {
-  check_matrix("weight", weight);
-  Tensor square = empty(weight, {weight.size(0)}, accumulate_type(weight));
-  RowSquare a{};
-  a.weight = weight.data_ptr();
-  a.square = square.data_ptr();
-  a.rows = weight.size(0), a.columns = weight.size(1);
-  int64_t strides[2];
-  set_strides(strides, weight);
-  a.row_stride = strides[0], a.column_stride = strides[1];
-  a.dtype = dtype_of("weight", weight);
-  Device::launch(a, weight);
-  return square;
-}
-
-// The arguments of both norms; square and norm are checked against weight.
-inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Tensor& B, double scale,
-                                 std::optional<Tensor>& square, const Tensor& norm) {
+// The arguments of both norms.
+inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Tensor& B, double scale, const Tensor& norm) {
   check_matrix("A", A);
   check_matrix("B", B);
   const int64_t rows = weight.size(0), columns = weight.size(1), r = A.size(0);
@@ -33,13 +17,10 @@ inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Te
   check_size("B", B, 1, r, "the rows of A");
   check_same_device("A", A, weight);
   check_same_device("B", B, weight);
-  STD_TORCH_CHECK(!square || square->scalar_type() == accumulate_type(weight), "square: wanted float32 (float64 for float64)");
   ColumnNorm a{};
   a.weight = weight.data_ptr();
   a.A = A.data_ptr();
   a.B = B.data_ptr();
-  DType wide;
-  a.square = vector_data("square", square, rows, weight, wide);
   a.norm = norm.data_ptr();
   a.scale = scale;
   a.rows = rows, a.columns = columns, a.r = r;
@@ -50,24 +31,22 @@ inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Te
   return a;
 }
 
-template <class Device>
-Tensor column_norm(Tensor weight, Tensor A, Tensor B, double scale, std::optional<Tensor> square) {
+template <class Device> Tensor column_norm(Tensor weight, Tensor A, Tensor B, double scale) {
   check_matrix("weight", weight);
   Tensor norm = empty(weight, {weight.size(0)}, accumulate_type(weight));
-  ColumnNorm a = norm_arguments(weight, A, B, scale, square, norm);
+  ColumnNorm a = norm_arguments(weight, A, B, scale, norm);
   Device::launch(a, weight);
   return norm;
 }
 
 template <class Device>
-void column_norm_cached_(Tensor norm, Tensor stamp, Tensor weight, Tensor A, Tensor B, double scale, Tensor square, bool force) {
+void column_norm_cached_(Tensor norm, Tensor stamp, Tensor weight, Tensor A, Tensor B, double scale, bool force) {
   check_matrix("weight", weight);
   STD_TORCH_CHECK(norm.dim() == 1 && norm.size(0) == weight.size(0) && norm.is_contiguous() &&
                       norm.scalar_type() == accumulate_type(weight),
                   "norm: wanted a contiguous float32 (float64 for float64) vector of ", weight.size(0));
   check_same_device("norm", norm, weight);
-  std::optional<Tensor> known = square;
-  ColumnNorm a = norm_arguments(weight, A, B, scale, known, norm);
+  ColumnNorm a = norm_arguments(weight, A, B, scale, norm);
   a.stamp = const_cast<int64_t*>(index_data<int64_t>("stamp", stamp, 2, weight));
   a.force = force;
   Device::launch(a, weight);

@@ -1,4 +1,4 @@
-// The host side of transpose_ for any device.
+// out [n, T] gets xᵀ, bit for bit: no operator of its own, but a step of a weight gradient (layers/scratch.h).
 #pragma once
 
 #include "../ops.h"

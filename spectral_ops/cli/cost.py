@@ -25,7 +25,6 @@ from spectral_ops.cli.table import table
 
 # dense bf16 FLOP/s and bytes/s that large products and copies reach, below the data sheet's peaks; none was measured
 CEILINGS = {"sm_80": (2.6e14, 1.7e12), "sm_90": (7.9e14, 3.0e12), "sm_100": (1.6e15, 7.0e12)}
-CPU_ONLY = ("transpose_",)  # its library reads a transposed factor slowly; a GPU's does not, and there is no copy
 DOCS = {"tokens": 8192, "d": 4096, "k": 4096}  # the shape of the tables in docs/methods
 
 
@@ -65,12 +64,9 @@ def cost(name: str | None, tokens: int, d: int, k: int, dtype: torch.dtype, **fi
         saved = saved_bytes(forward, x, constants)
         with counted() as ahead:
             y = forward(x)
-        ahead.pop("row_square", None)  # constant while W is: kept, except where somebody counts
         dy = torch.empty_like(y)
         with counted() as back:
             y.backward(dy)
-        for operator in CPU_ONLY:
-            back.pop(operator, None)
     return Cost(sum(p.numel() for p in parameters), ahead, back, saved)
 
 

@@ -7,8 +7,9 @@ from spectral_ops.functional.cayley import cayley
 from spectral_ops.functional.csr import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
 from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
+from spectral_ops.functional.group import lowrank_linear_group
 from spectral_ops.functional.importance import adalora_importance, adalora_prune, orthogonality_loss
-from spectral_ops.functional.lowrank import lowrank_linear, lowrank_linear_group, lowrank_update
+from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
 from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_logprobs
 from spectral_ops.functional.resident import residents
@@ -49,7 +50,7 @@ __all__ = [
     "token_logprobs",
 ]
 
-_NORM = ("row_square", "column_norm", "column_norm_cached_")
+_NORM = ("column_norm", "column_norm_cached_")
 _SEGMENTS = ("segmented_linear_backward", "grouped_linear_backward")
 FUNCTIONS.update(
     adalora_importance=("importance_update_",),
@@ -61,15 +62,15 @@ FUNCTIONS.update(
     csr_sddmm=("csr_sddmm", "csr_spmm_forward"),
     csr_spmm=("csr_spmm_forward", "rosa_linear_backward"),
     rosa_linear=("rosa_linear_forward", "rosa_linear_backward", "csr_scatter_", "csr_gather_"),
-    rosa_update=("rosa_update_forward_", "rosa_update_forward", "rosa_linear_backward"),
+    rosa_update=("csr_spmm_", "csr_spmm_forward", "rosa_linear_backward"),
     bone_linear=("bone_linear_forward", "bone_linear_backward"),
-    bone_update=("bone_update_forward_", "bone_update_forward", "bone_linear_backward"),
+    bone_update=("bone_update_forward_", "bone_linear_forward", "bone_linear_backward"),
     disha_linear=("bone_linear_forward", "bone_linear_backward"),
     dora_linear=(*_NORM, "dora_linear_forward", "dora_linear_backward"),
-    dora_update=("dora_update_forward_", "dora_update_forward", "dora_update_backward"),
+    dora_update=("dora_update_forward_", "dora_linear_forward", "dora_linear_backward"),
     lowrank_linear=("lowrank_linear_forward", "lowrank_linear_backward"),
     lowrank_linear_group=("lowrank_group_forward", "lowrank_group_backward"),
-    lowrank_update=("lowrank_update_forward_", "lowrank_update_forward", "lowrank_linear_backward"),
+    lowrank_update=("lowrank_update_forward_", "lowrank_linear_forward", "lowrank_linear_backward"),
     segmented_lowrank_linear=("segmented_linear_forward", "grouped_linear_forward", *_SEGMENTS),
     segmented_lowrank_update=(
         *("segmented_update_forward_", "segmented_update_forward"),

@@ -166,7 +166,6 @@ def bat_mix_backward_op(g, q, x, bat, need_g, need_dC):
 
 _PIECES = (
     "bat_weight_", "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_", "block_sum", "block_tile_",
-    "transpose_",
 )  # fmt: skip
 
 

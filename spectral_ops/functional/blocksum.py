@@ -26,6 +26,7 @@ from spectral_ops.functional.common import (
     apply_op,
     autocast_arguments,
     backward_pass,
+    contiguous_copy,
     draw_seed,
     fresh,
     mm,
@@ -134,22 +135,29 @@ def _sums(x, D):
     return x.new_empty(math.prod(x.shape[:-1]), D.shape[0])
 
 
+def _bone_update_(out, x, D, seed, p, in_offsets, out_offsets):
+    """out [T, d] += expand(h D); returns h."""
+    h = block_sum_op(rows(x), D.shape[0], in_offsets, seed, p)
+    _expand_(out, h, D.to(x.dtype), out_offsets)
+    return h
+
+
 @define_layer(
-    "bone_linear_forward(Tensor x, Tensor weight, Tensor D, Tensor? bias, Tensor? seed, float p, Tensor? in_offsets,"
-    " Tensor? out_offsets) -> (Tensor, Tensor)",
+    "bone_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, Tensor D, Tensor? bias, Tensor? seed, float p,"
+    " Tensor? in_offsets, Tensor? out_offsets) -> (Tensor, Tensor)",
     stem="blocksum",
-    fake=lambda x, weight, D, bias, seed, p, in_offsets, out_offsets: (
-        x.new_empty(*x.shape[:-1], weight.shape[0]), _sums(x, D),
+    fake=lambda x, weight, base_out, D, bias, seed, p, in_offsets, out_offsets: (
+        x.new_empty(*x.shape[:-1], base_out.shape[-1] if weight is None else weight.shape[0]), _sums(x, D),
     ),
     pieces=_PIECES,
 )  # fmt: skip
-def bone_linear_forward_op(x, weight, D, bias, seed, p, in_offsets, out_offsets):
-    """y [..., d] = x Wᵀ + b + expand(h D) and h [T, r] = block_sum(drop(x)); offsets None: cyclic."""
-    x2 = rows(x)
-    h = block_sum_op(x2, D.shape[0], in_offsets, seed, p)
-    y = F.linear(x2, weight, bias)
-    _expand_(y, h, D.to(x.dtype), out_offsets)
-    return shaped(y, x), h
+def bone_linear_forward_op(x, weight, base_out, D, bias, seed, p, in_offsets, out_offsets):
+    """y [..., d] = x Wᵀ + b + expand(h D) and h [T, r] = block_sum(drop(x)); offsets None: cyclic.
+
+    Without a weight y is a copy of base_out [..., d], somebody else's x Wᵀ + b, with the update added.
+    """
+    y = shaped(F.linear(rows(x), weight, bias), x) if weight is not None else contiguous_copy(base_out)
+    return y, _bone_update_(tokens(y), x, D, seed, p, in_offsets, out_offsets)
 
 
 @define_layer(
@@ -158,23 +166,9 @@ def bone_linear_forward_op(x, weight, D, bias, seed, p, in_offsets, out_offsets)
     fake=lambda out, x, D, seed, p: _sums(x, D),
     pieces=_PIECES,
 )
-def bone_update_forward_inplace_op(out, x, D, seed, p):
+def bone_update_forward_op(out, x, D, seed, p):
     """out [..., d] += expand(h D), over a base layer somebody else computed; returns h [T, r]."""
-    h = block_sum_op(rows(x), D.shape[0], None, seed, p)
-    _expand_(tokens(out), h, D.to(x.dtype), None)
-    return h
-
-
-@define_layer(
-    "bone_update_forward(Tensor base_out, Tensor x, Tensor D, Tensor? seed, float p) -> (Tensor, Tensor)",
-    stem="blocksum",
-    fake=lambda base_out, x, D, seed, p: (base_out.new_empty(base_out.shape), _sums(x, D)),
-    pieces=_PIECES,
-)
-def bone_update_forward_op(base_out, x, D, seed, p):
-    """The same on a copy of base_out: y [..., d] and h [T, r]."""
-    out = base_out.clone(memory_format=torch.contiguous_format)
-    return out, bone_update_forward_inplace_op.reference(out, x, D, seed, p)
+    return _bone_update_(tokens(out), x, D, seed, p, None, None)
 
 
 def _bone_backward_fake(dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs):
@@ -218,9 +212,7 @@ def _twice(ctx, dy, dh, weight, D, h, seed, k):
 
     def tiled(s):
         out = s[:, shard_index(k, D.shape[0], in_offsets, s.device)]
-        if seed is not None:
-            out = out * dropout.seeded_dropout_op(torch.ones_like(out), seed, p)
-        return out.reshape(*lead, k)
+        return dropout.dropped(out, seed, p).reshape(*lead, k)
 
     dx = dD = db = None
     lead = ctx.lead
@@ -245,7 +237,7 @@ class ShardLinearFunction(Function):
     @staticmethod
     def forward(ctx, x, weight, D, bias, seed, p, in_offsets, out_offsets):
         ctx.set_materialize_grads(False)
-        y, h = bone_linear_forward_op(x, weight, D, bias, seed, p, in_offsets, out_offsets)
+        y, h = bone_linear_forward_op(x, weight, None, D, bias, seed, p, in_offsets, out_offsets)
         ctx.save_for_backward(weight, D, h, seed)
         ctx.options, ctx.lead = (p, in_offsets, out_offsets), x.shape[:-1]
         return y, h
@@ -282,10 +274,10 @@ class ShardUpdateFunction(Function):
     @staticmethod
     def forward(ctx, base_out, x, D, seed, p, inplace):
         if inplace:
-            y, h = base_out, bone_update_forward_inplace_op(base_out, x, D, seed, p)
+            y, h = base_out, bone_update_forward_op(base_out, x, D, seed, p)
             ctx.mark_dirty(base_out)
         else:
-            y, h = bone_update_forward_op(base_out, x, D, seed, p)
+            y, h = bone_linear_forward_op(x, None, base_out, D, None, seed, p, None, None)
         ctx.save_for_backward(D, h, seed)
         ctx.p, ctx.k = p, x.shape[-1]
         return y
@@ -304,7 +296,7 @@ def linear(x, weight, D, bias, p, in_offsets=None, out_offsets=None):
     seed = None if p == 0.0 else draw_seed(x, p)
     if torch.is_grad_enabled():
         return apply(ShardLinearFunction, x, x, weight, D, bias, seed, p, in_offsets, out_offsets)[0]
-    return apply_op(bone_linear_forward_op, x, x, weight, D, bias, seed, p, in_offsets, out_offsets)[0]
+    return apply_op(bone_linear_forward_op, x, x, weight, None, D, bias, seed, p, in_offsets, out_offsets)[0]
 
 
 def update(base_out, x, D, p):

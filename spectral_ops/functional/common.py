@@ -11,10 +11,8 @@ from torch.autograd import Function
 
 from spectral_ops._library import accumulate_dtype, autocast_enabled
 from spectral_ops.functional.scratch import scratch
-from spectral_ops.functional.transpose import transpose_op
 
 TILE_ROWS = {"cpu": 1024, "cuda": 2048}  # of a weight gradient at a time: enough for the library's full speed
-COPIED = (torch.bfloat16,)  # on the CPU several threads read dyᵀ of these faster from a copy, the copy included
 
 
 def tokens(x: torch.Tensor) -> torch.Tensor:
@@ -34,6 +32,11 @@ def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])) if x.dim() != 2 else y
 
 
+def contiguous_copy(t: torch.Tensor) -> torch.Tensor:
+    """A copy of t in rows, whatever t's strides."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def mm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a @ b in ``dtype``: on CUDA a float32 result of half-precision factors is not rounded on the way."""
     if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
@@ -45,21 +48,15 @@ def gradient_tiles(dy: torch.Tensor, x: torch.Tensor, multiple: int = 1) -> Iter
     """Rows [start, start + n) of dyᵀx, tile by tile: (start, G [n, k]), n a multiple of ``multiple``.
 
     G is good until the next is asked for: all share one buffer, so that no [d, k] gradient exists. It is summed in at
-    least float32, and on a GPU kept so; on the CPU the library rounds it to x's dtype, and the buffer also holds a
-    copy of the tile's dyᵀ where that pays.
+    least float32, and on a GPU kept so; on the CPU the library rounds it to x's dtype.
     """
-    d, (T, k) = dy.shape[1], x.shape
+    d, k = dy.shape[1], x.shape[1]
     rows = min(max(TILE_ROWS.get(x.device.type, 1024) // multiple, 1) * multiple, max(d, 1))
     wide = accumulate_dtype(x.dtype) if x.is_cuda else x.dtype
-    turned = x.device.type == "cpu" and x.dtype in COPIED and T > 1
-    with scratch.lease((rows * (k + T * turned),), wide, x.device) as buffer:
-        tile, copy = buffer[: rows * k].view(rows, k), buffer[rows * k :].view(rows, T * turned)
+    with scratch.lease((rows, k), wide, x.device) as tile:
         for start in range(0, d, rows):
             part = dy[:, start : start + rows].t()
             G = tile[: part.shape[0]]
-            if turned:
-                transpose_op(copy[: part.shape[0]], part.t())
-                part = copy[: part.shape[0]]
             if wide == x.dtype:
                 torch.mm(part, x, out=G)
             else:

@@ -25,6 +25,7 @@ from spectral_ops.functional.common import (
     apply_op,
     autocast_arguments,
     backward_pass,
+    contiguous_copy,
     draw_seed,
     fresh,
     gradient_tiles,
@@ -138,7 +139,7 @@ def csr_sddmm_op(dy, x, row_offsets, columns):
 
 SCATTER, SPMM = (routes.ROUTES.index(name) for name in ("scatter", "spmm"))
 _PIECES = (
-    "csr_spmm_", "csr_scatter_", "csr_sddmm", "csr_gather_", "transpose_", "lowrank_backward", "dropout_project",
+    "csr_spmm_", "csr_scatter_", "csr_sddmm", "csr_gather_", "lowrank_backward", "dropout_project",
     "dropout_outer", "dropout_lift_",
 )  # fmt: skip
 
@@ -269,39 +270,21 @@ def rosa_linear_backward_op(
 
 
 @define_layer(
-    "csr_spmm_forward(Tensor x, Tensor values, Tensor row_offsets, Tensor columns, Tensor? permutation) -> Tensor",
+    "csr_spmm_forward(Tensor x, Tensor? base_out, Tensor values, Tensor row_offsets, Tensor columns,"
+    " Tensor? permutation) -> Tensor",
     stem="csr",
-    fake=lambda x, values, row_offsets, columns, permutation: x.new_empty(*x.shape[:-1], row_offsets.numel() - 1),
+    fake=lambda x, base_out, values, row_offsets, columns, permutation: x.new_empty(
+        *x.shape[:-1], row_offsets.numel() - 1
+    ),
     pieces=("csr_spmm_",),
 )
-def csr_spmm_forward_op(x, values, row_offsets, columns, permutation):
-    """x Sᵀ [..., d], with the permutation as :func:`csr_spmm_op` takes it."""
-    out = x.new_zeros(math.prod(x.shape[:-1]), row_offsets.numel() - 1)
-    csr_spmm_op(out, rows(x), values, row_offsets, columns, permutation)
-    return shaped(out, x)
-
-
-@define_layer(
-    "rosa_update_forward_(Tensor(a!) out, Tensor x, Tensor values, Tensor row_offsets, Tensor columns) -> ()",
-    stem="csr",
-    fake=lambda out, x, values, row_offsets, columns: None,
-    pieces=("csr_spmm_",),
-)
-def rosa_update_forward_inplace_op(out, x, values, row_offsets, columns):
-    """out [..., d] += x Sᵀ, over a base layer somebody else computed."""
-    csr_spmm_op(tokens(out), rows(x), values, row_offsets, columns, None)
-
-
-@define_layer(
-    "rosa_update_forward(Tensor base_out, Tensor x, Tensor values, Tensor row_offsets, Tensor columns) -> Tensor",
-    stem="csr",
-    fake=lambda base_out, x, values, row_offsets, columns: base_out.new_empty(base_out.shape),
-    pieces=("csr_spmm_",),
-)
-def rosa_update_forward_op(base_out, *args):
-    """The same on a copy of base_out."""
-    out = base_out.clone(memory_format=torch.contiguous_format)
-    rosa_update_forward_inplace_op.reference(out, *args)
+def csr_spmm_forward_op(x, base_out, values, row_offsets, columns, permutation):
+    """x Sᵀ [..., d], added to a copy of base_out where it is given; the permutation as :func:`csr_spmm_op` takes it."""
+    if base_out is None:
+        out = x.new_zeros(*x.shape[:-1], row_offsets.numel() - 1)
+    else:
+        out = contiguous_copy(base_out)
+    csr_spmm_op(tokens(out), rows(x), values, row_offsets, columns, permutation)
     return out
 
 
@@ -313,7 +296,7 @@ def rosa_update_forward_op(base_out, *args):
 )
 def csr_add_forward_op(weight, values, row_offsets, columns):
     """weight + S [d, k], rounded once, as a new tensor."""
-    out = weight.clone(memory_format=torch.contiguous_format)
+    out = contiguous_copy(weight)
     csr_scatter_op(out, values, row_offsets, columns, True)
     return out
 
@@ -394,14 +377,12 @@ class SparseFunction(Function):
 
     @staticmethod
     def forward(ctx, base_out, x, values, pattern, gradient_route, inplace):
-        if base_out is None:
-            y = csr_spmm_forward_op(x, values, pattern.row_offsets, pattern.columns, None)
-        elif inplace:
-            rosa_update_forward_inplace_op(base_out, x, values, pattern.row_offsets, pattern.columns)
+        if inplace:
+            csr_spmm_op(tokens(base_out), rows(x), values, pattern.row_offsets, pattern.columns, None)
             ctx.mark_dirty(base_out)
             y = base_out
         else:
-            y = rosa_update_forward_op(base_out, x, values, pattern.row_offsets, pattern.columns)
+            y = csr_spmm_forward_op(x, base_out, values, pattern.row_offsets, pattern.columns, None)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values)
         ctx.scale, ctx.p, ctx.pattern, ctx.route, ctx.gradient_route = 1.0, 0.0, pattern, SPMM, gradient_route
         return y
@@ -456,9 +437,9 @@ class CSRSddmmFunction(Function):
         (dy, x), pattern, dS = ctx.saved_tensors, ctx.pattern, dS.contiguous()
         ddy = dx = None
         if ctx.needs_input_grad[0]:
-            ddy = csr_spmm_forward_op(x, dS, pattern.row_offsets, pattern.columns, None)
+            ddy = csr_spmm_forward_op(x, None, dS, pattern.row_offsets, pattern.columns, None)
         if ctx.needs_input_grad[1]:
-            dx = csr_spmm_forward_op(dy, dS, pattern.column_offsets, pattern.rows, pattern.permutation)
+            dx = csr_spmm_forward_op(dy, None, dS, pattern.column_offsets, pattern.rows, pattern.permutation)
         return ddy, dx, None, None
 
 

@@ -24,6 +24,7 @@ from spectral_ops.functional.common import (
     apply_op,
     autocast_arguments,
     backward_pass,
+    contiguous_copy,
     draw_seed,
     fresh,
     overwritable,
@@ -53,40 +54,29 @@ VANISHING = (
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-@define(
-    "row_square(Tensor weight) -> Tensor",
-    stem="dora",
-    fake=lambda weight: weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype)),
-    cost=lambda weight: Cost(2 * weight.numel(), nbytes(weight)),
-)
-def row_square_op(weight):
-    """‖W_o‖² [d] in float32 (float64 for float64), for W [d, k]: constant while W is."""
-    return weight.to(accumulate_dtype(weight.dtype)).square().sum(1)
-
-
-def _norm_fake(weight, A, B, scale, square):
+def _norm_fake(weight, A, B, scale):
     return weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
 
 
-def _norm_cost(weight, A, B, scale, square):
+def _norm_cost(weight, A, B, scale):
     (d, k), r = weight.shape, A.shape[0]
-    return Cost(2 * d * k * (r + (square is None)) + 2 * r * r * (d + k), nbytes(weight, A, B, square))
+    return Cost(2 * d * k * (r + 1) + 2 * r * r * (d + k), nbytes(weight, A, B))
 
 
 @define(
-    "column_norm(Tensor weight, Tensor A, Tensor B, float scale, Tensor? square) -> Tensor",
+    "column_norm(Tensor weight, Tensor A, Tensor B, float scale) -> Tensor",
     stem="dora",
     fake=_norm_fake,
     cost=_norm_cost,
 )
-def column_norm_op(weight, A, B, scale, square):
-    """c [d] = ‖W_o + scale (BA)_o‖ in float32 (float64 for float64); ``square`` is row_square(W) where it is known.
+def column_norm_op(weight, A, B, scale):
+    """c [d] = ‖W_o + scale (BA)_o‖ in float32 (float64 for float64).
 
     weight [d, k], A [r, k] and B [d, r] each in any floating dtype and with any strides.
     """
     acc = accumulate_dtype(weight.dtype)
     A, B = A.to(acc), B.to(acc)
-    square = weight.to(acc).square().sum(1) if square is None else square
+    square = weight.to(acc).square().sum(1)
     cross = 2 * scale * ((weight.to(acc) @ A.t()) * B)
     own = scale**2 * ((B @ (A @ A.t())) * B)
     c2 = square + cross.sum(1) + own.sum(1)
@@ -98,18 +88,18 @@ def column_norm_op(weight, A, B, scale, square):
 
 @define(
     "column_norm_cached_(Tensor(a!) norm, Tensor(b!) stamp, Tensor weight, Tensor A, Tensor B, float scale,"
-    " Tensor square, bool force) -> ()",
+    " bool force) -> ()",
     stem="dora",
-    fake=lambda norm, stamp, weight, A, B, scale, square, force: None,
-    cost=lambda norm, stamp, weight, A, B, scale, square, force: _norm_cost(weight, A, B, scale, square),
+    fake=lambda norm, stamp, weight, A, B, scale, force: None,
+    cost=lambda norm, stamp, weight, A, B, scale, force: _norm_cost(weight, A, B, scale),
 )
-def column_norm_cached_op(norm, stamp, weight, A, B, scale, square, force):
+def column_norm_cached_op(norm, stamp, weight, A, B, scale, force):
     """Recompute norm [d] unless A and B are, bit for bit, those it was last computed for.
 
     ``stamp`` [2] int64 holds a fingerprint of A and B; the comparison happens on the device, so nothing waits for it.
     ``force`` recomputes in any case. This reference always does: it must not depend on the fingerprint it replaces.
     """
-    norm.copy_(column_norm_op(weight, A, B, scale, square))
+    norm.copy_(column_norm_op(weight, A, B, scale))
 
 
 def _magnitude_cost(dyz, dy, x, h, weight, B, scale, g, norm, bias):
@@ -142,29 +132,62 @@ def magnitude_grad_op(dyz, dy, x, h, weight, B, scale, g, norm, bias):
 # ``gains`` [2 d] is g = m / c followed by c: a copy, as the norm may live in a buffer that its owner overwrites.
 
 _FORWARD = ("lowrank_matmul", "lowrank_update_", "seeded_dropout")
+_NORMED = "Tensor A, Tensor B, Tensor magnitude, Tensor? bias, Tensor norm"
 
 
-def _linear_forward_fake(x, weight, A, B, magnitude, bias, norm, seed, scale, p):
-    T, d = math.prod(x.shape[:-1]), weight.shape[0]  # Size.numel makes a symbolic size a constant
-    return (
-        x.new_empty(*x.shape[:-1], d), x.new_empty(T, A.shape[0]), norm.new_empty(2 * d),
-        x.new_empty((0,) if seed is None else (T, d)),
-    )  # fmt: skip
+def _kept_fake(x, A, norm, d, kept):
+    T = math.prod(x.shape[:-1])  # Size.numel makes a symbolic size a constant
+    return x.new_empty(T, A.shape[0]), norm.new_empty(2 * d), x.new_empty((T, d) if kept else (0,))
 
 
 @define_layer(
-    "dora_linear_forward(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor magnitude, Tensor? bias, Tensor norm,"
-    " Tensor? seed, float scale, float p) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"dora_update_forward_(Tensor(a!) out, Tensor x, {_NORMED}, float scale, bool need_z) -> (Tensor, Tensor, Tensor)",
     stem="dora",
-    fake=_linear_forward_fake,
+    fake=lambda out, x, A, B, magnitude, bias, norm, scale, need_z: _kept_fake(
+        x, A, norm, out.shape[-1], need_z and bias is not None
+    ),
+    pieces=("lowrank_update_",),
+)
+def dora_update_forward_op(out, x, A, B, magnitude, bias, norm, scale, need_z):
+    """out [..., d] becomes g * (out - b + γ h Bᵀ) + b; returns h [T, r], gains [2 d] and, with a bias and ``need_z``,
+    z = out - b + γ h Bᵀ [T, d], for dm.
+
+    From the output, z = (y - b) / g is off by eps |b| / |g|: no more than out's own rounding where |g| is about 1,
+    everything where it is small. Over a weight those rows are computed again from it; to keep z for them alone is to
+    wait until it is known which.
+    """
+    out, b = tokens(out), B.to(x.dtype)
+    h = rows(x) @ A.to(x.dtype).t()
+    g = magnitude.to(norm.dtype) / norm
+    z = out.new_empty(0)
+    if need_z and bias is not None:
+        z = (out - bias).to(out.dtype).addmm_(h, b.t(), alpha=scale)
+    lowrank_update_op(out, h, b, scale, g, None if bias is None else (1 - g) * bias.to(g.dtype))
+    return h, torch.cat((g, norm)), z
+
+
+def _forward_fake(x, weight, base_out, A, B, magnitude, bias, norm, seed, scale, p, need_z):
+    d, kept = B.shape[0], seed is not None or (weight is None and need_z and bias is not None)
+    return x.new_empty(*x.shape[:-1], d), *_kept_fake(x, A, norm, d, kept)
+
+
+@define_layer(
+    f"dora_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, {_NORMED}, Tensor? seed, float scale, float p,"
+    " bool need_z) -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="dora",
+    fake=_forward_fake,
     pieces=_FORWARD,
 )
-def dora_linear_forward_op(x, weight, A, B, magnitude, bias, norm, seed, scale, p):
+def dora_linear_forward_op(x, weight, base_out, A, B, magnitude, bias, norm, seed, scale, p, need_z):
     """y [..., d], h [T, r], gains [2 d] and, with a seed, z [T, d], which dm needs and y does not determine.
 
     Without a seed y = g * (x Wᵀ + γ h Bᵀ) + b. With one it is PEFT's form, in which two products share W:
     y = x Wᵀ + b + (g-1) * (x̃ Wᵀ) + g * γ h Bᵀ, x̃ = drop(x), h = x̃ Aᵀ, and z = x̃ Wᵀ + γ h Bᵀ.
+    Without a weight: what :func:`dora_update_forward_op` makes of a copy of base_out [..., d].
     """
+    if weight is None:
+        y = contiguous_copy(base_out)
+        return y, *dora_update_forward_op.reference(y, x, A, B, magnitude, bias, norm, scale, need_z)
     x2, a, b = rows(x), A.to(x.dtype), B.to(x.dtype)
     g = magnitude.to(norm.dtype) / norm
     if seed is None:
@@ -182,148 +205,66 @@ def dora_linear_forward_op(x, weight, A, B, magnitude, bias, norm, seed, scale, 
     return shaped(y, x), h, torch.cat((g, norm)), z
 
 
-def _gradients(dy, needs, *shapes):
-    """Empty results of a backward operator: (shape, dtype) each where its bit of ``needs`` is set, else [0]."""
+def _backward_fake(dy, x, weight, A, B, magnitude, bias, gains, h, y, z, seed, scale, p, needs):
+    shapes = (
+        ((*dy.shape[:-1], A.shape[1]), dy.dtype), (A.shape, A.dtype), (B.shape, B.dtype),
+        (magnitude.shape, magnitude.dtype), (dy.shape[-1:], dy.dtype), (dy.shape, dy.dtype),
+    )  # fmt: skip
     return tuple(
         dy.new_empty(shape, dtype=dtype) if needs >> bit & 1 else dy.new_empty(0)
         for bit, (shape, dtype) in enumerate(shapes)
     )
 
 
-def _linear_backward_fake(dy, x, weight, A, B, magnitude, bias, gains, h, y, seed, scale, p, needs):
-    return _gradients(
-        dy, needs, ((*dy.shape[:-1], A.shape[1]), dy.dtype), (A.shape, A.dtype), (B.shape, B.dtype),
-        (magnitude.shape, magnitude.dtype), (dy.shape[-1:], dy.dtype),
-    )  # fmt: skip
-
-
 @define_layer(
-    "dora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor A, Tensor B, Tensor magnitude, Tensor? bias,"
-    " Tensor gains, Tensor? h, Tensor? y, Tensor? seed, float scale, float p, int needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "dora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor magnitude, Tensor? bias,"
+    " Tensor gains, Tensor? h, Tensor? y, Tensor? z, Tensor? seed, float scale, float p, int needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     stem="dora",
-    fake=_linear_backward_fake,
+    fake=_backward_fake,
     pieces=(*_FORWARD, "lowrank_backward", "magnitude_grad", "dropout_outer"),
 )
-def dora_linear_backward_op(dy, x, weight, A, B, magnitude, bias, gains, h, y, seed, scale, p, needs):
-    """dx, dA, dB, dm and db in the parameters' dtypes; empty [0] where ``needs`` has no bit.
+def dora_linear_backward_op(dy, x, weight, A, B, magnitude, bias, gains, h, y, z, seed, scale, p, needs):
+    """dx, dA, dB, dm, db and dout of both tiers, in the parameters' dtypes; empty [0] where ``needs`` has no bit.
 
-    With a seed y is z, which dm needs; without one it is the output, and is computed again where it is None.
+    dm needs z, where forward returned it, else the output y, which over a weight is computed again where it is None.
+    Without a weight dx is the update's share, db what Σ dy lacks after the base layer's own node has added g * dy to
+    its bias, and dout = g * dy.
     """
-    need_x, need_A, need_B, need_m, need_bias = (bool(needs >> bit & 1) for bit in range(5))
+    need_x, need_A, need_B, need_m, need_bias, need_out = (bool(needs >> bit & 1) for bit in range(6))
     x2, dy2, a, b = None if x is None else rows(x), rows(dy), A.to(dy.dtype), B.to(dy.dtype)
     g, norm = gains.chunk(2)
     h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
-    if need_m and y is None:
-        y = fused_forward(x2, weight, h, b, scale, g, bias)
-    need_gdy = need_x and seed is None and scales_tokens(dy2.shape[0], weight, g)
+    kept = y if z is None else z
+    if need_m and kept is None:
+        kept = fused_forward(x2, weight, h, b, scale, g, bias)
+    exact = weight is not None and seed is None  # rows of dm that y does not determine come from W
+    need_gdy = need_out or (need_x and exact and scales_tokens(dy2.shape[0], weight, g))
     u, dB, db, dyz, gdy = lowrank_backward_op(
-        dy2, h, b, scale, g, rows(y) if need_m else None, bias if seed is None else None,
+        dy2, h, b, scale, g, rows(kept) if need_m else None, bias if exact else None,
         need_x or need_A, need_B, need_bias, need_gdy,
     )  # fmt: skip
-    dx = dA = dm = dy
+    dx = dA = dm = dout = dy
     if need_x:
-        if seed is None:
-            dx = base_input_gradient(dy2, gdy, weight, g).addmm_(u, a)
+        shape = (*dy.shape[:-1], A.shape[1])
+        if weight is None:
+            dx = update_input_gradient(u, A, shape, None, 0.0)
+        elif seed is None:
+            dx = base_input_gradient(dy2, gdy, weight, g).addmm_(u, a).reshape(shape)
         else:
             through_dropout = ((dy2 * (g - 1).to(dy.dtype)) @ weight).addmm_(u, a)
-            dx = dropout.seeded_dropout_op(through_dropout, seed, p).addmm_(dy2, weight)
-        dx = dx.reshape(*dy.shape[:-1], A.shape[1])
+            dx = dropout.seeded_dropout_op(through_dropout, seed, p).addmm_(dy2, weight).reshape(shape)
     if need_A:
         dA = A_gradient(u, x2, seed, p, A.dtype)
-    if need_m:
-        dm = magnitude_grad_op(dyz, dy2, x2, h, weight, b, scale, g, norm, bias) if seed is None else dyz / norm
-        dm = dm.to(magnitude.dtype)
-    return fresh(dy, needs, dx, dA, dB.to(B.dtype), dm, db.to(dy.dtype))
-
-
-def _update_fake(out, x, A, B, magnitude, bias, norm, scale, need_z):
-    T, d = math.prod(x.shape[:-1]), out.shape[-1]
-    kept = need_z and bias is not None
-    return x.new_empty(T, A.shape[0]), norm.new_empty(2 * d), x.new_empty((T, d) if kept else (0,))
-
-
-_UPDATE = "Tensor x, Tensor A, Tensor B, Tensor magnitude, Tensor? bias, Tensor norm, float scale, bool need_z"
-
-
-@define_layer(
-    f"dora_update_forward_(Tensor(a!) out, {_UPDATE}) -> (Tensor, Tensor, Tensor)",
-    stem="dora",
-    fake=_update_fake,
-    pieces=("lowrank_update_",),
-)
-def dora_update_forward_inplace_op(out, x, A, B, magnitude, bias, norm, scale, need_z):
-    """out [..., d] becomes g * (out - b + γ h Bᵀ) + b; returns h [T, r], gains [2 d] and, with a bias and ``need_z``,
-    z = out - b + γ h Bᵀ [T, d], for dm.
-
-    From the output, z = (y - b) / g is off by eps |b| / |g|: no more than out's own rounding where |g| is about 1,
-    everything where it is small. dora_linear computes those rows again from W, which is not here; to keep z for them
-    alone is to wait until it is known which.
-    """
-    out, b = tokens(out), B.to(x.dtype)
-    h = rows(x) @ A.to(x.dtype).t()
-    g = magnitude.to(norm.dtype) / norm
-    z = out.new_empty(0)
-    if need_z and bias is not None:
-        z = (out - bias).to(out.dtype).addmm_(h, b.t(), alpha=scale)
-    lowrank_update_op(out, h, b, scale, g, None if bias is None else (1 - g) * bias.to(g.dtype))
-    return h, torch.cat((g, norm)), z
-
-
-@define_layer(
-    f"dora_update_forward(Tensor base_out, {_UPDATE}) -> (Tensor, Tensor, Tensor, Tensor)",
-    stem="dora",
-    fake=lambda base_out, *args: (base_out.new_empty(base_out.shape), *_update_fake(base_out, *args)),
-    pieces=("lowrank_update_",),
-)
-def dora_update_forward_op(base_out, *args):
-    """The same on a copy of base_out: y [..., d], h, gains and z."""
-    out = base_out.clone(memory_format=torch.contiguous_format)
-    return out, *dora_update_forward_inplace_op.reference(out, *args)
-
-
-def _update_backward_fake(dy, x, A, B, magnitude, gains, h, y, z, scale, needs):
-    return _gradients(
-        dy, needs, (dy.shape, dy.dtype), ((*dy.shape[:-1], A.shape[1]), dy.dtype), (A.shape, A.dtype),
-        (B.shape, B.dtype), (magnitude.shape, magnitude.dtype), (dy.shape[-1:], dy.dtype),
-    )  # fmt: skip
-
-
-@define_layer(
-    "dora_update_backward(Tensor dy, Tensor? x, Tensor A, Tensor B, Tensor magnitude, Tensor gains, Tensor? h,"
-    " Tensor? y, Tensor? z, float scale, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    stem="dora",
-    fake=_update_backward_fake,
-    pieces=("lowrank_backward",),
-)
-def dora_update_backward_op(dy, x, A, B, magnitude, gains, h, y, z, scale, needs):
-    """dout, dx, dA, dB, dm and db, in the parameters' dtypes; empty [0] where ``needs`` has no bit.
-
-    dm needs z, or the output y of a layer without bias. dx is the update's share, and db what Σ dy lacks after the base
-    layer's own node has added g * dy to its bias.
-    """
-    need_out, need_x, need_A, need_B, need_m, need_bias = (bool(needs >> bit & 1) for bit in range(6))
-    dy2 = rows(dy)
-    g, norm = gains.chunk(2)
-    h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
-    kept = y if z is None else z
-    u, dB, db, dyz, gdy = lowrank_backward_op(
-        dy2, h, B.to(dy.dtype), scale, g, rows(kept) if need_m else None, None,
-        need_x or need_A, need_B, need_bias, need_out,
-    )  # fmt: skip
-    dout = dx = dA = dm = dy
+    if need_m and exact:
+        dm = magnitude_grad_op(dyz, dy2, x2, h, weight, b, scale, g, norm, bias).to(magnitude.dtype)
+    elif need_m:  # y is g z; where m is zero z is lost, and the gradient 0, not a division by zero
+        dm = (dyz / (norm if z is not None else torch.where(g == 0, float("inf"), g * norm))).to(magnitude.dtype)
+    if need_bias:
+        db = (db if weight is not None else (1 - g) * db).to(dy.dtype)
     if need_out:
         dout = gdy.reshape(dy.shape)
-    if need_x:
-        dx = update_input_gradient(u, A, (*dy.shape[:-1], A.shape[1]), None, 0.0)
-    if need_A:
-        dA = A_gradient(u, rows(x), None, 0.0, A.dtype)
-    if need_m:  # y is g z; where m is zero z is lost, and the gradient 0, not a division by zero
-        divisor = norm if z is not None else torch.where(g == 0, float("inf"), g * norm)
-        dm = (dyz / divisor).to(magnitude.dtype)
-    if need_bias:
-        db = (1 - g) * db
-    return fresh(dy, needs, dout, dx, dA, dB.to(B.dtype), dm, db.to(dy.dtype))
+    return fresh(dy, needs, dx, dA, dB.to(B.dtype), dm, db, dout)
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
@@ -334,13 +275,12 @@ class DoraFunction(Function):
 
     @staticmethod
     def forward(ctx, x, weight, A, B, magnitude, bias, norm, seed, scale, p, recompute):
-        y, h, gains, z = dora_linear_forward_op(x, weight, A, B, magnitude, bias, norm, seed, scale, p)
+        y, h, gains, z = dora_linear_forward_op(x, weight, None, A, B, magnitude, bias, norm, seed, scale, p, False)
         _, _, need_A, need_B, need_m, *_ = ctx.needs_input_grad
         exact = need_m and seed is None  # rows of dm that y does not determine are computed from x and h
-        kept = z if seed is not None else None if recompute else y
         ctx.save_for_backward(
             x if need_A or exact else None, weight, A, B, magnitude, bias, gains, h if need_B or exact else None,
-            kept if need_m else None, seed,
+            y if exact and not recompute else None, z if need_m and not exact else None, seed,
         )  # fmt: skip
         ctx.scale, ctx.p = scale, p
         return y
@@ -350,7 +290,7 @@ class DoraFunction(Function):
     def backward(ctx, dy):
         need_x, _, need_A, need_B, need_m, need_bias, *_ = ctx.needs_input_grad
         needs = need_x | need_A << 1 | need_B << 2 | need_m << 3 | need_bias << 4
-        dx, dA, dB, dm, db = dora_linear_backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.p, needs)
+        dx, dA, dB, dm, db, _ = dora_linear_backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.p, needs)
         return (
             dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None,
             db if need_bias else None, None, None, None, None, None,
@@ -358,13 +298,10 @@ class DoraFunction(Function):
 
     @staticmethod
     def twice(ctx, dy):
-        x, weight, A, B, magnitude, bias, gains, _, _, seed = ctx.saved_tensors
+        x, weight, A, B, magnitude, bias, gains, _, _, _, seed = ctx.saved_tensors
         if x is None:
             raise RuntimeError("create_graph: got a second derivative where A is frozen, for which x is not kept")
-        dropped = x
-        if seed is not None:
-            mask = dropout.seeded_dropout_op(torch.ones_like(rows(x)), seed, ctx.p)
-            dropped = x * mask.reshape(x.shape)
+        dropped = dropout.dropped(x, seed, ctx.p)
         g = magnitude.to(gains.dtype) / gains.chunk(2)[1]
         z = dropped @ weight.t() + ctx.scale * ((dropped @ A.to(x.dtype).t()) @ B.to(x.dtype).t())
         y = (g * z).to(x.dtype)
@@ -378,12 +315,12 @@ class DoraUpdateFunction(Function):
     @staticmethod
     def forward(ctx, base_out, x, A, B, magnitude, bias, norm, scale, inplace):
         _, _, need_A, need_B, need_m, *_ = ctx.needs_input_grad
-        args = x, A, B, magnitude, bias, norm, scale, need_m
+        args = A, B, magnitude, bias, norm
         if inplace:
-            y, (h, gains, z) = base_out, dora_update_forward_inplace_op(base_out, *args)
+            y, (h, gains, z) = base_out, dora_update_forward_op(base_out, x, *args, scale, need_m)
             ctx.mark_dirty(base_out)
         else:
-            y, h, gains, z = dora_update_forward_op(base_out, *args)
+            y, h, gains, z = dora_linear_forward_op(x, None, base_out, *args, None, scale, 0.0, need_m)
         ctx.save_for_backward(
             x if need_A else None, A, B, magnitude, gains, h if need_B else None,
             y if need_m and bias is None else None, z if need_m and bias is not None else None,
@@ -394,30 +331,33 @@ class DoraUpdateFunction(Function):
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
-        wanted = ctx.needs_input_grad[:6]
+        x, A, B, magnitude, gains, h, y, z = ctx.saved_tensors
+        out, *wanted = ctx.needs_input_grad[:6]
+        wanted.append(out)
         needs = sum(need << bit for bit, need in enumerate(wanted))
-        grads = dora_update_backward_op(dy, *ctx.saved_tensors, ctx.scale, needs)
-        return *(grad if need else None for grad, need in zip(grads, wanted, strict=True)), None, None, None
+        grads = dora_linear_backward_op(dy, x, None, A, B, magnitude, None, gains, h, y, z, None, ctx.scale, 0.0, needs)
+        *grads, dout = (grad if need else None for grad, need in zip(grads, wanted, strict=True))
+        return dout, *grads, None, None, None
 
 
 def linear(x, weight, A, B, magnitude, bias, norm, scale, p, recompute=False):
     """:func:`dora_linear` past its checks, for layers that know their shapes; p is 0 where nothing is dropped."""
     seed = None if p == 0.0 else draw_seed(x, p)
-    args = x, weight, A, B, magnitude, bias, norm, seed, scale, p
+    args = A, B, magnitude, bias, norm, seed, scale, p
     if torch.is_grad_enabled():
-        return apply(DoraFunction, x, *args, recompute)
-    return apply_op(dora_linear_forward_op, x, *args)[0]
+        return apply(DoraFunction, x, x, weight, *args, recompute)
+    return apply_op(dora_linear_forward_op, x, x, weight, None, *args, False)[0]
 
 
 def update(base_out, x, A, B, magnitude, bias, norm, scale):
     """:func:`dora_update` past its checks."""
-    inplace, args = overwritable(base_out), (base_out, x, A, B, magnitude, bias, norm, scale)
+    inplace, args = overwritable(base_out), (A, B, magnitude, bias, norm)
     if torch.is_grad_enabled():
-        return apply(DoraUpdateFunction, x, *args, inplace)
+        return apply(DoraUpdateFunction, x, base_out, x, *args, scale, inplace)
     if inplace:
-        apply_op(dora_update_forward_inplace_op, x, *args, False)
+        apply_op(dora_update_forward_op, x, base_out, x, *args, scale, False)
         return base_out
-    return apply_op(dora_update_forward_op, x, *args, False)[0]
+    return apply_op(dora_linear_forward_op, x, x, None, base_out, *args, None, scale, 0.0, False)[0]
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -434,7 +374,7 @@ def column_norm(weight, lora_A, lora_B, scale=1.0):
     checks.low_rank(weight, weight.shape[0], lora_A, lora_B)
     checks.number("scale", scale)
     with torch.no_grad():
-        return column_norm_op(weight.detach(), lora_A.detach(), lora_B.detach(), float(scale), None)
+        return column_norm_op(weight.detach(), lora_A.detach(), lora_B.detach(), float(scale))
 
 
 def _check_dora(x, out_features, lora_A, lora_B, magnitude, norm, scale):

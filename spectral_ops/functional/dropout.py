@@ -11,6 +11,7 @@ import torch
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
 from spectral_ops.functional import random
+from spectral_ops.functional.common import tokens
 
 
 def _project_cost(x, A, seed, p):
@@ -71,6 +72,13 @@ def dropout_lift_op(out, u, A, seed, p):
 def seeded_dropout_op(x, seed, p):
     """drop(x) [T, k], contiguous: for the one method (DoRA) whose base product reads drop(x) itself."""
     return random.dropout(x.to(accumulate_dtype(x.dtype)), seed, p).to(x.dtype).contiguous()
+
+
+def dropped(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
+    """drop(x) [..., k] as x times its mask, which autograd can differentiate as often as it likes."""
+    if seed is None:
+        return x
+    return x * seeded_dropout_op(torch.ones_like(tokens(x)), seed, p).reshape(x.shape)
 
 
 def project(x: torch.Tensor, A: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:

@@ -13,7 +13,6 @@ stores. Saved for backward: x, which the frozen layer's caller holds anyway, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from spectral_ops.functional.common import (
     apply_op,
     autocast_arguments,
     backward_pass,
+    contiguous_copy,
     draw_seed,
     fresh,
     mm,
@@ -37,7 +37,7 @@ from spectral_ops.functional.common import (
     tokens,
 )
 
-__all__ = ["lowrank_linear", "lowrank_linear_group", "lowrank_update"]
+__all__ = ["lowrank_linear", "lowrank_update"]
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -225,28 +225,12 @@ def _hidden(x, A):
 
 
 @define_layer(
-    f"lowrank_linear_forward(Tensor x, Tensor weight, {_FACTORS}) -> (Tensor, Tensor)",
-    stem="lowrank",
-    fake=lambda x, weight, A, B, bias, core, g, seed, scale, p: (
-        x.new_empty(*x.shape[:-1], weight.shape[0]), _hidden(x, A),
-    ),
-    pieces=("lowrank_matmul", *_PIECES),
-)  # fmt: skip
-def lowrank_linear_forward_op(x, weight, A, B, bias, core, g, seed, scale, p):
-    """y [..., d] and h [T, r] = drop(x) Aᵀ. A, B and core in any floating dtype; g float32 (float64 for float64)."""
-    x2 = rows(x)
-    h = dropout.project(x2, A.to(x.dtype), seed, p)
-    y = fused_forward(x2, weight, apply_core(h, core), B.to(x.dtype), scale, g, bias)
-    return shaped(y, x), h
-
-
-@define_layer(
     f"lowrank_update_forward_(Tensor(a!) out, Tensor x, {_FACTORS}) -> Tensor",
     stem="lowrank",
     fake=lambda out, x, A, B, bias, core, g, seed, scale, p: _hidden(x, A),
     pieces=_PIECES,
 )
-def lowrank_update_forward_inplace_op(out, x, A, B, bias, core, g, seed, scale, p):
+def lowrank_update_forward_op(out, x, A, B, bias, core, g, seed, scale, p):
     """out [..., d] becomes g * (out - b + γ h' Bᵀ) + b; returns h [T, r]."""
     x2, out = rows(x), tokens(out)
     h = dropout.project(x2, A.to(x.dtype), seed, p)
@@ -259,15 +243,25 @@ def lowrank_update_forward_inplace_op(out, x, A, B, bias, core, g, seed, scale, 
 
 
 @define_layer(
-    f"lowrank_update_forward(Tensor base_out, Tensor x, {_FACTORS}) -> (Tensor, Tensor)",
+    f"lowrank_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, {_FACTORS}) -> (Tensor, Tensor)",
     stem="lowrank",
-    fake=lambda base_out, x, A, B, bias, core, g, seed, scale, p: (base_out.new_empty(base_out.shape), _hidden(x, A)),
-    pieces=_PIECES,
-)
-def lowrank_update_forward_op(base_out, *args):
-    """The same on a copy of base_out: y [..., d] and h [T, r]."""
-    out = base_out.clone(memory_format=torch.contiguous_format)
-    return out, lowrank_update_forward_inplace_op.reference(out, *args)
+    fake=lambda x, weight, base_out, A, B, bias, core, g, seed, scale, p: (
+        x.new_empty(*x.shape[:-1], B.shape[0]), _hidden(x, A),
+    ),
+    pieces=("lowrank_matmul", *_PIECES),
+)  # fmt: skip
+def lowrank_linear_forward_op(x, weight, base_out, A, B, bias, core, g, seed, scale, p):
+    """y [..., d] and h [T, r] = drop(x) Aᵀ. A, B and core in any floating dtype; g float32 (float64 for float64).
+
+    Without a weight y is a copy of base_out [..., d], somebody else's x Wᵀ + b, with the update added.
+    """
+    if weight is None:
+        y = contiguous_copy(base_out)
+        return y, lowrank_update_forward_op.reference(y, x, A, B, bias, core, g, seed, scale, p)
+    x2 = rows(x)
+    h = dropout.project(x2, A.to(x.dtype), seed, p)
+    y = fused_forward(x2, weight, apply_core(h, core), B.to(x.dtype), scale, g, bias)
+    return shaped(y, x), h
 
 
 def _linear_backward_fake(dy, x, weight, A, B, core, g, h, seed, scale, p, needs):
@@ -319,91 +313,6 @@ def lowrank_linear_backward_op(dy, x, weight, A, B, core, g, h, seed, scale, p, 
     return fresh(dy, needs, dx, dA, dB.to(B.dtype), db, dcore, dout)
 
 
-# Siblings: several layers over one x, whose projections are one product over stacked A.
-
-_SIBLINGS = "Tensor[] weights, Tensor[] A, Tensor[] B"
-
-
-@define_layer(
-    f"lowrank_group_forward(Tensor x, {_SIBLINGS}, Tensor?[] biases, float[] scales) -> (Tensor[], Tensor)",
-    stem="lowrank",
-    fake=lambda x, weights, A, B, biases, scales: (
-        [x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights],
-        x.new_empty(math.prod(x.shape[:-1]), sum(a.shape[0] for a in A)),
-    ),
-    pieces=("lowrank_matmul",),
-)
-def lowrank_group_forward_op(x, weights, A, B, biases, scales):
-    """y_i [..., d_i] of every sibling, and their h [T, Σr_i] side by side."""
-    x2 = rows(x)
-    h = x2 @ torch.cat([a.to(x.dtype) for a in A]).t()
-    parts = h.split([a.shape[0] for a in A], 1)
-    outputs = [
-        shaped(fused_forward(x2, W, part, b.to(x.dtype), scale, None, bias), x)
-        for W, part, b, bias, scale in zip(weights, parts, B, biases, scales, strict=True)
-    ]
-    return outputs, h
-
-
-def _lead(dys):
-    return next(dy.shape[:-1] for dy in dys if dy is not None)
-
-
-def _group_backward_fake(h, x, dys, weights, A, B, scales, needs):
-    def each(bit, shapes, parameters):
-        wanted = [need >> bit & 1 for need in needs]
-        return [
-            h.new_empty(shape if want else (0,), dtype=t.dtype if want else h.dtype)
-            for want, shape, t in zip(wanted, shapes, parameters, strict=True)
-        ]
-
-    dx = h.new_empty((*_lead(dys), A[0].shape[1]) if any(need & 1 for need in needs) else (0,))
-    biases = [(W.shape[0],) for W in weights]
-    return dx, each(1, [a.shape for a in A], A), each(2, [b.shape for b in B], B), each(3, biases, [h] * len(A))
-
-
-@define_layer(
-    f"lowrank_group_backward(Tensor h, Tensor? x, Tensor?[] dys, {_SIBLINGS}, float[] scales,"
-    " int[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])",
-    stem="lowrank",
-    fake=_group_backward_fake,
-    pieces=("lowrank_backward",),
-)
-def lowrank_group_backward_op(h, x, dys, weights, A, B, scales, needs):
-    """dx [..., k], summed over the siblings, and every dA_i, dB_i and db_i in the parameters' dtypes.
-
-    ``needs[i]`` is a mask of what sibling i, which then has a dy, contributes to: dx, dA_i, dB_i, db_i from the lowest
-    bit on. A gradient nobody wants is empty [0].
-    """
-    ranks = [a.shape[0] for a in A]
-    dx, us = None, {}
-    dA, dB, db = ([h.new_empty(0) for _ in A] for _ in range(3))
-    for i, part in enumerate(h.split(ranks, 1)):
-        need_x, need_A, need_B, need_bias = (bool(needs[i] >> bit & 1) for bit in range(4))
-        if not needs[i]:
-            continue
-        dy2 = rows(dys[i])
-        u, full_B, full_b, _, _ = lowrank_backward_op(
-            dy2, part, B[i].to(h.dtype), scales[i], None, None, None, need_x or need_A, need_B, need_bias, False
-        )
-        if need_x:
-            dx = dy2 @ weights[i] if dx is None else dx.addmm_(dy2, weights[i])
-        if need_x or need_A:
-            us[i] = u
-        if need_B:
-            dB[i] = full_B.to(B[i].dtype)
-        if need_bias:
-            db[i] = full_b.to(h.dtype)
-    lifted, trained = ([i for i in us if needs[i] >> bit & 1] for bit in (0, 1))
-    if lifted:
-        dx.addmm_(torch.cat([us[i] for i in lifted], 1), torch.cat([A[i].to(h.dtype) for i in lifted]))
-    if trained:
-        stacked = A_gradient(torch.cat([us[i] for i in trained], 1), rows(x), None, 0.0, accumulate_dtype(h.dtype))
-        for i, part in zip(trained, stacked.split([ranks[i] for i in trained]), strict=True):
-            dA[i] = part.to(A[i].dtype, copy=True)
-    return h.new_empty(0) if dx is None else dx.reshape(*_lead(dys), dx.shape[1]), dA, dB, db
-
-
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +321,7 @@ class LowRankFunction(Function):
 
     @staticmethod
     def forward(ctx, x, weight, A, B, bias, core, g, seed, scale, p):
-        y, h = lowrank_linear_forward_op(x, weight, A, B, bias, core, g, seed, scale, p)
+        y, h = lowrank_linear_forward_op(x, weight, None, A, B, bias, core, g, seed, scale, p)
         _, _, need_A, need_B, _, need_core, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight, A, B, core, g, h if need_B or need_core else None, seed)
         ctx.scale, ctx.p = scale, p
@@ -437,12 +346,8 @@ class LowRankFunction(Function):
         x, weight, A, B, core, g, _, seed = ctx.saved_tensors
         if x is None:
             raise RuntimeError("create_graph: got a second derivative where A is frozen, for which x is not kept")
-        dropped = x
-        if seed is not None:
-            mask = dropout.seeded_dropout_op(torch.ones_like(rows(x)), seed, ctx.p)
-            dropped = x * mask.reshape(x.shape)
         bias = x.new_zeros(weight.shape[0], requires_grad=ctx.needs_input_grad[4])  # its values are in no derivative
-        y = plain(x, dropped, weight, A, B, None, core, ctx.scale)
+        y = plain(x, dropout.dropped(x, seed, ctx.p), weight, A, B, None, core, ctx.scale)
         y = y if g is None else (y * g).to(x.dtype)
         return through(ctx, y + bias, (x, weight, A, B, bias, core), dy)
 
@@ -453,10 +358,10 @@ class LowRankUpdateFunction(Function):
     @staticmethod
     def forward(ctx, base_out, x, A, B, bias, core, g, seed, scale, p, inplace):
         if inplace:
-            y, h = base_out, lowrank_update_forward_inplace_op(base_out, x, A, B, bias, core, g, seed, scale, p)
+            y, h = base_out, lowrank_update_forward_op(base_out, x, A, B, bias, core, g, seed, scale, p)
             ctx.mark_dirty(base_out)
         else:
-            y, h = lowrank_update_forward_op(base_out, x, A, B, bias, core, g, seed, scale, p)
+            y, h = lowrank_linear_forward_op(x, None, base_out, A, B, bias, core, g, seed, scale, p)
         _, _, need_A, need_B, _, need_core, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, A, B, core, g, h if need_B or need_core else None, seed)
         ctx.scale, ctx.p = scale, p
@@ -500,63 +405,13 @@ def linear(x, weight, A, B, bias, core, g, scale, p):
     seed = None if p == 0.0 else draw_seed(x, p)
     if torch.is_grad_enabled():
         return apply(LowRankFunction, x, x, weight, A, B, bias, core, g, seed, scale, p)
-    return apply_op(lowrank_linear_forward_op, x, x, weight, A, B, bias, core, g, seed, scale, p)[0]
+    return apply_op(lowrank_linear_forward_op, x, x, weight, None, A, B, bias, core, g, seed, scale, p)[0]
 
 
 def update(base_out, x, A, B, bias, core, g, scale, p):
     """:func:`lowrank_update` past its checks."""
     seed, inplace = draw_seed(x, p), overwritable(base_out)
     return apply(LowRankUpdateFunction, x, base_out, x, A, B, bias, core, g, seed, scale, p, inplace)
-
-
-class LowRankGroupFunction(Function):
-    """Siblings that read one x; saves x and the stacked h. One whose output nobody used costs nothing in backward."""
-
-    @staticmethod
-    def forward(ctx, x, scales, *layers):
-        weights, As, Bs, biases = layers[0::4], layers[1::4], layers[2::4], layers[3::4]
-        outputs, h = lowrank_group_forward_op(x, weights, As, Bs, biases, scales)
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3::4]) else None, h, *weights, *As, *Bs)
-        ctx.scales = scales
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
-
-    @staticmethod
-    @backward_pass
-    def backward(ctx, *dys):
-        x, h, *rest = ctx.saved_tensors
-        n = len(dys)
-        need_x, need_layers = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        used = [i for i, dy in enumerate(dys) if dy is not None]
-        needs = [0] * n
-        for i in used:
-            _, need_A, need_B, need_bias = need_layers[4 * i : 4 * i + 4]
-            needs[i] = need_x | need_A << 1 | need_B << 2 | need_bias << 3
-        dx, dAs, dBs, dbs = lowrank_group_backward_op(
-            h, x, dys, rest[:n], rest[n : 2 * n], rest[2 * n :], ctx.scales, needs
-        )
-        grads: list[torch.Tensor | None] = [None] * (2 + 4 * n)
-        grads[0] = dx if need_x and used else None
-        for i in used:
-            for place, (bit, parts) in enumerate(((1, dAs), (2, dBs), (3, dbs)), 3 + 4 * i):
-                grads[place] = parts[i] if needs[i] >> bit & 1 else None
-        return tuple(grads)
-
-    @staticmethod
-    def twice(ctx, *dys):
-        x, _, *rest = ctx.saved_tensors
-        if x is None:
-            raise RuntimeError("create_graph: got a second derivative where every A is frozen, for which x is not kept")
-        n = len(dys)
-        ys, inputs = [], [x, None]
-        for i, scale in enumerate(ctx.scales):
-            weight, A, B = rest[i::n]
-            bias = x.new_zeros(weight.shape[0], requires_grad=ctx.needs_input_grad[5 + 4 * i])
-            h = x @ A.to(x.dtype).t()
-            ys.append(x @ weight.t() + scale * (h @ B.to(x.dtype).t()) + bias)
-            inputs += [weight, A, B, bias]
-        used = [i for i, dy in enumerate(dys) if dy is not None]
-        return through(ctx, [ys[i] for i in used], inputs, [dys[i] for i in used])
 
 
 # --- public functions ------------------------------------------------------------------------------------------------
@@ -627,34 +482,3 @@ def lowrank_update(
     g = None if out_scale is None else out_scale.to(accumulate_dtype(x.dtype))
     bias = None if g is None else bias
     return update(base_out, x, lora_A, lora_B, bias, core, g, float(scale), dropout_p if training else 0.0)
-
-
-def lowrank_linear_group(x, layers: Sequence[tuple]):
-    """Several low-rank linear layers over one x (q, k, v; gate, up): their projections share one read of x.
-
-    ``layers`` is a sequence of (weight [d, k], lora_A [r, k], lora_B [d, r], bias [d] or None, scale); sizes and ranks
-    may differ. Returns the list of outputs [..., d]. Saves x and the stacked h [T, Σr]. METHODS 1.1, siblings.
-    """
-    if not isinstance(layers, Sequence) or not layers:
-        raise ValueError(f"layers: got {type(layers).__name__} of no layers, wanted a non-empty sequence")
-    checks.tensor("x", x, "[..., in_features]")
-    flat, scales = [], []
-    for i, layer in enumerate(layers):
-        if not isinstance(layer, (tuple, list)) or len(layer) != 5:
-            got = f"{len(layer)} entries" if isinstance(layer, (tuple, list)) else type(layer).__name__
-            raise ValueError(f"layers[{i}]: got {got}, wanted (weight, lora_A, lora_B, bias, scale)")
-        weight, A, B, bias, scale = layer
-        x, weight, bias = autocast_arguments(x, weight, bias)  # x is cast once: the next time it is already
-        try:
-            checks.linear(x, weight, bias)
-            checks.same_dtype("x", x, weight=weight, bias=bias)
-            checks.low_rank(x, weight.shape[0], A, B)
-            checks.number("scale", scale)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"layers[{i}]: {error}") from None
-        flat += [weight, A, B, bias]
-        scales.append(float(scale))
-    if torch.is_grad_enabled():
-        return list(apply(LowRankGroupFunction, x, x, scales, *flat))
-    siblings = flat[0::4], flat[1::4], flat[2::4], flat[3::4]
-    return apply_op(lowrank_group_forward_op, x, x, *siblings, scales)[0]

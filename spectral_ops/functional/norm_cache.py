@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.functional import steps
-from spectral_ops.functional.dora import column_norm_cached_op, column_norm_op, row_square_op
+from spectral_ops.functional.dora import column_norm_cached_op, column_norm_op
 
 _compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
@@ -23,8 +23,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 def _recomputed(weight, A, B, scale):
     """The norm in memory of its own, bit for bit that of the cache."""
-    weight, A, B = weight.detach(), A.detach(), B.detach()
-    return column_norm_op(weight, A, B, scale, row_square_op(weight))
+    return column_norm_op(weight.detach(), A.detach(), B.detach(), scale)
 
 
 class NormCache:
@@ -36,15 +35,15 @@ class NormCache:
         self.invalidate()
 
     def invalidate(self) -> None:
-        """Forget everything, the constant ‖W‖² included: call it after changing W in place through ``.data``."""
+        """Forget everything: call it after changing W in place through ``.data``."""
         self._weight_key = self._storage = self._key = self._step = None
-        self._square = self._norm = self._stamp = None
+        self._norm = self._stamp = None
 
     def get(self, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
         """c [d] of :func:`column_norm`; a buffer the next call overwrites, so use it before then."""
         on_gpu = weight.is_cuda
         if _compiling() or (on_gpu and torch.cuda.is_current_stream_capturing()):  # it runs again without this code
-            return column_norm_op(weight.detach(), A.detach(), B.detach(), scale, None)
+            return _recomputed(weight, A, B, scale)
         # A dispatch mode or a transform may keep or replace results: selective checkpointing skips an operator that it
         # kept, and with it a write into our buffer. Fake and sharded tensors have no memory to take a fingerprint of.
         reuse = not (_dispatch_modes() or _transforms())
@@ -66,7 +65,7 @@ class NormCache:
                 if weight_key != self._weight_key:
                     self._start(weight, storage, weight_key)
                 force = key != self._key or step != self._step
-                column_norm_cached_op(self._norm, self._stamp, weight, A, B, scale, self._square, force)
+                column_norm_cached_op(self._norm, self._stamp, weight, A, B, scale, force)
                 self._key, self._step = key, step
                 return self._norm
             finally:
@@ -77,7 +76,6 @@ class NormCache:
         self.invalidate()
         self._storage = StorageWeakRef(storage)  # keeps its _cdata from naming another weight's storage later
         with torch.inference_mode(False), torch.no_grad():  # else a later training step could not write into them
-            self._square = row_square_op(weight)
             self._norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
             self._stamp = torch.zeros(2, dtype=torch.int64, device=weight.device)
         self._weight_key = weight_key

@@ -123,9 +123,9 @@ def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SV
     else:
         first, rest = adapters[0], adapters[1:]
         x, weight, bias = operands(x, base.weight, base.bias)
-        out = lowrank.linear(x, weight, first.A, first.B, bias, first.core(), None, 1.0, first.p)
+        out = lowrank.linear(x, weight, first.A, first.B, bias, first.core(), None, first.scale, first.p)
     for a in rest:
-        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, a.core(), None, 1.0, a.p)
+        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, a.core(), None, a.scale, a.p)
     return out
 
 
@@ -141,8 +141,10 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
             D, p = first
             return lambda layer, x: blocksum.linear(x, weight, D, bias, p)
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        if type(first) is SVD and not (first.rank.requires_grad or capturing or type(first.rank) is FakeTensor):
+        if type(first) is SVD:
             A, B, E, rank, scale, p = first
+            if rank.requires_grad or capturing or type(rank) is FakeTensor:
+                return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, scale, p)
             scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
             return lambda layer, x: lowrank.linear(x, weight, A, B, bias, E, None, scale, p)
     return lambda layer, x: run(layer, x, base, adapters)

@@ -30,8 +30,8 @@ class SVD(NamedTuple):
     p: float
 
     def core(self) -> torch.Tensor:
-        """E γ [r, 1], with its gradient to E."""
-        return self.E * (self.scale / (self.rank + 1e-5)).to(self.E.dtype)
+        """E over the number of triplets [r, 1]; differentiable in both: PEFT trains a number that it has cast."""
+        return (self.E / (self.rank + 1e-5)).to(self.E.dtype)
 
 
 def adalora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[SVD]]:

@@ -52,7 +52,6 @@ STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
   m.impl("block_tile_", TORCH_BOX(&block_tile_<Emulated>));
   m.impl("lowrank_update_", TORCH_BOX(&lowrank_update_<Emulated>));
   m.impl("lowrank_backward", TORCH_BOX(&lowrank_backward<Emulated>));
-  m.impl("row_square", TORCH_BOX(&row_square<Emulated>));
   m.impl("column_norm", TORCH_BOX(&column_norm<Emulated>));
   m.impl("column_norm_cached_", TORCH_BOX(&column_norm_cached_<Emulated>));
   m.impl("magnitude_grad", TORCH_BOX(&magnitude_grad<Emulated>));
@@ -77,8 +76,8 @@ extern "C" __attribute__((visibility("default"))) int backward_plan_of(int64_t r
 }
 
 extern "C" __attribute__((visibility("default"))) int norm_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
-                                                                    int64_t unit_columns, int64_t square, int64_t stamp, int64_t* out) {
-  const auto p = spectral_ops::cuda::norm_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), unit_columns, square, stamp);
+                                                                    int64_t unit_columns, int64_t stamp, int64_t* out) {
+  const auto p = spectral_ops::cuda::norm_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), unit_columns, stamp);
   const int64_t values[] = {p.matrix_units, p.ranks,     p.tile_rows, p.row_tiles, p.split_columns,
                             p.splits,       p.square_at, p.gram_at,   p.stamp_at,  p.bytes};
   std::memcpy(out, values, sizeof values);
