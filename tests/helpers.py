@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import spectral_ops
 from spectral_ops import _library, _loader, backends
+from spectral_ops.cli.counting import Unfolding
 from spectral_ops.functional import common, random
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -650,7 +651,7 @@ def storage(t: torch.Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Unfolding):
     """Every operator call that passes the dispatcher, with the tensors it newly allocated. A layer operator is followed
     into what its Python composition calls; what its compiled twin allocates, :func:`allocations` sees."""
 
@@ -659,17 +660,11 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[str, tuple]] = []
         self.allocated: list[tuple[str, torch.Size, torch.Tensor]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if layer := _library.LAYERS.get(func._schema.name.removeprefix("spectral_ops::")):
-            self.calls.append((str(func), args))
-            with self, torch.no_grad():
-                return layer.reference(*args)
-        if func.namespace == "aten":  # inside a layer torch takes no composite operator apart before a mode sees it
-            with self:
-                parts = func.decompose(*args, **(kwargs or {}))
-            if parts is not NotImplemented:
-                return parts
-        out = func(*args, **(kwargs or {}))
+    def enter(self, func, args):
+        self.calls.append((str(func), args))
+
+    def call(self, func, args, kwargs):
+        out = func(*args, **kwargs)
         known = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         self.calls.append((str(func), args))
         for t in tree_leaves(out):

@@ -64,23 +64,39 @@ def _bytes(func, args, kwargs, out) -> int:
     return sum(t.numel() * t.element_size() for group in distinct for t in group.values())
 
 
-class _Counter(TorchDispatchMode):
-    def __init__(self, counts: Counts) -> None:
-        super().__init__()
-        self.counts = counts
+class Unfolding(TorchDispatchMode):
+    """A mode that sees the pieces and products of every layer operator in its place, by :meth:`call`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        packet = func._overloadpacket
-        name = func._schema.name.split("::")[1]
-        if func.namespace == NAMESPACE and name in LAYERS:  # counted piece by piece
+        layer = LAYERS.get(func._schema.name.removeprefix(f"{NAMESPACE}::"))
+        if layer is not None:
+            self.enter(func, args)
             with self, torch.no_grad():
-                return LAYERS[name].reference(*args)
+                return layer.reference(*args)
         if func.namespace == "aten":  # inside a layer torch takes no composite operator apart before a mode sees it
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+        return self.call(func, args, kwargs)
+
+    def enter(self, func, args) -> None:
+        """Told of a layer operator before its pieces."""
+
+    def call(self, func, args, kwargs):
+        """Runs one operator that is no layer."""
+        raise NotImplementedError
+
+
+class _Counter(Unfolding):
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def call(self, func, args, kwargs):
+        packet = func._overloadpacket
+        name = func._schema.name.split("::")[1]
         out = func(*args, **kwargs)
         if func.namespace == NAMESPACE:
             cost = OPERATORS[name].cost(*args, **kwargs)
