@@ -34,6 +34,7 @@ from spectral_ops.functional.common import (
     rows,
     shaped,
     through,
+    wanted,
 )
 from spectral_ops.functional.scratch import scratch
 
@@ -216,19 +217,13 @@ def bat_linear_forward_op(x, weight, bat, bias, row, exact):
     return shaped(y, x)
 
 
-def _linear_backward_fake(dy, x, weight, bat, row, exact, needs):
-    shapes = (*dy.shape[:-1], weight.shape[1]), bat.shape, (weight.shape[0],)
-    return tuple(
-        dy.new_empty(shape if needs >> bit & 1 else (0,), dtype=bat.dtype if bit == 1 and needs & 2 else dy.dtype)
-        for bit, shape in enumerate(shapes)
-    )
-
-
 @define_layer(
     "bat_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor bat, bool row, bool exact, int needs)"
     " -> (Tensor, Tensor, Tensor)",
     stem="bat",
-    fake=_linear_backward_fake,
+    fake=lambda dy, x, weight, bat, row, exact, needs: wanted(
+        dy, needs, (*dy.shape[:-1], weight.shape[1]), bat, dy.shape[-1:]
+    ),
     pieces=_PIECES,
 )
 def bat_linear_backward_op(dy, x, weight, bat, row, exact, needs):

@@ -34,6 +34,7 @@ from spectral_ops.functional.common import (
     rows,
     shaped,
     tokens,
+    wanted,
 )
 
 __all__ = ["block_sum", "bone_linear", "bone_update", "disha_linear"]
@@ -171,19 +172,13 @@ def bone_update_forward_op(out, x, D, seed, p):
     return _bone_update_(tokens(out), x, D, seed, p, None, None)
 
 
-def _bone_backward_fake(dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs):
-    shapes = (*dy.shape[:-1], k), D.shape, (dy.shape[-1],)
-    return tuple(
-        dy.new_empty(shape if needs >> bit & 1 else (0,), dtype=D.dtype if bit == 1 and needs & 2 else dy.dtype)
-        for bit, shape in enumerate(shapes)
-    )
-
-
 @define_layer(
     "bone_linear_backward(Tensor dy, Tensor? weight, Tensor D, Tensor h, Tensor? seed, float p, Tensor? in_offsets,"
     " Tensor? out_offsets, int k, int needs) -> (Tensor, Tensor, Tensor)",
     stem="blocksum",
-    fake=_bone_backward_fake,
+    fake=lambda dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs: wanted(
+        dy, needs, (*dy.shape[:-1], k), D, dy.shape[-1:]
+    ),
     pieces=_PIECES,
 )
 def bone_linear_backward_op(dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs):

@@ -112,6 +112,18 @@ def fresh(like: torch.Tensor, needs: int, *results: torch.Tensor) -> tuple[torch
     return tuple(t if needs >> bit & 1 else like.new_empty(0) for bit, t in enumerate(results))
 
 
+def wanted(dy: torch.Tensor, needs: int, *results: torch.Tensor | tuple[int, ...] | None) -> tuple[torch.Tensor, ...]:
+    """The shapes of :func:`fresh`: each result is like a tensor, or has this shape in dy's dtype."""
+    return tuple(
+        dy.new_empty(0)
+        if not needs >> bit & 1
+        else dy.new_empty(like.shape, dtype=like.dtype)
+        if isinstance(like, torch.Tensor)
+        else dy.new_empty(like)
+        for bit, like in enumerate(results)
+    )
+
+
 def backward_pass(backward: Callable) -> Callable:
     """Decorates a Function's backward, which runs with autocast off, like its forward: a caller may well start it
     inside an autocast block, which would round the float32 factors of some of its products only.

@@ -33,6 +33,7 @@ from spectral_ops.functional.common import (
     rows,
     shaped,
     tokens,
+    wanted,
 )
 from spectral_ops.functional.lowrank import A_gradient, lowrank_backward_op
 from spectral_ops.functional.resident import Claim, residents
@@ -206,16 +207,8 @@ def _rosa_backward_fake(
     dy, x, weight, values, row_offsets, columns, column_offsets, entry_rows, permutation, active_rows, active_columns,
     compact_offsets, compact_columns, A, B, h, seed, scale, p, route, gradient_route, needs,
 ):  # fmt: skip
-    def result(bit, shape, dtype=dy.dtype):
-        return dy.new_empty(shape(), dtype=dtype) if needs >> bit & 1 else dy.new_empty(0)
-
-    return (
-        result(0, lambda: (*dy.shape[:-1], column_offsets.numel() - 1 if weight is None else weight.shape[1])),
-        result(1, lambda: values.shape, values.dtype),
-        result(2, lambda: A.shape, None if A is None else A.dtype),
-        result(3, lambda: B.shape, None if B is None else B.dtype),
-        result(4, lambda: dy.shape[-1:]),
-    )
+    k = 0 if not needs & 1 else column_offsets.numel() - 1 if weight is None else weight.shape[1]
+    return wanted(dy, needs, (*dy.shape[:-1], k), values, A, B, dy.shape[-1:])
 
 
 @define_layer(

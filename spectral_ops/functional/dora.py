@@ -32,6 +32,7 @@ from spectral_ops.functional.common import (
     shaped,
     through,
     tokens,
+    wanted,
 )
 from spectral_ops.functional.lowrank import (
     A_gradient,
@@ -205,23 +206,14 @@ def dora_linear_forward_op(x, weight, base_out, A, B, magnitude, bias, norm, see
     return shaped(y, x), h, torch.cat((g, norm)), z
 
 
-def _backward_fake(dy, x, weight, A, B, magnitude, bias, gains, h, y, z, seed, scale, p, needs):
-    shapes = (
-        ((*dy.shape[:-1], A.shape[1]), dy.dtype), (A.shape, A.dtype), (B.shape, B.dtype),
-        (magnitude.shape, magnitude.dtype), (dy.shape[-1:], dy.dtype), (dy.shape, dy.dtype),
-    )  # fmt: skip
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if needs >> bit & 1 else dy.new_empty(0)
-        for bit, (shape, dtype) in enumerate(shapes)
-    )
-
-
 @define_layer(
     "dora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor magnitude, Tensor? bias,"
     " Tensor gains, Tensor? h, Tensor? y, Tensor? z, Tensor? seed, float scale, float p, int needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     stem="dora",
-    fake=_backward_fake,
+    fake=lambda dy, x, weight, A, B, magnitude, bias, gains, h, y, z, seed, scale, p, needs: wanted(
+        dy, needs, (*dy.shape[:-1], A.shape[1]), A, B, magnitude, dy.shape[-1:], dy.shape
+    ),
     pieces=(*_FORWARD, "lowrank_backward", "magnitude_grad", "dropout_outer"),
 )
 def dora_linear_backward_op(dy, x, weight, A, B, magnitude, bias, gains, h, y, z, seed, scale, p, needs):

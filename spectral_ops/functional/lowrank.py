@@ -35,6 +35,7 @@ from spectral_ops.functional.common import (
     shaped,
     through,
     tokens,
+    wanted,
 )
 
 __all__ = ["lowrank_linear", "lowrank_update"]
@@ -264,22 +265,13 @@ def lowrank_linear_forward_op(x, weight, base_out, A, B, bias, core, g, seed, sc
     return shaped(y, x), h
 
 
-def _linear_backward_fake(dy, x, weight, A, B, core, g, h, seed, scale, p, needs):
-    def result(bit, shape, dtype):
-        return dy.new_empty(shape if needs >> bit & 1 else (0,), dtype=dtype if needs >> bit & 1 else dy.dtype)
-
-    return (
-        result(0, (*dy.shape[:-1], A.shape[1]), dy.dtype), result(1, A.shape, A.dtype), result(2, B.shape, B.dtype),
-        result(3, (dy.shape[-1],), dy.dtype), result(4, *((), None) if core is None else (core.shape, core.dtype)),
-        result(5, dy.shape, dy.dtype),
-    )  # fmt: skip
-
-
 @define_layer(
     "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor? core, Tensor? g,"
     " Tensor? h, Tensor? seed, float scale, float p, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     stem="lowrank",
-    fake=_linear_backward_fake,
+    fake=lambda dy, x, weight, A, B, core, g, h, seed, scale, p, needs: wanted(
+        dy, needs, (*dy.shape[:-1], A.shape[1]), A, B, dy.shape[-1:], core, dy.shape
+    ),
     pieces=_PIECES,
 )
 def lowrank_linear_backward_op(dy, x, weight, A, B, core, g, h, seed, scale, p, needs):
