@@ -258,6 +258,47 @@ struct SoftmaxGradient {
   DType dtype;  // of logits
 };
 
+// --- segments: adapter s has rows order[offsets[s]] to order[offsets[s + 1] - 1]; factors [n, ., .] have any strides ---
+
+// h [rows, r] = x A_sᵀ, x [rows, columns], A [n, r, columns]; contiguous, zero for a row without adapter.
+struct SegmentProject {
+  const void *x, *A;
+  void* h;
+  const int64_t *order, *offsets;
+  int64_t rows, columns, r, n;
+  int64_t x_stride, A_strides[3];
+  DType dtype;
+};
+
+// out [rows, columns] += h B_sᵀ, h [rows, r], B [n, columns, r].
+struct SegmentLift {
+  void* out;
+  const void *h, *B;
+  const int64_t *order, *offsets;
+  int64_t rows, columns, r, n;
+  int64_t out_stride, h_stride, B_strides[3];
+  DType dtype;
+};
+
+// out [n, r, columns] = Σ u_tᵀ x_t over each adapter's rows, contiguous in float32 (float64 for float64).
+struct SegmentOuter {
+  const void *u, *x;
+  void* out;
+  const int64_t *order, *offsets;
+  int64_t rows, columns, r, n;
+  int64_t u_stride, x_stride;
+  DType dtype;
+};
+
+// Row out_rows[t] of out becomes row x_rows[t] of x for every t < rows; null stands for t itself.
+struct RowCopy {
+  const void* x;
+  void* out;
+  const int64_t *x_rows, *out_rows;
+  int64_t rows, bytes;
+  int64_t x_stride, out_stride;  // bytes between rows
+};
+
 // --- cayley: contiguous matrices [n, r, r] ---
 
 // Q = 2 (I + K)⁻¹ - I, K = (X - Xᵀ) / 2, in float32 (float64 for float64).

@@ -17,6 +17,7 @@
 #include "ops/importance.h"
 #include "ops/lowrank.h"
 #include "ops/policy.h"
+#include "ops/segments.h"
 
 namespace spectral_ops {
 
@@ -53,6 +54,9 @@ const Binding kKernels[] = {
     {"dropout_outer", TORCH_BOX(&dropout_outer<Cpu>)},
     {"dropout_lift_", TORCH_BOX(&Mutating<&dropout_lift_<Cpu>>::run)},
     {"seeded_dropout", TORCH_BOX(&seeded_dropout<Cpu>)},
+    {"segment_project", TORCH_BOX(&segment_project<Cpu>)},
+    {"segment_lift_", TORCH_BOX(&Mutating<&segment_lift_<Cpu>>::run)},
+    {"segment_outer", TORCH_BOX(&segment_outer<Cpu>)},
     {"target_logprob", TORCH_BOX(&target_logprob<Cpu>)},
     {"softmax_gradient_", TORCH_BOX(&Mutating<&softmax_gradient_<Cpu>>::run)},
 };

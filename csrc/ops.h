@@ -48,6 +48,7 @@ inline int32_t dtype_code(ScalarType dtype) {
     case ScalarType::Half: return aoti_torch_dtype_float16();
     case ScalarType::Byte: return aoti_torch_dtype_uint8();
     case ScalarType::Bool: return aoti_torch_dtype_bool();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
     default: STD_TORCH_CHECK(false, "got scalar type ", static_cast<int>(dtype), " for a new tensor");
   }
 }

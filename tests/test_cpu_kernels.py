@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_ops.functional import bat, csr, dora, dropout, lowrank, random
+from spectral_ops.functional import bat, csr, dora, dropout, lowrank, random, segments
 from spectral_ops.functional.cayley import cayley_backward_op, cayley_forward_op
 
 _C = pytest.importorskip("spectral_ops._C", reason="the CPU extension is not built")
@@ -101,6 +101,16 @@ def check_dropout(T, k, r, dtype):
         check(dropout.dropout_outer_op, u, x, seed, p)
         check(dropout.seeded_dropout_op, x, seed, p)
         check(dropout.dropout_lift_op, out, u, A, seed, p, written=(0,))
+
+
+def check_segments(T, k, r, dtype):
+    x, u, out = randn(T, k, dtype=dtype), randn(T, r, dtype=dtype), randn(T, k, dtype=dtype)
+    offsets = torch.tensor([T // 5, T // 2, T // 2, T - T // 7])
+    for order in (torch.randperm(T), torch.arange(T)):
+        for A in (randn(3, r, k, dtype=dtype), randn(3, k, r, dtype=dtype).transpose(1, 2)):
+            check(segments.segment_project_op, x, A, order, offsets)
+            check(segments.segment_lift_op, out, u, A.transpose(1, 2), order, offsets, written=(0,))
+        check(segments.segment_outer_op, u, x, order, offsets)
 
 
 def check_norm(d, k, r, dtype):
@@ -205,6 +215,7 @@ def sweep(dtypes=DTYPES):
         for shape in SHAPES:
             check_lowrank(*shape, dtype)
             check_dropout(*shape, dtype)
+            check_segments(*shape, dtype)
             check_norm(*shape, dtype)
 
 
@@ -216,6 +227,9 @@ class TestAgainstReference:
 
     def test_dropout(self, shape, dtype):
         check_dropout(*shape, dtype)
+
+    def test_segments(self, shape, dtype):
+        check_segments(*shape, dtype)
 
     def test_norm(self, shape, dtype):
         check_norm(*shape, dtype)
