@@ -289,7 +289,7 @@ def test_a_missing_cpu_kernel_is_named():
 @pytest.mark.parametrize(
     "family",
     ["lora", "dora", "bone", "lora-dropout", "bone-dropout", "mini", "bat", "bat-few-tokens", "bat-row",
-     "rosa-spmm-dropout", "rosa-scatter", "rosa-sparse-only", "rosa-update"],
+     "rosa-spmm-dropout", "rosa-scatter", "rosa-sparse-only", "rosa-update", "segments", "segments-grouped"],
 )  # fmt: skip
 def test_forced_cpu_equals_default(family):
     """With the compiled kernels, forcing them changes nothing: they are what runs."""

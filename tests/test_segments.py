@@ -13,12 +13,14 @@ from helpers import (
     check,
     check_batched_gradients,
     cotangent,
+    extension_loaded,
     randn,
     saved_tensors,
     storage,
 )
 
 import spectral_ops
+from spectral_ops import _library
 
 
 class TestSegments(Contract):
@@ -93,6 +95,28 @@ def test_groups_are_stable_and_leave_out_strangers():
     assert sorted(order.tolist()) == list(range(7))
 
 
+def test_groups_of_any_ids_agree_with_the_compiled_ones():
+    """int32 and int64, one id for several rows, strided ids, and ids that name no adapter."""
+    layer, x = _library.LAYERS["segmented_forward"], randn(12, 4)
+    factors = [randn(2, 4) for _ in range(3)], [randn(5, 2) for _ in range(3)]
+    for ids in (torch.tensor([2, -1, 0, 5, 0, 2]), torch.arange(24).flip(0)[::2] % 5 - 1, torch.zeros(1)):
+        for dtype in (torch.int32, torch.int64):
+            args = x, randn(5, 4), None, None, *factors, ids.to(dtype), None, [1.0, 2.0, 0.5], 0.0, True, True
+            for got, want in zip(layer.default(*args), layer.overloads["reference"](*args), strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_rows_out_of_range_are_refused():
+    """The operators read order and offsets on the CPU, and say so where they would leave the tensors."""
+    if not extension_loaded():
+        pytest.skip("the reference leaves this to torch's indexing")
+    x, A, order = randn(4, 6), randn(2, 3, 6), torch.arange(4)
+    project = _library.OPERATORS["segment_project"].default
+    for wrong, offsets in ((order + 1, [0, 2, 4]), (order - 1, [0, 2, 4]), (order, [0, 2, 5]), (order, [-1, 2, 4])):
+        with pytest.raises(RuntimeError, match="order: got|offsets: got"):
+            project(x, A, wrong, torch.tensor(offsets))
+
+
 def test_equals_a_layer_for_each_adapter():
     """Each adapter's rows are what lowrank_linear makes of them, and rows without one what nn.Linear does."""
     v = FAMILIES["segments"].build(((40,), 24, 32, 5), torch.float32, ranks=[4, 4]).inputs
@@ -107,11 +131,12 @@ def test_equals_a_layer_for_each_adapter():
 
 
 def test_an_adapter_without_rows_gets_zeros():
-    problem = FAMILIES["segments"].build(((6,), 24, 40, 5), ids=torch.zeros(6, dtype=torch.int64))
-    y = problem.call()
-    dA, dB = torch.autograd.grad(y, [problem.inputs["A1"], problem.inputs["B1"]], torch.ones_like(y))
-    assert dA.shape == problem.inputs["A1"].shape and not dA.any()
-    assert dB.shape == problem.inputs["B1"].shape and not dB.any()
+    for family in ("segments", "segments-grouped"):
+        problem = FAMILIES[family].build(((6,), 24, 40, 5), ids=torch.zeros(6, dtype=torch.int64))
+        y = problem.call()
+        dA, dB = torch.autograd.grad(y, [problem.inputs["A1"], problem.inputs["B1"]], torch.ones_like(y))
+        assert dA.shape == problem.inputs["A1"].shape and not dA.any()
+        assert dB.shape == problem.inputs["B1"].shape and not dB.any()
 
 
 def test_one_base_product():

@@ -69,6 +69,14 @@ inline Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t 
   return Tensor(view);
 }
 
+// The first `length` elements of contiguous memory as a vector.
+inline Tensor as_vector(const Tensor& t, int64_t length) {
+  const int64_t stride = 1;
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &length, &stride, 0, &view));
+  return Tensor(view);
+}
+
 inline Tensor transposed(const Tensor& t) { return as_matrix(t, t.size(1), t.size(0), t.stride(1), t.stride(0)); }
 
 // Columns [start, start + n) and rows [start, start + n) of a matrix, and n rows of `columns` out of contiguous memory.

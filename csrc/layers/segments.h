@@ -1,7 +1,8 @@
-// Rows with low-rank adapters of their own, on the stacked route, forward and backward, for any device:
+// Rows with low-rank adapters of their own, on both routes, forward and backward, for any device:
 // spectral_ops/functional/segments.py has the mathematics and the same steps in Python.
 #pragma once
 
+#include "../ops/segments.h"
 #include "lowrank.h"
 
 namespace spectral_ops {
@@ -58,15 +59,23 @@ inline Tensor as_four(const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t 
   return Tensor(view);
 }
 
+inline void check_ids(const Tensor& ids, int64_t T) {
+  STD_TORCH_CHECK(ids.dim() == 1, "ids: got ", ids.dim(), " dimensions, wanted [m]");
+  const int64_t m = ids.size(0);
+  STD_TORCH_CHECK(m ? T % m == 0 : T == 0, "ids: got ", m, " for ", T, " rows, wanted a divisor");
+}
+
+// What the stacked route returns for order and offsets.
+inline Tensor no_rows(const Tensor& like) { return empty(like, {0}, ScalarType::Long); }
+
 // Which of n adapters each of T rows has: ids [m], each of T / m rows in sequence.
 struct Owners {
   int64_t m, each, n;
   Tensor foreign;  // [m, 1, n, 1]: whether an adapter is not the rows' own
 
   Owners(const Tensor& ids, int64_t T, int64_t adapters) : m(0), each(0), n(adapters), foreign(ids) {
-    STD_TORCH_CHECK(ids.dim() == 1, "ids: got ", ids.dim(), " dimensions, wanted [m]");
+    check_ids(ids, T);
     m = ids.size(0), each = m ? T / m : 0;
-    STD_TORCH_CHECK(m * each == T, "ids: got ", m, " for ", T, " rows, wanted a divisor");
     const Tensor numbers = call("aten::_dim_arange", "", as_four(ids, 0, 1, n, 1), int64_t{2});
     foreign = as_four(call("aten::ne", "Tensor", as_matrix(ids, m, 1, ids.stride(0), 1), numbers), m, 1, n, 1);
   }
@@ -101,101 +110,159 @@ inline void check_adapters(const Tensor& x, int64_t d, const std::vector<Tensor>
   check_same_device("ids", ids, x);
 }
 
-// h [T, n r], zero in the columns of other adapters than a row's own.
+// n matrices [rows, columns], `step` elements of t apart; those of every A [n, r, k] and every B [n, d, r].
+inline Tensor as_stack(const Tensor& t, int64_t n, int64_t rows, int64_t columns, int64_t step, int64_t row_stride,
+                       int64_t column_stride) {
+  const int64_t sizes[] = {n, rows, columns}, strides[] = {step, row_stride, column_stride};
+  AtenTensorHandle view = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+inline Tensor each_A(const Tensor& a, int64_t n) {
+  const int64_t r = a.size(0) / n;
+  return as_stack(a, n, r, a.size(1), r * a.stride(0), a.stride(0), a.stride(1));
+}
+inline Tensor each_B(const Tensor& b, int64_t n) {
+  const int64_t r = b.size(1) / n;
+  return as_stack(b, n, b.size(0), r, r * b.stride(1), b.stride(0), b.stride(1));
+}
+
+// A gradient [n, r, k] of all adapters as [n r, k].
+inline Tensor joined_rows(const Tensor& t) {
+  return as_matrix(t, t.size(0) * t.size(1), t.size(2), at_least(t.size(2), 1), 1);
+}
+
+// out [T, d] is increased by the update of x [T, k]. Results: each row's own h [T, r] (empty [0] without `keep`), order and
+// offsets (empty [0] on the stacked route).
 template <class Device>
-Tensor stacked_hidden(const Tensor& x2, const std::vector<Tensor>& A, const Owners& owners, const MaybeTensor& seed, double p) {
-  Tensor h = project<Device>(x2, stack_A(A, x2), seed, p);
+std::tuple<Tensor, Tensor, Tensor> add_updates(const Tensor& out, const Tensor& x, const std::vector<Tensor>& A,
+                                               const std::vector<Tensor>& B, const Tensor& ids, const MaybeTensor& seed,
+                                               const std::vector<double>& scales, double p, bool keep, bool grouped) {
+  check_adapters(x, out.size(1), A, B, ids, scales);
+  STD_TORCH_CHECK(!grouped || !seed, "seed: got a tensor, wanted None, since the grouped route has no dropout");
+  const int64_t n = static_cast<int64_t>(A.size()), T = x.size(0);
+  const Tensor a = stack_A(A, x), b = stack_B(B, scales, largest_rank(A), x);
+  if (grouped) {
+    check_ids(ids, T);
+    const auto [order, offsets] = group_rows<Device>(ids, T, n);
+    const Tensor h = segment_project<Device>(x, each_A(a, n), order, offsets);
+    segment_lift_<Device>(out, h, each_B(b, n), order, offsets);
+    return {keep ? h : nothing(x), order, offsets};
+  }
+  const Owners owners(ids, T, n);
+  const Tensor h = project<Device>(x, a, seed, p);
   owners.keep_own_(h);
-  return h;
+  add_product<Device>(out, h, transposed(b));
+  return {keep ? owners.own_of(h) : nothing(x), no_rows(x), no_rows(x)};
 }
 
-// Results: y, and each row's own h [T, r] (empty [0] without `keep`).
+// out [..., d] is increased by the update; returns what add_updates does.
 template <class Device>
-std::tuple<Tensor, Tensor> segmented_linear_forward(Tensor x, Tensor weight, MaybeTensor bias, std::vector<Tensor> A,
-                                                    std::vector<Tensor> B, Tensor ids, MaybeTensor seed,
-                                                    std::vector<double> scales, double p, bool keep) {
-  const NoGrad guard;
-  check_weight(x, weight);
-  check_adapters(x, weight.size(0), A, B, ids, scales);
-  Tensor y = empty_rows(x, weight.size(0));
-  const Tensor x2 = flat("x", x), y2 = flat("y", y);
-  const Owners owners(ids, x2.size(0), static_cast<int64_t>(A.size()));
-  const Tensor h = stacked_hidden<Device>(x2, A, owners, seed, p);
-  adapted_into<Device>(y2, x2, weight, h, stack_B(B, scales, largest_rank(A), x), 1, std::nullopt, bias);
-  return {y, keep ? owners.own_of(h) : nothing(x)};
-}
-
-// out [..., d] is increased by the update; returns h.
-template <class Device>
-Tensor segmented_update_forward_(Tensor out, Tensor x, std::vector<Tensor> A, std::vector<Tensor> B, Tensor ids,
-                                 MaybeTensor seed, std::vector<double> scales, double p, bool keep) {
+std::tuple<Tensor, Tensor, Tensor> segmented_forward_(Tensor out, Tensor x, std::vector<Tensor> A, std::vector<Tensor> B,
+                                                      Tensor ids, MaybeTensor seed, std::vector<double> scales, double p,
+                                                      bool keep, bool grouped) {
   const NoGrad guard;
   STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
-  const Tensor out2 = flat("out", out), x2 = flat("x", x);
-  check_adapters(x, out2.size(1), A, B, ids, scales);
-  const Owners owners(ids, x2.size(0), static_cast<int64_t>(A.size()));
-  const Tensor h = stacked_hidden<Device>(x2, A, owners, seed, p);
-  add_product<Device>(out2, h, transposed(stack_B(B, scales, largest_rank(A), x)));
-  return keep ? owners.own_of(h) : nothing(x);
+  return add_updates<Device>(flat("out", out), flat("x", x), A, B, ids, seed, scales, p, keep, grouped);
 }
 
+// The same over x Wᵀ + b, or on a copy of base_out. Results: y, and those of add_updates.
 template <class Device>
-std::tuple<Tensor, Tensor> segmented_update_forward(Tensor base_out, Tensor x, std::vector<Tensor> A, std::vector<Tensor> B,
-                                                    Tensor ids, MaybeTensor seed, std::vector<double> scales, double p,
-                                                    bool keep) {
-  Tensor out = copy_of(base_out);
-  Tensor h = segmented_update_forward_<Device>(out, x, A, B, ids, seed, scales, p, keep);
-  return {out, h};
+std::tuple<Tensor, Tensor, Tensor, Tensor> segmented_forward(Tensor x, MaybeTensor weight, MaybeTensor base_out, MaybeTensor bias,
+                                                             std::vector<Tensor> A, std::vector<Tensor> B, Tensor ids,
+                                                             MaybeTensor seed, std::vector<double> scales, double p, bool keep,
+                                                             bool grouped) {
+  const NoGrad guard;
+  STD_TORCH_CHECK(weight.has_value() != base_out.has_value(), "weight and base_out: wanted exactly one of them");
+  if (weight) check_weight(x, *weight);
+  const Tensor y = weight ? empty_rows(x, weight->size(0)) : copy_of(*base_out), x2 = flat("x", x), y2 = flat("y", y);
+  if (weight) linear_into<Device>(y2, x2, *weight, bias);
+  const auto [h, order, offsets] = add_updates<Device>(y2, x2, A, B, ids, seed, scales, p, keep, grouped);
+  return {y, h, order, offsets};
+}
+
+// What the adapters' gradients are made of: u, [T, n r] on the stacked route, where it is zero in the columns of others than
+// a row's own, and [T, r] on the grouped one; the Σ dyᵀ h of all adapters [d, n r], not yet scaled; and db.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> stacked_pass(const Tensor& dy, const Tensor& b, const Owners& owners, const MaybeTensor& h,
+                                                bool need_u, bool need_B, bool need_bias) {
+  const Tensor stacked = h ? owners.spread(*h) : empty(dy, {dy.size(0), b.size(1)});  // unread when not saved
+  const auto [u, full_B, db, dyz, gdy] = lowrank_backward<Device>(dy, stacked, b, 1, std::nullopt, std::nullopt, std::nullopt,
+                                                                  need_u, need_B, need_bias, false);
+  if (need_u) owners.keep_own_(u);
+  return {u, full_B, db};
+}
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> grouped_pass(const Tensor& dy, const Tensor& b, const Tensor& order, const Tensor& offsets,
+                                                const MaybeTensor& h, bool need_u, bool need_B, bool need_bias) {
+  const Tensor B = each_B(b, offsets.size(0) - 1);
+  const Tensor turned = as_stack(B, B.size(0), B.size(2), B.size(1), B.stride(0), B.stride(2), B.stride(1));
+  return {need_u ? segment_project<Device>(dy, turned, order, offsets) : nothing(dy),
+          need_B ? transposed(joined_rows(segment_outer<Device>(given("h", h), dy, order, offsets))) : nothing(dy),
+          need_bias ? column_sum(dy, accumulate_type(dy)) : nothing(dy)};
+}
+
+// The columns of u [T, n r] whose A trains, side by side without those of padding; u itself where that is all of them.
+inline Tensor trained_columns(const Tensor& u, const std::vector<Tensor>& A, const std::vector<int64_t>& needs) {
+  const int64_t r = largest_rank(A);
+  std::vector<Tensor> parts;
+  int64_t total = 0;
+  for (size_t s = 0; s < A.size(); ++s)
+    if (wants(needs[s], 0)) parts.push_back(columns_of(u, static_cast<int64_t>(s) * r, A[s].size(0))), total += A[s].size(0);
+  return total < u.size(1) ? joined(parts, 1) : u;
 }
 
 // Results: dx, db, and dA and dB of every adapter; empty [0] where nobody wants one: bits 0 and 1 of needs[s] are for dA_s
-// and dB_s. Without a weight dx is the update's share alone.
+// and dB_s. Without a weight dx is the update's share alone. Grouped where order is given.
 template <class Device>
-std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_linear_backward(
-    Tensor dy, MaybeTensor x, MaybeTensor weight, std::vector<Tensor> A, std::vector<Tensor> B, Tensor ids, MaybeTensor seed,
-    MaybeTensor h, std::vector<double> scales, double p, bool need_x, bool need_bias, std::vector<int64_t> needs) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_backward(
+    Tensor dy, MaybeTensor x, MaybeTensor weight, std::vector<Tensor> A, std::vector<Tensor> B, Tensor ids, MaybeTensor order,
+    MaybeTensor offsets, MaybeTensor seed, MaybeTensor h, std::vector<double> scales, double p, bool need_x, bool need_bias,
+    std::vector<int64_t> needs) {
   const NoGrad guard;
   const Tensor dy2 = flat("dy", dy);
   const int64_t n = static_cast<int64_t>(A.size()), T = dy2.size(0), r = largest_rank(A);
   STD_TORCH_CHECK(n > 0 && needs.size() == A.size() && B.size() == A.size() && scales.size() == A.size(),
                   "A, B, scales and needs: wanted one of each for every adapter");
+  const bool grouped = order.has_value();
+  if (grouped) check_size("offsets", given("offsets", offsets), 0, n + 1, "one more than adapters");
   bool need_A = false, need_B = false;
   for (const int64_t mask : needs) need_A = need_A || wants(mask, 0), need_B = need_B || wants(mask, 1);
-  const Tensor a = stack_A(A, dy);
-  const Owners owners(ids, T, n);
-  const Tensor stacked = h ? owners.spread(*h) : empty(dy, {T, n * r});  // unread when not saved
-  auto [u, full_B, db, dyz, gdy] =
-      lowrank_backward<Device>(dy2, stacked, stack_B(B, scales, r, dy), 1, std::nullopt, std::nullopt, std::nullopt,
-                               need_x || need_A, need_B, need_bias, false);
-  if (need_x || need_A) owners.keep_own_(u);
+  const bool need_u = need_x || need_A;
+  const Tensor b = stack_B(B, scales, r, dy);
+  const auto [u, full_B, db] =
+      grouped ? grouped_pass<Device>(dy2, b, *order, *offsets, h, need_u, need_B, need_bias)
+              : stacked_pass<Device>(dy2, b, Owners(ids, T, n), h, need_u, need_B, need_bias);
   Tensor dx = nothing(dy);
   if (need_x) {
+    const Tensor a = stack_A(A, dy);
     dx = empty_rows(dy, a.size(1));
     const Tensor dx2 = flat("dx", dx);
     if (weight) mm_out<Device>(dx2, dy2, *weight);
-    else if (seed) fill_zero(dx2);
-    if (weight || seed) lift<Device>(dx2, u, a, seed, p);
-    else mm_out<Device>(dx2, u, a);
-  }
-  std::vector<Tensor> dA, dB;
-  for (int64_t s = 0; s < n; ++s) dA.push_back(nothing(dy)), dB.push_back(nothing(dy));
-  if (need_A) {
-    std::vector<Tensor> parts;  // of u: the columns of those whose A trains, without those of padding
-    int64_t total = 0;
-    for (int64_t s = 0; s < n; ++s)
-      if (wants(needs[s], 0)) parts.push_back(columns_of(u, s * r, A[s].size(0))), total += A[s].size(0);
-    const Tensor full_A = A_gradient<Device>(total < n * r ? joined(parts, 1) : u, flat("x", given("x", x)), seed, p, accumulate_type(dy));
-    int64_t start = 0;
-    for (int64_t s = 0; s < n; ++s) {
-      if (!wants(needs[s], 0)) continue;
-      dA[s] = copy_as(rows_of(full_A, start, A[s].size(0)), A[s]);
-      start += A[s].size(0);
+    else if (seed || grouped) fill_zero(dx2);
+    if (grouped) {
+      const Tensor turned = as_stack(a, n, a.size(1), r, r * a.stride(0), a.stride(1), a.stride(0));
+      segment_lift_<Device>(dx2, u, turned, *order, *offsets);
+    } else if (weight || seed) {
+      lift<Device>(dx2, u, a, seed, p);
+    } else {
+      mm_out<Device>(dx2, u, a);
     }
   }
+  Tensor full_A = nothing(dy);  // of those that train on the stacked route; of all, padding included, on the grouped one
+  if (need_A) {
+    const Tensor x2 = flat("x", given("x", x));
+    full_A = grouped ? joined_rows(segment_outer<Device>(u, x2, *order, *offsets))
+                     : A_gradient<Device>(trained_columns(u, A, needs), x2, seed, p, accumulate_type(dy));
+  }
+  std::vector<Tensor> dA, dB;
+  int64_t start = 0;
   for (int64_t s = 0; s < n; ++s) {
-    if (!wants(needs[s], 1)) continue;
-    dB[s] = empty(B[s], {B[s].size(0), B[s].size(1)});
-    scaled_into(dB[s], columns_of(full_B, s * r, B[s].size(1)), scales[s]);
+    const int64_t rank = A[s].size(0);
+    dA.push_back(wants(needs[s], 0) ? copy_as(rows_of(full_A, grouped ? s * r : start, rank), A[s]) : nothing(dy));
+    if (wants(needs[s], 0)) start += rank;
+    dB.push_back(wants(needs[s], 1) ? empty(B[s], {B[s].size(0), rank}) : nothing(dy));
+    if (wants(needs[s], 1)) scaled_into(dB[s], columns_of(full_B, s * r, rank), scales[s]);
   }
   return {dx, need_bias ? cast_as(db, dy) : nothing(dy), dA, dB};
 }

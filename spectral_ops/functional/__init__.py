@@ -51,7 +51,6 @@ __all__ = [
 ]
 
 _NORM = ("column_norm", "column_norm_cached_")
-_SEGMENTS = ("segmented_linear_backward", "grouped_linear_backward")
 FUNCTIONS.update(
     adalora_importance=("importance_update_",),
     adalora_prune=("importance_prune_",),
@@ -71,11 +70,7 @@ FUNCTIONS.update(
     lowrank_linear=("lowrank_linear_forward", "lowrank_linear_backward"),
     lowrank_linear_group=("lowrank_group_forward", "lowrank_group_backward"),
     lowrank_update=("lowrank_update_forward_", "lowrank_linear_forward", "lowrank_linear_backward"),
-    segmented_lowrank_linear=("segmented_linear_forward", "grouped_linear_forward", *_SEGMENTS),
-    segmented_lowrank_update=(
-        *("segmented_update_forward_", "segmented_update_forward"),
-        *("grouped_update_forward_", "grouped_update_forward"),
-        *_SEGMENTS,
-    ),
+    segmented_lowrank_linear=("segmented_forward", "segmented_backward"),
+    segmented_lowrank_update=("segmented_forward_", "segmented_forward", "segmented_backward"),
     token_logprobs=("target_logprob", "softmax_gradient_"),
 )

@@ -9,7 +9,7 @@ The adapters are stacked, A [n r, k] and γB [d, n r], ranks padded with zeros t
 * stacked: one product projects every row onto all adapters, the columns that are not a row's own become zero, and the
   operators of 1.1 do the rest. Right for the two to four adapters of a policy and its value model.
 * grouped: rows are sorted by id on their device, and the operators below give each its own adapter's product alone:
-  arithmetic T r instead of T n r, for many adapters. On the CPU their references are the library's products already.
+  arithmetic T r instead of T n r, for many adapters.
 
 Saved for backward: x and each row's own h [T, r]; grouped, two vectors of indices besides.
 """
@@ -179,23 +179,78 @@ def _each(stacked: torch.Tensor, n: int, axis: int) -> torch.Tensor:
 
 # --- layers ----------------------------------------------------------------------------------------------------------
 # Dense tier over a weight; base-agnostic tier over somebody else's x Wᵀ + b, which the operator with an underscore
-# overwrites and the one without copies. h is each row's own [T, r], empty [0] without ``keep``. Backward's ``needs[s]``
-# is a mask of dA_s and dB_s; a gradient nobody wants is empty [0].
+# overwrites and the one without copies. h is each row's own [T, r], empty [0] without ``keep``; order and offsets are
+# those of group_rows, empty [0] on the stacked route. Backward's ``needs[s]`` is a mask of dA_s and dB_s; a gradient
+# nobody wants is empty [0]. The grouped route has no dropout.
 
 _ADAPTERS = "Tensor[] A, Tensor[] B, Tensor ids"
-_OPTIONS = "Tensor? seed, float[] scales, float p, bool keep"
-_GRADIENTS = "(Tensor, Tensor, Tensor[], Tensor[])"
+_OPTIONS = "Tensor? seed, float[] scales, float p, bool keep, bool grouped"
+_GROUPED = ("segment_project", "segment_lift_")
 
 
-def _outputs(x, weight):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _kept_fake(x, A, ids, keep, grouped):
+    T = math.prod(x.shape[:-1])
+    h = x.new_empty((T, max(a.shape[0] for a in A)) if keep else (0,))
+    return h, *(ids.new_empty(size if grouped else 0, dtype=torch.int64) for size in (T, len(A) + 1))
 
 
-def _hidden(x, A, keep):
-    return x.new_empty((math.prod(x.shape[:-1]), max(a.shape[0] for a in A)) if keep else (0,))
+def _forward_fake(x, weight, base_out, bias, A, B, ids, seed, scales, p, keep, grouped):
+    shape = base_out.shape if weight is None else (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), *_kept_fake(x, A, ids, keep, grouped)
 
 
-def _gradients_fake(dy, A, B, need_x, need_bias, needs):
+@define_layer(
+    f"segmented_forward(Tensor x, Tensor? weight, Tensor? base_out, Tensor? bias, {_ADAPTERS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="segments",
+    fake=_forward_fake,
+    pieces=("lowrank_matmul", "dropout_project", *_GROUPED),
+)
+def segmented_forward_op(x, weight, base_out, bias, A, B, ids, seed, scales, p, keep, grouped):
+    """y [..., d], h, order and offsets: over ``weight``, or on a copy of ``base_out``."""
+    if weight is None:
+        y = base_out.clone(memory_format=torch.contiguous_format)
+    elif grouped:
+        y = shaped(F.linear(rows(x), weight, bias), x)
+    else:
+        x2 = rows(x)
+        h = _stacked_hidden(x2, A, ids, seed, p)
+        y = fused_forward(x2, weight, h, stack_B(B, scales, x.dtype), 1.0, None, bias)
+        return shaped(y, x), *_kept(h, len(A), ids, keep)
+    return y, *segmented_forward_inplace_op.reference(y, x, A, B, ids, seed, scales, p, keep, grouped)
+
+
+@define_layer(
+    f"segmented_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    stem="segments",
+    fake=lambda out, x, A, B, ids, seed, scales, p, keep, grouped: _kept_fake(x, A, ids, keep, grouped),
+    pieces=("dropout_project", *_GROUPED),
+)
+def segmented_forward_inplace_op(out, x, A, B, ids, seed, scales, p, keep, grouped):
+    """out [..., d] is increased by the update; returns h, order and offsets."""
+    n, x2, b = len(A), rows(x), stack_B(B, scales, x.dtype)
+    if not grouped:
+        h = _stacked_hidden(x2, A, ids, seed, p)
+        tokens(out).addmm_(h, b.t())
+        return _kept(h, n, ids, keep)
+    groups = group_rows(row_ids(ids, x2.shape[0]), n)
+    h = segment_project_op(x2, _each(stack_A(A, x.dtype), n, 0), *groups)
+    segment_lift_op(tokens(out), h, _each(b, n, 1), *groups)
+    return h if keep else x.new_empty(0), *groups
+
+
+def _stacked_hidden(x2, A, ids, seed, p):
+    n = len(A)
+    return keep_own_(dropout.project(x2, stack_A(A, x2.dtype), seed, p), others(row_ids(ids, x2.shape[0]), n))
+
+
+def _kept(h, n, ids, keep):
+    """What the stacked route returns besides y."""
+    own = own_of(h, n) if keep else h.new_empty(0)
+    return own, *(ids.new_empty(0, dtype=torch.int64) for _ in range(2))
+
+
+def _backward_fake(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p, need_x, need_bias, needs):
     dx = dy.new_empty((*dy.shape[:-1], A[0].shape[1]) if need_x else (0,))
     dA, dB = (
         [
@@ -207,207 +262,74 @@ def _gradients_fake(dy, A, B, need_x, need_bias, needs):
     return dx, dy.new_empty(dy.shape[-1] if need_bias else 0), dA, dB
 
 
-def _stacked_hidden(x2, A, ids, seed, p):
-    n = len(A)
-    return keep_own_(dropout.project(x2, stack_A(A, x2.dtype), seed, p), others(row_ids(ids, x2.shape[0]), n))
-
-
 @define_layer(
-    f"segmented_linear_forward(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"segmented_backward(Tensor dy, Tensor? x, Tensor? weight, {_ADAPTERS}, Tensor? order, Tensor? offsets,"
+    " Tensor? seed, Tensor? h, float[] scales, float p, bool need_x, bool need_bias, int[] needs)"
+    " -> (Tensor, Tensor, Tensor[], Tensor[])",
     stem="segments",
-    fake=lambda x, weight, bias, A, B, ids, seed, scales, p, keep: (_outputs(x, weight), _hidden(x, A, keep)),
-    pieces=("lowrank_matmul", "dropout_project"),
+    fake=_backward_fake,
+    pieces=("lowrank_backward", "dropout_outer", "dropout_lift_", *_GROUPED, "segment_outer"),
 )
-def segmented_linear_forward_op(x, weight, bias, A, B, ids, seed, scales, p, keep):
-    """y [..., d] and h."""
-    x2 = rows(x)
-    h = _stacked_hidden(x2, A, ids, seed, p)
-    y = fused_forward(x2, weight, h, stack_B(B, scales, x.dtype), 1.0, None, bias)
-    return shaped(y, x), own_of(h, len(A)) if keep else x.new_empty(0)
-
-
-@define_layer(
-    f"segmented_update_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> Tensor",
-    stem="segments",
-    fake=lambda out, x, A, B, ids, seed, scales, p, keep: _hidden(x, A, keep),
-    pieces=("dropout_project",),
-)
-def segmented_update_forward_inplace_op(out, x, A, B, ids, seed, scales, p, keep):
-    """out [..., d] is increased by the update; returns h."""
-    h = _stacked_hidden(rows(x), A, ids, seed, p)
-    tokens(out).addmm_(h, stack_B(B, scales, x.dtype).t())
-    return own_of(h, len(A)) if keep else x.new_empty(0)
-
-
-@define_layer(
-    f"segmented_update_forward(Tensor base_out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor)",
-    stem="segments",
-    fake=lambda base_out, x, A, B, ids, seed, scales, p, keep: (
-        base_out.new_empty(base_out.shape),
-        _hidden(x, A, keep),
-    ),
-    pieces=("dropout_project",),
-)
-def segmented_update_forward_op(base_out, *args):
-    """The same on a copy of base_out: y and h."""
-    out = base_out.clone(memory_format=torch.contiguous_format)
-    return out, segmented_update_forward_inplace_op.reference(out, *args)
-
-
-@define_layer(
-    f"segmented_linear_backward(Tensor dy, Tensor? x, Tensor? weight, {_ADAPTERS}, Tensor? seed, Tensor? h,"
-    f" float[] scales, float p, bool need_x, bool need_bias, int[] needs) -> {_GRADIENTS}",
-    stem="segments",
-    fake=lambda dy, x, weight, A, B, ids, seed, h, scales, p, need_x, need_bias, needs: _gradients_fake(
-        dy, A, B, need_x, need_bias, needs
-    ),
-    pieces=("lowrank_backward", "dropout_outer", "dropout_lift_"),
-)
-def segmented_linear_backward_op(dy, x, weight, A, B, ids, seed, h, scales, p, need_x, need_bias, needs):
-    """dx, db, every dA_s and every dB_s of both tiers; without a weight dx is the update's share."""
-    n, dy2 = len(A), rows(dy)
+def segmented_backward_op(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p, need_x, need_bias, needs):
+    """dx, db, every dA_s and every dB_s of both tiers, grouped where order is given; without a weight dx is the
+    update's share. Grouped, a gradient is computed for every adapter if one needs it."""
+    n, dy2, groups = len(A), rows(dy), None if order is None else (order, offsets)
     trained, lifted = ([s for s in range(n) if needs[s] >> bit & 1] for bit in (0, 1))
-    need_u = need_x or bool(trained)
-    stacked_A = stack_A(A, dy.dtype)
-    r = stacked_A.shape[0] // n
-    foreign = others(row_ids(ids, dy2.shape[0]), n)
-    stacked = dy2.new_empty(dy2.shape[0], n * r) if h is None else spread(h, foreign)  # unread when not saved
-    u, full_B, db, _, _ = lowrank_backward_op(
-        dy2, stacked, stack_B(B, scales, dy.dtype), 1.0, None, None, None, need_u, bool(lifted), need_bias, False
-    )
-    if need_u:
-        keep_own_(u, foreign)
+    b, wanted = stack_B(B, scales, dy.dtype), (need_x or bool(trained), bool(lifted), need_bias)
+    r = b.shape[1] // n
+    u, full_B, db = _grouped_pass(dy2, b, groups, h, *wanted) if groups else _stacked_pass(dy2, b, ids, n, h, *wanted)
     dx = dy.new_empty(0)
     if need_x:
-        dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], stacked_A.shape[1])
-        dx = dropout.lift_(dx, u, stacked_A, seed, p).reshape(*dy.shape[:-1], stacked_A.shape[1])
+        a = stack_A(A, dy.dtype)
+        dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], a.shape[1])
+        if groups:
+            segment_lift_op(dx, u, _each(a, n, 0).transpose(1, 2), *groups)
+        else:
+            dx = dropout.lift_(dx, u, a, seed, p)
+        dx = dx.reshape(*dy.shape[:-1], a.shape[1])
     dA, dB = ([dy.new_empty(0) for _ in A] for _ in range(2))
     if trained:
         ranks = [A[s].shape[0] for s in trained]
-        if sum(ranks) < n * r:
-            u = torch.cat([u[:, s * r : s * r + rank] for s, rank in zip(trained, ranks, strict=True)], 1)
-        full_A = A_gradient(u, rows(x), seed, p, accumulate_dtype(dy.dtype))
-        for s, part in zip(trained, full_A.split(ranks), strict=True):
+        if groups:
+            each_A = segment_outer_op(u, rows(x), *groups)
+            parts = [each_A[s, :rank] for s, rank in zip(trained, ranks, strict=True)]
+        else:
+            if sum(ranks) < n * r:
+                u = torch.cat([u[:, s * r : s * r + rank] for s, rank in zip(trained, ranks, strict=True)], 1)
+            parts = A_gradient(u, rows(x), seed, p, accumulate_dtype(dy.dtype)).split(ranks)
+        for s, part in zip(trained, parts, strict=True):
             dA[s] = part.to(A[s].dtype, copy=True)
     for s in lifted:
-        dB[s] = (scales[s] * full_B[:, s * r : s * r + B[s].shape[1]]).to(B[s].dtype)
+        dB[s] = (scales[s] * full_B[:, s * r : s * r + B[s].shape[1]]).to(B[s].dtype).contiguous()
     return dx, db.to(dy.dtype) if need_bias else dy.new_empty(0), dA, dB
 
 
-# The grouped route, composed in Python for every device: of the operators above, and without dropout. ``order`` and
-# ``offsets`` are those of group_rows.
-
-_GROUPED = ("segment_project", "segment_lift_")
-
-
-def _groups_fake(ids, x, n):
-    order = ids.new_empty(math.prod(x.shape[:-1]), dtype=torch.int64)
-    return order, ids.new_empty(n + 1, dtype=torch.int64)
-
-
-@define_layer(
-    f"grouped_linear_forward(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, float[] scales, bool keep)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    stem="segments",
-    fake=lambda x, weight, bias, A, B, ids, scales, keep: (
-        _outputs(x, weight),
-        _hidden(x, A, keep),
-        *_groups_fake(ids, x, len(A)),
-    ),
-    pieces=_GROUPED,
-)
-def grouped_linear_forward_op(x, weight, bias, *args):
-    """y [..., d], h, order and offsets."""
-    y = F.linear(rows(x), weight, bias)
-    return shaped(y, x), *grouped_update_forward_inplace_op.reference(y, x, *args)
+def _stacked_pass(dy2, b, ids, n, h, need_u, need_B, need_bias):
+    """u [T, n r], zero in the columns of others than a row's own; Σ dyᵀ h of all adapters [d, n r]; and db."""
+    foreign = others(row_ids(ids, dy2.shape[0]), n)
+    stacked = dy2.new_empty(dy2.shape[0], b.shape[1]) if h is None else spread(h, foreign)  # unread when not saved
+    u, full_B, db, _, _ = lowrank_backward_op(
+        dy2, stacked, b, 1.0, None, None, None, need_u, need_B, need_bias, False
+    )  # fmt: skip
+    return keep_own_(u, foreign) if need_u else u, full_B, db
 
 
-@define_layer(
-    f"grouped_update_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, float[] scales, bool keep)"
-    " -> (Tensor, Tensor, Tensor)",
-    stem="segments",
-    fake=lambda out, x, A, B, ids, scales, keep: (_hidden(x, A, keep), *_groups_fake(ids, x, len(A))),
-    pieces=_GROUPED,
-)
-def grouped_update_forward_inplace_op(out, x, A, B, ids, scales, keep):
-    """out [..., d] is increased by the update; returns h, order and offsets."""
-    n, x2 = len(A), rows(x)
-    groups = group_rows(row_ids(ids, x2.shape[0]), n)
-    h = segment_project_op(x2, _each(stack_A(A, x.dtype), n, 0), *groups)
-    segment_lift_op(tokens(out), h, _each(stack_B(B, scales, x.dtype), n, 1), *groups)
-    return h if keep else x.new_empty(0), *groups
-
-
-@define_layer(
-    f"grouped_update_forward(Tensor base_out, Tensor x, {_ADAPTERS}, float[] scales, bool keep)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    stem="segments",
-    fake=lambda base_out, x, A, B, ids, scales, keep: (
-        base_out.new_empty(base_out.shape),
-        _hidden(x, A, keep),
-        *_groups_fake(ids, x, len(A)),
-    ),
-    pieces=_GROUPED,
-)
-def grouped_update_forward_op(base_out, *args):
-    """The same on a copy of base_out: y, h, order and offsets."""
-    out = base_out.clone(memory_format=torch.contiguous_format)
-    return out, *grouped_update_forward_inplace_op.reference(out, *args)
-
-
-@define_layer(
-    "grouped_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor[] A, Tensor[] B, Tensor order,"
-    f" Tensor offsets, Tensor? h, float[] scales, bool need_x, bool need_bias, int[] needs) -> {_GRADIENTS}",
-    stem="segments",
-    fake=lambda dy, x, weight, A, B, order, offsets, h, scales, need_x, need_bias, needs: _gradients_fake(
-        dy, A, B, need_x, need_bias, needs
-    ),
-    pieces=(*_GROUPED, "segment_outer"),
-)
-def grouped_linear_backward_op(dy, x, weight, A, B, order, offsets, h, scales, need_x, need_bias, needs):
-    """As segmented_linear_backward. A gradient is computed for every adapter if one needs it."""
-    n, dy2, groups = len(A), rows(dy), (order, offsets)
-    trained, lifted = ([s for s in range(n) if needs[s] >> bit & 1] for bit in (0, 1))
-    dx, db = dy.new_empty(0), dy.new_empty(0)
-    if need_x or trained:
-        u = segment_project_op(dy2, _each(stack_B(B, scales, dy.dtype), n, 1).transpose(1, 2), *groups)
-    if need_x:
-        each_A = _each(stack_A(A, dy.dtype), n, 0)
-        dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], each_A.shape[2])
-        segment_lift_op(dx, u, each_A.transpose(1, 2), *groups)
-        dx = dx.reshape(*dy.shape[:-1], dx.shape[1])
-    if need_bias:
-        db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
-    dA, dB = ([dy.new_empty(0) for _ in A] for _ in range(2))
-    if trained:
-        full_A = segment_outer_op(u, rows(x), *groups)
-        for s in trained:
-            dA[s] = full_A[s, : A[s].shape[0]].to(A[s].dtype, copy=True)
-    if lifted:
-        full_B = segment_outer_op(h, dy2, *groups)
-        for s in lifted:
-            dB[s] = (scales[s] * full_B[s, : B[s].shape[1]].t()).to(B[s].dtype).contiguous()
-    return dx, db, dA, dB
+def _grouped_pass(dy2, b, groups, h, need_u, need_B, need_bias):
+    """The same but for u, which is each row's own [T, r]."""
+    u = segment_project_op(dy2, _each(b, groups[1].shape[0] - 1, 1).transpose(1, 2), *groups) if need_u else None
+    full_B = segment_outer_op(h, dy2, *groups).flatten(0, 1).t() if need_B else None
+    return u, full_B, dy2.sum(0, dtype=accumulate_dtype(dy2.dtype)) if need_bias else None
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
 def _forward(x, base_out, weight, bias, ids, seed, p, scales, grouped, inplace, A, B, keep):
-    """y and h of either tier and route; of the grouped one order and offsets too."""
-    if grouped:
-        options = A, B, ids, scales, keep
-        if base_out is None:
-            return grouped_linear_forward_op(x, weight, bias, *options)
-        if inplace:
-            return base_out, *grouped_update_forward_inplace_op(base_out, x, *options)
-        return grouped_update_forward_op(base_out, x, *options)
-    options = A, B, ids, seed, scales, p, keep
-    if base_out is None:
-        return segmented_linear_forward_op(x, weight, bias, *options)
+    """y, h, order and offsets of either tier and route."""
+    options = A, B, ids, seed, scales, p, keep, grouped
     if inplace:
-        return base_out, segmented_update_forward_inplace_op(base_out, x, *options)
-    return segmented_update_forward_op(base_out, x, *options)
+        return base_out, *segmented_forward_inplace_op(base_out, x, *options)
+    return segmented_forward_op(x, weight, base_out, bias, *options)
 
 
 class SegmentsFunction(Function):
@@ -423,24 +345,22 @@ class SegmentsFunction(Function):
         )
         if inplace:
             ctx.mark_dirty(base_out)
-        places = groups or (ids, seed)
+        places = ids, *(groups if grouped else (None, None)), seed
         ctx.save_for_backward(x if need_A else None, weight, h if need_B else None, *places, *adapters)
-        ctx.scales, ctx.p, ctx.grouped = scales, p, grouped
+        ctx.scales, ctx.p = scales, p
         return y
 
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
-        x, weight, h, first, second, *adapters = ctx.saved_tensors
-        n = len(ctx.scales)
+        x, weight, h, *places = ctx.saved_tensors
+        n, places, adapters = len(ctx.scales), places[:4], places[4:]
         need_x, need_out, _, need_bias, *_ = ctx.needs_input_grad
         need_A, need_B = ctx.needs_input_grad[10 : 10 + n], ctx.needs_input_grad[10 + n :]
         needs = [a | b << 1 for a, b in zip(need_A, need_B, strict=True)]
-        common = dy, x, weight, adapters[:n], adapters[n:], first, second, h, ctx.scales
-        if ctx.grouped:
-            dx, db, dA, dB = grouped_linear_backward_op(*common, need_x, need_bias, needs)
-        else:
-            dx, db, dA, dB = segmented_linear_backward_op(*common, ctx.p, need_x, need_bias, needs)
+        dx, db, dA, dB = segmented_backward_op(
+            dy, x, weight, adapters[:n], adapters[n:], *places, h, ctx.scales, ctx.p, need_x, need_bias, needs
+        )
         return (
             dx if need_x else None, dy if need_out else None, None, db if need_bias else None, *[None] * 6,
             *[grad if need & 1 else None for grad, need in zip(dA, needs, strict=True)],
