@@ -108,9 +108,9 @@ def check_segments(T, k, r, dtype):
     offsets = torch.tensor([T // 5, T // 2, T // 2, T - T // 7])
     for order in (torch.randperm(T), torch.arange(T)):
         for A in (randn(3, r, k, dtype=dtype), randn(3, k, r, dtype=dtype).transpose(1, 2)):
-            check(segments.segment_project_op, x, A, order, offsets)
-            check(segments.segment_lift_op, out, u, A.transpose(1, 2), order, offsets, written=(0,))
-        check(segments.segment_outer_op, u, x, order, offsets)
+            check(segments.segment_project_op, x, A, order, offsets, units=32)
+            check(segments.segment_lift_op, out, u, A.transpose(1, 2), order, offsets, written=(0,), units=32)
+        check(segments.segment_outer_op, u, x, order, offsets, units=32)
 
 
 def check_norm(d, k, r, dtype):

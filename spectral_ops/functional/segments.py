@@ -7,7 +7,7 @@
 The adapters are stacked, A [n r, k] and γB [d, n r], ranks padded with zeros to the largest. Two routes:
 
 * stacked: one product projects every row onto all adapters, the columns that are not a row's own become zero, and the
-  operators of 1.1 do the rest. Right for the two to four adapters of a policy and its value model.
+  operators of 1.1 do the rest. Right for a policy and its value model, for few rows, and with dropout.
 * grouped: rows are sorted by id on their device, and the operators below give each its own adapter's product alone:
   arithmetic T r instead of T n r, for many adapters.
 
@@ -371,24 +371,18 @@ class SegmentsFunction(Function):
 # --- routes ----------------------------------------------------------------------------------------------------------
 
 ROUTES = ("auto", "stacked", "grouped")
-# device, half precision or not -> from how many stacked columns, and how many rows, sorting the rows costs less than a
-# product with all adapters: measured on the CPU, whose grouped operators multiply half precision in float32; on a GPU
-# from the operators' arithmetic, not yet measured
-GROUPED_FROM = {
-    ("cpu", False): (96, 256),
-    ("cpu", True): (128, 256),
-    ("cuda", False): (128, 1024),
-    ("cuda", True): (128, 1024),
-}
+# device -> from how many stacked columns, and how many rows, sorting the rows costs less than a product with all
+# adapters: measured on the CPU (2048 x 2048, rank 16, forward and backward, float32 and bfloat16); on a GPU from the
+# operators' arithmetic, not yet measured
+GROUPED_FROM = {"cpu": (48, 128), "cuda": (128, 1024)}
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose_route(T: int, columns: int, dtype: torch.dtype, device_type: str, dropout: bool) -> str:
+def choose_route(T: int, columns: int, device_type: str, dropout: bool) -> str:
     """ "grouped" for many rows over many adapters, where its kernels are and draw no mask; else "stacked"."""
-    key = device_type, dtype.itemsize == 2
-    if dropout or key not in GROUPED_FROM or (device_type == "cuda" and not _TRITON):
+    if dropout or device_type not in GROUPED_FROM or (device_type == "cuda" and not _TRITON):
         return "stacked"
-    least_columns, least_rows = GROUPED_FROM[key]
+    least_columns, least_rows = GROUPED_FROM[device_type]
     return "grouped" if columns >= least_columns and T >= least_rows else "stacked"
 
 
@@ -401,7 +395,7 @@ def _run(route, x, base_out, weight, bias, lora_A_list, lora_B_list, segment_ids
     seed = draw_seed(x, p)
     if route == "auto":
         columns = len(lora_A_list) * max(A.shape[0] for A in lora_A_list)
-        route = choose_route(math.prod(x.shape[:-1]), columns, x.dtype, x.device.type, seed is not None)
+        route = choose_route(math.prod(x.shape[:-1]), columns, x.device.type, seed is not None)
     grouped, inplace = route == "grouped", base_out is not None and overwritable(base_out)
     if grouped and seed is not None:
         raise ValueError(f"route: got 'grouped' with dropout_p {dropout_p!r}, wanted 'stacked' (or 'auto')")
@@ -482,7 +476,7 @@ def segmented_lowrank_linear(
         bias: [d] or None, in x's dtype; may be trainable.
         scales: γ_s, a number for each adapter; None: all 1.
         dropout_p, training: inverted dropout on the adapter branch, active only while training.
-        route: "stacked", "grouped" (no dropout), or "auto", which goes by T, n max r_s, the dtype and the device.
+        route: "stacked", "grouped" (no dropout), or "auto", which goes by T, n max r_s and the device.
 
     Returns y [..., d] in x's dtype. Saves x and h [T, max r_s] for backward. On the stacked route, 0 times an infinite
     entry of one adapter's B reaches the rows of another. Raises TypeError/ValueError that name the argument.
