@@ -95,7 +95,7 @@ def test_groups_are_stable_and_leave_out_strangers():
 
 def test_groups_of_any_ids_agree_with_the_compiled_ones():
     """int32 and int64, one id for several rows, strided ids, and ids that name no adapter."""
-    layer, x = _library.LAYERS["segmented_forward"], randn(12, 4)
+    layer, x = _library.LAYERS["segmented_linear_forward"], randn(12, 4)
     factors = [randn(2, 4) for _ in range(3)], [randn(5, 2) for _ in range(3)]
     for ids in (torch.tensor([2, -1, 0, 5, 0, 2]), torch.arange(24).flip(0)[::2] % 5 - 1, torch.zeros(1)):
         for dtype in (torch.int32, torch.int64):

@@ -158,20 +158,19 @@ std::tuple<Tensor, Tensor, Tensor> add_updates(const Tensor& out, const Tensor& 
 
 // out [..., d] is increased by the update; returns what add_updates does.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> segmented_forward_(Tensor out, Tensor x, std::vector<Tensor> A, std::vector<Tensor> B,
-                                                      Tensor ids, MaybeTensor seed, std::vector<double> scales, double p,
-                                                      bool keep, bool grouped) {
+std::tuple<Tensor, Tensor, Tensor> segmented_update_forward_(Tensor out, Tensor x, std::vector<Tensor> A,
+                                                             std::vector<Tensor> B, Tensor ids, MaybeTensor seed,
+                                                             std::vector<double> scales, double p, bool keep, bool grouped) {
   const NoGrad guard;
-  STD_TORCH_CHECK(out.dim() >= 1 && out.is_contiguous(), "out: wanted a contiguous tensor of at least one dimension");
+  check_overwritten(out);
   return add_updates<Device>(flat("out", out), flat("x", x), A, B, ids, seed, scales, p, keep, grouped);
 }
 
 // The same over x Wᵀ + b, or on a copy of base_out. Results: y, and those of add_updates.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> segmented_forward(Tensor x, MaybeTensor weight, MaybeTensor base_out, MaybeTensor bias,
-                                                             std::vector<Tensor> A, std::vector<Tensor> B, Tensor ids,
-                                                             MaybeTensor seed, std::vector<double> scales, double p, bool keep,
-                                                             bool grouped) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> segmented_linear_forward(
+    Tensor x, MaybeTensor weight, MaybeTensor base_out, MaybeTensor bias, std::vector<Tensor> A, std::vector<Tensor> B,
+    Tensor ids, MaybeTensor seed, std::vector<double> scales, double p, bool keep, bool grouped) {
   const NoGrad guard;
   STD_TORCH_CHECK(weight.has_value() != base_out.has_value(), "weight and base_out: wanted exactly one of them");
   if (weight) check_weight(x, *weight);
@@ -215,7 +214,7 @@ inline Tensor trained_columns(const Tensor& u, const std::vector<Tensor>& A, con
 // Results: dx, db, and dA and dB of every adapter; empty [0] where nobody wants one: bits 0 and 1 of needs[s] are for dA_s
 // and dB_s. Without a weight dx is the update's share alone. Grouped where order is given.
 template <class Device>
-std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_backward(
+std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_linear_backward(
     Tensor dy, MaybeTensor x, MaybeTensor weight, std::vector<Tensor> A, std::vector<Tensor> B, Tensor ids, MaybeTensor order,
     MaybeTensor offsets, MaybeTensor seed, MaybeTensor h, std::vector<double> scales, double p, bool need_x, bool need_bias,
     std::vector<int64_t> needs) {

@@ -70,7 +70,7 @@ FUNCTIONS.update(
     lowrank_linear=("lowrank_linear_forward", "lowrank_linear_backward"),
     lowrank_linear_group=("lowrank_group_forward", "lowrank_group_backward"),
     lowrank_update=("lowrank_update_forward_", "lowrank_linear_forward", "lowrank_linear_backward"),
-    segmented_lowrank_linear=("segmented_forward", "segmented_backward"),
-    segmented_lowrank_update=("segmented_forward_", "segmented_forward", "segmented_backward"),
+    segmented_lowrank_linear=("segmented_linear_forward", "segmented_linear_backward"),
+    segmented_lowrank_update=("segmented_update_forward_", "segmented_linear_forward", "segmented_linear_backward"),
     token_logprobs=("target_logprob", "softmax_gradient_"),
 )

@@ -31,6 +31,7 @@ from spectral_ops.functional.common import (
     apply_op,
     autocast_arguments,
     backward_pass,
+    contiguous_copy,
     draw_seed,
     overwritable,
     rows,
@@ -200,16 +201,16 @@ def _forward_fake(x, weight, base_out, bias, A, B, ids, seed, scales, p, keep, g
 
 
 @define_layer(
-    f"segmented_forward(Tensor x, Tensor? weight, Tensor? base_out, Tensor? bias, {_ADAPTERS}, {_OPTIONS})"
+    f"segmented_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, Tensor? bias, {_ADAPTERS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     stem="segments",
     fake=_forward_fake,
     pieces=("lowrank_matmul", "dropout_project", *_GROUPED),
 )
-def segmented_forward_op(x, weight, base_out, bias, A, B, ids, seed, scales, p, keep, grouped):
+def segmented_linear_forward_op(x, weight, base_out, bias, A, B, ids, seed, scales, p, keep, grouped):
     """y [..., d], h, order and offsets: over ``weight``, or on a copy of ``base_out``."""
     if weight is None:
-        y = base_out.clone(memory_format=torch.contiguous_format)
+        y = contiguous_copy(base_out)
     elif grouped:
         y = shaped(F.linear(rows(x), weight, bias), x)
     else:
@@ -217,16 +218,16 @@ def segmented_forward_op(x, weight, base_out, bias, A, B, ids, seed, scales, p, 
         h = _stacked_hidden(x2, A, ids, seed, p)
         y = fused_forward(x2, weight, h, stack_B(B, scales, x.dtype), 1.0, None, bias)
         return shaped(y, x), *_kept(h, len(A), ids, keep)
-    return y, *segmented_forward_inplace_op.reference(y, x, A, B, ids, seed, scales, p, keep, grouped)
+    return y, *segmented_update_forward_op.reference(y, x, A, B, ids, seed, scales, p, keep, grouped)
 
 
 @define_layer(
-    f"segmented_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"segmented_update_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     stem="segments",
     fake=lambda out, x, A, B, ids, seed, scales, p, keep, grouped: _kept_fake(x, A, ids, keep, grouped),
     pieces=("dropout_project", *_GROUPED),
 )
-def segmented_forward_inplace_op(out, x, A, B, ids, seed, scales, p, keep, grouped):
+def segmented_update_forward_op(out, x, A, B, ids, seed, scales, p, keep, grouped):
     """out [..., d] is increased by the update; returns h, order and offsets."""
     n, x2, b = len(A), rows(x), stack_B(B, scales, x.dtype)
     if not grouped:
@@ -263,14 +264,16 @@ def _backward_fake(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p,
 
 
 @define_layer(
-    f"segmented_backward(Tensor dy, Tensor? x, Tensor? weight, {_ADAPTERS}, Tensor? order, Tensor? offsets,"
+    f"segmented_linear_backward(Tensor dy, Tensor? x, Tensor? weight, {_ADAPTERS}, Tensor? order, Tensor? offsets,"
     " Tensor? seed, Tensor? h, float[] scales, float p, bool need_x, bool need_bias, int[] needs)"
     " -> (Tensor, Tensor, Tensor[], Tensor[])",
     stem="segments",
     fake=_backward_fake,
     pieces=("lowrank_backward", "dropout_outer", "dropout_lift_", *_GROUPED, "segment_outer"),
 )
-def segmented_backward_op(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p, need_x, need_bias, needs):
+def segmented_linear_backward_op(
+    dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p, need_x, need_bias, needs
+):
     """dx, db, every dA_s and every dB_s of both tiers, grouped where order is given; without a weight dx is the
     update's share. Grouped, a gradient is computed for every adapter if one needs it."""
     n, dy2, groups = len(A), rows(dy), None if order is None else (order, offsets)
@@ -328,8 +331,8 @@ def _forward(x, base_out, weight, bias, ids, seed, p, scales, grouped, inplace, 
     """y, h, order and offsets of either tier and route."""
     options = A, B, ids, seed, scales, p, keep, grouped
     if inplace:
-        return base_out, *segmented_forward_inplace_op(base_out, x, *options)
-    return segmented_forward_op(x, weight, base_out, bias, *options)
+        return base_out, *segmented_update_forward_op(base_out, x, *options)
+    return segmented_linear_forward_op(x, weight, base_out, bias, *options)
 
 
 class SegmentsFunction(Function):
@@ -358,7 +361,7 @@ class SegmentsFunction(Function):
         need_x, need_out, _, need_bias, *_ = ctx.needs_input_grad
         need_A, need_B = ctx.needs_input_grad[10 : 10 + n], ctx.needs_input_grad[10 + n :]
         needs = [a | b << 1 for a, b in zip(need_A, need_B, strict=True)]
-        dx, db, dA, dB = segmented_backward_op(
+        dx, db, dA, dB = segmented_linear_backward_op(
             dy, x, weight, adapters[:n], adapters[n:], *places, h, ctx.scales, ctx.p, need_x, need_bias, needs
         )
         return (
