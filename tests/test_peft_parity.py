@@ -477,5 +477,47 @@ def test_compiles_without_a_graph_break():
     assert done.returncode == 0 and done.stdout.endswith("compiled\n"), done.stdout + done.stderr
 
 
+GRAPHS = """
+    from collections import Counter
+    import peft, torch
+    from functorch.compile import make_boxed_func
+    from torch import nn
+    from torch._dynamo.backends.common import aot_autograd
+    from spectral_ops import accelerate
+
+    def graphs(model, x):
+        found = []
+
+        def keep(graph, inputs):
+            calls = [str(n.target).rsplit(".", 1)[0] for n in graph.graph.nodes if n.op == "call_function"]
+            found.append(Counter(calls))
+            return make_boxed_func(graph.forward)
+
+        torch._dynamo.reset()
+        call = torch.compile(model, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)
+        call(x).sum().backward()
+        return found
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for bias in (False, True):
+            model = nn.Sequential(nn.Linear(24, 40, bias=bias, dtype=dtype))
+            model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"]))
+            x = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
+            theirs = graphs(model.base_model.model, x)
+            accelerate(model, strict=True)
+            ours = graphs(model.base_model.model, x)
+            assert len(ours) == len(theirs) == 2
+            for direction, a, b in zip(("forward", "backward"), ours, theirs):
+                assert a["aten.mm"] + a["aten.addmm"] == (3 if direction == "forward" else 5), a
+                assert not a - b, f"{dtype}, {direction}: {a - b} beyond PEFT's graph"
+    print("compiled")
+"""
+
+
+def test_the_compiler_gets_no_more_of_a_lora_layer_than_of_peft_s():
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(GRAPHS)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith("compiled\n"), done.stdout + done.stderr
+
+
 def test_config_helper_covers_every_method():
     assert {config(method).peft_type.value for method in METHODS} == {"LORA", "MISS"}
