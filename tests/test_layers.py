@@ -113,3 +113,28 @@ def test_a_layer_belongs_to_the_schemas_an_extension_is_built_for(monkeypatch):
     before = _library.schema_hash()
     monkeypatch.delitem(LAYERS, NAMES[0])
     assert _library.schema_hash() != before
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("linear_forward") and "base_out" in LAYERS[n].schema])
+def test_a_forward_is_over_a_weight_or_over_a_base(name):
+    if not extension_loaded():
+        pytest.skip(_loader.EXTENSIONS["cpu"].error)
+    args = next(a for a in layer_samples(name) if a[1] is not None)
+    both, neither = list(args), list(args)
+    both[2], neither[1] = torch.zeros(1), None
+    for wrong in (both, neither):
+        with pytest.raises(RuntimeError, match="weight and base_out: wanted exactly one of them"):
+            LAYERS[name].default(*wrong)
+
+
+@pytest.mark.parametrize("name", ["lowrank_linear_backward", "dora_linear_backward", "rosa_linear_backward",
+                                  "segmented_linear_backward"])  # fmt: skip
+def test_h_is_needed_where_it_is_read(name):
+    """A gradient that is made of h is never one of uninitialised memory."""
+    layer = LAYERS[name]
+    place = [a.name for a in layer.default._schema.arguments].index("h")
+    args = list(next(a for a in layer_samples(name) if a[place] is not None))
+    args[place] = None
+    for run in (layer.default, layer.overloads["reference"]):
+        with pytest.raises((RuntimeError, ValueError), match="h: got None"):
+            run(*args)

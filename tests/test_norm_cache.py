@@ -381,3 +381,10 @@ def test_a_weight_that_could_not_be_read_leaves_the_cache_empty(layer, monkeypat
             cache.get(*layer, SCALE)
     assert torch.is_grad_enabled()
     assert agrees(cache.get(*layer, SCALE), *layer)
+
+
+def test_a_square_weight_and_its_transpose():
+    W, A, B = randn(24, 24), randn(r, 24), randn(24, r)
+    cache = NormCache()
+    for weight in (W, W.t()):
+        assert agrees(cache.get(weight, A, B, SCALE), weight, A, B)

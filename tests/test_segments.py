@@ -238,3 +238,41 @@ def test_cotangent_of_a_sum():
     (got,) = torch.autograd.grad(y.sum(), problem.inputs["A0"], retain_graph=True)
     (want,) = torch.autograd.grad(y, problem.inputs["A0"], torch.ones_like(cotangent(problem, y)))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("route", ["stacked", "grouped"])
+def test_a_buffer_of_ids_that_serves_the_next_batch_too(route):
+    """The grouped route keeps its own order and offsets; the stacked one reads the ids again, and autograd says so."""
+    problem = FAMILIES["segments"].build(TYPICAL, dtype=torch.float64)
+    v, ids = problem.inputs, torch.tensor([0, 1, -1], dtype=torch.int32)
+    args = v["x"], v["weight"], [v["A0"], v["A1"]], [v["B0"], v["B1"]]
+    want = torch.autograd.grad(
+        spectral_ops.segmented_lowrank_linear(*args, ids.clone(), route=route).sum(), [v["A0"], v["B1"]]
+    )
+    y = spectral_ops.segmented_lowrank_linear(*args, ids, route=route)
+    ids.copy_(torch.tensor([1, 0, 0]))
+    if route == "stacked":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+        return
+    for got, wanted in zip(torch.autograd.grad(y.sum(), [v["A0"], v["B1"]]), want, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("route", ["stacked", "grouped"])
+def test_what_was_saved_may_come_back_in_another_layout(route):
+    problem = FAMILIES["segments"].build(TYPICAL)
+    v, ids = problem.inputs, torch.tensor([0, 1, -1], dtype=torch.int32)
+    names = ["A0", "B0", "A1", "B1"]
+
+    def gradients():
+        y = spectral_ops.segmented_lowrank_linear(
+            v["x"], v["weight"], [v["A0"], v["A1"]], [v["B0"], v["B1"]], ids, route=route
+        )
+        return torch.autograd.grad(y, [v[n] for n in names], torch.arange(y.numel(), dtype=y.dtype).view(y.shape))
+
+    want = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t if t.dim() != 2 else t.t().contiguous().t()):
+        got = gradients()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)

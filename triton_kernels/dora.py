@@ -1,9 +1,9 @@
 """DoRA's column norm, its device-side reuse, and the magnitude's gradient (METHODS 1.2).
 
-The norm adds the tile of scale B A to the tile of W in registers and sums squares, so no sum cancels, no row needs a
-second look, and ‖W‖² is not needed. W is read once (2 d k bytes in half precision: 33.5 MB, 11 us at 3 TB/s, for
-4096 x 4096); A once per block of 64 rows, from L2. float32 adapters over a half-precision W stay float32: their product
-runs as three TF32 products on NVIDIA (error about 2**-21 of the update), in full float32 elsewhere and for a float32 W.
+The norm adds the tile of scale B A to the tile of W in registers and sums squares, so no sum cancels and no row needs a
+second look. W is read once (2 d k bytes in half precision: 33.5 MB, 11 us at 3 TB/s, for 4096 x 4096); A once per block
+of 64 rows, from L2. float32 adapters over a half-precision W stay float32: their product runs as three TF32 products on
+NVIDIA (error about 2**-21 of the update), in full float32 elsewhere and for a float32 W.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rosa_linear_backward(
   }
   if (A && (need_x || need_A || need_B || need_bias)) {
     const bool need_u = need_x || need_A;
-    const Tensor hidden = h ? *h : empty(dy, {dy2.size(0), A->size(0)});  // unread when not saved
+    const Tensor hidden = saved_hidden(h, need_B, dy2, A->size(0));
     auto [u, wide_dB, wide_db, dyz, gdy] = lowrank_backward<Device>(dy2, hidden, cast_as(given("B", B), dy), scale, std::nullopt,
                                                                     std::nullopt, std::nullopt, need_u, need_B, need_bias, false);
     if (need_B) dB = cast_as(wide_dB, *B);

@@ -68,8 +68,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_forward(Tensor x, MaybeTe
                                                                Tensor B, Tensor magnitude, MaybeTensor bias, Tensor norm,
                                                                MaybeTensor seed, double scale, double p, bool need_z) {
   const NoGrad guard;
+  check_tier(weight, base_out);
   if (!weight) {
-    Tensor y = copy_of(given("base_out", base_out));
+    STD_TORCH_CHECK(!seed, "seed: got a tensor, wanted None, since there is no dropout without a weight");
+    Tensor y = copy_of(*base_out);
     auto [h, gains, z] = dora_update_forward_<Device>(y, x, A, B, magnitude, bias, norm, scale, need_z);
     return {y, h, gains, z};
   }
@@ -105,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
   const auto [g, norm] = split_gains(gains, dy2.size(1));
   const bool need_x = wants(needs, 0), need_A = wants(needs, 1), need_m = wants(needs, 3), need_out = wants(needs, 5);
   const bool exact = weight && !seed;  // rows of dm that y does not determine come from W
-  const Tensor hidden = h ? *h : empty(dy, {dy2.size(0), A.size(0)});  // unread when not saved
+  const Tensor hidden = saved_hidden(h, wants(needs, 2) || (need_m && exact), dy2, A.size(0));
   MaybeTensor x2, kept;
   if (x) x2 = flat("x", *x);
   if (need_m && (z || y)) kept = flat("y", z ? *z : *y);

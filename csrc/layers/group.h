@@ -1,5 +1,5 @@
-// Siblings with low-rank updates over one x, forward and backward, for any device: spectral_ops/functional/lowrank.py has
-// the mathematics and the same steps in Python.
+// Siblings with low-rank updates over one x, forward and backward, for any device: spectral_ops/functional/group.py has the
+// mathematics and the same steps in Python.
 #pragma once
 
 #include "lowrank.h"

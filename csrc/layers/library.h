@@ -219,10 +219,16 @@ inline const Tensor& given(const char* name, const MaybeTensor& t) {
   return *t;
 }
 
+// A forward is over a weight or over what somebody else's layer computed.
+inline void check_tier(const MaybeTensor& weight, const MaybeTensor& base_out) {
+  STD_TORCH_CHECK(weight.has_value() != base_out.has_value(), "weight and base_out: wanted exactly one of them");
+}
+
 // y [..., d] = x Wᵀ + b; without a weight a copy of base_out, which somebody else computed as that.
 template <class Device>
 Tensor base_output(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& base_out, const MaybeTensor& bias) {
-  if (!weight) return copy_of(given("base_out", base_out));
+  check_tier(weight, base_out);
+  if (!weight) return copy_of(*base_out);
   check_weight(x, *weight);
   Tensor y = empty_rows(x, weight->size(0));
   linear_into<Device>(flat("y", y), flat("x", x), *weight, bias);
@@ -235,6 +241,15 @@ inline void check_overwritten(const Tensor& out) {
 }
 
 // --- what a caller wants of a backward ---
+
+// h [T, r] that forward saved; where it did not, and nobody reads it, memory of that shape.
+inline Tensor saved_hidden(const MaybeTensor& h, bool read, const Tensor& dy, int64_t r) {
+  if (!h && !read) return empty(dy, {dy.size(0), r});
+  check_matrix("h", given("h", h));
+  check_size("h", *h, 0, dy.size(0), "the rows of dy");
+  check_size("h", *h, 1, r, "the rank");
+  return *h;
+}
 
 // Bit i of `needs`: whether result i is wanted.
 inline bool wants(int64_t needs, int result) { return (needs >> result & 1) != 0; }

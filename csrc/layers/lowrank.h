@@ -110,8 +110,9 @@ std::tuple<Tensor, Tensor> lowrank_linear_forward(Tensor x, MaybeTensor weight, 
                                                   MaybeTensor bias, MaybeTensor core, MaybeTensor g, MaybeTensor seed,
                                                   double scale, double p) {
   const NoGrad guard;
+  check_tier(weight, base_out);
   if (!weight) {
-    Tensor y = copy_of(given("base_out", base_out));
+    Tensor y = copy_of(*base_out);
     Tensor h = lowrank_update_forward_<Device>(y, x, A, B, bias, core, g, seed, scale, p);
     return {y, h};
   }
@@ -135,11 +136,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backwa
   const bool need_x = wants(needs, 0), need_A = wants(needs, 1), need_B = wants(needs, 2), need_core = wants(needs, 4);
   const bool need_out = wants(needs, 5), need_u = need_x || need_A || need_core;
   const Tensor a = cast_as(A, dy), b = cast_as(B, dy);
-  const Tensor hc = h ? apply_core<Device>(*h, core) : empty(dy, {dy2.size(0), A.size(0)});  // unread when not saved
+  const Tensor hidden = saved_hidden(h, need_B || need_core, dy2, A.size(0));
+  const Tensor hc = need_B ? apply_core<Device>(hidden, core) : hidden;
   const bool need_gdy = need_out || (need_x && weight && scales_tokens(dy2.size(0), *weight, g));
   auto [u, dB, db, dyz, gdy] = lowrank_backward<Device>(dy2, hc, b, scale, g, std::nullopt, std::nullopt, need_u, need_B,
                                                         wants(needs, 3), need_gdy);
-  Tensor dcore = need_core ? core_gradient<Device>(given("h", h), u, given("core", core)) : nothing(dy);
+  Tensor dcore = need_core ? core_gradient<Device>(hidden, u, given("core", core)) : nothing(dy);
   if (need_u) u = core_input<Device>(u, core);
   Tensor dx = nothing(dy);
   if (need_x) {

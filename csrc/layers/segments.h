@@ -102,12 +102,20 @@ struct Owners {
   }
 };
 
-inline void check_adapters(const Tensor& x, int64_t d, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
-                           const Tensor& ids, const std::vector<double>& scales) {
+// Every A [r_s, k] and B [d, r_s], on the device of `like`.
+inline void check_adapters(int64_t d, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
+                           const std::vector<double>& scales, const Tensor& like) {
   STD_TORCH_CHECK(!A.empty() && B.size() == A.size() && scales.size() == A.size(), "A, B and scales: got ", A.size(), ", ",
                   B.size(), " and ", scales.size(), ", wanted one of each for every adapter");
-  for (size_t s = 0; s < A.size(); ++s) check_factors(x, d, A[s], B[s]);
-  check_same_device("ids", ids, x);
+  for (size_t s = 0; s < A.size(); ++s) {
+    check_matrix("A", A[s]);
+    check_matrix("B", B[s]);
+    check_size("A", A[s], 1, A[0].size(1), "the columns of the first");
+    check_size("B", B[s], 0, d, "the outputs");
+    check_size("B", B[s], 1, A[s].size(0), "the rows of its A");
+    check_same_device("A", A[s], like);
+    check_same_device("B", B[s], like);
+  }
 }
 
 // n matrices [rows, columns], `step` elements of t apart; those of every A [n, r, k] and every B [n, d, r].
@@ -138,7 +146,9 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> add_updates(const Tensor& out, const Tensor& x, const std::vector<Tensor>& A,
                                                const std::vector<Tensor>& B, const Tensor& ids, const MaybeTensor& seed,
                                                const std::vector<double>& scales, double p, bool keep, bool grouped) {
-  check_adapters(x, out.size(1), A, B, ids, scales);
+  check_adapters(out.size(1), A, B, scales, x);
+  check_size("A", A[0], 1, x.size(1), "the columns of x");
+  check_same_device("ids", ids, x);
   STD_TORCH_CHECK(!grouped || !seed, "seed: got a tensor, wanted None, since the grouped route has no dropout");
   const int64_t n = static_cast<int64_t>(A.size()), T = x.size(0);
   const Tensor a = stack_A(A, x), b = stack_B(B, scales, largest_rank(A), x);
@@ -172,20 +182,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segmented_linear_forward(
     Tensor x, MaybeTensor weight, MaybeTensor base_out, MaybeTensor bias, std::vector<Tensor> A, std::vector<Tensor> B,
     Tensor ids, MaybeTensor seed, std::vector<double> scales, double p, bool keep, bool grouped) {
   const NoGrad guard;
-  STD_TORCH_CHECK(weight.has_value() != base_out.has_value(), "weight and base_out: wanted exactly one of them");
-  if (weight) check_weight(x, *weight);
-  const Tensor y = weight ? empty_rows(x, weight->size(0)) : copy_of(*base_out), x2 = flat("x", x), y2 = flat("y", y);
-  if (weight) linear_into<Device>(y2, x2, *weight, bias);
-  const auto [h, order, offsets] = add_updates<Device>(y2, x2, A, B, ids, seed, scales, p, keep, grouped);
+  const Tensor y = base_output<Device>(x, weight, base_out, bias);
+  const auto [h, order, offsets] = add_updates<Device>(flat("y", y), flat("x", x), A, B, ids, seed, scales, p, keep, grouped);
   return {y, h, order, offsets};
 }
 
 // What the adapters' gradients are made of: u, [T, n r] on the stacked route, where it is zero in the columns of others than
 // a row's own, and [T, r] on the grouped one; the Σ dyᵀ h of all adapters [d, n r], not yet scaled; and db.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> stacked_pass(const Tensor& dy, const Tensor& b, const Owners& owners, const MaybeTensor& h,
+std::tuple<Tensor, Tensor, Tensor> stacked_pass(const Tensor& dy, const Tensor& b, const Owners& owners, const Tensor& h,
                                                 bool need_u, bool need_B, bool need_bias) {
-  const Tensor stacked = h ? owners.spread(*h) : empty(dy, {dy.size(0), b.size(1)});  // unread when not saved
+  const Tensor stacked = need_B ? owners.spread(h) : empty(dy, {dy.size(0), b.size(1)});  // unread
   const auto [u, full_B, db, dyz, gdy] = lowrank_backward<Device>(dy, stacked, b, 1, std::nullopt, std::nullopt, std::nullopt,
                                                                   need_u, need_B, need_bias, false);
   if (need_u) owners.keep_own_(u);
@@ -193,11 +200,11 @@ std::tuple<Tensor, Tensor, Tensor> stacked_pass(const Tensor& dy, const Tensor& 
 }
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> grouped_pass(const Tensor& dy, const Tensor& b, const Tensor& order, const Tensor& offsets,
-                                                const MaybeTensor& h, bool need_u, bool need_B, bool need_bias) {
+                                                const Tensor& h, bool need_u, bool need_B, bool need_bias) {
   const Tensor B = each_B(b, offsets.size(0) - 1);
   const Tensor turned = as_stack(B, B.size(0), B.size(2), B.size(1), B.stride(0), B.stride(2), B.stride(1));
   return {need_u ? segment_project<Device>(dy, turned, order, offsets) : nothing(dy),
-          need_B ? transposed(joined_rows(segment_outer<Device>(given("h", h), dy, order, offsets))) : nothing(dy),
+          need_B ? transposed(joined_rows(segment_outer<Device>(h, dy, order, offsets))) : nothing(dy),
           need_bias ? column_sum(dy, accumulate_type(dy)) : nothing(dy)};
 }
 
@@ -215,23 +222,24 @@ inline Tensor trained_columns(const Tensor& u, const std::vector<Tensor>& A, con
 // and dB_s. Without a weight dx is the update's share alone. Grouped where order is given.
 template <class Device>
 std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_linear_backward(
-    Tensor dy, MaybeTensor x, MaybeTensor weight, std::vector<Tensor> A, std::vector<Tensor> B, Tensor ids, MaybeTensor order,
-    MaybeTensor offsets, MaybeTensor seed, MaybeTensor h, std::vector<double> scales, double p, bool need_x, bool need_bias,
+    Tensor dy, MaybeTensor x, MaybeTensor weight, std::vector<Tensor> A, std::vector<Tensor> B, MaybeTensor ids,
+    MaybeTensor order, MaybeTensor offsets, MaybeTensor seed, MaybeTensor h, std::vector<double> scales, double p, bool need_x, bool need_bias,
     std::vector<int64_t> needs) {
   const NoGrad guard;
   const Tensor dy2 = flat("dy", dy);
   const int64_t n = static_cast<int64_t>(A.size()), T = dy2.size(0), r = largest_rank(A);
-  STD_TORCH_CHECK(n > 0 && needs.size() == A.size() && B.size() == A.size() && scales.size() == A.size(),
-                  "A, B, scales and needs: wanted one of each for every adapter");
   const bool grouped = order.has_value();
+  STD_TORCH_CHECK(!grouped || !seed, "seed: got a tensor, wanted None, since the grouped route has no dropout");
+  STD_TORCH_CHECK(needs.size() == A.size(), "needs: got ", needs.size(), ", wanted one for every adapter");
+  check_adapters(dy2.size(1), A, B, scales, dy);
   if (grouped) check_size("offsets", given("offsets", offsets), 0, n + 1, "one more than adapters");
   bool need_A = false, need_B = false;
   for (const int64_t mask : needs) need_A = need_A || wants(mask, 0), need_B = need_B || wants(mask, 1);
   const bool need_u = need_x || need_A;
-  const Tensor b = stack_B(B, scales, r, dy);
+  const Tensor b = stack_B(B, scales, r, dy), own = torch::stable::contiguous(saved_hidden(h, need_B, dy2, r));
   const auto [u, full_B, db] =
-      grouped ? grouped_pass<Device>(dy2, b, *order, *offsets, h, need_u, need_B, need_bias)
-              : stacked_pass<Device>(dy2, b, Owners(ids, T, n), h, need_u, need_B, need_bias);
+      grouped ? grouped_pass<Device>(dy2, b, *order, *offsets, own, need_u, need_B, need_bias)
+              : stacked_pass<Device>(dy2, b, Owners(given("ids", ids), T, n), own, need_u, need_B, need_bias);
   Tensor dx = nothing(dy);
   if (need_x) {
     const Tensor a = stack_A(A, dy);

@@ -112,6 +112,13 @@ def fresh(like: torch.Tensor, needs: int, *results: torch.Tensor) -> tuple[torch
     return tuple(t if needs >> bit & 1 else like.new_empty(0) for bit, t in enumerate(results))
 
 
+def saved_hidden(h: torch.Tensor | None, read: bool, dy: torch.Tensor, r: int) -> torch.Tensor:
+    """h [T, r] that forward saved for dy [T, d]; where it did not, and nobody reads it, memory of that shape."""
+    if h is None and read:
+        raise ValueError("h: got None, wanted a tensor for what is asked for")
+    return dy.new_empty(dy.shape[0], r) if h is None else h
+
+
 def wanted(dy: torch.Tensor, needs: int, *results: torch.Tensor | tuple[int, ...] | None) -> tuple[torch.Tensor, ...]:
     """The shapes of :func:`fresh`: each result is like a tensor, or has this shape in dy's dtype."""
     return tuple(

@@ -31,6 +31,7 @@ from spectral_ops.functional.common import (
     gradient_tiles,
     overwritable,
     rows,
+    saved_hidden,
     shaped,
     tokens,
     wanted,
@@ -240,7 +241,7 @@ def rosa_linear_backward_op(
     if need_x and route == SPMM:
         csr_spmm_op(dx, dy2, values, column_offsets, entry_rows, permutation)
     if A is not None and (need_x or need_A or need_B or need_bias):
-        h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
+        h = saved_hidden(h, need_B, dy2, A.shape[0])
         u, dB, db, _, _ = lowrank_backward_op(
             dy2, h, B.to(dy.dtype), scale, None, None, None, need_x or need_A, need_B, need_bias, False
         )

@@ -29,6 +29,7 @@ from spectral_ops.functional.common import (
     fresh,
     overwritable,
     rows,
+    saved_hidden,
     shaped,
     through,
     tokens,
@@ -168,7 +169,7 @@ def dora_update_forward_op(out, x, A, B, magnitude, bias, norm, scale, need_z):
 
 
 def _forward_fake(x, weight, base_out, A, B, magnitude, bias, norm, seed, scale, p, need_z):
-    d, kept = B.shape[0], seed is not None or (weight is None and need_z and bias is not None)
+    d, kept = B.shape[0], need_z and bias is not None if weight is None else seed is not None
     return x.new_empty(*x.shape[:-1], d), *_kept_fake(x, A, norm, d, kept)
 
 
@@ -226,11 +227,11 @@ def dora_linear_backward_op(dy, x, weight, A, B, magnitude, bias, gains, h, y, z
     need_x, need_A, need_B, need_m, need_bias, need_out = (bool(needs >> bit & 1) for bit in range(6))
     x2, dy2, a, b = None if x is None else rows(x), rows(dy), A.to(dy.dtype), B.to(dy.dtype)
     g, norm = gains.chunk(2)
-    h = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else h  # unread when not saved
+    exact = weight is not None and seed is None  # rows of dm that y does not determine come from W
+    h = saved_hidden(h, need_B or (need_m and exact), dy2, A.shape[0])
     kept = y if z is None else z
     if need_m and kept is None:
         kept = fused_forward(x2, weight, h, b, scale, g, bias)
-    exact = weight is not None and seed is None  # rows of dm that y does not determine come from W
     need_gdy = need_out or (need_x and exact and scales_tokens(dy2.shape[0], weight, g))
     u, dB, db, dyz, gdy = lowrank_backward_op(
         dy2, h, b, scale, g, rows(kept) if need_m else None, bias if exact else None,

@@ -32,6 +32,7 @@ from spectral_ops.functional.common import (
     mm,
     overwritable,
     rows,
+    saved_hidden,
     shaped,
     through,
     tokens,
@@ -282,7 +283,8 @@ def lowrank_linear_backward_op(dy, x, weight, A, B, core, g, h, seed, scale, p, 
     """
     need_x, need_A, need_B, need_bias, need_core, need_out = (bool(needs >> bit & 1) for bit in range(6))
     dy2, need_u = rows(dy), need_x or need_A or need_core
-    hc = dy2.new_empty(dy2.shape[0], A.shape[0]) if h is None else apply_core(h, core)  # unread when not saved
+    h = saved_hidden(h, need_B or need_core, dy2, A.shape[0])
+    hc = apply_core(h, core) if need_B else h
     need_gdy = need_out or (need_x and weight is not None and scales_tokens(dy2.shape[0], weight, g))
     u, dB, db, _, gdy = lowrank_backward_op(
         dy2, hc, B.to(dy.dtype), scale, g, None, None, need_u, need_B, need_bias, need_gdy

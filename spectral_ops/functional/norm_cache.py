@@ -56,7 +56,7 @@ class NormCache:
         # another stream gets buffers of its own: nothing orders it after the kernels that filled these
         stream = torch.cuda.current_stream(weight.device).cuda_stream if on_gpu else None
         storage = weight.untyped_storage()
-        weight_key = (storage._cdata, weight.data_ptr(), version, weight.shape, weight.dtype, stream)
+        weight_key = (storage._cdata, weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, stream)
         key = (A.data_ptr(), A_version, B.data_ptr(), B_version, A.dtype, B.dtype, A.shape, scale)
         grad, step = torch.is_grad_enabled(), steps.current()
         with self._lock:

@@ -35,6 +35,7 @@ from spectral_ops.functional.common import (
     draw_seed,
     overwritable,
     rows,
+    saved_hidden,
     shaped,
     tokens,
 )
@@ -264,9 +265,9 @@ def _backward_fake(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p,
 
 
 @define_layer(
-    f"segmented_linear_backward(Tensor dy, Tensor? x, Tensor? weight, {_ADAPTERS}, Tensor? order, Tensor? offsets,"
-    " Tensor? seed, Tensor? h, float[] scales, float p, bool need_x, bool need_bias, int[] needs)"
-    " -> (Tensor, Tensor, Tensor[], Tensor[])",
+    "segmented_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor[] A, Tensor[] B, Tensor? ids,"
+    " Tensor? order, Tensor? offsets, Tensor? seed, Tensor? h, float[] scales, float p, bool need_x, bool need_bias,"
+    " int[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
     stem="segments",
     fake=_backward_fake,
     pieces=("lowrank_backward", "dropout_outer", "dropout_lift_", *_GROUPED, "segment_outer"),
@@ -280,6 +281,7 @@ def segmented_linear_backward_op(
     trained, lifted = ([s for s in range(n) if needs[s] >> bit & 1] for bit in (0, 1))
     b, wanted = stack_B(B, scales, dy.dtype), (need_x or bool(trained), bool(lifted), need_bias)
     r = b.shape[1] // n
+    h = saved_hidden(h, bool(lifted), dy2, r)
     u, full_B, db = _grouped_pass(dy2, b, groups, h, *wanted) if groups else _stacked_pass(dy2, b, ids, n, h, *wanted)
     dx = dy.new_empty(0)
     if need_x:
@@ -310,10 +312,8 @@ def segmented_linear_backward_op(
 def _stacked_pass(dy2, b, ids, n, h, need_u, need_B, need_bias):
     """u [T, n r], zero in the columns of others than a row's own; Σ dyᵀ h of all adapters [d, n r]; and db."""
     foreign = others(row_ids(ids, dy2.shape[0]), n)
-    stacked = dy2.new_empty(dy2.shape[0], b.shape[1]) if h is None else spread(h, foreign)  # unread when not saved
-    u, full_B, db, _, _ = lowrank_backward_op(
-        dy2, stacked, b, 1.0, None, None, None, need_u, need_B, need_bias, False
-    )  # fmt: skip
+    stacked = spread(h, foreign) if need_B else dy2.new_empty(dy2.shape[0], b.shape[1])  # unread
+    u, full_B, db, _, _ = lowrank_backward_op(dy2, stacked, b, 1.0, None, None, None, need_u, need_B, need_bias, False)
     return keep_own_(u, foreign) if need_u else u, full_B, db
 
 
@@ -348,7 +348,7 @@ class SegmentsFunction(Function):
         )
         if inplace:
             ctx.mark_dirty(base_out)
-        places = ids, *(groups if grouped else (None, None)), seed
+        places = (None, *groups, None) if grouped else (ids, None, None, seed)
         ctx.save_for_backward(x if need_A else None, weight, h if need_B else None, *places, *adapters)
         ctx.scales, ctx.p = scales, p
         return y

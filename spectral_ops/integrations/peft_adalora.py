@@ -51,7 +51,8 @@ def adalora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tupl
             raise Unfit(f"the scaling is a {type(scale).__name__}, not a number")
         if x is None or A.shape[0]:  # no triplet left: the base alone
             adapters.append(SVD(A, B, E, rank, scale, p))
-            facts.version(rank)
+            if not rank.requires_grad:  # then it is a constant of the plan
+                facts.version(rank)
             parameters += (A, B, E)
         else:
             facts.lasting = False
