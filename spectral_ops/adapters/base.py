@@ -39,17 +39,24 @@ def linear_size(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def held(base: nn.Module, name: str) -> torch.Tensor | None:
+    """``base.<name>``, past what nn.Module looks up on the way to a parameter."""
+    parameters = base._parameters
+    return parameters[name] if name in parameters else getattr(base, name)
+
+
 def why_not_dense(base: nn.Module) -> str | None:
     """Why the fused operator must not read this layer's weight itself, or None where it may."""
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"{type(base).__name__} computes its own product"
-    if quantised.kind(base):
-        return f"the weight is a quantised {type(base.weight).__name__}"
+    weight = held(base, "weight")
+    if type(weight) is not nn.Parameter and quantised.kind(base):
+        return f"the weight is a quantised {type(weight).__name__}"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return "the base layer carries hooks"
     if "forward" in base.__dict__:
         return "the base layer's forward was replaced"
-    if base.weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled():
         return "the base weight is being trained"
     return None
 
@@ -247,8 +254,8 @@ class AdapterLinear(nn.Module):
         base = self._modules["base_layer"]
         if why_not_dense(base) is not None:
             return None
-        weight = base.weight.t() if self.transposed else base.weight
-        x, weight, bias = autocast_arguments(x, weight, base.bias)
+        weight = held(base, "weight")
+        x, weight, bias = autocast_arguments(x, weight.t() if self.transposed else weight, held(base, "bias"))
         if not isinstance(x, torch.Tensor) or x.dtype is not weight.dtype:
             checks.linear(x, weight, bias)
             checks.same_dtype("x", x, weight=weight, bias=bias)
