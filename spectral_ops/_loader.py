@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from spectral_ops import _library
 
 
@@ -38,7 +40,9 @@ def load() -> None:
             extension.error = f"{extension.module} was not built (run `make build`)"
             continue
         except ImportError as error:
-            extension.error = f"{extension.module} does not load: {error} (run `make build`)"
+            useless = extension.module.endswith("_C_cuda") and torch.version.cuda is None
+            mend = f"torch {torch.__version__} has no CUDA" if useless else "run `make build`"
+            extension.error = f"{extension.module} does not load: {error} ({mend})"
             continue
         if module.schema_hash != expected:
             extension.error = (

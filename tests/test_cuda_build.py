@@ -79,7 +79,12 @@ def test_every_kernel_compiles_without_spills(nvcc_build):
 @pytest.mark.skipif(tool("nm") is None, reason="needs nm (binutils)")
 def test_extension_links(nvcc_build):
     symbols = run(tool("nm"), "-DC", "--undefined-only", nvcc_build / "_C_cuda.abi3.so")
-    assert "aoti_torch_get_current_cuda_stream" in symbols  # torch's, found once `import torch` has loaded it
+    from_cuda = {s.split()[-1] for s in symbols.splitlines() if "cuda_" in s and "device_type" not in s}
+    stub = (nvcc_build / "generated/torch_cuda.cpp").read_text() if (nvcc_build / "stub").exists() else ""
+    assert {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"} <= from_cuda
+    assert not stub or all(f" {symbol}()" in stub for symbol in from_cuda), from_cuda
+    # else the products, which are data, would be looked up where `import torch` has not put them
+    assert "Shared library: [libtorch_cuda.so]" in run(tool("readelf"), "-d", nvcc_build / "_C_cuda.abi3.so")
     assert "spectral_ops::" not in symbols, "a launch function is declared but not defined"
 
 
