@@ -153,6 +153,8 @@ class CSR:
 
     def _unchanged(self) -> bool:
         """Whether the last check still holds; every call of a layer asks, so no tuple is built."""
+        if self._key is None:
+            return False
         offsets, columns, a, b, version, column_version, shape, ordered, nnz, dtype, device = self._key
         v = self.values
         return (
@@ -172,13 +174,19 @@ class CSR:
         )
 
     def _check_and_build(self) -> None:
-        self._pattern = None
-        self._check_sizes()
-        with torch.no_grad(), torch.inference_mode(False):
-            self._check_indices()
-        self._key = self._state()
+        """Puts a new pattern in the old one's place, which another thread may have found good and be about to read."""
+        try:
+            self._check_sizes()
+            state = self._state()  # of what is checked below, whatever it becomes meanwhile
+            with torch.no_grad(), torch.inference_mode(False):
+                self._order, self._pattern = self._check_indices()
+        except BaseException:
+            self._key = self._pattern = None
+            raise
+        self._key = state
 
-    def _check_indices(self) -> None:
+    def _check_indices(self) -> tuple[torch.Tensor | None, Pattern]:
+        """The order of unsorted values, and the pattern."""
         nnz, k = self.nnz, self.shape[1]
         if self.device.type == "meta":
             raise ValueError(f"row_offsets: got {checks.describe(self.row_offsets)}, wanted offsets that can be read")
@@ -216,7 +224,7 @@ class CSR:
             in_order = bool((order[1:] > order[:-1]).all())
             columns, order = (self.col_indices, None) if in_order else (self.col_indices[order], order)
         # copies: an index that is overwritten between a forward and its backward must not reach a kernel
-        self._order, self._pattern = order, _pattern(self.row_offsets.clone(), columns.clone(), self.shape)
+        return order, _pattern(self.row_offsets.clone(), columns.clone(), self.shape)
 
     @property
     def pattern(self) -> Pattern:
