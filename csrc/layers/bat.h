@@ -8,14 +8,6 @@
 
 namespace spectral_ops {
 
-// Elements of t in any order, from `first` on.
-template <size_t N>
-Tensor strided(const Tensor& t, const int64_t (&sizes)[N], const int64_t (&strides)[N], int64_t first = 0) {
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), N, sizes, strides, first, &view));
-  return Tensor(view);
-}
-
 // y [T, n] += b [n], rounded once more.
 template <class Device> void add_bias(const Tensor& y, const Tensor& bias) {
   STD_TORCH_CHECK(bias.dim() == 1, "bias: got ", bias.dim(), " dimensions, wanted a vector");

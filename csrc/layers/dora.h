@@ -9,14 +9,6 @@
 
 namespace spectral_ops {
 
-// Elements [first, first + n) of a contiguous vector.
-inline Tensor elements_of(const Tensor& t, int64_t first, int64_t n) {
-  const int64_t stride = 1;
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &n, &stride, first, &view));
-  return Tensor(view);
-}
-
 // gains [2 d]: g = m / c, then c.
 inline Tensor gains_of(const Tensor& magnitude, const Tensor& norm, int64_t d) {
   for (const Tensor* t : {&magnitude, &norm})

@@ -10,7 +10,7 @@
 
 namespace spectral_ops {
 
-// The same for an operator that returns nothing, and for one that returns two tensors.
+// As `call`, for an operator that returns nothing, and for one that returns two tensors.
 template <class... Arguments> void call_void(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{to_stack(arguments)...};
   check_call(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION), name);
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> call_two(const char* name, const char* overload, cons
 inline std::tuple<Tensor, Tensor> group_rows_there(const Tensor& ids, int64_t T, int64_t n) {
   const int64_t m = ids.size(0), none = 0;
   const Tensor of_rows = as_matrix(ids, m, m ? T / m : 0, ids.stride(0), 0);  // expanded
-  const Tensor each = cast(as_vector(torch::stable::contiguous(of_rows), T), ScalarType::Long);
+  const Tensor each = cast(elements_of(torch::stable::contiguous(of_rows), 0, T), ScalarType::Long);
   const auto [sorted, order] = call_two("aten::sort", "stable", each, std::optional<bool>(true), none, false);
   const Tensor numbers = call("aten::_dim_arange", "", as_matrix(ids, n + 1, 0, 1, 1), none);
   return {order, call("aten::searchsorted", "Tensor", sorted, numbers, false, false, std::nullopt, std::nullopt)};

@@ -14,7 +14,6 @@
 
 namespace spectral_ops {
 
-
 using MaybeTensor = std::optional<Tensor>;
 
 // Autograd records nothing of what a layer does inside, whoever calls its operator.
@@ -60,22 +59,21 @@ inline Tensor empty_rows(const Tensor& like, int64_t columns) {
   return empty_of(like, sizes, dim, dtype_code(like.scalar_type()));
 }
 
-// The elements of t from `first` on as a matrix.
-inline Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-                        int64_t first = 0) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+// A view of t's memory, from its element `first` on.
+template <size_t N>
+Tensor strided(const Tensor& t, const int64_t (&sizes)[N], const int64_t (&strides)[N], int64_t first = 0) {
   AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, first, &view));  // from t's own offset
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), N, sizes, strides, first, &view));  // from t's own offset
   return Tensor(view);
 }
 
-// The first `length` elements of contiguous memory as a vector.
-inline Tensor as_vector(const Tensor& t, int64_t length) {
-  const int64_t stride = 1;
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 1, &length, &stride, 0, &view));
-  return Tensor(view);
+inline Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                        int64_t first = 0) {
+  return strided(t, {rows, columns}, {row_stride, column_stride}, first);
 }
+
+// Elements [first, first + n) of contiguous memory as a vector.
+inline Tensor elements_of(const Tensor& t, int64_t first, int64_t n) { return strided(t, {n}, {1}, first); }
 
 inline Tensor transposed(const Tensor& t) { return as_matrix(t, t.size(1), t.size(0), t.stride(1), t.stride(0)); }
 

@@ -19,8 +19,6 @@ inline void scaled_into(Tensor out, const Tensor& t, double factor) {
   else call("aten::mul", "out", t, scalar(factor), out);
 }
 
-inline void fill_zero(Tensor t) { torch::stable::fill_(t, 0); }
-
 inline int64_t largest_rank(const std::vector<Tensor>& A) {
   int64_t r = 0;
   for (const Tensor& a : A) r = at_least(r, a.size(0));
@@ -36,7 +34,7 @@ inline Tensor stack_A(const std::vector<Tensor>& A, const Tensor& like) {
     const int64_t rank = A[s].size(0);
     Tensor part = rows_of(out, s * r, rank);
     torch::stable::copy_(part, A[s]);
-    if (rank < r) fill_zero(rows_of(out, s * r + rank, r - rank));
+    if (rank < r) torch::stable::fill_(rows_of(out, s * r + rank, r - rank), 0);
   }
   return out;
 }
@@ -46,17 +44,14 @@ inline Tensor stack_B(const std::vector<Tensor>& B, const std::vector<double>& s
   for (int64_t s = 0; s < n; ++s) {
     const int64_t rank = B[s].size(1);
     scaled_into(columns_of(out, s * r, rank), B[s], scales[s]);
-    if (rank < r) fill_zero(columns_of(out, s * r + rank, r - rank));
+    if (rank < r) torch::stable::fill_(columns_of(out, s * r + rank, r - rank), 0);
   }
   return out;
 }
 
 // t's elements as [a, b, c, e], with the strides of a contiguous tensor.
 inline Tensor as_four(const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t e) {
-  const int64_t sizes[] = {a, b, c, e}, strides[] = {b * c * e, c * e, e, 1};
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 4, sizes, strides, 0, &view));
-  return Tensor(view);
+  return strided(t, {a, b, c, e}, {b * c * e, c * e, e, 1});
 }
 
 inline void check_ids(const Tensor& ids, int64_t T) {
@@ -118,21 +113,14 @@ inline void check_adapters(int64_t d, const std::vector<Tensor>& A, const std::v
   }
 }
 
-// n matrices [rows, columns], `step` elements of t apart; those of every A [n, r, k] and every B [n, d, r].
-inline Tensor as_stack(const Tensor& t, int64_t n, int64_t rows, int64_t columns, int64_t step, int64_t row_stride,
-                       int64_t column_stride) {
-  const int64_t sizes[] = {n, rows, columns}, strides[] = {step, row_stride, column_stride};
-  AtenTensorHandle view = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 3, sizes, strides, 0, &view));
-  return Tensor(view);
-}
+// Every A [n, r, k] and every B [n, d, r] of those stacked.
 inline Tensor each_A(const Tensor& a, int64_t n) {
   const int64_t r = a.size(0) / n;
-  return as_stack(a, n, r, a.size(1), r * a.stride(0), a.stride(0), a.stride(1));
+  return strided(a, {n, r, a.size(1)}, {r * a.stride(0), a.stride(0), a.stride(1)});
 }
 inline Tensor each_B(const Tensor& b, int64_t n) {
   const int64_t r = b.size(1) / n;
-  return as_stack(b, n, b.size(0), r, r * b.stride(1), b.stride(0), b.stride(1));
+  return strided(b, {n, b.size(0), r}, {r * b.stride(1), b.stride(0), b.stride(1)});
 }
 
 // A gradient [n, r, k] of all adapters as [n r, k].
@@ -202,7 +190,7 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> grouped_pass(const Tensor& dy, const Tensor& b, const Tensor& order, const Tensor& offsets,
                                                 const Tensor& h, bool need_u, bool need_B, bool need_bias) {
   const Tensor B = each_B(b, offsets.size(0) - 1);
-  const Tensor turned = as_stack(B, B.size(0), B.size(2), B.size(1), B.stride(0), B.stride(2), B.stride(1));
+  const Tensor turned = strided(B, {B.size(0), B.size(2), B.size(1)}, {B.stride(0), B.stride(2), B.stride(1)});
   return {need_u ? segment_project<Device>(dy, turned, order, offsets) : nothing(dy),
           need_B ? transposed(joined_rows(segment_outer<Device>(h, dy, order, offsets))) : nothing(dy),
           need_bias ? column_sum(dy, accumulate_type(dy)) : nothing(dy)};
@@ -246,9 +234,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_l
     dx = empty_rows(dy, a.size(1));
     const Tensor dx2 = flat("dx", dx);
     if (weight) mm_out<Device>(dx2, dy2, *weight);
-    else if (seed || grouped) fill_zero(dx2);
+    else if (seed || grouped) torch::stable::fill_(dx2, 0);
     if (grouped) {
-      const Tensor turned = as_stack(a, n, a.size(1), r, r * a.stride(0), a.stride(1), a.stride(0));
+      const Tensor turned = strided(a, {n, a.size(1), r}, {r * a.stride(0), a.stride(1), a.stride(0)});
       segment_lift_<Device>(dx2, u, turned, *order, *offsets);
     } else if (weight || seed) {
       lift<Device>(dx2, u, a, seed, p);

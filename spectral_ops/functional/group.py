@@ -14,7 +14,16 @@ from torch.autograd import Function
 
 from spectral_ops._library import accumulate_dtype, define_layer
 from spectral_ops.functional import checks
-from spectral_ops.functional.common import apply, apply_op, autocast_arguments, backward_pass, rows, shaped, through
+from spectral_ops.functional.common import (
+    apply,
+    apply_op,
+    autocast_arguments,
+    backward_pass,
+    rows,
+    shaped,
+    through,
+    wanted,
+)
 from spectral_ops.functional.lowrank import A_gradient, fused_forward, lowrank_backward_op
 
 __all__ = ["lowrank_linear_group"]
@@ -51,16 +60,9 @@ def _lead(dys):
 
 
 def _group_backward_fake(h, x, dys, weights, A, B, scales, needs):
-    def each(bit, shapes, parameters):
-        wanted = [need >> bit & 1 for need in needs]
-        return [
-            h.new_empty(shape if want else (0,), dtype=t.dtype if want else h.dtype)
-            for want, shape, t in zip(wanted, shapes, parameters, strict=True)
-        ]
-
     dx = h.new_empty((*_lead(dys), A[0].shape[1]) if any(need & 1 for need in needs) else (0,))
-    biases = [(W.shape[0],) for W in weights]
-    return dx, each(1, [a.shape for a in A], A), each(2, [b.shape for b in B], B), each(3, biases, [h] * len(A))
+    each = [wanted(h, need >> 1, a, b, W.shape[:1]) for need, a, b, W in zip(needs, A, B, weights, strict=True)]
+    return dx, *map(list, zip(*each, strict=True))
 
 
 @define_layer(

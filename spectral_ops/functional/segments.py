@@ -38,6 +38,7 @@ from spectral_ops.functional.common import (
     saved_hidden,
     shaped,
     tokens,
+    wanted,
 )
 from spectral_ops.functional.lowrank import A_gradient, fused_forward, lowrank_backward_op
 
@@ -253,15 +254,9 @@ def _kept(h, n, ids, keep):
 
 
 def _backward_fake(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p, need_x, need_bias, needs):
-    dx = dy.new_empty((*dy.shape[:-1], A[0].shape[1]) if need_x else (0,))
-    dA, dB = (
-        [
-            dy.new_empty(t.shape, dtype=t.dtype) if need >> bit & 1 else dy.new_empty(0)
-            for t, need in zip(factors, needs, strict=True)
-        ]
-        for bit, factors in enumerate((A, B))
-    )
-    return dx, dy.new_empty(dy.shape[-1] if need_bias else 0), dA, dB
+    dx, db = wanted(dy, need_x | need_bias << 1, (*dy.shape[:-1], A[0].shape[1]), dy.shape[-1:])
+    each = [wanted(dy, need, a, b) for need, a, b in zip(needs, A, B, strict=True)]
+    return dx, db, *map(list, zip(*each, strict=True))
 
 
 @define_layer(
@@ -279,10 +274,10 @@ def segmented_linear_backward_op(
     update's share. Grouped, a gradient is computed for every adapter if one needs it."""
     n, dy2, groups = len(A), rows(dy), None if order is None else (order, offsets)
     trained, lifted = ([s for s in range(n) if needs[s] >> bit & 1] for bit in (0, 1))
-    b, wanted = stack_B(B, scales, dy.dtype), (need_x or bool(trained), bool(lifted), need_bias)
+    b, asked = stack_B(B, scales, dy.dtype), (need_x or bool(trained), bool(lifted), need_bias)
     r = b.shape[1] // n
     h = saved_hidden(h, bool(lifted), dy2, r)
-    u, full_B, db = _grouped_pass(dy2, b, groups, h, *wanted) if groups else _stacked_pass(dy2, b, ids, n, h, *wanted)
+    u, full_B, db = _grouped_pass(dy2, b, groups, h, *asked) if groups else _stacked_pass(dy2, b, ids, n, h, *asked)
     dx = dy.new_empty(0)
     if need_x:
         a = stack_A(A, dy.dtype)
