@@ -55,7 +55,7 @@ sanitize: $(VENV)/.built ## every CPU operator on every instruction set under Ad
 	for isa in default avx2 avx512 avx512_bf16; do \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 SPECTRAL_OPS_CPU_ISA=$$isa \
-	  $(PY) tests/sanitized.py build/sanitize/spectral_ops/_C.abi3.so $(ARGS) || exit 1; \
+	  $(PY) tests/kernels/sanitized.py build/sanitize/spectral_ops/_C.abi3.so $(ARGS) || exit 1; \
 	done
 
 clean:

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import harness
 from spectral_ops import csr_sddmm, csr_spmm
-from spectral_ops.cli import peers
+from spectral_ops.bench import peers
 
 
 @pytest.mark.parametrize("dtype", harness.DTYPES)

@@ -11,7 +11,7 @@ import statistics
 import pytest
 import torch
 
-from spectral_ops.cli.timing import interleave
+from spectral_ops.bench.clock import interleave
 from spectral_ops.init import clear_svd_cache, truncated_svd
 
 PROJECTIONS = {

@@ -7,11 +7,11 @@ from torch import nn
 from benchmarks import harness
 from benchmarks.harness import D, K, T
 from spectral_ops.adapters import quantised
-from spectral_ops.cli import catalogue, results
-from spectral_ops.cli.counting import counted, peak_bytes, saved_bytes
-from spectral_ops.cli.layers import share, step
-from spectral_ops.cli.peers import Layer
-from spectral_ops.cli.timing import interleave
+from spectral_ops.bench import methods, results
+from spectral_ops.bench.clock import interleave
+from spectral_ops.bench.counting import counted, peak_bytes, saved_bytes
+from spectral_ops.bench.layers import share, step
+from spectral_ops.bench.peers import Layer
 
 FORMATS = ("float32", "nf4", "int8")  # torchao's tensors have no storage whose bytes could be told apart
 METHODS = ("lora", "pissa", "dora", "bone", "rosa", "pica", "spectral_rotation")
@@ -44,10 +44,10 @@ def constants(frozen: nn.Module, adapted, layer: nn.Module) -> list[torch.Tensor
 def test_step(benchmark, record, method, form):
     frozen, layer = base(form), base(form)
     held = sum(t.numel() * t.element_size() for t in stored(layer))
-    pattern = catalogue.even_pattern(D, K) if method == "rosa" and form == "float32" else None
-    adapted, parameters = catalogue.layer(method, layer, pattern)
+    pattern = methods.even_pattern(D, K) if method == "rosa" and form == "float32" else None
+    adapted, parameters = methods.layer(method, layer, pattern)
     if method == "rosa" and form != "float32":
-        mask = catalogue.even_pattern(D, K)
+        mask = methods.even_pattern(D, K)
         adapted.set_mask((mask.row_offsets, mask.col_indices))
     x, dy = torch.randn(T, K, requires_grad=True), torch.randn(T, D)
     layers = {"frozen": Layer(frozen, []), "spectral_ops": Layer(adapted, parameters)}

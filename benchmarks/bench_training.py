@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from spectral_ops.cli import models, training
-from spectral_ops.cli.peers import METHODS, OURS
+from spectral_ops.bench import models, training
+from spectral_ops.bench.peers import METHODS, OURS
 
 LENGTH, BLOCKS = 128, 2
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spectral_ops.cli.report import layers_table
+from spectral_ops.bench.tables import layers_table
 
 results = []
 

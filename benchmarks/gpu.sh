@@ -50,8 +50,8 @@ if [ -n "$dry" ]; then
   small=(--device cpu --dtype float32 bfloat16 --tokens 16 --shape 64 48 --repeats 2)
   step build 120 bash -c 'tool nvcc && nvcc -std=c++17 -arch=sm_90a -c csrc/cuda/blocksum.cu -o "$0"' "$logs/blocksum.o"
   step info 60 "$python" -m spectral_ops info
-  step test 300 bash -c '"$0" -m pytest tests/test_gpu.py -m gpu -q --collect-only -p no:cacheprovider &&
-    "$0" -m pytest tests/test_triton.py tests/test_triton_aot.py -q -k magnitude_grad -p no:cacheprovider' "$python"
+  step test 300 bash -c '"$0" -m pytest tests/kernels/test_gpu.py -m gpu -q --collect-only -p no:cacheprovider &&
+    "$0" -m pytest tests/kernels/test_triton.py tests/kernels/test_triton_aot.py -q -k magnitude_grad -p no:cacheprovider' "$python"
   step memcheck 120 "$python" -m spectral_ops check
   step racecheck 120 "$python" -m spectral_ops check --operators csr_sddmm lowrank_backward
   step tune 60 "$python" -m spectral_ops tune "${small[@]}"
@@ -70,7 +70,7 @@ else
   step info 20 "$python" -m spectral_ops info
   workers=() # thousands of small cases, most of them waiting for Triton's compiler: several processes share the GPU
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist worksteal)
-  step test 240 "$python" -m pytest tests/test_gpu.py -m gpu -q -p no:cacheprovider "${workers[@]}"
+  step test 240 "$python" -m pytest tests/kernels/test_gpu.py -m gpu -q -p no:cacheprovider "${workers[@]}"
   sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all)
   step memcheck 90 "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check
   step racecheck 60 "${sanitizer[@]}" --tool racecheck "$python" -m spectral_ops check --backends cuda --operators \

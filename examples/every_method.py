@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import spectral_ops
-from spectral_ops.cli import catalogue
-from spectral_ops.cli.results import commit
+from spectral_ops.bench import methods
+from spectral_ops.bench.results import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,7 +42,7 @@ RATES = {  # where a method's few or unscaled parameters ask for another
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=catalogue.METHODS, default=list(catalogue.METHODS))
+    parser.add_argument("--methods", nargs="+", choices=methods.METHODS, default=list(methods.METHODS))
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
@@ -67,7 +67,7 @@ def schedule(model, optimizer, config) -> None:
 
 def config_of(name: str, steps: int) -> spectral_ops.AdapterConfig:
     """The usual configuration, its schedule fitted to a short run."""
-    method = catalogue.METHODS[name]
+    method = methods.METHODS[name]
     fields = {"target_modules": PROJECTIONS}
     if method.config == "RoSAConfig":
         fields["schedule"] = f"wl{max(steps // 6, 1)}"
@@ -218,7 +218,7 @@ def main(argv=None) -> int:
             raise SystemExit(f"{path}: got {old['meta']['title']!r}, wanted {title!r} to keep its methods")
         kept = old["methods"]
     results = {r["method"]: r for r in [*kept, *run(options, console)]}
-    results = [results[name] for name in catalogue.METHODS if name in results]
+    results = [results[name] for name in methods.METHODS if name in results]
     console.print(table(results, title))
     meta = {"title": title, "commit": commit(), "torch": torch.__version__, "seconds": time.monotonic() - began}
     path.write_text(json.dumps({"meta": meta, "methods": results}, indent=1) + "\n")

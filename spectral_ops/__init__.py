@@ -1,6 +1,7 @@
 """Fused adapter operators for parameter-efficient fine-tuning. The README is the way in."""
 
 from spectral_ops import _loader, adapters, backends, functional
+from spectral_ops._version import __version__ as __version__
 from spectral_ops.adapters import *
 from spectral_ops.backends import BackendUnavailable, explain, use_backend
 from spectral_ops.functional import *
@@ -9,7 +10,7 @@ from spectral_ops.integrations import accelerate, restore
 _loader.load()
 backends.activate()
 
-__version__ = "0.1.0"
+
 __all__ = [
     *adapters.__all__,
     *functional.__all__,

@@ -1,5 +1,5 @@
 // What the CUDA kernels share: element types, 16-byte accesses, dropout words, warp matrix products, launching.
-// Everything a CPU lacks stands behind SPECTRAL_OPS_EMULATE, where tests/cuda_emulator supplies it; see there.
+// Everything a CPU lacks stands behind SPECTRAL_OPS_EMULATE, where tests/kernels/cuda_emulator supplies it; see there.
 #pragma once
 
 #ifdef SPECTRAL_OPS_EMULATE

@@ -16,8 +16,9 @@ from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters import quantised
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.tied import BufferDict, TiedDict
-from spectral_ops.functional import checks, lowrank, lowrank_update
-from spectral_ops.functional.common import autocast_arguments
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import autocast_arguments
+from spectral_ops.functional import lowrank, lowrank_update
 
 # --- base layers -----------------------------------------------------------------------------------------------------
 

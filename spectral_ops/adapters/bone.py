@@ -12,7 +12,8 @@ from torch import nn
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.functional import blocksum, bone_update, checks
+from spectral_ops.core import checks
+from spectral_ops.functional import blocksum, bone_update
 
 
 @dataclass

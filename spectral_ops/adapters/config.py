@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from spectral_ops.functional import checks
+from spectral_ops.core import checks
 
 
 @dataclass

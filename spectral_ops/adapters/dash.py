@@ -18,7 +18,8 @@ from torch import nn
 from spectral_ops.adapters import launches
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.adapters.lowrank import LowRankLinear
-from spectral_ops.functional import checks, task_direction_scores
+from spectral_ops.core import checks
+from spectral_ops.functional import task_direction_scores
 from spectral_ops.init import truncated_svd
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
+from spectral_ops._version import __version__
 from spectral_ops.adapters.base import AdapterLinear, linear_size
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.copies import TrainedCopy
@@ -76,7 +77,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True):
         fields["fan_in_fan_out"] = True
     fields["inference_mode"] = True
     fields["base_model_name_or_path"] = getattr(getattr(root, "config", None), "_name_or_path", None) or None
-    note = {"format": FORMAT, "version": _version(), "method": type(next(iter(layers.values()))).__name__}
+    note = {"format": FORMAT, "version": __version__, "method": type(next(iter(layers.values()))).__name__}
     note["base"] = {path: sample for path, layer in layers.items() if (sample := _sample(layer))}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,12 +85,6 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True):
     metadata = {"format": "pt", "spectral_ops": json.dumps(note)}
     _write(directory / WEIGHTS, lambda path: safetensors.torch.save_file(contiguous, path, metadata=metadata))
     _write(directory / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2, sort_keys=True)))
-
-
-def _version() -> str:
-    from spectral_ops import __version__
-
-    return __version__
 
 
 def _biases(root: nn.Module, config: AdapterConfig, chosen) -> dict[str, torch.Tensor]:

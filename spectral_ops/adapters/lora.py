@@ -18,11 +18,8 @@ from torch import nn
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear, why_not_dense
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.functional import (
-    checks,
-    segmented_lowrank_linear,
-    segmented_lowrank_update,
-)
+from spectral_ops.core import checks
+from spectral_ops.functional import segmented_lowrank_linear, segmented_lowrank_update
 from spectral_ops.init import svd
 
 

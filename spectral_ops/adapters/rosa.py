@@ -18,19 +18,10 @@ from torch import nn
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import why_not_dense
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear, match_pattern
-from spectral_ops.functional import (
-    CSR,
-    checks,
-    csr_add,
-    lowrank,
-    lowrank_update,
-    residents,
-    rosa_update,
-    routes,
-    steps,
-)
+from spectral_ops.core import checks, steps
+from spectral_ops.core.autograd import autocast_arguments
+from spectral_ops.functional import CSR, csr_add, lowrank, lowrank_update, residents, rosa_routes, rosa_update
 from spectral_ops.functional import csr as rosa
-from spectral_ops.functional.common import autocast_arguments
 
 RESIDENT = "_spectral_ops_resident"  # of a base layer whose weight may hold W + S: what a compiler can see of it
 ACCUMULATION = ("mean_squared", "mean")
@@ -83,8 +74,8 @@ class RoSAConfig(LoRAConfig):
             self.wrong("schedule", self.schedule, SCHEDULES)
         if self.grad_acc_mode not in ACCUMULATION:
             self.wrong("grad_acc_mode", self.grad_acc_mode, f"one of {', '.join(map(repr, ACCUMULATION))}")
-        if self.route not in ("auto", *routes.ROUTES):
-            self.wrong("route", self.route, f"one of {', '.join(map(repr, ('auto', *routes.ROUTES)))}")
+        if self.route not in ("auto", *rosa_routes.ROUTES):
+            self.wrong("route", self.route, f"one of {', '.join(map(repr, ('auto', *rosa_routes.ROUTES)))}")
         checks.integer(self._field("spa_num_grads"), self.spa_num_grads, 1, None, "batches")
         if self.mask_load_path and (self.mask_save_path or self.terminate_after_mask_generation):
             self.wrong("mask_load_path", self.mask_load_path, "None where a mask is to be generated")
@@ -280,11 +271,11 @@ class RoSALinear(LoRALinear):
             return route
         T, step = x.numel() // max(x.shape[-1], 1), steps.current()
         if casts or not self.may_reside(name):
-            return routes.forward_route(T, *csr.shape, csr.nnz, x.device.type, x.dtype)
+            return rosa_routes.forward_route(T, *csr.shape, csr.nnz, x.device.type, x.dtype)
         graph = self.training or torch.is_grad_enabled()
         if graph and self._chosen is not None and self._chosen[0] == step:
             return self._chosen[1]  # a weight saved by one route must not be written by another before its backward
-        route = routes.forward_route(T, *csr.shape, csr.nnz, x.device.type, x.dtype, resident=True)
+        route = rosa_routes.forward_route(T, *csr.shape, csr.nnz, x.device.type, x.dtype, resident=True)
         if graph:
             steps.watch()
             self._chosen = (step, route)

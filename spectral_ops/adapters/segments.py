@@ -14,7 +14,7 @@ from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.lora import LoRALinear
 from spectral_ops.adapters.model import adapter_configs, adapter_layers, units, unwrap
-from spectral_ops.functional import checks
+from spectral_ops.core import checks
 
 BASE = "__base__"  # PEFT's name for no adapter
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the function that checkpoints a block

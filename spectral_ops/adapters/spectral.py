@@ -27,7 +27,8 @@ from torch import nn
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.functional import cayley, checks
+from spectral_ops.core import checks
+from spectral_ops.functional import cayley
 from spectral_ops.init import truncated_svd
 
 

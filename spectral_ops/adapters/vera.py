@@ -13,7 +13,7 @@ from torch import nn
 
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.lowrank import LowRankLinear
-from spectral_ops.functional import checks
+from spectral_ops.core import checks
 
 
 @dataclass

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from spectral_ops.cli import growth, layers, operators, overhead, predict, results, review, training
-from spectral_ops.cli.peers import METHODS, USUAL, missing
-from spectral_ops.cli.report import report
-from spectral_ops.cli.shapes import BLOCKS, DTYPES, sizes
-from spectral_ops.cli.timing import measure_ceilings
+from spectral_ops.bench import growth, layers, operators, overhead, results, training
+from spectral_ops.bench.clock import measure_ceilings
+from spectral_ops.bench.peers import METHODS, USUAL, missing
+from spectral_ops.bench.shapes import BLOCKS, DTYPES, sizes
+from spectral_ops.bench.tables import report
+from spectral_ops.cli import predict, review
 
 Job = tuple[str, Callable[[], None]]  # what it measures, and what adds that to the results
 

@@ -8,9 +8,9 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectral_ops import _library, backends
-from spectral_ops.cli.cases import arguments
+from spectral_ops._table import table
+from spectral_ops.bench.samples import arguments
 from spectral_ops.cli.info import devices
-from spectral_ops.cli.table import table
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # relative error ‖out - ref‖ / ‖ref‖ allowed: a few roundings of the dtype

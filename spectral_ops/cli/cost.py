@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from spectral_ops.cli import catalogue
-from spectral_ops.cli.counting import Counts, counted, saved_bytes
-from spectral_ops.cli.shapes import DTYPES
-from spectral_ops.cli.table import table
+from spectral_ops._table import table
+from spectral_ops.bench import methods
+from spectral_ops.bench.counting import Counts, counted, saved_bytes
+from spectral_ops.bench.shapes import DTYPES
 
 # dense bf16 FLOP/s and bytes/s that large products and copies reach, below the data sheet's peaks; none was measured
 CEILINGS = {"sm_80": (2.6e14, 1.7e12), "sm_90": (7.9e14, 3.0e12), "sm_100": (1.6e15, 7.0e12)}
@@ -51,13 +51,13 @@ class Cost:
 
 def cost(name: str | None, tokens: int, d: int, k: int, dtype: torch.dtype, **fields) -> Cost:
     """The cost of method ``name`` (None: the frozen layer) over a bias-free layer [d, k]; ``fields`` of its config."""
-    pattern = catalogue.even_pattern(d, k) if name == "rosa" else None
+    pattern = methods.even_pattern(d, k) if name == "rosa" else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         linear = nn.Linear(k, d, bias=False, dtype=dtype).requires_grad_(False)
         x = torch.empty(tokens, k, dtype=dtype, requires_grad=True)
         forward, parameters = (lambda x: F.linear(x, linear.weight)), []
         if name is not None:
-            forward, parameters = catalogue.layer(name, linear, pattern, **fields)
+            forward, parameters = methods.layer(name, linear, pattern, **fields)
         constants = [linear.weight, *parameters]
         if isinstance(forward, nn.Module):
             constants += [*forward.parameters(), *forward.buffers()]
@@ -116,7 +116,7 @@ def write_docs(directory: Path, write: bool = True) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", nargs="+", choices=catalogue.METHODS, default=list(catalogue.METHODS))
+    parser.add_argument("--methods", nargs="+", choices=methods.METHODS, default=list(methods.METHODS))
     parser.add_argument("--tokens", type=int, default=DOCS["tokens"])
     parser.add_argument("--shape", type=int, nargs=2, default=[DOCS["d"], DOCS["k"]], metavar=("OUT", "IN"))
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

@@ -10,7 +10,7 @@ import torch
 
 import spectral_ops
 from spectral_ops import _library, _loader, backends, tuning
-from spectral_ops.cli.table import table
+from spectral_ops._table import table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
+from spectral_ops._table import table
+from spectral_ops.bench.shapes import BLOCKS
 from spectral_ops.cli.cost import CEILINGS, cost
-from spectral_ops.cli.shapes import BLOCKS
-from spectral_ops.cli.table import table
 
 METHODS = ("lora", "dora", "bone", "bat", "bat_row", "rosa")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from spectral_ops.cli import compare, pictures, readme
-from spectral_ops.cli.results import Results, read
+from benchmarks import publish
+from spectral_ops.bench import compare, pictures
+from spectral_ops.bench.results import Results, read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +41,10 @@ def run(arguments: argparse.Namespace) -> int | None:
     if arguments.readme:
         table = read(arguments.readme)
         if arguments.write:
-            readme.write(table, arguments.write)
+            publish.write(table, arguments.write)
             print(f"results of {arguments.readme} written to {arguments.write}")
         else:
-            print(readme.render(table))
+            print(publish.render(table))
     if arguments.draw:
         draw(read(arguments.draw), arguments.png)
     if arguments.compare:

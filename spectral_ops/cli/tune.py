@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 
 from spectral_ops import _files, _library, backends, tuning
-from spectral_ops.cli import candidates
-from spectral_ops.cli.shapes import DTYPES
-from spectral_ops.cli.table import table
-from spectral_ops.cli.timing import timer
-from spectral_ops.functional import routes
+from spectral_ops._table import table
+from spectral_ops.bench import candidates
+from spectral_ops.bench.clock import timer
+from spectral_ops.bench.shapes import DTYPES
+from spectral_ops.functional import rosa_routes
 from spectral_ops.functional.csr import (
     CSR,
     csr_gather_op,
@@ -65,7 +65,7 @@ class Problem:
         times = [self.clock(call) for _ in range(self.repeats + 2)]
         return statistics.median(times[2:])
 
-    def rates(self) -> routes.Rates:
+    def rates(self) -> rosa_routes.Rates:
         T, d, k = self.T, self.d, self.k
         few, many = self.masks[DENSITIES[0]], self.masks[DENSITIES[2]]
         low, high = self.sparse(few), self.sparse(many)
@@ -76,7 +76,7 @@ class Problem:
         gather = self.seconds(lambda: csr_gather_op(taken, copy, pattern.row_offsets, pattern.columns))
         scatter = self.seconds(lambda: csr_scatter_op(copy, taken, pattern.row_offsets, pattern.columns, False))
         chosen = torch.arange(0, k, 2, device=self.x.device)
-        return routes.Rates(
+        return rosa_routes.Rates(
             product=2 * T * d * k / self.seconds(lambda: F.linear(self.x, self.W)),
             sparse=sparse,
             slab=slab,
@@ -97,7 +97,7 @@ class Problem:
         p, out = csr.pattern, torch.zeros_like(self.dy)
         found = {
             route: self.seconds(lambda route=route: values_gradient(self.dy, self.x, p, route))
-            for route in routes.GRADIENT_ROUTES
+            for route in rosa_routes.GRADIENT_ROUTES
         }
         dx = torch.zeros_like(self.x)
         forward = self.seconds(lambda: csr_spmm_op(out, self.x, csr.values, p.row_offsets, p.columns, None))
@@ -114,15 +114,15 @@ class Problem:
         return found
 
 
-def compare(problem: Problem, rates: routes.Rates) -> list[list[str]]:
+def compare(problem: Problem, rates: rosa_routes.Rates) -> list[list[str]]:
     """A line per density and route: predicted and measured milliseconds, and which of its kind was fastest."""
     lines = []
     for density, csr in problem.masks.items():
         sizes = (problem.T, problem.d, problem.k, csr.nnz)
         active = (csr.pattern.active_rows.numel(), csr.pattern.active_columns.numel())
-        predicted = routes.gradient_costs(*sizes, *active, rates) | routes.forward_costs(*sizes, rates)
+        predicted = rosa_routes.gradient_costs(*sizes, *active, rates) | rosa_routes.forward_costs(*sizes, rates)
         measured = problem.measured(csr)
-        for kind in (routes.GRADIENT_ROUTES, ("spmm", "scatter")):
+        for kind in (rosa_routes.GRADIENT_ROUTES, ("spmm", "scatter")):
             chosen, best = min(kind, key=predicted.get), min(kind, key=measured.get)
             for route in kind:
                 note = ("chosen " if route == chosen else "") + ("fastest" if route == best else "")
@@ -141,7 +141,7 @@ def rates(arguments: argparse.Namespace, device: torch.device) -> None:
         print(f"{device} {dtype}: " + ", ".join(f"{name} {value:.2g}" for name, value in found[dtype].items()))
         print(table(["density", "route", "predicted ms", "measured ms", ""], compare(problem, measured)) + "\n")
     if arguments.write:
-        path = Path(routes.__file__).parent / "rates.json"
+        path = Path(rosa_routes.__file__).parent / "rates.json"
         kept = json.loads(path.read_text())
         entry = kept.get(device.type, {"rates": {}})
         kept[device.type] = {"source": candidates.source(device), "rates": entry["rates"] | found}

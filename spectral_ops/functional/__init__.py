@@ -1,6 +1,7 @@
 """Fused operators: one file per operator, each with its schema, reference, autograd function and public functions."""
 
 from spectral_ops._library import FUNCTIONS
+from spectral_ops.core.scratch import scratch
 from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
 from spectral_ops.functional.cayley import cayley
@@ -12,8 +13,7 @@ from spectral_ops.functional.importance import adalora_importance, adalora_prune
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
 from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_logprobs
-from spectral_ops.functional.resident import residents
-from spectral_ops.functional.scratch import scratch
+from spectral_ops.functional.rosa_resident import residents
 from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
 
 __all__ = [

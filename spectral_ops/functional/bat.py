@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
-from spectral_ops.functional import checks
-from spectral_ops.functional.blocksum import block_sum_op, block_tile_op
-from spectral_ops.functional.common import (
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import (
     apply,
     apply_op,
     autocast_arguments,
@@ -36,7 +35,8 @@ from spectral_ops.functional.common import (
     through,
     wanted,
 )
-from spectral_ops.functional.scratch import scratch
+from spectral_ops.core.scratch import scratch
+from spectral_ops.functional.blocksum import block_sum_op, block_tile_op
 
 __all__ = ["bat_linear", "bat_weight"]
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
-from spectral_ops.functional import checks, dropout, random
-from spectral_ops.functional.common import (
+from spectral_ops.core import checks, philox
+from spectral_ops.core.autograd import (
     apply,
     apply_op,
     autocast_arguments,
@@ -36,6 +36,7 @@ from spectral_ops.functional.common import (
     tokens,
     wanted,
 )
+from spectral_ops.functional import dropout
 
 __all__ = ["block_sum", "bone_linear", "bone_update", "disha_linear"]
 
@@ -66,7 +67,7 @@ def _block_sum_cost(x, r, offsets, seed, p):
 def block_sum_op(x, r, offsets, seed, p):
     """h [T, r] in x's dtype from x [T, k]: sums of drop(x) over each shard, accumulated in at least float32."""
     acc = accumulate_dtype(x.dtype)
-    xd = (x if seed is None else random.dropout(x, seed, p)).to(acc)
+    xd = (x if seed is None else philox.dropout(x, seed, p)).to(acc)
     h = xd.new_zeros(x.shape[0], r)
     return h.index_add_(1, shard_index(x.shape[1], r, offsets, x.device), xd).to(x.dtype)
 
@@ -89,7 +90,7 @@ def block_tile_op(out, s, offsets, seed, p, accumulate):
     """out [T, n] gets (or is increased by) mask * s[:, shard(i)], s [T, r]; the transpose of block_sum."""
     tiled = s[:, shard_index(out.shape[1], s.shape[1], offsets, out.device)]
     if seed is not None:
-        tiled = random.dropout(tiled, seed, p)
+        tiled = philox.dropout(tiled, seed, p)
     if accumulate:
         out.copy_(out.to(accumulate_dtype(out.dtype)) + tiled)
     else:

@@ -18,8 +18,8 @@ import torch
 from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
-from spectral_ops.functional import checks
-from spectral_ops.functional.common import apply, backward_pass
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import apply, backward_pass
 
 __all__ = ["cayley"]
 

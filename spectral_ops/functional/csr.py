@@ -6,7 +6,7 @@
 Three routes carry S: *spmm* multiplies by it beside W, unrounded; *scatter* adds it to a copy of W in a shared buffer;
 *resident* writes it into W itself (see resident.py). Three give its gradient: *sampled* computes only the products at
 the pattern; *dense* takes them out of tiles of dyᵀx; *compact* does so among the rows and columns that hold any.
-routes.py chooses. Saved for backward: x, and h [T, r].
+rosa_routes.py chooses. Saved for backward: x, and h [T, r].
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
-from spectral_ops.functional import checks, dropout, routes
-from spectral_ops.functional.common import (
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import (
     apply,
     apply_op,
     autocast_arguments,
@@ -36,10 +36,11 @@ from spectral_ops.functional.common import (
     tokens,
     wanted,
 )
+from spectral_ops.core.scratch import scratch
+from spectral_ops.functional import dropout, rosa_routes
+from spectral_ops.functional.csr_matrix import CSR, Pattern
 from spectral_ops.functional.lowrank import A_gradient, lowrank_backward_op
-from spectral_ops.functional.resident import Claim, residents
-from spectral_ops.functional.scratch import scratch
-from spectral_ops.functional.sparse import CSR, Pattern
+from spectral_ops.functional.rosa_resident import Claim, residents
 
 __all__ = ["CSR", "csr_add", "csr_sddmm", "csr_spmm", "rosa_linear", "rosa_update"]
 
@@ -137,9 +138,9 @@ def csr_sddmm_op(dy, x, row_offsets, columns):
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
-# Routes are numbered as in routes.ROUTES and routes.GRADIENT_ROUTES, which csrc/layers/csr.h repeats.
+# Routes are numbered as in rosa_routes.ROUTES and rosa_routes.GRADIENT_ROUTES, which csrc/layers/csr.h repeats.
 
-SCATTER, SPMM = (routes.ROUTES.index(name) for name in ("scatter", "spmm"))
+SCATTER, SPMM = (rosa_routes.ROUTES.index(name) for name in ("scatter", "spmm"))
 _PIECES = (
     "csr_spmm_", "csr_scatter_", "csr_sddmm", "csr_gather_", "lowrank_backward", "dropout_project",
     "dropout_outer", "dropout_lift_",
@@ -257,7 +258,7 @@ def rosa_linear_backward_op(
             row_offsets, columns, column_offsets, entry_rows, permutation, active_rows, active_columns,
             compact_offsets, compact_columns,
         )  # fmt: skip
-        dS = values_gradient(dy2, rows(x), pattern, routes.GRADIENT_ROUTES[gradient_route]).to(values.dtype)
+        dS = values_gradient(dy2, rows(x), pattern, rosa_routes.GRADIENT_ROUTES[gradient_route]).to(values.dtype)
     if need_x:
         dx = dx.reshape(*dy.shape[:-1], dx.shape[1])
     return fresh(dy, needs, dx, dS, dA, dB, db)
@@ -317,12 +318,12 @@ def _gradients(ctx, dy, x, weight, values, A, B, h, seed, needs):
     if route == "auto" and needs & 2:
         T, d, k, nnz = math.prod(dy.shape[:-1]), dy.shape[-1], x.shape[-1], pattern.columns.numel()
         active = (pattern.active_rows.numel(), pattern.active_columns.numel())
-        route = routes.gradient_route(T, d, k, nnz, *active, dy.device.type, dy.dtype)
+        route = rosa_routes.gradient_route(T, d, k, nnz, *active, dy.device.type, dy.dtype)
     transposed = pattern[2:5] if needs & 1 and ctx.route == SPMM else (None,) * 3
     compact = pattern[5:] if needs & 2 and route == "compact" else (None,) * 4
     return rosa_linear_backward_op(
         dy, x, weight, values, pattern.row_offsets, pattern.columns, *transposed, *compact, A, B, h, seed, ctx.scale,
-        ctx.p, ctx.route, routes.GRADIENT_ROUTES.index(route) if needs & 2 else 0, needs,
+        ctx.p, ctx.route, rosa_routes.GRADIENT_ROUTES.index(route) if needs & 2 else 0, needs,
     )  # fmt: skip
 
 
@@ -444,7 +445,7 @@ def linear(x, weight, values, pattern, A, B, bias, scale, p, route, gradient_rou
     if route == "resident" and torch._C._len_torch_dispatch_stack():  # see resident.py
         residents.restore(weight)
         route = "scatter"
-    claim, route = Claim() if route == "resident" else None, routes.ROUTES.index(route)
+    claim, route = Claim() if route == "resident" else None, rosa_routes.ROUTES.index(route)
     if torch.is_grad_enabled():
         return apply(
             RosaFunction, x, x, weight, values, A, B, bias, seed, scale, p, pattern, route, gradient_route, claim
@@ -501,7 +502,7 @@ def csr_spmm(x, csr, *, gradient_route="auto"):
     if x.dim() < 1:
         raise ValueError(f"x: got {checks.describe(x)}, wanted at least one dimension [..., k]")
     pattern = _check_csr("csr", csr, x, "x", None, x.shape[-1])
-    _check_choice("gradient_route", gradient_route, routes.GRADIENT_ROUTES)
+    _check_choice("gradient_route", gradient_route, rosa_routes.GRADIENT_ROUTES)
     return apply(SparseFunction, x, None, x, csr.ordered(csr.values), pattern, gradient_route, False)
 
 
@@ -532,7 +533,7 @@ def _check_adapters(x, out_features, lora_A, lora_B, scale, dropout_p, gradient_
         checks.low_rank(x, out_features, lora_A, lora_B)
     checks.number("scale", scale)
     checks.probability("dropout_p", dropout_p)
-    _check_choice("gradient_route", gradient_route, routes.GRADIENT_ROUTES)
+    _check_choice("gradient_route", gradient_route, rosa_routes.GRADIENT_ROUTES)
 
 
 def rosa_linear(
@@ -551,7 +552,7 @@ def rosa_linear(
             buffer, rounded to W's dtype (which in bf16 takes 3 to 30 % of a small change). "resident": W itself holds
             W + S, also after this call, until ``residents.restore(weight)``; read resident.py first. "auto" chooses
             between the first two by cost.
-        gradient_route: how dS is computed: "sampled", "dense", "compact" or "auto"; see routes.py.
+        gradient_route: how dS is computed: "sampled", "dense", "compact" or "auto"; see rosa_routes.py.
 
     Returns y [..., d] in x's dtype. Saves x and h [T, r]. Raises TypeError/ValueError/IndexError naming the
     argument. METHODS 1.5; RoSA, arXiv:2401.04679.
@@ -562,13 +563,13 @@ def rosa_linear(
     checks.same_dtype("x", x, weight=weight, bias=bias)
     pattern = _check_csr("csr", csr, x, "x", *weight.shape)
     _check_adapters(x, weight.shape[0], lora_A, lora_B, scale, dropout_p, gradient_route)
-    _check_choice("route", route, routes.ROUTES)
+    _check_choice("route", route, rosa_routes.ROUTES)
     if route == "resident" and weight is not W and residents.holds(W):  # it was cast, and with it what W holds
         residents.restore(W)
         weight = W.to(weight.dtype)
     if route == "auto":
         T = x.numel() // max(x.shape[-1], 1)
-        route = routes.forward_route(T, *weight.shape, csr.nnz, x.device.type, x.dtype)
+        route = rosa_routes.forward_route(T, *weight.shape, csr.nnz, x.device.type, x.dtype)
     p = dropout_p if training and lora_A is not None else 0.0
     values = csr.ordered(csr.values)
     return linear(x, weight, values, pattern, lora_A, lora_B, bias, float(scale), p, route, gradient_route)
@@ -583,5 +584,5 @@ def rosa_update(base_out, x, csr, *, gradient_route="auto"):
     checks.base(base_out, x)
     x = x.to(base_out.dtype)
     pattern = _check_csr("csr", csr, x, "x", base_out.shape[-1], x.shape[-1])
-    _check_choice("gradient_route", gradient_route, routes.GRADIENT_ROUTES)
+    _check_choice("gradient_route", gradient_route, rosa_routes.GRADIENT_ROUTES)
     return update(base_out, x, csr.ordered(csr.values), pattern, gradient_route)

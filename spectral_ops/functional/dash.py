@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.functional import checks
+from spectral_ops.core import checks
 
 __all__ = ["task_direction_scores"]
 

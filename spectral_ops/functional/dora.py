@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
-from spectral_ops.functional import checks, dropout
-from spectral_ops.functional.common import (
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import (
     apply,
     apply_op,
     autocast_arguments,
@@ -35,6 +35,7 @@ from spectral_ops.functional.common import (
     tokens,
     wanted,
 )
+from spectral_ops.functional import dropout
 from spectral_ops.functional.lowrank import (
     A_gradient,
     base_input_gradient,

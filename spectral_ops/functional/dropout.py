@@ -2,7 +2,7 @@
 
     h  = drop(x) Aᵀ        dA = uᵀ drop(x)        dx += mask * (u A)
 
-The mask belongs to x [T, k]; no [T, k] copy of drop(x) is made. :mod:`spectral_ops.functional.random` defines it.
+The mask belongs to x [T, k]; no [T, k] copy of drop(x) is made. :mod:`spectral_ops.core.philox` defines it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
-from spectral_ops.functional import random
-from spectral_ops.functional.common import tokens
+from spectral_ops.core import philox
+from spectral_ops.core.autograd import tokens
 
 
 def _project_cost(x, A, seed, p):
@@ -27,7 +27,7 @@ def _project_cost(x, A, seed, p):
 def dropout_project_op(x, A, seed, p):
     """h [T, r] = drop(x) Aᵀ in x's dtype, for x [T, k] and A [r, k] of one dtype."""
     acc = accumulate_dtype(x.dtype)
-    return (random.dropout(x.to(acc), seed, p) @ A.to(acc).t()).to(x.dtype)
+    return (philox.dropout(x.to(acc), seed, p) @ A.to(acc).t()).to(x.dtype)
 
 
 def _outer_cost(u, x, seed, p):
@@ -44,7 +44,7 @@ def _outer_cost(u, x, seed, p):
 def dropout_outer_op(u, x, seed, p):
     """dA [r, k] = uᵀ drop(x) in float32 (float64 for float64), for u [T, r] and x [T, k] of one dtype."""
     acc = accumulate_dtype(x.dtype)
-    return u.to(acc).t() @ random.dropout(x.to(acc), seed, p)
+    return u.to(acc).t() @ philox.dropout(x.to(acc), seed, p)
 
 
 def _lift_cost(out, u, A, seed, p):
@@ -60,7 +60,7 @@ def _lift_cost(out, u, A, seed, p):
 def dropout_lift_op(out, u, A, seed, p):
     """out [T, k] += drop(u A), for u [T, r] and A [r, k] of out's dtype."""
     acc = accumulate_dtype(out.dtype)
-    out.copy_(out.to(acc) + random.dropout(u.to(acc) @ A.to(acc), seed, p))
+    out.copy_(out.to(acc) + philox.dropout(u.to(acc) @ A.to(acc), seed, p))
 
 
 @define(
@@ -71,7 +71,7 @@ def dropout_lift_op(out, u, A, seed, p):
 )
 def seeded_dropout_op(x, seed, p):
     """drop(x) [T, k], contiguous: for the one method (DoRA) whose base product reads drop(x) itself."""
-    return random.dropout(x.to(accumulate_dtype(x.dtype)), seed, p).to(x.dtype).contiguous()
+    return philox.dropout(x.to(accumulate_dtype(x.dtype)), seed, p).to(x.dtype).contiguous()
 
 
 def dropped(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch.autograd import Function
 
 from spectral_ops._library import accumulate_dtype, define_layer
-from spectral_ops.functional import checks
-from spectral_ops.functional.common import (
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import (
     apply,
     apply_op,
     autocast_arguments,

@@ -20,8 +20,8 @@ from torch.autograd import Function
 
 from spectral_ops import _library
 from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
-from spectral_ops.functional import checks, dropout
-from spectral_ops.functional.common import (
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import (
     apply,
     apply_op,
     autocast_arguments,
@@ -38,6 +38,7 @@ from spectral_ops.functional.common import (
     tokens,
     wanted,
 )
+from spectral_ops.functional import dropout
 
 __all__ = ["lowrank_linear", "lowrank_update"]
 

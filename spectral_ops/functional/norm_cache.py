@@ -13,7 +13,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.functional import steps
+from spectral_ops.core import steps
 from spectral_ops.functional.dora import column_norm_cached_op, column_norm_op
 
 _compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack

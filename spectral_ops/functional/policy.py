@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
-from spectral_ops.functional import checks
-from spectral_ops.functional.common import apply, autocast_arguments, backward_pass, mm, rows
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import apply, autocast_arguments, backward_pass, mm, rows
 
 __all__ = ["kl_to_anchor", "preference_loss", "token_logprobs"]
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
-from spectral_ops.functional import checks, dropout
-from spectral_ops.functional.common import (
+from spectral_ops.core import checks
+from spectral_ops.core.autograd import (
     apply,
     apply_op,
     autocast_arguments,
@@ -40,6 +40,7 @@ from spectral_ops.functional.common import (
     tokens,
     wanted,
 )
+from spectral_ops.functional import dropout
 from spectral_ops.functional.lowrank import A_gradient, fused_forward, lowrank_backward_op
 
 __all__ = ["segmented_lowrank_linear", "segmented_lowrank_update"]

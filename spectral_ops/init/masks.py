@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spectral_ops.functional import checks
+from spectral_ops.core import checks
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.functional import checks
+from spectral_ops.core import checks
 from spectral_ops.init import svd_cache
 
 MODES = ("max", "min", "mid", "random")

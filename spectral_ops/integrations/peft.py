@@ -24,8 +24,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch._subclasses import FakeTensor
 
+from spectral_ops.core.autograd import autocast_arguments
 from spectral_ops.functional import bat, blocksum, column_norm, dora, dora_update, lowrank
-from spectral_ops.functional.common import autocast_arguments
 from spectral_ops.integrations.peft_adalora import SVD, FusedAdaLoraModel, adalora_plan
 from spectral_ops.integrations.peft_plan import (
     Base,

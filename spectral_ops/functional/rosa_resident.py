@@ -1,0 +1,181 @@
+"""RoSA's resident route: W itself holds round(W + S), and the originals of those entries are kept (METHODS 1.5).
+
+No product reads S, and no copy of W is made. The price: between calls W is not the base weight. So every user asks for
+the content it needs right before it reads W, and nobody relies on what the last one left there:
+
+* a forward or backward *claims* W: its own delta is written unless it is still there, another's is taken out first;
+* :meth:`Residents.restore` puts the kept originals back, bit for bit, never by subtraction: when adapters are disabled,
+  merged, saved, detached or copied, and when a product raises;
+* a backward whose values an optimizer has changed since raises, as autograd does for a changed saved tensor.
+
+Whoever reads W without asking sees W + S; so this route is for weights that only one adapter layer reads, on one
+stream, and not for sharded ones. Under a dispatch mode the scatter route stands in for it, with the same numbers: what
+the mode keeps of a call must not depend on what W held. No mode sees W written either: selective checkpointing skips
+operators whose results it has kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from spectral_ops._library import OPERATORS, accumulate_dtype
+from spectral_ops.core import steps
+from spectral_ops.functional.csr_matrix import Pattern
+
+
+class Claim:
+    """One forward's delta, for itself and its backward."""
+
+    def __init__(self) -> None:
+        steps.watch()
+        self.step: int | None = None  # the optimizer step its delta was first written in
+
+
+@dataclass
+class Resident:
+    """What is in one weight: whose delta, and the entries that it replaced."""
+
+    base: weakref.ref  # the tensor that owns the memory
+    view: tuple  # how the weight [d, k] lies in it: size, stride, offset
+    pattern: Pattern
+    originals: torch.Tensor  # [nnz], in the weight's dtype
+    stream: int | None
+    claim: Claim | None = field(default=None)
+
+    def weight(self) -> torch.Tensor | None:
+        """The weight [d, k]; None where nobody has it any more."""
+        base = self.base()
+        return None if base is None else base.detach().as_strided(*self.view)
+
+    def write(self, out: torch.Tensor, values: torch.Tensor) -> None:
+        """values [nnz] into ``out`` at the pattern."""
+        OPERATORS["csr_scatter_"](out, values, self.pattern.row_offsets, self.pattern.columns, False)
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Without autograd, and below every dispatch mode."""
+    guard = torch._C._DisableTorchDispatch()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        del guard
+
+
+def _stream(weight: torch.Tensor) -> int | None:
+    return torch.cuda.current_stream(weight.device).cuda_stream if weight.is_cuda else None
+
+
+def _view(weight: torch.Tensor) -> tuple:
+    return weight.size(), weight.stride(), weight.storage_offset()
+
+
+def _owner(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight._base is None else weight._base
+
+
+class Residents:
+    """Every weight of the process that holds somebody's delta, by its memory: tied weights are one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._by_memory: dict[tuple, Resident] = {}
+
+    @staticmethod
+    def _memory(weight: torch.Tensor) -> tuple:
+        return weight.device, weight.untyped_storage().data_ptr()
+
+    def _find(self, weight: torch.Tensor) -> Resident | None:
+        key = self._memory(weight)
+        resident = self._by_memory.get(key)
+        base = None if resident is None else resident.base()
+        if resident is not None and (base is None or self._memory(base) != key):
+            del self._by_memory[key]  # freed or moved: the weight at that address is another
+            return None
+        return resident
+
+    def _freed(self, key: tuple, base: weakref.ref) -> None:
+        resident = self._by_memory.get(key)
+        if resident is not None and resident.base is base:
+            del self._by_memory[key]
+
+    @contextmanager
+    def holding(self, weight: torch.Tensor, values: torch.Tensor, pattern: Pattern, claim: Claim) -> Iterator[None]:
+        """``weight`` [d, k] holds round(W + S) for whatever is enqueued inside the block, and after it until another
+        claim or a restore; W again if the block raises."""
+        with self._lock:
+            try:
+                with _unseen():
+                    self._claim(weight, values, pattern, claim)
+                yield
+            except BaseException:
+                self.restore(weight)
+                raise
+
+    def _claim(self, weight, values, pattern, claim):
+        resident = self._find(weight)
+        if resident is not None and resident.claim is claim:
+            return
+        if claim.step is not None and claim.step != steps.current():
+            raise RuntimeError(
+                "values: got a backward after an optimizer step that followed its forward, wanted the values of that"
+                ' forward (route="resident" cannot bring them back)'
+            )
+        if resident is not None and resident.stream != _stream(weight):
+            raise RuntimeError(
+                'weight: got a second CUDA stream, wanted the one that wrote its delta (route="resident" orders'
+                " nothing between streams; call restore first, or take another route)"
+            )
+        view = _view(weight)
+        if resident is not None and (resident.pattern.columns is not pattern.columns or resident.view != view):
+            self.restore(weight)
+            resident = None
+        if resident is None:
+            key = self._memory(weight)
+            base = weakref.ref(_owner(weight), functools.partial(self._freed, key))
+            originals = weight.new_empty(pattern.columns.numel())
+            OPERATORS["csr_gather_"](originals, weight, pattern.row_offsets, pattern.columns)
+            resident = self._by_memory[key] = Resident(base, view, pattern, originals, _stream(weight))
+        wide = accumulate_dtype(weight.dtype)
+        resident.claim = None  # until written
+        resident.write(weight, resident.originals.to(wide) + values.to(wide))
+        resident.claim, claim.step = claim, steps.current()
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether ``weight`` is W + S at the moment."""
+        with self._lock:
+            return self._find(weight) is not None
+
+    def restore(self, weight: torch.Tensor) -> None:
+        """W again, bit for bit; nothing where it holds no delta."""
+        with self._lock:
+            resident = self._find(weight)
+            if resident is None:
+                return
+            with _unseen():
+                resident.write(resident.weight(), resident.originals)
+            del self._by_memory[self._memory(weight)]
+
+    @_unseen()
+    def original(self, weight: torch.Tensor) -> torch.Tensor:
+        """A copy of W, whatever ``weight`` holds at the moment."""
+        with self._lock:
+            resident = self._find(weight)
+            if resident is not None and resident.view != _view(weight):  # the entries lie elsewhere in a copy
+                self.restore(weight)
+                resident = None
+            copy = weight.clone()
+            if resident is not None:
+                resident.write(copy, resident.originals)
+            return copy
+
+
+residents = Residents()

@@ -1,0 +1,168 @@
+"""The CUDA extension, built once without a GPU for three generations: no spills, no warnings, and what must be
+tensor-core or 16-byte instructions is. What the kernels compute is tested in test_cuda_host.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+ARCHS = ("8.0", "9.0a", "10.0a")
+INSTRUCTIONS = {  # as they show in SASS
+    "HMMA": r"\bHMMA\.",  # warp matrix product
+    "MOVM": r"\bMOVM\.",  # 8x8 transpose
+    "LDG128": r"\bLDG\.E\S*\.128\b",
+    "STG128": r"\bSTG\.E\S*\.128\b",
+    "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
+    "LDS128": r"\bLDS\.128\b",
+    "local": r"\b(?:LDL|STL)\b",
+    "atomic": r"\b(?:RED|ATOM|ATOMS|ATOMG)\b",
+}
+
+pytestmark = pytest.mark.slow
+
+
+def tool(name: str) -> str | None:
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def run(*command) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the CUDA toolkit, or the one that Triton brings."""
+    if path := shutil.which("cuobjdump"):
+        return path
+    spec = importlib.util.find_spec("triton")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
+    return str(path) if path.exists() else None
+
+
+@pytest.fixture(scope="module")
+def nvcc_build():
+    """A CMake folder with _C_cuda for three generations, which takes minutes; ninja keeps what is up to date."""
+    for name in ("nvcc", "cmake", "ninja"):
+        if tool(name) is None:
+            pytest.skip(f"{name} is not on PATH")
+    folder = ROOT / "build" / "nvcc"
+    settings = ["-DSPECTRAL_OPS_CUDA=ON", f"-DSPECTRAL_OPS_CUDA_ARCHS={' '.join(ARCHS)}"]
+    settings += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    run(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder, *settings)
+    run(tool("cmake"), "--build", folder, "--target", "_C_cuda", "--parallel", "2")
+    return folder
+
+
+def test_every_kernel_compiles_without_spills(nvcc_build):
+    for source in SOURCES.glob("*.cu"):
+        text = (nvcc_build / "cuda" / f"{source.stem}.o.log").read_text()
+        assert set(re.findall(r"for 'sm_(\w+)'", text)) == {arch.replace(".", "") for arch in ARCHS}
+        spills = [int(n) for n in re.findall(r"(\d+) bytes spill", text)]
+        assert spills and not any(spills), f"{source.name}: {text}"
+        assert "warning" not in text, f"{source.name}: {text}"
+
+
+@pytest.mark.skipif(tool("nm") is None, reason="needs nm (binutils)")
+def test_extension_links(nvcc_build):
+    symbols = run(tool("nm"), "-DC", "--undefined-only", nvcc_build / "_C_cuda.abi3.so")
+    from_cuda = {s.split()[-1] for s in symbols.splitlines() if "cuda_" in s and "device_type" not in s}
+    stub = (nvcc_build / "generated/torch_cuda.cpp").read_text() if (nvcc_build / "stub").exists() else ""
+    assert {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"} <= from_cuda
+    assert not stub or all(f" {symbol}()" in stub for symbol in from_cuda), from_cuda
+    # else the products, which are data, would be looked up where `import torch` has not put them
+    assert "Shared library: [libtorch_cuda.so]" in run(tool("readelf"), "-d", nvcc_build / "_C_cuda.abi3.so")
+    assert "spectral_ops::" not in symbols, "a launch function is declared but not defined"
+
+
+@pytest.fixture(scope="module")
+def kernels(nvcc_build):
+    """How often each of INSTRUCTIONS occurs in each kernel on sm_90a: {name with template arguments: Counter}."""
+    cuobjdump = disassembler()
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is neither on PATH nor part of an installed Triton")
+    found = {}
+    for source in SOURCES.glob("*.cu"):
+        text = run(cuobjdump, "-sass", "-arch", "sm_90a", nvcc_build / "cuda" / f"{source.stem}.o")
+        for part in re.split(r"Function : ", text)[1:]:
+            symbol, _, body = part.partition("\n")
+            counts = Counter({name: len(re.findall(pattern, body)) for name, pattern in INSTRUCTIONS.items()})
+            found[source.stem, symbol] = counts
+    return found
+
+
+def of(kernels, stem, name, arguments=""):
+    """The kernels ``name`` of a source, by a pattern on their mangled template arguments."""
+    pattern = rf"\d{name}I{arguments}" if arguments else rf"\d{name}[EI]"
+    chosen = {symbol: counts for (s, symbol), counts in kernels.items() if s == stem and re.search(pattern, symbol)}
+    assert chosen, f"{stem} has no kernel {name} {arguments}"
+    return chosen
+
+
+HALF = r"(?:6__half|13__nv_bfloat16)"
+
+
+def test_no_local_memory_and_no_atomics(kernels):
+    for name, counts in kernels.items():
+        assert counts["local"] == 0, name
+        assert counts["atomic"] == 0, name  # reductions take two stages, so that they are reproducible
+
+
+@pytest.mark.parametrize(
+    "stem, kernel, instructions",
+    [
+        ("lowrank", "update_mma", ("HMMA", "LDG128", "STG128")),
+        ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDGSTS128", "LDS128", "STG128")),
+        ("dora", "norm_mma", ("HMMA", "LDG128", "LDS128")),
+        ("bat", "weight_mma", ("HMMA", "LDS128")),
+        ("bat", "contract_mma", ("HMMA", "MOVM")),
+    ],
+)
+def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
+    chosen = of(kernels, stem, kernel, HALF)
+    for symbol, counts in chosen.items():
+        for instruction in instructions:
+            assert counts[instruction] > 0, (symbol, instruction, counts)
+
+
+@pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])
+def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
+    for symbol, counts in of(kernels, "csr", kernel).items():
+        assert counts["LDG128"] > 0 and counts["LDS128"] > 0, symbol
+
+
+@pytest.mark.parametrize(
+    "stem, kernel",
+    [
+        ("lowrank", "update_fma"),
+        ("lowrank", "backward_fma"),
+        ("dora", "norm_fma"),
+        ("bat", "weight_fma"),
+        ("bat", "contract_fma"),
+    ],
+)
+def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
+    for symbol, counts in of(kernels, stem, kernel).items():
+        assert counts["HMMA"] == 0, symbol
+
+
+def test_streams_are_16_bytes_wide(kernels):
+    wide = r"(?:6__halfLi8E|13__nv_bfloat16Li8E|fLi4E|dLi2E)"
+    for symbol, counts in of(kernels, "blocksum", "cyclic_sum", wide).items():
+        assert counts["LDG128"] >= (5 if "Lb0E" in symbol else 1), symbol  # four under way, and one for the rest
+    for symbol, counts in of(kernels, "blocksum", "tile").items():
+        if not re.search(r"Li1E", symbol):
+            assert counts["LDG128"] > 0 and counts["STG128"] > 0, symbol

@@ -1,0 +1,658 @@
+"""The CUDA operators without a GPU: csrc/cuda compiled by the C++ compiler and run on cuda_emulator/.
+
+Host side, grids, shared memory, barriers, shuffles, tensor-core fragments and asynchronous copies are the real ones;
+results are compared with the operators' references. Only timing, and what hardware does beyond the programming model,
+is left to `pytest -m gpu`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import layer_samples, results
+
+from spectral_ops._library import LAYERS, OPERATORS, accumulate_dtype
+from spectral_ops.functional import CSR
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "tests" / "kernels" / "cuda_emulator"
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *HALF)
+ROUNDED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # results in dtype
+SEED = torch.tensor([123456789012345])
+
+pytestmark = pytest.mark.slow
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
+    for home in filter(None, [*homes, "/usr/local/cuda"]):
+        if (Path(home) / "include" / "cuda_bf16.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """torch.ops.spectral_ops_emulated: the CUDA operators on CPU tensors."""
+    return build_emulator()
+
+
+@functools.cache
+def build_emulator():
+    """Compiled and loaded once in a process, whose torch takes the namespace once."""
+    compiler, headers = shutil.which("g++"), cuda_headers()
+    if compiler is None or headers is None:
+        pytest.skip("needs g++ and the headers of a CUDA toolkit")
+    folder = ROOT / "build" / "emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*")]
+    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h")]
+    newest = max(p.stat().st_mtime for p in sources)
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
+    flags += ["-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
+    host = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
+    jobs, objects = [], []
+    for source in [EMULATOR / "library.cpp", *ROOT.glob("csrc/cuda/*.cu")]:
+        target = folder / f"{source.stem}.o"
+        objects.append(target)
+        if target.exists() and target.stat().st_mtime > newest:
+            continue
+        kind = host if source.suffix == ".cpp" else ["-x", "c++"]
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        command = [compiler, *flags, *kind, "-c", source, "-o", partial]
+        jobs.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), partial, target))
+    for job, partial, target in jobs:
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+        partial.replace(target)
+    library = folder / "libspectral_ops_emulated.so"
+    if jobs or not library.exists():
+        partial = folder / f"{os.getpid()}.so"
+        link = [compiler, "-shared", "-o", partial, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        subprocess.run(link, check=True, capture_output=True)
+        partial.replace(library)
+    schemas = torch.library.Library("spectral_ops_emulated", "DEF")
+    for operator in (*OPERATORS.values(), *LAYERS.values()):
+        schemas.define(operator.schema)
+    torch.ops.load_library(str(library))
+    torch.ops.spectral_ops_emulated.plans = ctypes.CDLL(str(library))
+    torch.ops.spectral_ops_emulated.schemas = schemas  # alive as long as the operators
+    return torch.ops.spectral_ops_emulated
+
+
+@pytest.fixture(params=[0, 1, 2, 3], ids=["ascending", "descending", "shuffled", "warp by warp"])
+def order(request, monkeypatch):
+    """The order in which a block's threads run between barriers: a missing barrier shows in one of them."""
+    monkeypatch.setenv("EMULATOR_ORDER", str(request.param))
+
+
+def accumulate(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matrix(rows, columns, dtype, stride=None):
+    """Normal numbers; with a stride, rows of a wider buffer that is NaN elsewhere."""
+    if stride is None:
+        return torch.randn(rows, columns).to(dtype)
+    wide = torch.full((rows, stride), float("nan"), dtype=dtype)
+    wide[:, :columns] = torch.randn(rows, columns)
+    return wide[:, :columns]
+
+
+def assert_near(got, wanted, tolerance, what=""):
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype, what
+    error = (got.double() - wanted.double()).norm()
+    assert error <= tolerance * wanted.double().norm(), f"{what}: {error / wanted.double().norm():.2e}"
+
+
+def assert_untouched(view, rows, stride):
+    """The padding around an in-place result is still NaN."""
+    if stride is not None:
+        whole = view.as_strided((rows, stride), (stride, 1))
+        assert whole[:, view.shape[1] :].isnan().all()
+
+
+def reference(name):
+    return OPERATORS[name].reference
+
+
+# --- block sum -------------------------------------------------------------------------------------------------------
+
+SUMS = [  # T, k, r, row stride
+    (5, 256, 64, None),
+    (9, 1200, 8, None),  # several steps of a warp
+    (3, 100, 7, None),  # a row is not a multiple of 16 bytes
+    (9, 40, 12, 48),
+    (2, 700, 300, None),  # a block for each row
+    (2, 2100, 1500, None),  # r beyond a block
+    (4, 513, 16, None),
+    (3, 64, 64, 80),
+    (1, 8, 1, None),
+    (0, 16, 4, None),
+]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_sum(emulated, dtype, dropout):
+    seed, p = (SEED, 0.3) if dropout else (None, 0.0)
+    for T, k, r, stride in SUMS:
+        x = matrix(T, k, dtype, stride)
+        got, wanted = (f(x, r, None, seed, p) for f in (emulated.block_sum, reference("block_sum")))
+        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{T, k, r, stride}")
+    for offsets, stride in (((0, 3, 3, 50, 77, 100), 104), ((0, 100), None), ((0, 33, 66, 100), 101)):
+        offsets, x = torch.tensor(offsets, dtype=torch.int32), matrix(3, 100, dtype, stride)
+        r = len(offsets) - 1
+        got, wanted = (f(x, r, offsets, seed, p) for f in (emulated.block_sum, reference("block_sum")))
+        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{offsets}")
+
+
+def test_dropout_keeps_the_very_elements_of_the_reference(emulated):
+    for T, n in ((7, 40), (5, 33), (3, 1)):
+        ones = torch.ones(T, n)
+        for p in (0.0, 0.1, 0.5, 1 - 2.0**-24, 1.0):
+            got = emulated.block_sum(ones, n, None, SEED, p) != 0
+            assert torch.equal(got, reference("block_sum")(ones, n, None, SEED, p) != 0), (T, n, p)
+
+
+def test_block_sum_of_expanded_rows(emulated):
+    x = torch.randn(1, 64).expand(4, 64)
+    assert_near(emulated.block_sum(x, 8, None, None, 0.0), reference("block_sum")(x, 8, None, None, 0.0), 1e-6)
+
+
+@pytest.mark.parametrize("accumulate_", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_tile(emulated, dtype, accumulate_):
+    cases = [
+        (*c, None) for c in ((5, 256, 64, None), (3, 100, 7, None), (9, 40, 12, 48), (2, 700, 3, None), (0, 8, 2, None))
+    ]
+    cases.append((3, 100, 5, 103, torch.tensor([0, 3, 3, 50, 77, 100], dtype=torch.int32)))
+    for T, n, r, stride, offsets in cases:
+        for seed in (None, SEED):
+            for s_dtype in {dtype, torch.float32 if dtype in HALF else dtype}:
+                out, s = matrix(T, n, dtype, stride), matrix(T, r, s_dtype)
+                wanted = out.clone()
+                reference("block_tile_")(wanted, s, offsets, seed, 0.3, accumulate_)
+                emulated.block_tile_(out, s, offsets, seed, 0.3, accumulate_)
+                assert_near(out, wanted, 2 * ROUNDED[dtype], f"{T, n, r, stride, s_dtype}")
+                assert_untouched(out, T, stride)
+
+
+# --- low rank --------------------------------------------------------------------------------------------------------
+
+UPDATES = [  # T, d, r, row stride
+    (5, 256, 16, None),
+    (33, 100, 7, None),
+    (150, 40, 24, 48),
+    (70, 65, 64, None),
+    (40, 300, 70, None),
+    (1, 8, 1, None),
+    (17, 37, 16, None),
+    (6, 24, 0, None),
+    (0, 8, 4, None),
+]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lowrank_update(emulated, dtype, scaled):
+    for T, d, r, stride in UPDATES:
+        out, h, B = matrix(T, d, dtype, stride), matrix(T, r, dtype, r + 3 if r % 2 else None), matrix(d, r, dtype)
+        g, shift = (torch.randn(d, dtype=accumulate(dtype)) if scaled else None for _ in range(2))
+        wanted = out.clone()
+        reference("lowrank_update_")(wanted, h, B, 0.7, g, shift)
+        emulated.lowrank_update_(out, h, B, 0.7, g, shift)
+        assert_near(out, wanted, ROUNDED[dtype], f"{T, d, r, stride}")
+        assert_untouched(out, T, stride)
+
+
+BACKWARDS = [  # T, d, r, row stride
+    (5, 64, 16, None),
+    (100, 100, 7, None),
+    (70, 520, 24, 528),  # two chunks of columns, two splits of rows
+    (40, 65, 64, None),
+    (200, 40, 70, None),  # more ranks than one pass takes
+    (37, 37, 16, None),
+    (300, 24, 8, None),
+    (0, 16, 4, None),
+    (9, 24, 0, None),
+    (9, 0, 4, None),
+]
+WANTED = [  # g, y, bias; need u, dB, db, gdy
+    (False, False, False, True, True, False, False),  # LoRA
+    (True, True, True, True, True, True, True),  # DoRA with everything
+    (True, False, False, True, False, True, True),
+    (True, True, False, False, True, False, False),
+]
+
+
+def backward_case(emulated, dtype, T, d, r, stride, wanted):
+    has_g, has_y, has_bias, *needs = wanted
+    dy, h, B = matrix(T, d, dtype, stride), matrix(T, r, dtype, r + 2), matrix(d, r, dtype)
+    g = torch.randn(d, dtype=accumulate(dtype)) if has_g else None
+    y = matrix(T, d, dtype) if has_y else None
+    bias = matrix(1, d, dtype)[0] if has_bias else None
+    arguments = (dy, h, B, 0.7, g, y, bias, *needs)
+    got, expected = emulated.lowrank_backward(*arguments), reference("lowrank_backward")(*arguments)
+    for name, a, b in zip(("u", "dB", "db", "dyz", "gdy"), got, expected, strict=True):
+        tolerance = ROUNDED[dtype] if name in ("u", "gdy") else ROUNDED[accumulate(dtype)]
+        assert_near(a, b, tolerance, f"{name} of {T, d, r, stride, wanted}")
+    return got
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=["lora", "dora", "no dB", "no u"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lowrank_backward(emulated, dtype, wanted):
+    for T, d, r, stride in BACKWARDS:
+        backward_case(emulated, dtype, T, d, r, stride, wanted)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("r", [16, 24, 64])
+def test_no_result_depends_on_the_order_of_threads(emulated, order, dtype, r):
+    backward_case(emulated, dtype, 80, 72, r, None, WANTED[1])
+    out, h, B = matrix(40, 70, dtype), matrix(40, r, dtype), matrix(70, r, dtype)
+    wanted = out.clone()
+    reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
+    emulated.lowrank_update_(out, h, B, 0.7, None, None)
+    assert_near(out, wanted, ROUNDED[dtype])
+    norm_case(emulated, dtype, dtype, 70, 200, r, False)
+    x = matrix(5, 300, dtype)
+    for shards in (r, 100):
+        assert_near(
+            emulated.block_sum(x, shards, None, None, 0.0), reference("block_sum")(x, shards, None, None, 0.0), 2e-2
+        )
+
+
+def test_rows_beyond_32_bit_offsets(emulated):
+    stride = 2**31 + 64  # elements; untouched pages cost nothing
+    try:
+        memory = torch.empty(stride + 64, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("this machine does not lend 4 GiB of address space")
+    far = memory.as_strided((2, 64), (stride, 1))
+    far.copy_(torch.randn(2, 64))
+    near = far.clone()
+    assert torch.equal(emulated.block_sum(far, 16, None, None, 0.0), emulated.block_sum(near, 16, None, None, 0.0))
+    h, B = matrix(2, 16, torch.bfloat16), matrix(64, 16, torch.bfloat16)
+    for got, wanted in zip(
+        emulated.lowrank_backward(far, h, B, 1.0, None, far, None, True, True, True, True),
+        emulated.lowrank_backward(near, h, B, 1.0, None, near, None, True, True, True, True),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted)
+    A, D = matrix(4, 64, torch.bfloat16), matrix(2, 4, torch.bfloat16)
+    assert torch.equal(emulated.column_norm(far, A, D, 1.0), emulated.column_norm(near, A, D, 1.0))
+    for t in (far, near):
+        emulated.lowrank_update_(t, h, B, 1.0, None, None)
+        emulated.block_tile_(t, h, None, None, 0.0, True)
+    assert torch.equal(far, near)
+
+
+# --- DoRA ------------------------------------------------------------------------------------------------------------
+
+
+def norm_case(emulated, dtype, parameters, d, k, r, transposed):
+    W = matrix(k, d, dtype).t() if transposed else matrix(d, k, dtype)
+    A, B = (0.1 * torch.randn(r, k)).to(parameters), (0.1 * torch.randn(d, r)).to(parameters)
+    if d > 5:  # a row that cancels, up to rounding
+        W[3] = (-1.5 * 1.01 * (B[3].double() @ A.double())).to(dtype)
+    wanted = reference("column_norm")(W.double(), A.double(), B.double(), 1.5).to(accumulate_dtype(dtype))
+    tolerance = 1e-12 if dtype == parameters == torch.float64 else 2e-6
+    got = emulated.column_norm(W, A, B, 1.5)
+    assert_near(got, wanted, tolerance, f"{d, k, r, transposed}")
+    assert ((got - wanted).abs() <= 1e-5 * wanted).all()  # row by row, the cancelling one too
+    return W, A, B, wanted
+
+
+NORMS = [  # d, k, r, transposed
+    (10, 100, 16, False),
+    (130, 256, 7, False),  # two tiles of rows
+    (65, 300, 40, True),
+    (33, 515, 70, False),  # more ranks than one pass takes; k odd
+    (5, 64, 1, True),
+    (200, 32, 24, False),
+    (7, 40, 0, False),
+    (4, 0, 3, False),
+    (0, 16, 3, False),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_norm(emulated, dtype):
+    for parameters in {torch.float32, dtype}:
+        for case in NORMS:
+            norm_case(emulated, dtype, parameters, *case)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_cached_norm_follows_every_bit_of_A_and_B(emulated, dtype):
+    W, A, B, wanted = norm_case(emulated, dtype, torch.float32, 33, 130, 6, False)
+    norm, stamp = torch.zeros_like(wanted), torch.zeros(2, dtype=torch.int64)
+
+    def cached(force):
+        emulated.column_norm_cached_(norm, stamp, W, A, B, 1.5, force)
+
+    cached(True)
+    assert_near(norm, wanted, 2e-6)
+    norm.fill_(7)
+    cached(False)
+    assert (norm == 7).all()  # nothing changed: kept
+    cached(True)
+    assert_near(norm, wanted, 2e-6)
+    for change in (
+        lambda: A.data.view(-1)[5].copy_(torch.nextafter(A.view(-1)[5], torch.tensor(9.0))),
+        lambda: B.data.copy_(B.data.roll(1, 0)),  # the same values elsewhere
+        lambda: B.data[0, 0].neg_(),
+    ):
+        before = stamp.clone()
+        norm.fill_(7)
+        change()
+        cached(False)
+        assert not torch.equal(stamp, before)
+        now = reference("column_norm")(W.double(), A.double(), B.double(), 1.5).float()
+        assert_near(norm, now, 2e-6)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_magnitude_grad(emulated, dtype, has_bias):
+    T, d, k, r = 20, 70, 50, 8
+    dy, x, h = matrix(T, d, dtype), matrix(T, k, dtype), matrix(T, r, dtype)
+    W, B = matrix(d, k, dtype), matrix(d, r, dtype)
+    bias = 0.1 * matrix(1, d, dtype)[0] if has_bias else None
+    dyz, g, norm = torch.randn(d), torch.randn(d), torch.rand(d) + 0.5
+    g[5], g[40] = 0, 1e-6  # magnitudes that vanish
+    vectors = [t.to(accumulate(dtype)) for t in (dyz, g, norm)]
+    arguments = (vectors[0], dy, x, h, W, B, 0.7, *vectors[1:], bias)
+    assert_near(emulated.magnitude_grad(*arguments), reference("magnitude_grad")(*arguments), 1e-5)
+
+
+# --- Bat -------------------------------------------------------------------------------------------------------------
+
+BLOCKS = [  # d, k, r
+    (96, 64, 16),
+    (96, 288, 96),  # tiles of 32
+    (32, 96, 32),
+    (64, 64, 64),
+    (128, 384, 128),  # two tiles of columns
+    (48, 240, 48),
+    (12, 20, 4),
+    (21, 14, 7),
+    (80, 40, 20),
+    (10, 200, 1),
+    (150, 75, 75),
+]
+
+
+def weight_case(emulated, dtype, d, k, r, bat_dtype, row, padding=0, wide=False):
+    W = matrix(d, k, dtype, k + padding)
+    bat = 0.1 * torch.randn((k if row else d) // r, r, r)
+    bat[0] *= 1e-4  # so small that fp16 could not hold it
+    bat = bat.to(bat_dtype)
+    for delta in (False, True):
+        out = matrix(d, k, accumulate(dtype) if wide else dtype, k + padding)
+        wanted = torch.empty(d, k, dtype=torch.float64)
+        reference("bat_weight_")(wanted, W.double(), bat.double(), row, delta)
+        emulated.bat_weight_(out, W, bat, row, delta)
+        tolerance = 1e-6 if out.dtype == torch.float32 else ROUNDED[out.dtype]
+        assert_near(out, wanted.to(out.dtype), tolerance, f"{d, k, r, row, delta}")
+        assert_untouched(out, d, k + padding)
+        if delta:  # small blocks too, relative to themselves
+            part = (slice(None), slice(r)) if row else (slice(r), slice(None))
+            assert_near(out[part], wanted[part].to(out.dtype), 2 * tolerance, f"{d, k, r, row}")
+
+
+@pytest.mark.parametrize("row", [False, True], ids=["col", "row"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bat_weight(emulated, dtype, row):
+    for i, case in enumerate(BLOCKS):
+        bat_dtype = torch.float32 if i % 3 or dtype == torch.float64 else dtype
+        weight_case(emulated, dtype, *case, bat_dtype, row, (0, 8, 3)[i // 2 % 3], wide=i % 2 == 1)
+
+
+def contract_case(emulated, dtype, d, k, r, G_dtype, padding=0):
+    W, G = matrix(d, k, dtype, k + padding), matrix(d, k, G_dtype, k + padding)
+    if dtype == torch.float16:
+        G *= 1e-7 if G_dtype == torch.float32 else 1e-2
+    dB = torch.full((d // r, r, r), float("nan"), dtype=accumulate(dtype))
+    wanted = torch.empty(dB.shape, dtype=torch.float64)
+    reference("bat_contract_")(wanted, W.double(), G.double())
+    emulated.bat_contract_(dB, W, G)
+    assert_near(dB, wanted.to(dB.dtype), 1e-12 if dtype == torch.float64 else 1e-6, f"{d, k, r, G_dtype, padding}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bat_contract(emulated, dtype):
+    for i, case in enumerate([*BLOCKS, (16, 1040, 16), (64, 0, 16)]):
+        for G_dtype in {dtype, accumulate(dtype)}:
+            contract_case(emulated, dtype, *case, G_dtype, (0, 8, 3)[i // 2 % 3])
+
+
+def test_bat_reads_transposed_weights(emulated):
+    W, bat, G = matrix(96, 64, torch.bfloat16).t(), torch.randn(4, 16, 16), matrix(64, 96, torch.float32)
+    for row in (False, True):
+        blocks = torch.randn(6, 16, 16) if row else bat
+        out, wanted = (torch.empty(64, 96, dtype=torch.bfloat16) for _ in range(2))
+        reference("bat_weight_")(wanted, W, blocks, row, False)
+        emulated.bat_weight_(out, W, blocks, row, False)
+        assert_near(out, wanted, ROUNDED[torch.bfloat16])
+    got, wanted = torch.empty(4, 16, 16), torch.empty(4, 16, 16)
+    reference("bat_contract_")(wanted, W, G)
+    emulated.bat_contract_(got, W, G)
+    assert_near(got, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bat_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
+    weight_case(emulated, dtype, 64, 128, 32, torch.float32, False)
+    contract_case(emulated, dtype, 32, 1056, 32, torch.float32)
+
+
+# --- CSR -------------------------------------------------------------------------------------------------------------
+
+
+def pattern(d, k, nnz, dense_row=None):
+    """row_offsets and columns of a random mask, with a full row where asked, and its transpose with the permutation."""
+    mask = torch.zeros(d, k, dtype=torch.bool)
+    if nnz:
+        mask.view(-1)[torch.randperm(d * k)[:nnz]] = True
+    if dense_row is not None:
+        mask[dense_row] = True
+    csr = CSR.from_dense(mask)
+    return csr.pattern
+
+
+PATTERNS = [  # d, k, nnz, dense row
+    (40, 50, 200, None),
+    (300, 600, 2500, 7),  # two chunks of rows, two blocks of columns
+    (20, 1100, 90, 3),  # empty rows, three blocks
+    (520, 9, 100, 519),
+    (1, 1, 1, None),
+    (30, 40, 0, None),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_csr_scatter_and_gather(emulated, dtype):
+    for case in PATTERNS:
+        d, k = case[:2]
+        offsets, columns, *_ = pattern(*case)
+        for values_dtype in {dtype, torch.float32}:
+            values = torch.randn(columns.numel()).to(values_dtype)
+            for stride in (None, k + 3):
+                for accumulate_ in (False, True):
+                    out = matrix(d, k, dtype, stride)
+                    wanted = out.clone()
+                    reference("csr_scatter_")(wanted, values, offsets, columns, accumulate_)
+                    emulated.csr_scatter_(out, values, offsets, columns, accumulate_)
+                    assert torch.equal(out, wanted), case
+                    assert_untouched(out, d, stride)
+            first, last = d // 3, d - d // 4  # rows of a larger matrix
+            dense, some = matrix(k, last - first, dtype).t(), offsets[first : last + 1].contiguous()
+            got, wanted = (torch.full((columns.numel(),), 7.0, dtype=values_dtype) for _ in range(2))
+            emulated.csr_gather_(got, dense, some, columns)
+            reference("csr_gather_")(wanted, dense, some, columns)
+            assert torch.equal(got, wanted), case
+
+
+def products_case(emulated, dtype, T, case, values_dtype, padding):
+    """csr_sddmm, and csr_spmm_ with the matrix and with its transpose."""
+    d, k = case[:2]
+    p = pattern(*case)
+    x, dy = matrix(T, k, dtype, k + padding), matrix(T, d, dtype, d + padding)
+    got = emulated.csr_sddmm(dy, x, p.row_offsets, p.columns)
+    wanted = reference("csr_sddmm")(dy.double(), x.double(), p.row_offsets, p.columns)
+    assert_near(got, wanted.to(got.dtype), 1e-12 if dtype == torch.float64 else 2e-6, f"sddmm {T, case, padding}")
+    values = torch.randn(p.columns.numel()).to(values_dtype)
+    straight, turned = (p.row_offsets, p.columns, None), (p.column_offsets, p.rows, p.permutation)
+    for n, source, arguments in ((d, x, straight), (k, dy, turned)):
+        out = matrix(T, n, dtype, n + padding)
+        wanted = out.clone()
+        reference("csr_spmm_")(wanted, source, values, *arguments)
+        emulated.csr_spmm_(out, source, values, *arguments)
+        assert_near(out, wanted, ROUNDED[dtype], f"spmm {T, case, padding}")
+        assert_untouched(out, T, n + padding)
+
+
+@pytest.mark.parametrize("T", [0, 1, 19, 150])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_csr_products(emulated, dtype, T):
+    for i, case in enumerate(PATTERNS):
+        products_case(emulated, dtype, T, case, torch.float32 if i % 2 else dtype, (0, 3, 16)[i % 3])
+
+
+def test_csr_products_of_several_slabs_and_chunks_in_a_block(emulated, monkeypatch):
+    monkeypatch.setenv("EMULATOR_ORDER", "3")
+    products_case(emulated, torch.float64, 63, (600, 51_000, 900, 599), torch.float64, 0)
+
+
+def test_csr_products_of_many_rows(emulated):
+    products_case(emulated, torch.bfloat16, 1000, (1200, 30, 3000, None), torch.float32, 0)
+    products_case(emulated, torch.float32, 500, (1160, 30, 3000, 3), torch.bfloat16, 0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_csr_products_do_not_depend_on_the_order_of_threads(emulated, order, dtype):
+    products_case(emulated, dtype, 70, (300, 600, 2500, 7), dtype, 0)
+    products_case(emulated, dtype, 3, (40, 50, 200, None), dtype, 0)
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+def plan(function, *arguments):
+    out = (ctypes.c_int64 * 16)()
+    count = function(*map(ctypes.c_int64, arguments), out)
+    return list(out[:count])
+
+
+CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_plan_covers_every_row_and_column_once(emulated, dtype):
+    size = 8 if dtype == torch.float64 else 4
+    for T in (0, 1, 15, 16, 17, 500, 8192, 2**22):
+        for d in (1, 128, 512, 513, 4096, 14336, 100_000):
+            for r in (1, 8, 16, 17, 64, 65, 256):
+                ranks, tile, chunks, split, splits, dB, db, dyz, total = plan(
+                    emulated.plans.backward_plan_of, T, d, r, CODES[dtype], 1, 1, 1, 1
+                )
+                assert (chunks - 1) * tile < d <= chunks * tile
+                assert T == 0 or (splits - 1) * split < T <= splits * split
+                assert split % (16 if dtype in HALF else 32) == 0 and 1 <= ranks <= min(r, 64)
+                assert chunks * splits < 2**31
+                sizes = chunks * T * ranks, splits * d * ranks, splits * d, splits * d
+                assert [dB, db, dyz, total // size] == [sum(sizes[:n]) for n in (1, 2, 3, 4)]
+
+
+def test_backward_partial_sums_stay_far_below_dy(emulated):
+    for d in (4096, 14336):
+        *_, total = plan(emulated.plans.backward_plan_of, 8192, d, 16, CODES[torch.bfloat16], 1, 1, 0, 0)
+        assert total < 0.2 * 8192 * d * 2, total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
+    for d in (1, 127, 128, 129, 4096, 14336, 131072):
+        for k in (0, 1, 127, 128, 129, 4096, 14336):
+            for r in (1, 16, 64, 100):
+                units, ranks, tile, tiles, split, splits, square, gram, stamp, total = plan(
+                    emulated.plans.norm_plan_of, d, k, r, CODES[dtype], 1, 1
+                )
+                assert units == (dtype in HALF) and ranks == min(r, 64)
+                assert (tiles - 1) * tile < d <= tiles * tile
+                assert k == 0 or (splits - 1) * split < k <= splits * split
+                assert square == splits * d * r and gram == square + splits * d
+                assert stamp % 8 == 0 and total == stamp + 8 * 129
+
+
+@pytest.mark.parametrize("aligned", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_plan_covers_every_row_once(emulated, dtype, aligned):
+    for r in (1, 7, 16, 48, 64, 75, 96, 128, 256):
+        for blocks in (0, 1, 32, 500):
+            for k in (0, r, 5 * r, 64 * r):
+                units, tile, tiles, split, splits, total = plan(
+                    emulated.plans.contract_plan_of, blocks * r, k, r, CODES[dtype], aligned
+                )
+                assert units == (dtype in HALF and aligned and r % 16 == 0)
+                assert tiles == (-(-r // tile)) ** 2 and (not units or r % tile == 0)
+                assert split % 16 == 0 and (splits - 1) * split < k <= splits * split
+                assert total == splits * blocks * r * r * accumulate(dtype).itemsize
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sampled_plan_covers_every_tile_and_slab_once(emulated, dtype):
+    size = torch.tensor([], dtype=dtype).element_size()
+    for T in (0, 1, 63, 64, 65, 2048, 8192, 2**22):
+        for d in (1, 256, 257, 4096, 128_000):
+            for k in (1, 512, 513, 4096, 14336):
+                for nnz in (1, d * k // 160, min(d * k, 2**31 - 1)):
+                    chunks, blocks, slabs, split, splits, part, parts, the_list, source, sections, total = plan(
+                        emulated.plans.sampled_plan_of, T, d, k, nnz, CODES[dtype]
+                    )
+                    assert (chunks - 1) * 256 < d <= chunks * 256 and (blocks - 1) * 512 < k <= blocks * 512
+                    assert (slabs - 1) * 128 < T * size <= slabs * 128
+                    assert splits == 0 if T == 0 else (splits - 1) * split < slabs <= splits * split
+                    assert (parts - 1) * part < chunks <= parts * part
+                    assert blocks * parts * splits < 2**31
+                    wide = max(size, 4)
+                    assert splits <= 1 or splits * nnz * wide <= 2**26
+                    assert the_list == splits * nnz * wide and source == the_list + 4 * nnz
+                    assert sections == source + 4 * nnz and total == sections + 8 * chunks * blocks
+
+
+def test_sampled_product_fills_an_h100(emulated):
+    for T in (512, 2048, 8192):
+        _, blocks, _, _, splits, _, parts, *_ = plan(
+            emulated.plans.sampled_plan_of, T, 4096, 4096, 100_000, CODES[torch.bfloat16]
+        )
+        assert 132 <= blocks * parts * splits <= 264, T
+
+
+# --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(LAYERS))
+def test_layer(emulated, name, dtype):
+    """The C++ of a layer with its CUDA kernels emulated, against the composition in Python of references."""
+    layer = LAYERS[name]
+    for args in layer_samples(name, dtype):
+        if name == "bat_linear_forward" and args[-1] and dtype in HALF:
+            continue  # exact: on a GPU W' - W is multiplied apart, which a CPU's tensors do not ask for
+        got, want = (results(layer, run, args) for run in (getattr(emulated, name), layer.overloads["reference"]))
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_near(a, b, 4 * ROUNDED[dtype], f"result {i} of {name}")
