@@ -3,15 +3,15 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../../csrc/cuda/launch.h"
-#include "../../csrc/cuda/plan.h"
-#include "../../csrc/layers/bindings.h"
-#include "../../csrc/layers/elsewhere.h"
-#include "../../csrc/ops/bat.h"
-#include "../../csrc/ops/blocksum.h"
-#include "../../csrc/ops/csr.h"
-#include "../../csrc/ops/dora.h"
-#include "../../csrc/ops/lowrank.h"
+#include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/plan.h"
+#include "../../../csrc/layers/bindings.h"
+#include "../../../csrc/layers/elsewhere.h"
+#include "../../../csrc/ops/bat.h"
+#include "../../../csrc/ops/blocksum.h"
+#include "../../../csrc/ops/csr.h"
+#include "../../../csrc/ops/dora.h"
+#include "../../../csrc/ops/lowrank.h"
 
 #include <cstring>
 
