@@ -4,7 +4,7 @@ Work is cut by entries, so that one dense row and 128,000 rows are alike; an ent
 the offsets, which stay in cache. Bytes moved: csr_scatter_ and csr_gather_ touch a sector (32 bytes) per entry. In
 csr_spmm_ and csr_sddmm neighbouring entries of a row read x at ascending columns of the same token, so that each
 element costs up to a sector of L2 traffic: nnz T 32 bytes at low density, which is what bounds both. The product with
-slabs in shared memory is csrc/cuda/csr.cu's.
+slabs in shared memory is csrc/cuda/csr_spmm.cu's and csr_sddmm.cu's.
 """
 
 from __future__ import annotations

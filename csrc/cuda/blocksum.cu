@@ -10,7 +10,6 @@ namespace spectral_ops::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kMaxGrid = int64_t{1} << 30;
 
 // Threads of a team that have work: the largest count <= team that reads whole periods; 0 where r is too long for it.

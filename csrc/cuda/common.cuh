@@ -30,11 +30,13 @@ template <class T> using acc_t = typename Accumulator<T>::type;
 
 template <class T> constexpr int kLanes = 16 / sizeof(T);                // elements of one 16-byte access
 template <class T> constexpr bool kMatrixUnits = sizeof(T) == 2;         // bf16 and fp16 run on the tensor cores
+constexpr int kThreads = 256, kWarps = kThreads / 32;                    // of a block, unless a kernel has its own
 constexpr int64_t kMaxColumns = INT32_MAX - (1 << 20);                   // columns are counted in 32 bits, elements in 64
 
 SPECTRAL_OPS_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class A> SPECTRAL_OPS_HD A min_of(A a, A b) { return a < b ? a : b; }
 template <class A> SPECTRAL_OPS_HD A max_of(A a, A b) { return a > b ? a : b; }
+template <class A> SPECTRAL_OPS_HD A magnitude(A x) { return x < 0 ? -x : x; }
 
 // --- one value ---
 
@@ -129,7 +131,7 @@ inline bool aligned_rows(const void* p, int64_t stride, int64_t element_size) {
   return aligned16(p) && stride * element_size % 16 == 0;
 }
 
-// --- dropout: the mask of spectral_ops/functional/random.py, bit for bit ---
+// --- dropout: the mask of spectral_ops/core/philox.py, bit for bit ---
 
 // The four words of Philox4x32-10 at a 64-bit counter under a 64-bit key.
 SPECTRAL_OPS_HD uint4 philox(uint64_t counter, uint64_t key) {

@@ -105,9 +105,13 @@ def kernels(nvcc_build):
 
 
 def of(kernels, stem, name, arguments=""):
-    """The kernels ``name`` of a source, by a pattern on their mangled template arguments."""
+    """The kernels ``name`` of an operator's sources, by a pattern on their mangled template arguments."""
     pattern = rf"\d{name}I{arguments}" if arguments else rf"\d{name}[EI]"
-    chosen = {symbol: counts for (s, symbol), counts in kernels.items() if s == stem and re.search(pattern, symbol)}
+    chosen = {
+        symbol: counts
+        for (source, symbol), counts in kernels.items()
+        if source.split("_")[0] == stem and re.search(pattern, symbol)
+    }
     assert chosen, f"{stem} has no kernel {name} {arguments}"
     return chosen
 

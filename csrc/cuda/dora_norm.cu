@@ -1,9 +1,10 @@
-// column_norm, column_norm_cached_ and magnitude_grad (METHODS 1.2).
+// column_norm and column_norm_cached_ (METHODS 1.2).
 //
-// The norm reads W once. A first kernel leaves partial sums of P = W Aᵀ and ‖W_o‖² for tiles of rows and ranges of columns,
-// while further blocks of the same launch form A Aᵀ; a second one adds them up, warp by row, and recomputes the rows that
-// cancel. bf16 and fp16 weights are multiplied on the tensor cores, by A as the sum of two 16-bit values (hi + lo), which
-// leaves 16 bits or more of it: the arithmetic is far below what reading W costs.
+// W is read once. A first kernel leaves partial sums of P = W Aᵀ and ‖W_o‖² for tiles of rows and ranges of columns. Further
+// blocks of the same launch form A Aᵀ. A second kernel adds them up, a warp for each row, and recomputes the rows that cancel.
+//
+// bf16 and fp16 weights are multiplied on the tensor cores. A enters as the sum of two 16-bit values (high + low), which keeps
+// 16 bits of it or more. The arithmetic costs far less than reading W.
 #include "common.cuh"
 #include "launch.h"
 #include "plan.h"
@@ -12,19 +13,19 @@ namespace spectral_ops::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kNormThreads = 128;
 constexpr double kCancellation = 1.0 / 64;  // as in spectral_ops/functional/dora.py
 
 // --- fingerprint of A and B ---
 
 struct Stamp {
-  uint64_t* parts;    // [2, kStampBlocks] partial sums, then a flag: whether the norm is to be recomputed; null: no stamp
+  // [2, kStampBlocks] partial sums, then a flag: whether the norm is to be recomputed. Null where there is no stamp.
+  uint64_t* parts;
   int64_t* previous;  // [2]
   bool force;
 };
 
-// A sum over the elements of well-mixed functions of (bits, position): integers, so their order does not matter.
+// Adds a well-mixed function of (bits, position) to each sum. They are sums of integers, so the order does not matter.
 __device__ __forceinline__ void mix(uint64_t bits, uint64_t position, uint64_t& low, uint64_t& high) {
   uint64_t z = bits + position * 0x9E3779B97F4A7C15u;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -87,7 +88,7 @@ template <class T> struct Norm {
   Stamp stamp;
 };
 
-// Whether A and B are unchanged; the same in every thread. The first block tells the second kernel, which moves the stamp.
+// Whether A and B are unchanged, the same in every thread. The first block tells the second kernel, which moves the stamp.
 template <class T> __device__ __forceinline__ bool unchanged(const Norm<T>& a) {
   if (!a.stamp.parts) return false;
   const bool same = !a.stamp.force & (fingerprint_sum(a.stamp, 0) == static_cast<uint64_t>(a.stamp.previous[0])) &
@@ -139,7 +140,7 @@ template <class T> __device__ void gram_tile(const Norm<T>& a, int tile) {
   }
 }
 
-// Which part of P a block makes; the rank tiles of one part of W run side by side, so that W comes from L2 the second time.
+// Which part of P a block makes. The rank tiles of one part of W run side by side, so that only the first reads W from memory.
 struct Part {
   int64_t row0;
   int split, rank0, begin, end;  // columns [begin, end)
@@ -157,8 +158,8 @@ struct Part {
 constexpr int kPiece = static_cast<int>(kNormPiece);
 constexpr int kPitchA = kPiece + 32;  // of A in shared memory, such that 16-byte reads meet no bank conflicts
 
-// Tensor cores: a warp owns 32 rows. As in lowrank.cu, the order of the columns inside a product is such that 16 bytes of a
-// row of W, and of A, are a lane's fragments for two products.
+// Tensor cores: a warp owns 32 rows. As in lowrank.cuh, the order of the columns inside a product is chosen: 16 bytes of a row
+// of W, and of A, are a lane's fragments for two products.
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kNormThreads) norm_mma(Norm<T> a) {
   if (unchanged(a)) return;
@@ -305,9 +306,8 @@ __global__ void __launch_bounds__(kNormThreads, 3) norm_fma(Norm<T> a) {
 
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
-template <class A> __device__ __forceinline__ A magnitude(A x) { return x < 0 ? -x : x; }
 
-// c_o from the partial sums, a warp for each row; rows that cancel from V_o itself.
+// c_o from the partial sums, a warp for each row. Where they cancel, c_o comes from V_o itself.
 template <class T> __global__ void __launch_bounds__(kThreads, 4) norm_finish(Norm<T> a) {
   using A = acc_t<T>;
   if (a.stamp.parts) {
@@ -390,75 +390,6 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
   return enqueue(norm_finish<T>, ceil_div(from.rows, kThreads / 32), kThreads, 0, stream, a);
 }
 
-// --- dm ---
-
-template <class T> struct Magnitude {
-  const acc_t<T>*dyz, *g, *norm;
-  const T *dy, *x, *h, *weight, *B;
-  const void* bias;
-  acc_t<T>* dm;
-  acc_t<T> scale, vanishing_g, vanishing_bias;
-  int64_t rows, columns, k, r, dy_stride, x_stride, h_stride, B_stride, weight_row, weight_column;
-  DType bias_dtype;
-};
-
-// 32 columns of dy in a block; the whole block then works on each of them where m vanishes.
-template <class T> __global__ void __launch_bounds__(kThreads) magnitude_division(Magnitude<T> a) {
-  using A = acc_t<T>;
-  __shared__ int vanishing[32];
-  __shared__ A parts[kThreads / 32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t first = int64_t{blockIdx.x} * 32;
-  if (warp == 0) {
-    const int64_t o = first + lane;
-    bool vanishes = false;
-    if (o < a.columns) {
-      const A size = magnitude(a.g[o]);
-      vanishes = size < a.vanishing_g;
-      if (a.bias) vanishes |= size * a.norm[o] < magnitude(load_any<A>(a.bias, o, a.bias_dtype)) / a.vanishing_bias;
-      if (!vanishes) a.dm[o] = a.dyz[o] / (a.g[o] * a.norm[o]);
-    }
-    vanishing[lane] = vanishes;
-  }
-  __syncthreads();
-  for (int j = 0; j < 32; ++j) {
-    if (!vanishing[j]) continue;
-    const int64_t o = first + j;
-    A sum = 0;
-    for (int64_t t = warp; t < a.rows; t += kThreads / 32) {
-      A z = 0, delta = 0;
-      for (int64_t c = lane; c < a.k; c += 32)
-        z += value(a.x[t * a.x_stride + c]) * value(a.weight[o * a.weight_row + c * a.weight_column]);
-      for (int64_t p = lane; p < a.r; p += 32) delta += value(a.h[t * a.h_stride + p]) * value(a.B[o * a.B_stride + p]);
-      sum += value(a.dy[t * a.dy_stride + o]) * (z + a.scale * delta);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) parts[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int w = 1; w < kThreads / 32; ++w) sum += parts[w];
-      a.dm[o] = sum / a.norm[o];
-    }
-    __syncthreads();
-  }
-}
-
-template <class T> cudaError_t launch_magnitude(const MagnitudeGrad& from, cudaStream_t stream) {
-  using A = acc_t<T>;
-  Magnitude<T> a{};
-  a.dyz = static_cast<const A*>(from.dyz), a.g = static_cast<const A*>(from.g), a.norm = static_cast<const A*>(from.norm);
-  a.dy = static_cast<const T*>(from.dy), a.x = static_cast<const T*>(from.x), a.h = static_cast<const T*>(from.h);
-  a.weight = static_cast<const T*>(from.weight), a.B = static_cast<const T*>(from.B);
-  a.bias = from.bias, a.bias_dtype = from.bias_dtype;
-  a.dm = static_cast<A*>(from.dm);
-  a.scale = static_cast<A>(from.scale);
-  a.vanishing_g = static_cast<A>(from.vanishing_g), a.vanishing_bias = static_cast<A>(from.vanishing_bias);
-  a.rows = from.rows, a.columns = from.columns, a.k = from.k, a.r = from.r;
-  a.dy_stride = from.dy_stride, a.x_stride = from.x_stride, a.h_stride = from.h_stride, a.B_stride = from.B_stride;
-  a.weight_row = from.weight_strides[0], a.weight_column = from.weight_strides[1];
-  return enqueue(magnitude_division<T>, ceil_div(from.columns, 32), kThreads, 0, stream, a);
-}
-
 }  // namespace
 
 // With a.stamp: recomputes only where a.force, or where A and B are not those that the stamp was taken of.
@@ -466,10 +397,6 @@ cudaError_t column_norm(const ColumnNorm& a, cudaStream_t stream) {
   if (a.columns > kMaxColumns || a.r > 4096) return cudaErrorInvalidValue;
   if (a.rows == 0) return cudaSuccess;
   return for_dtype(a.dtype, [&](auto* t) { return launch_norm<std::remove_pointer_t<decltype(t)>>(a, stream); });
-}
-
-cudaError_t magnitude_grad(const MagnitudeGrad& a, cudaStream_t stream) {
-  return for_dtype(a.dtype, [&](auto* t) { return launch_magnitude<std::remove_pointer_t<decltype(t)>>(a, stream); });
 }
 
 }  // namespace spectral_ops::cuda

@@ -1,0 +1,169 @@
+// lowrank_update_ (METHODS 1.1): out becomes g * (out + scale h Bᵀ) + shift.
+#include "lowrank.cuh"
+
+namespace spectral_ops::cuda {
+
+namespace {
+
+template <class T> struct Update {
+  T* out;
+  const T *h, *B;
+  const acc_t<T>*g, *shift;
+  acc_t<T> scale;
+  int64_t rows, out_stride, h_stride, B_stride;
+  int columns, r, column_tiles;
+  bool wide, paired;
+};
+
+constexpr int kUpdateRows = 128, kUpdateColumns = 32 * kWarps;  // as many columns as threads
+
+// A warp owns 32 columns, and works on 32 rows at a time. Column n of product j is column 8 (n / 2) + 2 j + n % 2 of the 32.
+// So lane 4i + q has columns 8q .. 8q+7 of rows i and i+8. kSteps: how many times 16 ranks of B stay in registers. It is 0
+// where r is large: none stays.
+template <class T, int kSteps>
+__global__ void __launch_bounds__(kThreads, kSteps == 4 ? 1 : 2) update_mma(Update<T> a) {
+  const int lane = threadIdx.x % 32, i = lane / 4, q = lane % 4;
+  const int tile = static_cast<int>(blockIdx.x) % a.column_tiles;
+  const int column0 = tile * kUpdateColumns + threadIdx.x / 32 * 32;
+  const int64_t begin = int64_t{blockIdx.x / static_cast<unsigned>(a.column_tiles)} * kUpdateRows;
+  const int64_t end = min_of(begin + kUpdateRows, a.rows);
+  if (column0 >= a.columns) return;  // a whole warp; there is no block barrier
+  const int mine = column0 + 8 * q, n = a.columns - mine;
+
+  __shared__ __align__(16) float g_of[kUpdateColumns], shift_of[kUpdateColumns];  // each warp's own 32
+  g_of[threadIdx.x] = a.g && column0 + lane < a.columns ? a.g[column0 + lane] : 1.f;
+  shift_of[threadIdx.x] = a.shift && column0 + lane < a.columns ? a.shift[column0 + lane] : 0.f;
+  __syncwarp();
+  const float *g = g_of + threadIdx.x - lane + 8 * q, *shift = shift_of + threadIdx.x - lane + 8 * q;
+  auto fragment_of_B = [&](uint32_t (&b)[2], int step, int j) {  // ranks 16 step .., columns of product j
+    const int column = column0 + 8 * (i / 2) + 2 * j + i % 2, rank = 16 * step + 2 * q;
+    const T* p = a.B + column * a.B_stride + rank;
+    const bool inside = column < a.columns;
+    b[0] = load_pair(p, inside ? a.r - rank : 0, a.paired);
+    b[1] = load_pair(p + 8, inside ? a.r - rank - 8 : 0, a.paired);
+  };
+  uint32_t kept[kSteps > 0 ? kSteps : 1][4][2];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) fragment_of_B(kept[step][j], step, j);
+
+  for (int64_t row0 = begin; row0 < end; row0 += 32) {
+    uint4 old[2][2];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int64_t row = row0 + 8 * m + i;
+      old[m / 2][m % 2] = load_row(a.out + row * a.out_stride + mine, row < end ? n : 0, a.wide);
+    }
+    float c[2][4][4] = {};
+    auto multiply = [&](int step, const uint32_t (&b)[4][2]) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const int64_t row = row0 + 16 * m + i;
+        const int rank = 16 * step + 2 * q;
+        const T* p = a.h + row * a.h_stride + rank;
+        const T* low = p + 8 * a.h_stride;
+        const uint32_t fragment[4] = {load_pair(p, row < end ? a.r - rank : 0, a.paired),
+                                      load_pair(low, row + 8 < end ? a.r - rank : 0, a.paired),
+                                      load_pair(p + 8, row < end ? a.r - rank - 8 : 0, a.paired),
+                                      load_pair(low + 8, row + 8 < end ? a.r - rank - 8 : 0, a.paired)};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mma<T>(c[m][j], fragment, b[j]);
+      }
+    };
+    if constexpr (kSteps > 0) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) multiply(step, kept[step]);
+    } else {
+      for (int step = 0; 16 * step < a.r; ++step) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) fragment_of_B(kept[0][j], step, j);
+        multiply(step, kept[0]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int64_t row = row0 + 8 * m + i;
+      float v[8];
+      unpack<T>(old[m / 2][m % 2], v);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = g[e] * (v[e] + a.scale * c[m / 2][e / 2][2 * (m % 2) + e % 2]) + shift[e];
+      if (row < end) store_row(a.out + row * a.out_stride + mine, n, a.wide, v);
+    }
+  }
+}
+
+// float32 (no TF32) and float64: 64 x 64 of out in a block, 4 x 4 in a thread, 16 ranks of h and B in shared memory.
+template <class T> __global__ void __launch_bounds__(kThreads) update_fma(Update<T> a) {
+  constexpr int kTile = 64, kRanks = 16, kPitch = kTile + 4;
+  __shared__ __align__(16) T h[kRanks][kPitch];  // [rank, row]
+  __shared__ __align__(16) T B[kRanks][kPitch];  // [rank, column]
+  const int column0 = static_cast<int>(blockIdx.x) % a.column_tiles * kTile;
+  const int64_t row0 = int64_t{blockIdx.x / static_cast<unsigned>(a.column_tiles)} * kTile;
+  const int my_row = threadIdx.x / 16 * 4, my_column = threadIdx.x % 16 * 4;
+  T c[4][4] = {};
+  for (int rank0 = 0; rank0 < a.r; rank0 += kRanks) {
+    __syncthreads();  // the previous ranks have been used
+    for (int n = threadIdx.x; n < kTile * kRanks; n += kThreads) {
+      const int line = n / kRanks, p = n % kRanks;
+      const bool ranked = rank0 + p < a.r;
+      h[p][line] = ranked && row0 + line < a.rows ? a.h[(row0 + line) * a.h_stride + rank0 + p] : T(0);
+      B[p][line] = ranked && column0 + line < a.columns ? a.B[(column0 + line) * a.B_stride + rank0 + p] : T(0);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int p = 0; p < kRanks; ++p)
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) c[m][e] += h[p][my_row + m] * B[p][my_column + e];
+  }
+  constexpr int L = kLanes<T>;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const int64_t row = row0 + my_row + m;
+    if (row >= a.rows) break;
+#pragma unroll
+    for (int e0 = 0; e0 < 4; e0 += L) {
+      const int column = column0 + my_column + e0, n = a.columns - column;
+      T* p = a.out + row * a.out_stride + column;
+      T v[L];
+      unpack<T>(load_row(p, n, a.wide), v);
+#pragma unroll
+      for (int e = 0; e < L; ++e) {
+        v[e] += a.scale * c[m][e0 + e];
+        if (e < n && a.g) v[e] *= a.g[column + e];
+        if (e < n && a.shift) v[e] += a.shift[column + e];
+      }
+      store_row(p, n, a.wide, v);
+    }
+  }
+}
+
+template <class T> cudaError_t launch_update(const LowRankUpdate& from, cudaStream_t stream) {
+  using A = acc_t<T>;
+  Update<T> a{static_cast<T*>(from.out), static_cast<const T*>(from.h), static_cast<const T*>(from.B),
+              static_cast<const A*>(from.g), static_cast<const A*>(from.shift), static_cast<A>(from.scale),
+              from.rows, from.out_stride, from.h_stride, from.B_stride,
+              static_cast<int>(from.columns), static_cast<int>(from.r), 0,
+              aligned_rows(from.out, from.out_stride, sizeof(T)),
+              aligned_pairs(from.h, from.h_stride) && aligned_pairs(from.B, from.B_stride)};
+  if constexpr (kMatrixUnits<T>) {
+    a.column_tiles = static_cast<int>(ceil_div(from.columns, kUpdateColumns));
+    const auto kernel = a.r <= 16 ? update_mma<T, 1> : a.r <= 32 ? update_mma<T, 2> : a.r <= 64 ? update_mma<T, 4> : update_mma<T, 0>;
+    return enqueue(kernel, a.column_tiles * ceil_div(from.rows, kUpdateRows), kThreads, 0, stream, a);
+  } else {
+    a.column_tiles = static_cast<int>(ceil_div(from.columns, 64));
+    return enqueue(update_fma<T>, a.column_tiles * ceil_div(from.rows, 64), kThreads, 0, stream, a);
+  }
+}
+
+}  // namespace
+
+cudaError_t lowrank_update(const LowRankUpdate& a, cudaStream_t stream) {
+  if (a.rows == 0 || a.columns == 0) return cudaSuccess;
+  if (a.columns > kMaxColumns || a.r > kMaxColumns) return cudaErrorInvalidValue;
+  return for_dtype(a.dtype, [&](auto* t) { return launch_update<std::remove_pointer_t<decltype(t)>>(a, stream); });
+}
+
+}  // namespace spectral_ops::cuda
