@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import harness
 from spectral_ops import LoRAConfig, LoRALinear, lowrank_linear, segmented_lowrank_linear
-from spectral_ops.bench.shapes import DTYPES
+from spectral_ops.bench.methods import DTYPES
 
 T, D, K, R = harness.T, harness.D, harness.K, harness.R
 LENGTH = 128

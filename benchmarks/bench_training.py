@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectral_ops.bench import models, training
+from spectral_ops.bench import models, tables, training
 from spectral_ops.bench.peers import METHODS, OURS
 
 LENGTH, BLOCKS = 128, 2
@@ -20,9 +20,9 @@ def test_step(benchmark, base, method, checkpointing):
     pytest.importorskip("peft")
     ids = torch.randint(base.config.vocab_size, (1, LENGTH))
     rows = training.measure(method, "smollm2", base, ids, METHODS[method], checkpointing=checkpointing, repeats=5)
-    print("\n" + training.training_table(rows))
+    print("\n" + tables.training_table(rows))
     assert not any(row.red for row in rows), "red: a loss or gradient differs from the peer's"
-    ratios = {row.implementation: round(training.ratio(row, rows[0]), 4) for row in rows}
+    ratios = {row.implementation: round(tables.training_ratio(row, rows[0]), 4) for row in rows}
     benchmark.extra_info.update(ratios=ratios, peak_bytes={row.implementation: row.peak_bytes for row in rows})
     model = models.contenders(method, base, METHODS[method])[OURS]
     if checkpointing:

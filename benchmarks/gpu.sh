@@ -2,7 +2,7 @@
 # `make gpu`: everything that needs the chip, in under 10 minutes, with this machine's own Python and no network.
 # SECTIONS chooses among: build info test memcheck racecheck tune bench training report. Each runs whether or not the one
 # before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. `report`
-# turns the file that `bench` wrote at this commit today into pictures beside it and the table in README. LIMIT seconds
+# turns the file that `bench` wrote at this commit today into pictures beside it and the tables in README and docs. LIMIT seconds
 # (590) bound the whole run: a section gets what is left of them, and is cut off there.
 # `make gpu-dry` (DRY=1) runs the same script without a chip: one CUDA file is compiled, the GPU tests are collected, one
 # Triton operator is interpreted and compiled ahead of time, and what takes a device takes the CPU, at small sizes, its
@@ -38,10 +38,18 @@ step() { # section, seconds, command...
   summary+=("$(printf '%-10s %5d s  %-12s %s' "$name" $((SECONDS - began)) "$verdict" "$(grep -v '^ *$' "$logs/$name" | tail -1 | cut -c1-100)")")
 }
 
-report() { # results file, directory of the pictures, README
-  local pictures=(--draw "$1" --png "$2")
-  "$python" -c 'import matplotlib' 2>/dev/null || { echo "gpu: no matplotlib, so no pictures"; pictures=(); }
-  step report 90 "$python" -m spectral_ops bench "${pictures[@]}" --readme "$1" --write "$3"
+show() { # python, results file, directory of the pictures, pages
+  if "$1" -c 'import matplotlib' 2>/dev/null; then
+    "$1" -m spectral_ops bench --draw "$2" --png "$3"
+  else
+    echo "gpu: no matplotlib, so no pictures"
+  fi
+  "$1" -m benchmarks.publish results "$2" "${@:4}"
+}
+export -f show
+
+report() { # results file, directory of the pictures, pages
+  step report 90 bash -ec 'show "$@"' show "$python" "$@"
 }
 
 if [ -n "$dry" ]; then
@@ -58,8 +66,8 @@ if [ -n "$dry" ]; then
   step bench 120 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$logs/results.json"
   step training 120 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
     --dtype float32 --checkpointing --repeats 2 --json "$logs/training.json"
-  cp README.md "$logs"
-  report "$logs/results.json" "$logs" "$logs/README.md"
+  cp README.md docs/PERFORMANCE.md "$logs"
+  report "$logs/results.json" "$logs" "$logs/README.md" "$logs/PERFORMANCE.md"
 else
   device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || { echo "gpu: no CUDA device in $python's torch"; exit 1; }
   arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
@@ -88,7 +96,7 @@ else
   elif [[ $sections == *" training "* ]]; then
     echo "gpu: no peft or no transformers, so no training steps"
   fi
-  report "$stem.json" "$results" README.md
+  report "$stem.json" "$results" README.md docs/PERFORMANCE.md
   echo "results: $stem.json"
 fi
 

@@ -10,9 +10,9 @@ from benchmarks.publish import TARGETS
 from spectral_ops import _library
 from spectral_ops.bench import layers, peers
 from spectral_ops.bench.clock import measure_ceilings
+from spectral_ops.bench.methods import DTYPES as DTYPE
 from spectral_ops.bench.results import Ceiling
 from spectral_ops.bench.samples import arguments
-from spectral_ops.bench.shapes import DTYPES as DTYPE
 
 T, D, K, R = 1024, 2048, 2048, 16
 DTYPES = list(DTYPE)

@@ -1,20 +1,31 @@
-"""The table of results in README: ``bench --readme FILE.json [--write README.md]``.
+"""Puts measured and counted tables into the pages that readers see.
 
-It stands between ``<!-- results: cpu -->`` (or ``gpu``) and ``<!-- end -->`` and holds a line per method, dtype, tokens
-and layer, or where a run measured every projection of a model's block, the block: our time beside the best peer's and
-the target, all over the frozen layer's; the share of the floor; and memory.
+    python -m benchmarks.publish results FILE.json [PAGE...]   a run's tables into each page; without one, printed
+    python -m benchmarks.publish costs [docs/methods]          the tables of costs below ``<!-- cost: name -->``
+
+A run has two tables. Each ends at ``<!-- end -->``.
+
+* ``<!-- results: cpu -->`` (or ``gpu``): a line per method, dtype, tokens and layer, or per block where a run measured
+  all projections of a model's block. Our time stands beside the best peer's and the target, all over the frozen
+  layer's; then the share of the floor, and memory.
+* ``<!-- summary: cpu -->``: PEFT's time and ours for the methods of ``SUMMARY``.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral_ops.bench.results import Layer, Results
-from spectral_ops.bench.shapes import BLOCKS
+import torch
+
+from spectral_ops.bench.counting import CEILINGS, cost
+from spectral_ops.bench.methods import BLOCKS
+from spectral_ops.bench.results import Layer, Results, read
 from spectral_ops.bench.tables import FROZEN, block_ratio
+from spectral_ops.cli.cost import cells
 
 # Times over the frozen layer's that the package aims at, where they are set: on two CPU cores, and on an H100.
 PLACES = {"cpu": "2048×2048, T=1024", "gpu": "llama3-8b block, T=8192"}
@@ -31,6 +42,8 @@ TARGETS: dict[str, dict[tuple[str, str], float]] = {
         ("bat", "bfloat16"): 1.68, ("rosa", "bfloat16"): 1.30,
     },
 }  # fmt: skip
+SUMMARY = {"dora": "DoRA", "lora": "LoRA", "bone": "MiSS (Bone)", "bat": "Bat"}
+SHAPE = (8192, 4096, 4096)  # tokens and [out, in] of the tables of costs
 OURS, OURS_IN_PEFT = "spectral_ops", "PEFT accelerated"
 HEADER = ("method", "dtype", "adapters", "layer", "PEFT", "best peer", "ours", "target", "% of floor",
           "saved MiB: PEFT, or best / ours", "peak MiB: the same")  # fmt: skip
@@ -66,7 +79,20 @@ def _blocks(sizes: set[tuple[int, int]]) -> dict[str, dict[tuple[int, int], int]
     return whole or {f"{d}×{k}": {(d, k): 1} for d, k in sorted(sizes)}
 
 
-def _lines(place: str, layers: list[Layer]) -> Iterator[list[str]]:
+@dataclass
+class Line:
+    """One method on one layer, or over a whole block: every implementation's figures."""
+
+    method: str
+    dtype: str
+    adapters: str
+    where: str
+    rank: int
+    figures: dict[str, Figures]
+
+
+def lines_of(layers: list[Layer]) -> Iterator[Line]:
+    """A line per method, dtypes, tokens and layer or block, in the order of the run."""
     groups: dict[tuple, dict[str, list[Layer]]] = {}
     for row in layers:
         key = (row.method, row.rank, row.dtype, row.adapter_dtype, row.tokens)
@@ -79,9 +105,7 @@ def _lines(place: str, layers: list[Layer]) -> Iterator[list[str]]:
             }
             frozen = parts.pop(FROZEN, [])
             figures = {implementation: _figures(rows, frozen, block) for implementation, rows in parts.items()}
-            where = f"{name}, T={tokens}"
-            target = TARGETS[place].get((method, dtype)) if where == PLACES[place] else None
-            yield [f"{method} r{rank}", dtype, adapters, where, *_cells(figures, target)]
+            yield Line(method, dtype, adapters, f"{name}, T={tokens}", rank, figures)
 
 
 def _cells(figures: dict[str, Figures], target: float | None) -> list[str]:
@@ -109,33 +133,119 @@ def place_of(results: Results) -> str:
     devices = {row.device for row in results.layers}
     if len(devices) != 1:
         raise ValueError(
-            f"readme: got layers on {sorted(devices) or 'no device'}, wanted a run with those of one device"
+            f"publish: got layers on {sorted(devices) or 'no device'}, wanted a run with those of one device"
         )
     return "cpu" if devices == {"cpu"} else "gpu"
 
 
-def render(results: Results) -> str:
-    """The caption and the Markdown table."""
+def _markdown(lines: list) -> str:
+    head, *rows = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def _caption(results: Results) -> str:
     meta = results.meta
-    caption = (
+    return (
         f"{meta.get('device')}, threads: {meta.get('threads')}, torch {meta.get('torch')}, commit {meta.get('commit')},"
-        f" {str(meta.get('date'))[:10]}, `{meta.get('command')}`.\n"
-        "Forward and backward over the frozen layer's time (1.000 is no tax), medians over turns."
+        f" {str(meta.get('date'))[:10]}, `{meta.get('command')}`."
     )
-    lines = [HEADER, ["---"] * len(HEADER), *_lines(place_of(results), results.layers)]
-    return caption + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(results: Results, path: str | Path) -> None:
-    """Put the table between the markers of ``path``; ValueError where it has none."""
-    marker, path = f"<!-- results: {place_of(results)} -->", Path(path)
-    text = path.read_text()
-    new, found = re.subn(
-        rf"^{re.escape(marker)}\n.*?^<!-- end -->$",
-        lambda match: f"{marker}\n{render(results)}\n<!-- end -->",
-        text,
-        flags=re.M | re.S,
-    )
-    if found != 1:
-        raise ValueError(f"{path}: got {found} sections from {marker} to <!-- end -->, wanted 1")
-    path.write_text(new)
+def render(results: Results) -> str:
+    """The caption and the table of every line."""
+    place, rows = place_of(results), [HEADER]
+    for line in lines_of(results.layers):
+        target = TARGETS[place].get((line.method, line.dtype)) if line.where == PLACES[place] else None
+        name = f"{line.method} r{line.rank}"
+        rows.append([name, line.dtype, line.adapters, line.where, *_cells(line.figures, target)])
+    scale = "Forward and backward over the frozen layer's time (1.000 is no tax), medians over turns."
+    return f"{_caption(results)}\n{scale}\n\n{_markdown(rows)}"
+
+
+def summary(results: Results) -> str:
+    """The four lines that README shows: PEFT's time and ours over the frozen layer's, float32 adapters."""
+    place, found = place_of(results), {}
+    for line in lines_of(results.layers):
+        if line.adapters == "float32" and line.where == PLACES[place]:
+            found[line.method, line.dtype] = [_ratio(line.figures.get(name)) for name in ("PEFT", OURS)]
+    dtypes = [dtype for dtype in ("bfloat16", "float32") if any(key[1] == dtype for key in found)]
+    rows = [["method", *(f"{name}, {dtype}" for dtype in dtypes for name in ("PEFT", "spectral_ops"))]]
+    for method, name in SUMMARY.items():
+        rows.append([name, *(cell for dtype in dtypes for cell in found.get((method, dtype), ["–", "–"]))])
+    return f"{_markdown(rows)}\n\n{PLACES[place]}; {_caption(results)}"
+
+
+def _ratio(figures: Figures | None) -> str:
+    return "–" if figures is None or figures.ratio is None else f"{figures.ratio:.2f}"
+
+
+SECTIONS = {"results": render, "summary": summary}
+
+
+def write(results: Results, path: str | Path) -> list[str]:
+    """Put the tables between the markers that ``path`` has; ValueError where it has none. Returns their names."""
+    place, path = place_of(results), Path(path)
+    text, written = path.read_text(), []
+    for name, make in SECTIONS.items():
+        marker = f"<!-- {name}: {place} -->"
+        section = rf"^{re.escape(marker)}\n.*?^<!-- end -->$"
+        text, found = re.subn(
+            section, lambda match, m=marker, f=make: f"{m}\n{f(results)}\n<!-- end -->", text, flags=re.M | re.S
+        )
+        written += [name] * found
+    if not written:
+        wanted = " or ".join(f"<!-- {name}: {place} -->" for name in SECTIONS)
+        raise ValueError(f"{path}: got no section that starts with {wanted} and ends with <!-- end -->, wanted one")
+    path.write_text(text)
+    return written
+
+
+def costs_table(name: str) -> str:
+    """The Markdown table that stands below ``<!-- cost: name -->``."""
+    c, frozen = (cost(n, *SHAPE, torch.bfloat16) for n in (name, None))
+    heads = ["trained", "forward FLOPs", "backward FLOPs", "MiB moved", "MiB saved for backward",
+             "predicted, x frozen (H100)"]  # fmt: skip
+    return _markdown([heads, cells(c, frozen, CEILINGS["sm_90"])])
+
+
+def write_costs(directory: Path, write: bool = True) -> list[str]:
+    """Renew the table below every marker in the pages of ``directory``; returns the names of pages that changed."""
+    changed = []
+    for page in sorted(directory.glob("*.md")):
+        text = page.read_text()
+        new = re.sub(
+            r"^<!-- cost: (\w+) -->\n(?:\n?(?:\|.*\n)+)?",
+            lambda match: f"<!-- cost: {match[1]} -->\n\n{costs_table(match[1])}\n",
+            text,
+            flags=re.M,
+        )
+        if new != text:
+            changed.append(page.name)
+            if write:
+                page.write_text(new)
+    return changed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write what was asked for; prints the names of pages that changed, or the table where no page was named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    measured = commands.add_parser("results", help="a run's tables, between the markers of the pages")
+    measured.add_argument("file", type=Path, metavar="FILE.json")
+    measured.add_argument("pages", type=Path, nargs="*", metavar="PAGE.md")
+    counted = commands.add_parser("costs", help="the tables of costs")
+    counted.add_argument("directory", type=Path, nargs="?", default=Path("docs/methods"))
+    arguments = parser.parse_args(argv)
+    if arguments.command == "costs":
+        print("\n".join(write_costs(arguments.directory)) or "nothing changed")
+        return 0
+    results = read(arguments.file)
+    for page in arguments.pages:
+        print(f"{', '.join(write(results, page))} of {arguments.file} written to {page}")
+    if not arguments.pages:
+        print(render(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

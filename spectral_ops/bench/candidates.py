@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from spectral_ops import _library, backends, tuning
 from spectral_ops._library import Operator
+from spectral_ops.bench import judge
 from spectral_ops.bench.clock import flush, interleave
+from spectral_ops.bench.methods import DTYPES
 from spectral_ops.bench.results import meta
 from spectral_ops.bench.samples import arguments
-from spectral_ops.bench.shapes import DTYPES
-from spectral_ops.cli import check
 
 MARGIN = 0.05
 FIRST = ("lowrank", "dora", "bat", "csr", "blocksum")  # stems, in this order before all others
@@ -52,20 +52,20 @@ def measure(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every candidate, the default first, and why which of them are left out."""
     device, (dtype, _) = args[0].device, tuning.signature(args)
-    exact = check.outputs(operator, operator.reference, check.converted(args, torch.float64, str(device)))
+    exact = judge.outputs(operator, operator.reference, judge.converted(args, torch.float64, str(device)))
     calls, refused = {}, {}
     for choice in backends.candidates(operator, device.type):
         call = backends.implementation(operator, choice)
         try:
             got, again = (
-                check.outputs(operator, call, tree_map_only(torch.Tensor, torch.clone, args)) for _ in range(2)
+                judge.outputs(operator, call, tree_map_only(torch.Tensor, torch.clone, args)) for _ in range(2)
             )
         except Exception as error:  # a kernel that does not fit this device: to be told, not to end the run
             refused[choice] = f"raised {type(error).__name__}: {str(error).splitlines()[:1]}"
             continue
-        error = check.largest_error(got, exact)
-        if not error <= check.BOUNDS[dtype]:
-            refused[choice] = f"RED: relative error {error:.1e}, wanted at most {check.BOUNDS[dtype]:g}"
+        error = judge.largest_error(got, exact)
+        if not error <= judge.BOUNDS[dtype]:
+            refused[choice] = f"RED: relative error {error:.1e}, wanted at most {judge.BOUNDS[dtype]:g}"
         elif not all(map(torch.equal, got, again)):
             refused[choice] = "differs between two runs"
         else:

@@ -11,15 +11,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from spectral_ops._library import LAYERS, NAMESPACE, OPERATORS
+from spectral_ops.bench import methods
 
+# dense bf16 FLOP/s and bytes/s that large products and copies reach, below the data sheet's peaks; none was measured
+CEILINGS = {"sm_80": (2.6e14, 1.7e12), "sm_90": (7.9e14, 3.0e12), "sm_100": (1.6e15, 7.0e12)}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "alias",
         "lift_fresh", "set_", "resize_", "is_same_size", "_local_scalar_dense"}  # fmt: skip
 
@@ -150,3 +157,45 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+@dataclass
+class Cost:
+    """One layer, forward and backward."""
+
+    trained: int
+    forward: Counts
+    backward: Counts
+    saved_bytes: int  # beside x and parameters
+
+    @property
+    def flops(self) -> int:
+        return self.forward.flops + self.backward.flops
+
+    @property
+    def bytes(self) -> int:
+        return self.forward.bytes + self.backward.bytes
+
+    def seconds(self, ceiling: tuple[float, float]) -> float:
+        return self.forward.seconds(*ceiling) + self.backward.seconds(*ceiling)
+
+
+def cost(name: str | None, tokens: int, d: int, k: int, dtype: torch.dtype, **fields) -> Cost:
+    """The cost of method ``name`` (None: the frozen layer) over a bias-free layer [d, k]; ``fields`` of its config."""
+    pattern = methods.even_pattern(d, k) if name == "rosa" else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        linear = nn.Linear(k, d, bias=False, dtype=dtype).requires_grad_(False)
+        x = torch.empty(tokens, k, dtype=dtype, requires_grad=True)
+        forward, parameters = (lambda x: F.linear(x, linear.weight)), []
+        if name is not None:
+            forward, parameters = methods.layer(name, linear, pattern, **fields)
+        constants = [linear.weight, *parameters]
+        if isinstance(forward, nn.Module):
+            constants += [*forward.parameters(), *forward.buffers()]
+        saved = saved_bytes(forward, x, constants)
+        with counted() as ahead:
+            y = forward(x)
+        dy = torch.empty_like(y)
+        with counted() as back:
+            y.backward(dy)
+    return Cost(sum(p.numel() for p in parameters), ahead, back, saved)

@@ -107,24 +107,3 @@ def measure(
                 else:
                     backend = backends.choose(operator, device, samples[value]).backend
                     yield series(operator, backend, dtype, variable, samples, ceiling, device, repeats)
-
-
-def rows(found: Iterable[Growth]) -> list[list[str]]:
-    """A line per series: its variable, smallest and largest size, times and predictions there, and the verdict."""
-    return [
-        [
-            g.operator,
-            g.backend,
-            g.dtype,
-            g.variable,
-            f"{g.values[0]:g} to {g.values[-1]:g}",
-            f"{1e6 * g.seconds[0]:.1f}",
-            f"{1e6 * g.seconds[-1]:.1f}",
-            f"{1e6 * g.predicted[-1]:.1f}",
-            g.verdict,
-        ]
-        for g in found
-    ]
-
-
-HEADER = ["operator", "backend", "dtype", "over", "values", "us, smallest", "us, largest", "us predicted", "growth"]

@@ -11,16 +11,18 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectral_ops.bench import results
 from spectral_ops.bench.clock import interleave
 from spectral_ops.bench.counting import Counts, counted, peak_bytes, saved_bytes
-from spectral_ops.bench.peers import FROZEN, OURS, Layer, Subject
-from spectral_ops.cli.check import largest_error
+from spectral_ops.bench.judge import largest_error
+from spectral_ops.bench.peers import FROZEN, METHODS, OURS, Layer, Subject
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the output and of every gradient
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
+SMALL, FEW = 256, (1, 128)  # of the overhead: features in and out, which every usual rank fits; tokens
 
 
 def _clear(layer: Layer, x: torch.Tensor) -> None:
@@ -144,3 +146,24 @@ def measure(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def measure_overhead(method: str, device: str, *, seconds: float = 0.2, peers: bool = True) -> list[results.Overhead]:
+    """What a layer costs the host: forward and backward of a small float32 layer, with next to no arithmetic.
+
+    nn.Linear frozen, ours and with ``peers`` PEFT's, by torch.utils.benchmark for ``seconds`` each.
+    """
+    weight = torch.randn(SMALL, SMALL, device=device) * SMALL**-0.5
+    linear = torch.nn.Linear(SMALL, SMALL, bias=False, device=device).requires_grad_(False)
+    subject = Subject(method, weight, METHODS[method])
+    layers = {FROZEN: Layer(linear, []), OURS: subject.ours}
+    if peers:
+        layers |= {name: build() for name, build in subject.peers().items() if name.startswith("PEFT")}
+    rows = []
+    for T in FEW:
+        x, dy = torch.randn(T, SMALL, device=device, requires_grad=True), torch.randn(T, SMALL, device=device)
+        for name, layer in layers.items():
+            timed = Timer("step(layer, x, dy)", globals={"step": step, "layer": layer, "x": x, "dy": dy})
+            times = timed.blocked_autorange(min_run_time=seconds).times
+            rows.append(results.Overhead(name=method, implementation=name, tokens=T, times=times))
+    return rows

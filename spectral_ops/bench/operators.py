@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 from spectral_ops import _library, backends
 from spectral_ops.bench import results
 from spectral_ops.bench.clock import flush, interleave
+from spectral_ops.bench.judge import BOUNDS, converted, largest_error, outputs
 from spectral_ops.bench.methods import DENSITY
 from spectral_ops.bench.peers import missing
 from spectral_ops.bench.samples import arguments
-from spectral_ops.cli.check import BOUNDS, converted, largest_error, outputs
 
 NAMES = sorted(_library.OPERATORS, key=lambda name: (_library.OPERATORS[name].stem, name))
 SLACK = 4  # times check's bounds, which are for sums of a hundred numbers

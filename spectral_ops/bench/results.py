@@ -184,7 +184,7 @@ def commit() -> str | None:
     """The checkout's commit, with a + where files differ from it; None outside a checkout."""
     git = ["git", "-C", os.path.dirname(__file__)]
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", "bench.py"], capture_output=True, check=True)  # ours?
+        subprocess.run([*git, "ls-files", "--error-unmatch", "results.py"], capture_output=True, check=True)  # ours?
         call = [*git, "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from spectral_ops._table import table
-from spectral_ops.bench import growth
+from spectral_ops.bench.methods import BLOCKS
 from spectral_ops.bench.peers import FROZEN
-from spectral_ops.bench.results import Counted, Layer, Operator, Overhead, Results
-from spectral_ops.bench.shapes import BLOCKS
-from spectral_ops.bench.training import training_table
+from spectral_ops.bench.results import Counted, Growth, Layer, Operator, Overhead, Results, Training
+from spectral_ops.bench.training import mode
 
 RATES = ["GFLOP", "MB", "GB/s", "TFLOP/s", "% of floor"]
 
@@ -80,6 +79,54 @@ def overhead_table(rows: Iterable[Overhead]) -> str:
     return table(["method", "implementation", *(f"us at T={T}" for T in counts)], lines)
 
 
+def growth_table(rows: Iterable[Growth]) -> str:
+    """A line per series: its variable, smallest and largest size, times and predictions there, and the verdict."""
+    header = ["operator", "backend", "dtype", "over", "values", "us, smallest", "us, largest", "us predicted", "growth"]
+    lines = [
+        [
+            g.operator, g.backend, g.dtype, g.variable, f"{g.values[0]:g} to {g.values[-1]:g}",
+            f"{1e6 * g.seconds[0]:.1f}", f"{1e6 * g.seconds[-1]:.1f}", f"{1e6 * g.predicted[-1]:.1f}", g.verdict,
+        ]
+        for g in rows
+    ]  # fmt: skip
+    return table(header, lines)
+
+
+def beside_frozen(rows: list[Training]) -> Iterator[tuple[Training, Training]]:
+    """Every row with the frozen model's of the same turns, which comes before it."""
+    frozen = None
+    for row in rows:
+        if row.implementation == FROZEN:
+            frozen = row
+        yield row, frozen
+
+
+def training_ratio(row: Training, frozen: Training) -> float | None:
+    """The median over turns of the step's time over the frozen model's; None where either is red."""
+    if row.red or frozen.red:
+        return None
+    return statistics.median(a / b for a, b in zip(row.times, frozen.times, strict=True))
+
+
+def training_table(rows: list[Training]) -> str:
+    """A line per implementation; RED stands in place of every figure of one whose loss or gradients are wrong."""
+    header = ["method", "dtype", "mode", "implementation", "s/step", "x frozen", "tokens/s", "peak MiB"]
+    header += ["beyond frozen", "loss", "error", "compiled"]
+    lines = []
+    for row, frozen in beside_frozen(rows):
+        figures = ["RED"] * 5
+        if not row.red:
+            over = training_ratio(row, frozen)
+            beyond = "-" if frozen.red else f"{(row.peak_bytes - frozen.peak_bytes) / 2**20:.1f}"
+            figures = [f"{row.seconds:.4g}", "-" if over is None else f"{over:.3f}", f"{row.tokens_per_second:.0f}",
+                       f"{row.peak_bytes / 2**20:.1f}", beyond]  # fmt: skip
+        graphs = f"{row.blocks} blocks: {row.graphs} graphs, {row.graph_breaks} breaks" if row.compiled else "-"
+        error = "-" if row.error is None else f"{row.error:.1e}"
+        how = mode(row.compiled, row.checkpointing)
+        lines.append([row.method, row.dtype, how, row.implementation, *figures, f"{row.loss:.4f}", error, graphs])
+    return table(header, lines)
+
+
 def block_ratio(rows: Iterable[Layer], block: dict[tuple[int, int], int]) -> float | None:
     """Time of all projections of a block over the frozen ones', from the rows of one implementation and the frozen.
 
@@ -143,7 +190,7 @@ def report(found: Results, blocks: Iterable[str] = ()) -> str:
     if found.overhead:
         parts.append("host overhead, forward and backward, float32:\n" + overhead_table(found.overhead))
     if found.growth:
-        parts.append(table(growth.HEADER, growth.rows(found.growth)))
+        parts.append(growth_table(found.growth))
     if found.layers and (named := [name for name in blocks if name in BLOCKS]):
         parts.append("all projections of a block:\n" + blocks_table(found.layers, named))
     return "\n\n".join(parts)

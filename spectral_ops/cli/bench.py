@@ -8,6 +8,8 @@ time is printed for a result that fails its numerical check. Ctrl-C keeps what i
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import signal
 import time
 import warnings
@@ -17,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from spectral_ops.bench import growth, layers, operators, overhead, results, training
+from spectral_ops.bench import compare, growth, layers, models, operators, pictures, results, training
 from spectral_ops.bench.clock import measure_ceilings
+from spectral_ops.bench.methods import BLOCKS, DTYPES, sizes
 from spectral_ops.bench.peers import METHODS, USUAL, missing
-from spectral_ops.bench.shapes import BLOCKS, DTYPES, sizes
 from spectral_ops.bench.tables import report
-from spectral_ops.cli import predict, review
+from spectral_ops.cli import cost
 
 Job = tuple[str, Callable[[], None]]  # what it measures, and what adds that to the results
 
@@ -61,8 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"),
                         help="start nothing that might not end within so many, going by what was measured")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="keep the results in FILE, written anew after each measurement")
-    training.add_arguments(parser)
-    review.add_arguments(parser)
+    group = parser.add_argument_group("whole training steps, of a model with random weights")
+    group.add_argument("--training", action="store_true",
+                       help="in place of single layers: forward, backward and AdamW beside PEFT's")  # fmt: skip
+    group.add_argument("--model", choices=models.MODELS, default="smollm2", help="whose dimensions (default: smollm2)")
+    group.add_argument("--blocks", type=int, help="default: as many as the model has")
+    group.add_argument("--batch", type=int, default=1)
+    group.add_argument("--length", type=int, default=512, help="tokens in a sequence")
+    group.add_argument("--checkpointing", action="store_true", help="also with every block recomputed in the backward")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="draw the results into DIR")
+    group = parser.add_argument_group("results that are there, instead of measuring")
+    group.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="what is faster or slower in the results file B than in A; exit status 1 on a regression",
+    )
+    group.add_argument("--draw", metavar="FILE", help="with --png: draw a results file")
 
 
 def settle(arguments: argparse.Namespace) -> None:
@@ -77,11 +94,41 @@ def settle(arguments: argparse.Namespace) -> None:
         setattr(arguments, name, [] if "none" in chosen else known if "all" in chosen else chosen)
 
 
+def check_training(arguments: argparse.Namespace) -> None:
+    """End the process where sizes or methods cannot be measured."""
+    for name, least in (("blocks", 1), ("batch", 1), ("length", 2), ("repeats", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise SystemExit(f"bench --{name}: got {value}, wanted at least {least}")
+    if unknown := set(arguments.methods) - set(models.METHODS):
+        raise SystemExit(
+            f"bench --methods: got {', '.join(sorted(unknown))}, wanted some of {', '.join(models.METHODS)}"
+        )
+
+
+def training_plan(arguments: argparse.Namespace, found: results.Results) -> Iterator[Job]:
+    """What to measure, each with its label; every job adds to ``found``."""
+    check_training(arguments)
+    base_model = functools.lru_cache(maxsize=1)(models.base_model)
+    shape = (arguments.batch, arguments.length)
+    modes = ([False, True] if asked else [False] for asked in (arguments.compiled, arguments.checkpointing))
+    for dtype, compiled, checkpointing, method in product(arguments.dtype, *modes, arguments.methods):
+
+        def job(dtype=dtype, method=method, compiled=compiled, checkpointing=checkpointing) -> None:
+            base = base_model(arguments.model, arguments.blocks, DTYPES[dtype], arguments.device)
+            ids = torch.randint(base.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+            found.training += training.measure(
+                method, arguments.model, base, ids.to(arguments.device), arguments.rank or METHODS[method],
+                compiled=compiled, checkpointing=checkpointing, repeats=arguments.repeats,
+            )  # fmt: skip
+            gc.collect()  # PEFT's models are cycles, and hold memory on the device
+
+        how = training.mode(compiled, checkpointing)
+        yield f"{arguments.model} with {method}, {dtype}, {shape[0]}x{shape[1]} tokens, {how}", job
+
+
 def plan(arguments: argparse.Namespace, found: results.Results, note: Callable[[str], None]) -> Iterator[Job]:
     """Everything to measure, the first token count whole before the next; every job adds to ``found``."""
-    if arguments.training:
-        yield from training.plan(arguments, found)
-        return
     options = {"repeats": arguments.repeats, "peers": arguments.peers, "note": note}
     chosen = sizes(arguments.shapes, tuple(arguments.shape))
     adapter_dtypes = [
@@ -108,7 +155,7 @@ def plan(arguments: argparse.Namespace, found: results.Results, note: Callable[[
     for method in (arguments.methods or USUAL) if arguments.overhead else ():
 
         def host(method=method) -> None:
-            found.overhead += overhead.measure(
+            found.overhead += layers.measure_overhead(
                 method, arguments.device, seconds=0.02 if arguments.quick else 0.2, peers=arguments.peers
             )
 
@@ -143,12 +190,33 @@ def perform(jobs: list[Job], keep: Callable[[], None], seconds: float = float("i
     return failed
 
 
+def draw(found: results.Results, directory: Path) -> None:
+    """Draw, and say what was drawn."""
+    files = pictures.draw(found, directory)
+    print(
+        "\n".join(f"drawn: {path}" for path in files) or "nothing drawn: no layers, operators or growth were measured"
+    )
+
+
+def review(arguments: argparse.Namespace) -> int | None:
+    """Do what was asked of results files, and return the exit status; None where it was nothing."""
+    if arguments.draw and not arguments.png:
+        raise SystemExit("bench --draw: got no --png, wanted the directory to draw into")
+    if arguments.draw:
+        draw(results.read(arguments.draw), arguments.png)
+    if arguments.compare:
+        text, worse = compare.report(*map(results.read, arguments.compare))
+        print(text)
+        return 1 if worse else 0
+    return 0 if arguments.draw else None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the tables, keep the results; exit status 1 where anything is red or failed, 130 after Ctrl-C."""
-    if (status := review.run(arguments)) is not None:
+    if (status := review(arguments)) is not None:
         return status
     if arguments.predict:
-        print(predict.report())
+        print(cost.predictions())
         return 0
     settle(arguments)
     if arguments.json and not Path(arguments.json).parent.is_dir():
@@ -156,7 +224,7 @@ def run(arguments: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)  # torch's, of CSR tensors in general
     found = results.Results(results.meta(arguments.device))
     notes: list[str] = []
-    jobs = list(plan(arguments, found, lambda text: notes.append(text)))
+    jobs = list(training_plan(arguments, found) if arguments.training else plan(arguments, found, notes.append))
     print("{device}, {threads} threads, torch {torch}; {kernels}".format(**found.meta))
     if arguments.peers and (absent := missing()):
         print("not installed: " + ", ".join(absent))
@@ -180,7 +248,7 @@ def run(arguments: argparse.Namespace) -> int:
     keep()
     print("\n" + report(found, arguments.shapes))
     if arguments.png:
-        review.draw(found, arguments.png)
+        draw(found, arguments.png)
     for text in dict.fromkeys((*notes, *(f"FAILED {text}" for text in failed))):
         print(text)
     return 130 if interrupted else 1 if found.red or failed else 0

@@ -20,7 +20,7 @@ from spectral_ops import _files, _library, backends, tuning
 from spectral_ops._table import table
 from spectral_ops.bench import candidates
 from spectral_ops.bench.clock import timer
-from spectral_ops.bench.shapes import DTYPES
+from spectral_ops.bench.methods import DTYPES
 from spectral_ops.functional import rosa_routes
 from spectral_ops.functional.csr import (
     CSR,

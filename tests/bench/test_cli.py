@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectral_ops import _loader, cli
-from spectral_ops.bench import clock, layers, operators, peers, results, shapes, tables
+from spectral_ops.bench import clock, layers, methods, operators, peers, results, tables
 from spectral_ops.bench.counting import counted, peak_bytes
 from spectral_ops.cli import bench, tune
 from spectral_ops.functional import rosa_routes
@@ -64,7 +64,7 @@ def test_every_operator_beside_torch_sparse(tmp_path, capsys):
     out = capsys.readouterr().out
     assert status == 0 and "RED" not in out and not found.layers
     assert {(row.operator, row.dtype) for row in found.operators} == {
-        (name, dtype) for name in operators.NAMES for dtype in shapes.DTYPES
+        (name, dtype) for name in operators.NAMES for dtype in methods.DTYPES
     }
     assert all(is_measured(row) and row.error < 1e-2 for row in found.operators)
     beside = {row.operator for row in found.operators if row.backend == "torch.sparse"}
@@ -171,23 +171,23 @@ def test_defaults_and_selections(tmp_path):
 
 
 def test_a_block_s_sizes_and_its_tax(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(shapes.BLOCKS, "smollm2", {(16, 16): 3, (8, 16): 1})
+    monkeypatch.setitem(methods.BLOCKS, "smollm2", {(16, 16): 3, (8, 16): 1})
     arguments = ("--methods", "lora", "--dtype", "float32", "--shapes", "smollm2")
     status, found = run(*arguments, file=tmp_path / "r.json")
     assert status == 0
     assert {(row.out_features, row.in_features) for row in found.layers} == {(16, 16), (8, 16)}
     ours = [row for row in found.layers if row.implementation in ("frozen", peers.OURS)]
     sizes = {row.out_features: [r for r in ours if r.out_features == row.out_features] for row in ours}
-    weight = {d: count * sizes[d][0].seconds for (d, _), count in shapes.BLOCKS["smollm2"].items()}
+    weight = {d: count * sizes[d][0].seconds for (d, _), count in methods.BLOCKS["smollm2"].items()}
     wanted = sum(weight[d] * sizes[d][1].ratio for d in weight) / sum(weight.values())
-    assert tables.block_ratio(ours, shapes.BLOCKS["smollm2"]) == pytest.approx(wanted)
+    assert tables.block_ratio(ours, methods.BLOCKS["smollm2"]) == pytest.approx(wanted)
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith("smollm2") and peers.OURS in line)
     saved = 3 * sizes[16][1].saved_bytes + sizes[8][1].saved_bytes
     assert line.split()[-2:] == [f"{wanted:.3f}", f"{saved / 2**20:.2f}"]
-    assert tables.block_ratio(ours[:2], shapes.BLOCKS["smollm2"]) is None
+    assert tables.block_ratio(ours[:2], methods.BLOCKS["smollm2"]) is None
     ours[1].red, ours[1].times = True, []
-    assert tables.block_ratio(ours, shapes.BLOCKS["smollm2"]) is None
+    assert tables.block_ratio(ours, methods.BLOCKS["smollm2"]) is None
 
 
 @pytest.mark.parametrize("method", peers.METHODS)
@@ -210,8 +210,8 @@ def test_flops_agree_with_torch_s_counter(method):
 
 
 def test_ceilings_are_rates():
-    found = clock.measure_ceilings("cpu", shapes.DTYPES, repeats=2, sizes=(64, 128))
-    assert list(found) == list(shapes.DTYPES)
+    found = clock.measure_ceilings("cpu", methods.DTYPES, repeats=2, sizes=(64, 128))
+    assert list(found) == list(methods.DTYPES)
     for ceiling in found.values():
         assert 0 < ceiling.flops_per_second < math.inf and 0 < ceiling.bytes_per_second < math.inf
 

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 
 import spectral_ops  # noqa: E402
 from spectral_ops import cli  # noqa: E402
-from spectral_ops.bench import models, results, training
+from spectral_ops.bench import models, results, tables, training
 from spectral_ops.bench.peers import OURS  # noqa: E402
 
 TINY = ["--model", "tiny", "--length", "12", "--rank", "8", "--dtype", "float32", "--device", "cpu", "--repeats", "2"]
@@ -61,7 +61,7 @@ def test_blocks_share_what_is_compiled(base, ids, monkeypatch):
     assert not any(row.red for row in rows)
     ours = rows[-1]
     assert (ours.implementation, ours.graphs, ours.graph_breaks) == (OURS, 1, 0)  # whatever PEFT's DoRA does before it
-    assert "2 blocks: 1 graphs, 0 breaks" in training.training_table(rows)
+    assert "2 blocks: 1 graphs, 0 breaks" in tables.training_table(rows)
 
 
 @pytest.mark.slow

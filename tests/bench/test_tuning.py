@@ -12,8 +12,7 @@ from helpers import extension_loaded, extension_waived, randn
 
 import spectral_ops
 from spectral_ops import _library, backends, cli, explain, tuning, use_backend
-from spectral_ops.bench import candidates
-from spectral_ops.cli import check
+from spectral_ops.bench import candidates, judge
 from spectral_ops.functional.blocksum import block_sum_op
 from spectral_ops.functional.lowrank import lowrank_matmul_op
 from spectral_ops.tuning import Class, Entry
@@ -362,8 +361,8 @@ def test_a_real_clock_measures_every_candidate(folder, capsys):
 
 def test_errors_of_every_shape_and_nan_are_seen():
     one = torch.ones(3)
-    assert check.largest_error([one, 1.1 * one], [one, one]) == pytest.approx(0.1, rel=1e-5)
-    assert check.largest_error([one * float("nan")], [one]) == check.largest_error([one[:2]], [one]) == float("inf")
+    assert judge.largest_error([one, 1.1 * one], [one, one]) == pytest.approx(0.1, rel=1e-5)
+    assert judge.largest_error([one * float("nan")], [one]) == judge.largest_error([one[:2]], [one]) == float("inf")
 
 
 def test_tiles_are_those_that_launchers_take():

@@ -1,0 +1,47 @@
+"""Whether a result is right: its relative error beside the reference in float64, and the error a dtype is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from spectral_ops import _library, backends
+
+# relative error ‖out - ref‖ / ‖ref‖ allowed: a few roundings of the dtype
+BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def converted(args: tuple, dtype: torch.dtype, device: str) -> tuple:
+    """A copy of ``args`` with floating tensors in ``dtype`` on ``device``."""
+
+    def one(a):
+        return a.to(device, dtype, copy=True) if a.is_floating_point() else a.to(device, copy=True)
+
+    return tree_map_only(torch.Tensor, one, args)
+
+
+def outputs(operator: _library.Operator, call, args: tuple) -> list[torch.Tensor]:
+    """What a call computes: its results and its mutated arguments."""
+    results = call(*args)
+    mutated = [a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments]
+    written = tree_leaves([a for a, m in zip(args, mutated, strict=True) if m])
+    return [t for t in tree_leaves(results) if t is not None] + [t for t in written if t.is_floating_point()]
+
+
+def relative_error(operator, backend: str, args: tuple) -> float:
+    """Largest ‖out - ref‖ / ‖ref‖ over the outputs, ref being the reference in float64 on the same (rounded) inputs."""
+    exact = outputs(operator, operator.reference, converted(args, torch.float64, "cpu"))
+    with backends.use_backend(backend):
+        got = outputs(operator, operator, tree_map_only(torch.Tensor, torch.clone, args))
+    return largest_error(got, exact)
+
+
+def largest_error(got: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Largest ‖got - exact‖ / ‖exact‖ of several tensors; infinite for another shape or a NaN."""
+    worst = 0.0
+    for g, e in zip(got, exact, strict=True):
+        if g.shape != e.shape:
+            return float("inf")
+        error = (g.to(e.device).double() - e.double()).norm() / e.double().norm().clamp_min(1e-300)
+        worst = max(worst, float(error) if error == error else float("inf"))
+    return worst
