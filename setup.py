@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -102,7 +102,10 @@ extensions = []
 if not flag("SPECTRAL_OPS_SKIP_BUILD"):
     extensions = [Extension(f"spectral_ops.{n}", [], py_limited_api=True) for n in ("_C", *["_C_cuda"] * want_cuda())]
 
+packages = {*find_packages(include=["spectral_ops", "spectral_ops.*"]), "spectral_ops.triton_kernels"}
+
 setup(
+    packages=sorted(packages),
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},

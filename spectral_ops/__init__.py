@@ -1,5 +1,15 @@
 """Fused adapter operators for parameter-efficient fine-tuning. The README is the way in."""
 
+import importlib.util
+
+if (
+    importlib.util.find_spec("spectral_ops.triton_kernels") is None
+):  # its folder lies beside this one; a link leads to it
+    raise ImportError(
+        "spectral_ops.triton_kernels: got a checkout without symbolic links, wanted an installed package (pip install .)"
+        " or a checkout with links (git config core.symlinks true, then git checkout spectral_ops/triton_kernels)"
+    )
+
 from spectral_ops import _loader, adapters, backends, functional
 from spectral_ops._version import __version__ as __version__
 from spectral_ops.adapters import *

@@ -46,13 +46,13 @@ def python_with(installed: Path, code: str) -> str:
     return python(hide + code, PYTHONPATH=str(installed), cwd=installed)
 
 
-def build_wheel(folder: Path, **env) -> Path:
+def build_wheel(folder: Path, root: Path = ROOT, **env) -> Path:
     """`pip wheel .`; the compiled part is up to date already, so this packs."""
     for module in ("setuptools", "wheel", "pip"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"building a wheel needs {module}: pip install {module}")
     options = ("--no-build-isolation", "--no-deps", "--quiet", "--disable-pip-version-check")
-    run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, ROOT, **env)
+    run(sys.executable, "-m", "pip", "wheel", *options, "-w", folder, root, **env)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "installed")
@@ -139,6 +139,23 @@ def test_pure_wheel(pure_wheel):
     where, error, backend, h = python_with(installed, code).splitlines()
     assert Path(where).is_relative_to(installed)
     assert "was not built" in error and backend == "reference" and h == "[[6.0, 9.0]]"
+
+
+@pytest.mark.slow
+def test_a_checkout_without_links_installs_and_says_what_is_wrong(tmp_path):
+    """git writes the text "../triton_kernels" where a system has no symbolic links."""
+    checkout = tmp_path / "checkout"
+    for folder in ("spectral_ops", "triton_kernels"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, checkout)
+    shutil.rmtree(checkout / "spectral_ops/triton_kernels")
+    (checkout / "spectral_ops/triton_kernels").write_text("../triton_kernels")
+    with pytest.raises(AssertionError, match="checkout without symbolic links"):
+        python_with(checkout, "import spectral_ops")
+    installed = build_wheel(tmp_path, checkout, SPECTRAL_OPS_SKIP_BUILD="1").parent / "installed"
+    code = "import spectral_ops; from spectral_ops import triton_kernels; print(triton_kernels.__file__)"
+    assert python_with(installed, code) == str(installed / "spectral_ops/triton_kernels/__init__.py")
 
 
 @pytest.mark.slow
