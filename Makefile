@@ -38,8 +38,8 @@ build: $(VENV)/.built
 bench: $(VENV)/.built
 	$(PY) -m pytest benchmarks/bench_*.py --benchmark-only $(ARGS)
 
-lint: $(VENV)/.installed
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: $(VENV)/.installed ## what .pre-commit-config.yaml lists, over every file git knows; `pre-commit install` runs it at each commit
+	PATH="$(abspath $(VENV))/bin:$$PATH" PRE_COMMIT_HOME=.cache/pre-commit $(PY) -m pre_commit run --all-files $(ARGS)
 
 gpu: ## SECTIONS="test bench"; on a machine with an NVIDIA GPU, nvcc and a CUDA torch ≥2.10; uses that machine's Python and no network
 	PYTHON=$(PYTHON) SECTIONS="$(SECTIONS)" bash benchmarks/gpu.sh

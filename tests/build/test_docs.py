@@ -1,16 +1,24 @@
-"""The examples of the documentation run as they stand, and its tables of costs are those of the formulas."""
+"""What the documentation says is so: examples run, links lead somewhere, names, signatures and figures are true."""
 
+import ast
+import inspect
+import operator
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import spectral_ops
 from benchmarks import publish
-from spectral_ops.bench import counting, methods
+from spectral_ops.bench import counting, methods, results
 from spectral_ops.cli import cost
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted([*DOCS.rglob("*.md"), *(ROOT / "benchmarks" / "results").rglob("*.md")])
+API = (DOCS / "API.md").read_text()
 EXAMPLES = [
     pytest.param(example, id=f"{page.stem}-{i}")
     for page in sorted(DOCS.rglob("*.md"))
@@ -51,3 +59,95 @@ def test_costs_and_predictions_by_hand():
     assert max(got.flops / one[0], got.bytes / one[1]) <= got.seconds(one) <= got.flops / one[0] + got.bytes / one[1]
     text = cost.predictions(models=("smollm2",), tokens=(256,), methods=("lora",)).splitlines()
     assert len(text) == 3 and all(1 < float(cell) < 3 for cell in text[2].split()[3:])
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", link):
+            continue
+        path, _, fragment = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not fragment or fragment in anchors(target), link
+
+
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    """Of the object of this name in the package, without ``self``."""
+    found = dict(inspect.signature(operator.attrgetter(name)(spectral_ops)).parameters)
+    found.pop("self", None)
+    return found
+
+
+def defaults(arguments: ast.arguments) -> dict[str, object]:
+    pairs = list(zip(arguments.args[::-1], arguments.defaults[::-1], strict=False))  # the last ones have defaults
+    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return {argument.arg: ast.literal_eval(value) for argument, value in pairs if value is not None}
+
+
+BLOCKS = "".join(re.findall(r"^```text\n(.*?)^```", API, re.S | re.M))
+SIGNATURES = re.findall(r"^\w.*(?:\n .*)*", BLOCKS, re.M)  # what is indented goes on with the line above
+
+
+@pytest.mark.parametrize("text", SIGNATURES, ids=lambda text: text.partition("(")[0])
+def test_documented_signatures_are_the_code_s(text):
+    """Of a config, ``*Base`` stands for the fields of another one."""
+    name, call = re.match(r"([\w.]+)(\(.*?\))(?: ->|\s*#|$)", text, re.S).groups()
+    arguments = ast.parse(f"def f{call}: ...").body[0].args
+    names = [argument.arg for argument in arguments.args]
+    if arguments.vararg:
+        base = arguments.vararg.arg
+        names += parameters(base) if name.endswith("Config") else [base]
+    names += [argument.arg for argument in arguments.kwonlyargs]
+    names += [arguments.kwarg.arg] if arguments.kwarg else []
+    found = parameters(name)
+    assert names == list(found)
+    for argument, documented in defaults(arguments).items():
+        if documented != {}:  # a dataclass makes those anew
+            assert found[argument].default == documented, argument
+
+
+def test_every_public_name_is_documented():
+    spans = {word for span in re.findall(r"`([^`\n]+)`", API) for word in re.findall(r"\w+", span)}
+    spans |= {re.match(r"\w+", text).group() for text in SIGNATURES}
+    assert set(spectral_ops.__all__) <= spans
+    assert all(hasattr(spectral_ops, name) for name in spans if re.match(r"[A-Z]\w*(Linear|Config)$", name))
+
+
+def test_the_three_lines_of_the_readme_run(capsys):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    names = {
+        "model": transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)),
+        "spectral_ops": spectral_ops,
+        "get_peft_model": peft.get_peft_model,
+        "LoraConfig": peft.LoraConfig,
+    }
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["report"].counts["fused"] == 7
+
+
+def test_the_table_of_the_readme_is_that_of_its_results_file():
+    text = (ROOT / "README.md").read_text()
+    run = results.read(ROOT / re.search(r"\[results file\]\(([^)]+)\)", text).group(1))
+    assert f"commit {run.meta['commit']}" in text and f"`{run.meta['command']}`" in text
+    layers = {(row.method, row.implementation, row.dtype): row for row in run.layers if row.adapter_dtype == "float32"}
+    table = re.search(r"<!-- summary: cpu -->\n(.*?)<!-- end -->", text, re.S).group(1)
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line)
+    assert len(rows) == 4
+    for name, *cells in rows:
+        method = {"MiSS (Bone)": "bone"}.get(name, name.lower())
+        wanted = [layers[(method, *column.split(", "))].ratio for column in head[1:]]
+        assert [cell.strip("*") for cell in cells] == [f"{ratio:.2f}" for ratio in wanted], name
