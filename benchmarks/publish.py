@@ -8,7 +8,7 @@ A run has two tables. Each ends at ``<!-- end -->``.
 * ``<!-- results: cpu -->`` (or ``gpu``): a line per method, dtype, tokens and layer, or per block where a run measured
   all projections of a model's block. Our time stands beside the best peer's and the target, all over the frozen
   layer's; then the share of the floor, and memory.
-* ``<!-- summary: cpu -->``: PEFT's time and ours for the methods of ``SUMMARY``.
+* ``<!-- summary: cpu -->``: PEFT's time as it is and accelerated, for the methods of ``SUMMARY``.
 """
 
 from __future__ import annotations
@@ -163,13 +163,13 @@ def render(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """The four lines that README shows: PEFT's time and ours over the frozen layer's, float32 adapters."""
+    """The lines that README shows: PEFT's layer as it is and accelerated, over the frozen one's; float32 adapters."""
     place, found = place_of(results), {}
     for line in lines_of(results.layers):
         if line.adapters == "float32" and line.where == PLACES[place]:
-            found[line.method, line.dtype] = [_ratio(line.figures.get(name)) for name in ("PEFT", OURS)]
+            found[line.method, line.dtype] = [_ratio(line.figures.get(name)) for name in ("PEFT", OURS_IN_PEFT)]
     dtypes = [dtype for dtype in ("bfloat16", "float32") if any(key[1] == dtype for key in found)]
-    rows = [["method", *(f"{name}, {dtype}" for dtype in dtypes for name in ("PEFT", "spectral_ops"))]]
+    rows = [["method", *(f"{name}, {dtype}" for dtype in dtypes for name in ("PEFT", "accelerated"))]]
     for method, name in SUMMARY.items():
         rows.append([name, *(cell for dtype in dtypes for cell in found.get((method, dtype), ["–", "–"]))])
     return f"{_markdown(rows)}\n\n{PLACES[place]}; {_caption(results)}"

@@ -2,12 +2,11 @@
 
 import importlib.util
 
-if (
-    importlib.util.find_spec("spectral_ops.triton_kernels") is None
-):  # its folder lies beside this one; a link leads to it
+# triton_kernels lies at the top level of a checkout; a symbolic link leads there
+if importlib.util.find_spec("spectral_ops.triton_kernels") is None:
     raise ImportError(
-        "spectral_ops.triton_kernels: got a checkout without symbolic links, wanted an installed package (pip install .)"
-        " or a checkout with links (git config core.symlinks true, then git checkout spectral_ops/triton_kernels)"
+        "spectral_ops.triton_kernels: got a checkout without symbolic links, wanted one with them (git config"
+        " core.symlinks true, then git checkout spectral_ops/triton_kernels) or an installed package (pip install .)"
     )
 
 from spectral_ops import _loader, adapters, backends, functional

@@ -202,10 +202,13 @@ def test_the_table_goes_between_the_markers(run_file, tmp_path, capsys):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_readme_has_a_place_for_every_device(device, tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text((Path(__file__).resolve().parents[2] / "README.md").read_text())
-    publish.write(made_up(layers=[layer(device=device)]), page)
-    assert page.read_text().count("abc1234") == 1
+    """README for the summary, docs/PERFORMANCE.md for every line."""
+    root = Path(__file__).resolve().parents[2]
+    for name, section in (("README.md", "summary"), ("docs/PERFORMANCE.md", "results")):
+        page = tmp_path / "page.md"
+        page.write_text((root / name).read_text())
+        assert publish.write(made_up(layers=[layer(device=device)]), page) == [section]
+        assert page.read_text().count("abc1234") == 1
 
 
 def test_a_whole_block_is_one_line_and_has_the_targets_of_a_gpu():
