@@ -7,6 +7,7 @@
 #include "dora.h"
 #include "group.h"
 #include "lowrank.h"
+#include "rosa.h"
 #include "segments.h"
 
 namespace spectral_ops {
@@ -34,6 +35,7 @@ inline constexpr Binding kLayers[] = {
     {"rosa_linear_forward", TORCH_BOX(&rosa_linear_forward<Device>)},
     {"rosa_linear_backward", TORCH_BOX(&rosa_linear_backward<Device>)},
     {"csr_spmm_forward", TORCH_BOX(&csr_spmm_forward<Device>)},
+    {"csr_spmm_backward", TORCH_BOX(&csr_spmm_backward<Device>)},
     {"csr_add_forward", TORCH_BOX(&csr_add_forward<Device>)},
     {"csr_add_backward", TORCH_BOX(&csr_add_backward<Device>)},
 };

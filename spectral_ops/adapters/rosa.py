@@ -20,8 +20,7 @@ from spectral_ops.adapters.base import why_not_dense
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear, match_pattern
 from spectral_ops.core import checks, steps
 from spectral_ops.core.autograd import autocast_arguments
-from spectral_ops.functional import CSR, csr_add, lowrank, lowrank_update, residents, rosa_routes, rosa_update
-from spectral_ops.functional import csr as rosa
+from spectral_ops.functional import CSR, csr_add, lowrank, lowrank_update, residents, rosa, rosa_routes, rosa_update
 
 RESIDENT = "_spectral_ops_resident"  # of a base layer whose weight may hold W + S: what a compiler can see of it
 ACCUMULATION = ("mean_squared", "mean")

@@ -22,14 +22,8 @@ from spectral_ops.bench import candidates
 from spectral_ops.bench.clock import timer
 from spectral_ops.bench.methods import DTYPES
 from spectral_ops.functional import rosa_routes
-from spectral_ops.functional.csr import (
-    CSR,
-    csr_gather_op,
-    csr_scatter_op,
-    csr_sddmm_op,
-    csr_spmm_op,
-    values_gradient,
-)
+from spectral_ops.functional.csr import csr_gather_op, csr_scatter_op, csr_sddmm_op, csr_spmm_op, values_gradient
+from spectral_ops.functional.csr_matrix import CSR
 
 DENSITIES = (0.001, 0.006, 0.02, 0.1)
 

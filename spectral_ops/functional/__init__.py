@@ -5,7 +5,8 @@ from spectral_ops.core.scratch import scratch
 from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
 from spectral_ops.functional.cayley import cayley
-from spectral_ops.functional.csr import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear, rosa_update
+from spectral_ops.functional.csr import csr_add, csr_sddmm, csr_spmm
+from spectral_ops.functional.csr_matrix import CSR
 from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
 from spectral_ops.functional.group import lowrank_linear_group
@@ -13,6 +14,7 @@ from spectral_ops.functional.importance import adalora_importance, adalora_prune
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
 from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_logprobs
+from spectral_ops.functional.rosa import rosa_linear, rosa_update
 from spectral_ops.functional.rosa_resident import residents
 from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
 
@@ -59,9 +61,9 @@ FUNCTIONS.update(
     bat_weight=("bat_weight_forward", "bat_weight_backward"),
     csr_add=("csr_add_forward", "csr_scatter_", "csr_add_backward"),
     csr_sddmm=("csr_sddmm", "csr_spmm_forward"),
-    csr_spmm=("csr_spmm_forward", "rosa_linear_backward"),
+    csr_spmm=("csr_spmm_forward", "csr_spmm_backward"),
     rosa_linear=("rosa_linear_forward", "rosa_linear_backward", "csr_scatter_", "csr_gather_"),
-    rosa_update=("csr_spmm_", "csr_spmm_forward", "rosa_linear_backward"),
+    rosa_update=("csr_spmm_", "csr_spmm_forward", "csr_spmm_backward"),
     bone_linear=("bone_linear_forward", "bone_linear_backward"),
     bone_update=("bone_update_forward_", "bone_linear_forward", "bone_linear_backward"),
     disha_linear=("bone_linear_forward", "bone_linear_backward"),

@@ -68,8 +68,8 @@ class CSR:
         shape: (d, k).
         sorted: False declares that columns need not ascend within their row.
 
-    The constructor looks at types and sizes; :meth:`validate` looks at the indices themselves (that waits for a GPU)
-    and is called by every function that takes a CSR, once: the answer is kept until an index tensor changes.
+    The constructor looks at types and sizes. :meth:`validate` looks at the indices themselves, which waits for a GPU.
+    Every function that takes a CSR calls it. Its answer is kept until an index tensor changes.
     """
 
     def __init__(self, values, row_offsets, col_indices, shape, *, sorted=True):

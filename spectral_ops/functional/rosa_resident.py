@@ -1,17 +1,21 @@
-"""RoSA's resident route: W itself holds round(W + S), and the originals of those entries are kept (METHODS 1.5).
+"""RoSA's resident route: W itself holds round(W + S) (METHODS 1.5).
 
-No product reads S, and no copy of W is made. The price: between calls W is not the base weight. So every user asks for
-the content it needs right before it reads W, and nobody relies on what the last one left there:
+No product reads S, and no copy of W is made. Only the entries of W that were overwritten are kept: the *originals*.
+The price is that between calls W is not the base weight. So nobody relies on what the last user left in W. Every user
+asks for the content it needs right before it reads W:
 
-* a forward or backward *claims* W: its own delta is written unless it is still there, another's is taken out first;
-* :meth:`Residents.restore` puts the kept originals back, bit for bit, never by subtraction: when adapters are disabled,
-  merged, saved, detached or copied, and when a product raises;
-* a backward whose values an optimizer has changed since raises, as autograd does for a changed saved tensor.
+* A forward or backward *claims* W. Another layer's delta is taken out, and its own is written unless it is still there.
+* :meth:`Residents.restore` puts the originals back, bit for bit. (Subtracting S would round.) It is called when
+  adapters are disabled, merged, saved, detached or copied, and when a product raises.
+* A backward raises where an optimizer has changed the values since its forward, as autograd does for a changed saved
+  tensor.
 
-Whoever reads W without asking sees W + S; so this route is for weights that only one adapter layer reads, on one
-stream, and not for sharded ones. Under a dispatch mode the scatter route stands in for it, with the same numbers: what
-the mode keeps of a call must not depend on what W held. No mode sees W written either: selective checkpointing skips
-operators whose results it has kept.
+Whoever reads W without asking sees W + S. So this route is for weights that only one adapter layer reads, on one
+stream, and that are not sharded.
+
+Under a dispatch mode the scatter route stands in, with the same numbers: what a mode keeps of a call must not depend on
+what W held. Writes to W are hidden from every mode, because selective checkpointing skips operators whose results it
+has kept.
 """
 
 from __future__ import annotations

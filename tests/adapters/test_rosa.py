@@ -347,7 +347,7 @@ def test_an_exception_in_forward_or_backward_leaves_w(monkeypatch):
         raise KeyError("stop")
 
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr("spectral_ops.functional.csr.rosa_linear_forward_op", fail)
+        patch.setattr("spectral_ops.functional.rosa.rosa_linear_forward_op", fail)
         net(x)
     assert same(weights(net), ORIGINAL)
     y = net(x)

@@ -1,4 +1,4 @@
-"""The resident route (functional/resident.py): W holds round(W + S) between calls, and comes back bit for bit."""
+"""The resident route (functional/rosa_resident.py): W holds round(W + S) between calls, and comes back bit for bit."""
 
 import functools
 import gc
@@ -282,7 +282,7 @@ def test_a_product_that_fails_restores(weight, monkeypatch):
         raise RuntimeError("no memory")
 
     y = run(x, weight, csr)
-    monkeypatch.setattr("spectral_ops.functional.csr.rosa_linear_forward_op", fails)
+    monkeypatch.setattr("spectral_ops.functional.rosa.rosa_linear_forward_op", fails)
     with pytest.raises(RuntimeError, match="no memory"):
         run(x, weight, csr)
     monkeypatch.undo()
