@@ -599,7 +599,7 @@ def test_magnitude_only_layers():
 
 
 def test_importing_needs_torch_alone():
-    from helpers import fresh_python
+    from instruments import fresh_python
 
     code = """
 import sys

@@ -99,7 +99,7 @@ def test_scores_are_those_of_the_dense_update(shape, dtype):
 
 
 def test_scores_never_form_the_update():
-    from helpers import Recorder
+    from instruments import Recorder
 
     A, B = torch.randn(3, 40), torch.randn(30, 3)
     U, S, Vh = torch.linalg.svd(torch.randn(30, 40), full_matrices=False)
@@ -263,7 +263,7 @@ def test_only_the_active_adapter_counts():
 
 
 def test_ordinary_steps_read_nothing_from_the_device_and_a_freed_model_is_not_watched():
-    from helpers import Recorder
+    from instruments import Recorder
 
     model, generator = attached(launch_step=50), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(trained(model), lr=0.1, foreach=False)

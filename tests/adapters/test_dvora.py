@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapter_helpers import trained
-from helpers import Recorder
+from instruments import Recorder
 from torch import nn
 
 import spectral_ops as so

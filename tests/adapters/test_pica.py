@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from adapter_helpers import fill, trained
-from helpers import saved_tensors
+from instruments import saved_tensors
 from test_masks import in_two_processes, join
 from torch import nn
 from torch.func import functional_call

@@ -317,7 +317,8 @@ def test_one_residual_adapter_per_layer():
 
 def test_what_is_saved_for_backward():
     """h of rank r (2r where the base is untouched) besides x and [r, r] matrices: nothing of T d."""
-    from helpers import saved_tensors, storage
+    from instruments import saved_tensors
+    from tensors import storage
 
     T = 256
     for mode, rank in (("additive", 8), ("residual", 4), ("rotation", 4)):

@@ -19,11 +19,9 @@ sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("s
 
 import test_cpu_kernels  # noqa: E402
 import test_importance  # noqa: E402
-from helpers import (  # noqa: E402
-    check_operator,  # noqa: E402
-    layer_samples,
-    results,
-)
+from budget import check_operator  # noqa: E402
+from instruments import results  # noqa: E402
+from samples import layer_samples  # noqa: E402
 from test_library import SIZES, samples  # noqa: E402
 
 import spectral_ops  # noqa: E402

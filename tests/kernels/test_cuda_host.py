@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import layer_samples, results
+from instruments import results
+from samples import layer_samples
 
 from spectral_ops._library import LAYERS, OPERATORS, accumulate_dtype
 from spectral_ops.functional import CSR

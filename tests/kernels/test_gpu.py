@@ -10,29 +10,13 @@ import threading
 
 import pytest
 import torch
+from budget import check, check_operator, evaluate
 from contract import Contract
-from helpers import (
-    BLOCKSUM,
-    DORA,
-    DTYPES,
-    FAMILIES,
-    LOWRANK,
-    OPERATOR_NAMES,
-    SEGMENTS,
-    check,
-    check_operator,
-    copied,
-    cotangent,
-    evaluate,
-    ids,
-    layer_samples,
-    operator_samples,
-    overload_or_reason,
-    poisoned,
-    randn,
-    results,
-    weight_norm,
-)
+from instruments import overload_or_reason, poisoned, results
+from oracles import weight_norm
+from problems import BLOCKSUM, DORA, FAMILIES, LOWRANK, SEGMENTS, cotangent
+from samples import OPERATOR_NAMES, layer_samples, operator_samples
+from tensors import DTYPES, copied, ids, randn
 from torch.utils._pytree import tree_map_only
 
 import spectral_ops

@@ -5,7 +5,10 @@ test_library.py, test_triton.py and test_gpu.py run its operators like every oth
 
 import pytest
 import torch
-from helpers import Recorder, check_operator, extension_loaded, operator_samples, poisoned, saved_tensors, storage
+from budget import check_operator
+from instruments import Recorder, extension_loaded, poisoned, saved_tensors
+from samples import operator_samples
+from tensors import storage
 
 import spectral_ops
 from spectral_ops import cayley, use_backend

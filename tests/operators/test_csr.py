@@ -9,27 +9,14 @@ import numpy
 import pytest
 import scipy.sparse
 import torch
+from budget import check
 from contract import Contract
-from helpers import (
-    CSR as CSR_FAMILIES,
-)
-from helpers import (
-    DTYPES,
-    FAMILIES,
-    HALF,
-    Recorder,
-    check,
-    cotangent,
-    extension_loaded,
-    ids,
-    laid_out,
-    randn,
-    saved_tensors,
-    sparse_pattern,
-    storage,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruments import Recorder, extension_loaded, saved_tensors
+from problems import CSR as CSR_FAMILIES
+from problems import FAMILIES, cotangent
+from tensors import DTYPES, HALF, ids, laid_out, randn, sparse_pattern, storage
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import spectral_ops

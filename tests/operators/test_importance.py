@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, Recorder, extension_loaded, ids, laid_out, poisoned, saved_tensors
+from instruments import Recorder, extension_loaded, poisoned, saved_tensors
+from tensors import DTYPES, ids, laid_out
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,22 +6,11 @@ import inspect
 
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    FAMILIES,
-    OPERATOR_NAMES,
-    check_operator,
-    copied,
-    cotangent,
-    extension_loaded,
-    extension_waived,
-    fresh_python,
-    ids,
-    operator_samples,
-    overload_or_reason,
-    randn,
-    results,
-)
+from budget import check_operator
+from instruments import extension_loaded, extension_waived, fresh_python, overload_or_reason, results
+from problems import FAMILIES, cotangent
+from samples import OPERATOR_NAMES, operator_samples
+from tensors import DTYPES, copied, ids, randn
 from torch.utils.flop_counter import FlopCounterMode
 
 import spectral_ops

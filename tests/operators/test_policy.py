@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, Recorder, ids, laid_out, poisoned, randn, saved_tensors, storage
+from instruments import Recorder, poisoned, saved_tensors
+from tensors import DTYPES, ids, laid_out, randn, storage
 from torch.utils.checkpoint import checkpoint
 
 import spectral_ops

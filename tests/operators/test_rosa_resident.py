@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import DTYPES, ids, randn, sparse_pattern, storage
+from tensors import DTYPES, ids, randn, sparse_pattern, storage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
