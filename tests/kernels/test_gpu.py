@@ -15,7 +15,7 @@ from contract import Contract
 from instruments import overload_or_reason, poisoned, results
 from oracles import weight_norm
 from problems import BLOCKSUM, DORA, FAMILIES, LOWRANK, SEGMENTS, cotangent
-from samples import OPERATOR_NAMES, layer_samples, operator_samples
+from samples import OPERATOR_NAMES, layer_samples, samples_of
 from tensors import DTYPES, copied, ids, randn
 from torch.utils._pytree import tree_map_only
 
@@ -31,6 +31,7 @@ pytestmark = [
 ]
 
 BACKENDS = ("reference", "triton", "cuda")
+samples = functools.partial(samples_of, device="cuda")
 CALLS = [
     "lora",
     "lora-dropout",
@@ -58,11 +59,6 @@ def full_float32():
     matmul.allow_tf32, matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = (
         before
     )
-
-
-def samples(name, **options):
-    options = options | ({"k": 21, "d": 34, "r": 5} if name.startswith("block_") else {})
-    return operator_samples(device="cuda", **options)[name]
 
 
 def implementation(name: str, backend: str):

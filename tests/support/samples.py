@@ -171,6 +171,13 @@ def operator_samples(dtype=torch.float32, device="cpu", T=6, k=21, d=34, r=5) ->
 
 
 OPERATOR_NAMES = sorted(operator_samples())
+SIZES = [{}, {"T": 1, "r": 1}, {"T": 70, "k": 131, "d": 66, "r": 17}]
+
+
+def samples_of(name: str, **options) -> list[tuple]:
+    """Arguments for an operator; its block offsets fit the default sizes only."""
+    options = options | ({"k": 21, "d": 34, "r": 5} if name.startswith("block_") else {})
+    return operator_samples(**options)[name]
 
 
 class Quiet(TorchDispatchMode):
