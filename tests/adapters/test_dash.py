@@ -12,6 +12,7 @@ import torch
 from instruments import Recorder
 from models import Conv1D, mlp, perturb, trained
 from processes import in_two_processes
+from tensors import accumulate
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -81,7 +82,7 @@ def test_scores_are_those_of_the_dense_update(shape, dtype):
     (d, k), r = shape, 3
     W, A, B = torch.randn(d, k), torch.randn(r, k).to(dtype), torch.randn(d, r).to(dtype)
     want, U, S, Vh = dense_scores(W, A, B, -1.7)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulate(dtype)
     got = task_direction_scores(A, B, U.to(wide), S.to(wide), Vh.to(wide), -1.7)
     assert got.dtype == wide and got.shape == (min(d, k),) and (got >= 0).all()
     assert (got - want).norm() <= (1e-12 if wide == torch.float64 else 1e-5) * want.norm()

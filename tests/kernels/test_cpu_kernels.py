@@ -85,7 +85,7 @@ def test_every_narrower_instruction_set(isa):
     """A fresh process, as the instruction set is chosen once; the widest one ran above."""
     code = f"from spectral_ops import _C; assert _C.isa() == {isa!r}; import torch; torch.manual_seed(0)\n"
     code += "import cpu_kernels; cpu_kernels.sweep()"
-    done = fresh_python(code, SPECTRAL_OPS_CPU_ISA=isa, OMP_NUM_THREADS="1")
+    done = fresh_python(code, timeout=1200, SPECTRAL_OPS_CPU_ISA=isa, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
 
 

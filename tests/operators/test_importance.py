@@ -6,7 +6,7 @@ import pytest
 import torch
 from importance import OPS, SIZES, make, samples
 from instruments import Recorder, extension_loaded, poisoned, saved_tensors
-from tensors import DTYPES, ids
+from tensors import DTYPES, accumulate, ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -257,7 +257,7 @@ def test_orthogonality_against_the_formula(dtype, squared):
     got = orthogonality_loss(given, squared)
     gradients = torch.autograd.grad(got, leaves)
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got.shape == ()
+    assert got.dtype == accumulate(dtype) and got.shape == ()
     for g, w in zip([got, *gradients], [want, *wanted], strict=True):
         close(g, w.double(), tolerance)
     assert all(g.dtype == X.dtype for g, X in zip(gradients, leaves, strict=True))

@@ -87,13 +87,13 @@ def poisoned():
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def fresh_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+def fresh_python(code: str, *, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     """Run ``code`` in a new interpreter from the repository root; the caller looks at returncode, stdout and stderr."""
     env = {k: v for k, v in os.environ.items() if k != "SPECTRAL_OPS_BACKEND"} | environment
-    env["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tests" / "support"), *filter(None, [env.get("PYTHONPATH")])]
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    path = [str(ROOT), str(ROOT / "tests" / "support"), env.get("PYTHONPATH")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    command, pipes = [sys.executable, "-c", code], {"capture_output": True, "text": True}
+    return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, **pipes)
 
 
 def extension_waived() -> str | None:
