@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
-from adapter_helpers import adamw, mlp
-from helpers import Recorder
+from instruments import Recorder
+from models import adamw, mlp
 from torch import nn
 
 import spectral_ops as so

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from adapter_helpers import adamw, mlp
+from models import adamw, mlp
 from torch import nn
 
 import spectral_ops as so

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from adapter_helpers import adamw, perturb, trained
+from instruments import fresh_python
+from models import Conv1D, adamw, perturb, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -84,18 +85,6 @@ methods = pytest.mark.parametrize("method", CONFIGS)
 D, K = 24, 18
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Conv1D(nn.Module):
-    """transformers' layer of that name: weight [in, out]."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 def make(method, *, dtype=torch.float32, transposed=False, bias=True, trained=True, **options):
@@ -599,8 +588,6 @@ def test_magnitude_only_layers():
 
 
 def test_importing_needs_torch_alone():
-    from helpers import fresh_python
-
     code = """
 import sys
 class Block:

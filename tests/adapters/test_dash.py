@@ -9,8 +9,10 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
-from adapter_helpers import mlp, perturb, trained
+from instruments import Recorder
+from models import Conv1D, mlp, perturb, trained
+from processes import in_two_processes
+from tensors import accumulate
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -21,18 +23,6 @@ from spectral_ops.adapters import dash, launches, quantised
 D, K = 20, 14
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Conv1D(nn.Module):
-    """transformers' layer of that name: weight [in, out]."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 def make(dtype=torch.float64, transposed=False, launch=True, **fields):
@@ -92,15 +82,13 @@ def test_scores_are_those_of_the_dense_update(shape, dtype):
     (d, k), r = shape, 3
     W, A, B = torch.randn(d, k), torch.randn(r, k).to(dtype), torch.randn(d, r).to(dtype)
     want, U, S, Vh = dense_scores(W, A, B, -1.7)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulate(dtype)
     got = task_direction_scores(A, B, U.to(wide), S.to(wide), Vh.to(wide), -1.7)
     assert got.dtype == wide and got.shape == (min(d, k),) and (got >= 0).all()
     assert (got - want).norm() <= (1e-12 if wide == torch.float64 else 1e-5) * want.norm()
 
 
 def test_scores_never_form_the_update():
-    from helpers import Recorder
-
     A, B = torch.randn(3, 40), torch.randn(30, 3)
     U, S, Vh = torch.linalg.svd(torch.randn(30, 40), full_matrices=False)
     with Recorder() as recorder:
@@ -263,8 +251,6 @@ def test_only_the_active_adapter_counts():
 
 
 def test_ordinary_steps_read_nothing_from_the_device_and_a_freed_model_is_not_watched():
-    from helpers import Recorder
-
     model, generator = attached(launch_step=50), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(trained(model), lr=0.1, foreach=False)
     step(model, optimizer, generator)
@@ -364,11 +350,10 @@ def test_a_state_dict_that_does_not_fit():
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def train_on_half(rank: int, store: str, queue) -> None:
+def train_on_half(rank: int):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     results = []
     for wrap in ("ddp", "fsdp2"):
         model = attached(launch_step=2)
@@ -378,9 +363,7 @@ def train_on_half(rank: int, store: str, queue) -> None:
             net = model
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         results.append(through_four_steps(net, model, slice(rank * 8, rank * 8 + 8)))
-    queue.put(results)
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def through_four_steps(net, model, part):
@@ -403,16 +386,9 @@ def through_four_steps(net, model, part):
 
 @pytest.mark.slow
 def test_ranks_choose_alike(tmp_path):
-    import torch.multiprocessing as mp
-
     alone = attached(launch_step=2)
     want = through_four_steps(alone, alone, slice(None))
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = mp.spawn(train_on_half, (str(tmp_path / "store"), queue), nprocs=2, join=False)
-    results = [queue.get() for _ in range(2)]
-    while not processes.join():
-        pass
+    results = in_two_processes(train_on_half, tmp_path)
     assert results[0] == results[1]
     for got in results[0]:
         assert got.keys() == want.keys()

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from adapter_helpers import trained
-from helpers import Recorder
+from instruments import Recorder
+from models import trained
 from torch import nn
 
 import spectral_ops as so

@@ -1,12 +1,10 @@
 """RoSA's masks: top-k, collected gradients beside autograd's, splitting batches, schedules, files, several ranks."""
 
 import copy
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import in_two_processes
 from torch import nn
 
 import spectral_ops as so
@@ -402,42 +400,19 @@ def patterns_of(model):
     }
 
 
-def join(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # both processes are on this machine
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-
-
-def in_two_processes(target, *args):
-    """What two ranks of ``target(rank, *args, queue)`` put into the queue."""
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=target, args=(rank, *args, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    return results
-
-
-def collect(rank: int, mode: str, store: str, queue) -> None:
-    join(rank, store)
+def collect(rank: int, mode: str):
     model = rosa(Siblings(), grad_acc_mode=mode, spa_num_grads=2)
     data = [(x.chunk(2)[rank], target.chunk(2)[rank]) for x, target in batches(2)]
     train(model, data, schedule=RoSASchedule(model))
     model(data[0][0])
     layers = so.adapter_layers(model).values()
-    queue.put((patterns_of(model), [layer.may_reside("default") for layer in layers]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return patterns_of(model), [layer.may_reside("default") for layer in layers]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mean_squared", "mean"])
 def test_two_ranks_with_half_the_data_each_get_the_mask_of_one_with_all(mode, tmp_path):
-    results = in_two_processes(collect, mode, str(tmp_path / "store"))
+    results = in_two_processes(collect, tmp_path, mode)
     alone = rosa(Siblings(), grad_acc_mode=mode, spa_num_grads=2)
     train(alone, batches(2), schedule=RoSASchedule(alone))
     assert [found for found, _ in results] == [patterns_of(alone)] * 2
@@ -445,7 +420,7 @@ def test_two_ranks_with_half_the_data_each_get_the_mask_of_one_with_all(mode, tm
     assert all(layer.may_reside("default") for layer in so.adapter_layers(alone).values())
 
 
-def through_all_phases(wrapper: str | None) -> list[float]:
+def through_all_phases(_rank: int, wrapper: str | None) -> list[float]:
     """Losses of LoRA alone, of the collection and with S, on the same batches everywhere."""
     model = rosa(Siblings(), schedule="wl2", spa_num_grads=2, d=0.3)
     net = model
@@ -471,16 +446,9 @@ def through_all_phases(wrapper: str | None) -> list[float]:
     return losses
 
 
-def train_wrapped(rank: int, wrapper: str, store: str, queue) -> None:
-    join(rank, store)
-    queue.put(through_all_phases(wrapper))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_one_run_through_all_phases_in_two_processes(wrapper, tmp_path):
-    expected = through_all_phases(None)
-    for losses in in_two_processes(train_wrapped, wrapper, str(tmp_path / "store")):
+    expected = through_all_phases(0, None)
+    for losses in in_two_processes(through_all_phases, tmp_path, wrapper):
         assert losses == pytest.approx(expected, rel=1e-5)

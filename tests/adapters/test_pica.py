@@ -7,10 +7,9 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-from adapter_helpers import fill, trained
-from helpers import saved_tensors
-from test_masks import in_two_processes, join
+from instruments import saved_tensors
+from models import fill, quantised, trained
+from processes import in_two_processes
 from torch import nn
 from torch.func import functional_call
 
@@ -252,20 +251,17 @@ def test_one_graph_of_layers_that_share():
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(got, want, strict=True))
 
 
-def train_on_half(rank: int, store: str, queue) -> None:
+def train_on_half(rank: int):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    join(rank, store)
     part, results = slice(rank * 8, rank * 8 + 8), []
     model = attached()
     results.append(through_two_steps(nn.parallel.DistributedDataParallel(model), model, part))
     model = attached()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     results.append(through_two_steps(model, model, part))
-    queue.put(results)
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def through_two_steps(net, model, part):
@@ -286,7 +282,7 @@ def test_ddp_and_fsdp2_with_half_the_batch_in_each_of_two_processes(tmp_path):
     alone = attached()
     want = through_two_steps(alone, alone, slice(None))
     assert not torch.allclose(torch.tensor(want[0]), trained(attached())[0], atol=1e-2)  # it did train
-    for results in in_two_processes(train_on_half, str(tmp_path / "store")):
+    for results in in_two_processes(train_on_half, tmp_path):
         assert [len(got) for got in results] == [2, 2]
         for g, w in zip(sum(results, []), want * 2, strict=True):
             assert torch.allclose(torch.tensor(g), torch.tensor(w), atol=1e-6)
@@ -322,8 +318,6 @@ def test_a_file_holds_every_projection_and_each_m_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_over_a_quantised_base(bits, tmp_path):
-    from test_rosa import quantised
-
     own = so.attach(quantised(bits), PiCaConfig(r=4, target_modules=["0"]))[0]
     _, _, Vh = torch.linalg.svd(own.full_matrix())
     assert torch.allclose((own.pica_P["default"] @ Vh[:4].T).abs(), torch.eye(4), atol=1e-4)

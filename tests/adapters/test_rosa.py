@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from adapter_helpers import trained
+from models import Conv1D, quantised, trained
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -32,18 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def nobody_left():
     yield
     residents._by_memory.clear()
-
-
-class Conv1D(nn.Module):
-    """transformers' layer of that name: weight [in, out]."""
-
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
 
 
 def fill(module, name="default", scale=0.1):
@@ -642,22 +630,6 @@ def test_files_without_a_mask_and_with_paths(tmp_path):
 
 
 # --- quantised bases -------------------------------------------------------------------------------------------------
-
-
-def quantised(bits, dtype=torch.float32):
-    bnb = pytest.importorskip("bitsandbytes")
-    if bits == 4:
-        base = bnb.nn.Linear4bit(64, 64, compute_dtype=dtype, quant_type="nf4")
-    else:
-        base = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    torch.manual_seed(0)
-    base.load_state_dict(nn.Linear(64, 64).state_dict())
-    net = nn.Sequential(base.to("cpu"))  # this quantises
-    try:
-        net(torch.randn(2, 64, dtype=dtype))
-    except (RuntimeError, NotImplementedError) as error:
-        pytest.skip(f"this bitsandbytes does not run its {bits}-bit layer on the CPU: {error}")
-    return net
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from adapter_helpers import perturb, trained
+from instruments import saved_tensors
+from models import perturb, trained
+from tensors import storage
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -317,8 +319,6 @@ def test_one_residual_adapter_per_layer():
 
 def test_what_is_saved_for_backward():
     """h of rank r (2r where the base is untouched) besides x and [r, r] matrices: nothing of T d."""
-    from helpers import saved_tensors, storage
-
     T = 256
     for mode, rank in (("additive", 8), ("residual", 4), ("rotation", 4)):
         layer, x = make(mode), torch.randn(T, K, requires_grad=True)

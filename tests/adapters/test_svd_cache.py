@@ -1,9 +1,11 @@
 """Decompositions that are kept: in memory by what a weight holds, in a file for the next start of the same job."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from models import mlp as two_layers
 from torch import nn
 
 import spectral_ops as so
@@ -11,6 +13,7 @@ from spectral_ops import DoRAConfig, LoRAConfig, PiCaConfig, SpectralConfig
 from spectral_ops.init import SVDFile, clear_svd_cache, svd, svd_cache, truncated_svd
 
 FILE = "svd.safetensors"
+mlp = functools.partial(two_layers, 18, 24, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +31,6 @@ def decomposed(monkeypatch):
         svd, "_decompose", lambda w, r, niter: (calls.append((*w.shape, niter)), decompose(w, r, niter))[1]
     )
     return calls
-
-
-def mlp():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(18, 24), nn.GELU(), nn.Linear(24, 12))
 
 
 def on(init, **fields):

@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from adapter_helpers import fill
-from helpers import Recorder, saved_tensors
+from instruments import Recorder, saved_tensors
+from models import fill
 from torch import nn
 
 import spectral_ops as so

@@ -8,7 +8,8 @@ import json
 
 import pytest
 import torch
-from helpers import extension_loaded, extension_waived, randn
+from instruments import extension_loaded, extension_waived
+from tensors import randn
 
 import spectral_ops
 from spectral_ops import _library, backends, cli, explain, tuning, use_backend

@@ -16,33 +16,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
 
 from demo import contenders, data, measure, report, rosa, training  # noqa: E402
 from rich.console import Console  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-
-def tiny_llama(hidden: int = 72, intermediate: int = 96) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=160,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).requires_grad_(False)
-
-
-class Bytes:
-    """A tokenizer of one token per byte."""
-
-    def __call__(self, text, verbose=True):
-        return {"input_ids": [min(b, 159) for b in text.encode()]}
+from tiny_llama import Bytes, tiny_llama  # noqa: E402
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from test_demo import Bytes, tiny_llama  # noqa: E402  (puts examples/ on the path)
+import every_method  # noqa: E402
+from demo import data  # noqa: E402
+from tiny_llama import Bytes, tiny_llama  # noqa: E402
 
-import every_method  # noqa: E402  isort: skip
-from demo import data  # noqa: E402  isort: skip
-from spectral_ops.bench import methods
+from spectral_ops.bench import methods  # noqa: E402
 
 
 @pytest.fixture(scope="module")

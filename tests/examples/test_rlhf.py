@@ -1,8 +1,6 @@
 """PE-RLHF, the parts of `make rlhf`, on a tiny random Llama."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +8,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-
 import rlhf as script  # noqa: E402
 from demo import data, rlhf  # noqa: E402
+from tiny_llama import Bytes  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 VOCABULARY, PROMPT, NEW = 128, 8, 12
@@ -29,16 +25,9 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).requires_grad_(False)
 
 
-class Bytes:
-    """A tokenizer of one token per byte."""
-
-    def __call__(self, text, verbose=True):
-        return {"input_ids": [min(b, VOCABULARY - 1) for b in text.encode()]}
-
-
 @pytest.fixture(scope="module")
 def blocks():
-    return data.token_blocks(Bytes(), data.corpus()[:40_000], PROMPT + NEW)
+    return data.token_blocks(Bytes(VOCABULARY), data.corpus()[:40_000], PROMPT + NEW)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +97,7 @@ def test_the_script(tmp_path, monkeypatch):
         ["--steps", "2", "--reward-steps", "2", "--rounds", "1", "--batch", "3", "--prompt", "6", "--new", "4",
          "--held-out", "4"]
     )  # fmt: skip
-    result = script.run(tiny_llama(), Bytes(), options, script.Console(quiet=True))
+    result = script.run(tiny_llama(), Bytes(VOCABULARY), options, script.Console(quiet=True))
     assert json.loads(json.dumps(result)) == result
     assert len(result["policy"]["reward"]) == len(result["policy"]["kl"]) == 2
     parameters = result["compared"]["parameters"]

@@ -15,16 +15,14 @@ from torch.utils._pytree import tree_leaves
 spec = importlib.util.spec_from_file_location("spectral_ops._C", sys.argv[1])
 sys.modules["spectral_ops._C"] = importlib.util.module_from_spec(spec)  # before the package looks for its own
 
-sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("support", "operators")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "support"))
 
-import test_cpu_kernels  # noqa: E402
-import test_importance  # noqa: E402
-from helpers import (  # noqa: E402
-    check_operator,  # noqa: E402
-    layer_samples,
-    results,
-)
-from test_library import SIZES, samples  # noqa: E402
+import cpu_kernels  # noqa: E402
+import importance  # noqa: E402
+from budget import check_operator  # noqa: E402
+from instruments import results  # noqa: E402
+from samples import SIZES, layer_samples, samples_of  # noqa: E402
+from tensors import DTYPES  # noqa: E402
 
 import spectral_ops  # noqa: E402
 from spectral_ops import _C, _library, _loader  # noqa: E402
@@ -39,11 +37,11 @@ if sys.argv[2:] == ["overrun"]:
 
 torch.manual_seed(0)
 warnings.simplefilter("ignore")
-dtypes = [getattr(torch, name) for name in sys.argv[2:]] or test_cpu_kernels.DTYPES
-for name in test_importance.OPS:  # they take lists of tensors, which the samples of the others do not
+dtypes = [getattr(torch, name) for name in sys.argv[2:]] or DTYPES
+for name in importance.OPS:  # they take lists of tensors, which the samples of the others do not
     operator = _library.OPERATORS[name]
     for dtype in dtypes:
-        for arguments in test_importance.samples(dtype)[name]:
+        for arguments in importance.samples(dtype)[name]:
             twin = copy.deepcopy(arguments)
             returned = operator.default(*arguments), operator.reference(*twin)
             got, want = (tree_leaves(part) for part in zip(returned, (arguments, twin), strict=True))
@@ -55,11 +53,11 @@ with torch.random.fork_rng():  # what follows draws its own numbers
             for arguments in layer_samples(name, dtype):
                 got, want = (results(layer, run, arguments) for run in (layer.default, layer.overloads["reference"]))
                 assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in want], name
-for name in sorted(_loader.EXTENSIONS["cpu"].operators & set(_library.OPERATORS) - set(test_importance.OPS)):
+for name in sorted(_loader.EXTENSIONS["cpu"].operators & set(_library.OPERATORS) - set(importance.OPS)):
     operator = _library.OPERATORS[name]
     for dtype in dtypes:
         for size in [*SIZES, {"T": 0}]:
-            for arguments in samples(name, dtype=dtype, **size):
+            for arguments in samples_of(name, dtype=dtype, **size):
                 check_operator(operator, operator.default, arguments)
-test_cpu_kernels.sweep(dtypes)
+cpu_kernels.sweep(dtypes)
 print("clean:", _C.isa(), *dtypes)

@@ -8,96 +8,28 @@ is left to `pytest -m gpu`.
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import layer_samples, results
+from instruments import results
+from samples import layer_samples
+from tensors import DTYPES, HALF, accumulate
 
-from spectral_ops._library import LAYERS, OPERATORS, accumulate_dtype
+from spectral_ops._library import LAYERS, OPERATORS
 from spectral_ops.functional import CSR
 
 ROOT = Path(__file__).resolve().parents[2]
-EMULATOR = ROOT / "tests" / "kernels" / "cuda_emulator"
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = (torch.float64, torch.float32, *HALF)
 ROUNDED = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}  # results in dtype
 SEED = torch.tensor([123456789012345])
 
 pytestmark = pytest.mark.slow
 
 
-def cuda_headers() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
-    for home in filter(None, [*homes, "/usr/local/cuda"]):
-        if (Path(home) / "include" / "cuda_bf16.h").exists():
-            return Path(home) / "include"
-    return None
-
-
-@pytest.fixture(scope="module")
-def emulated():
-    """torch.ops.spectral_ops_emulated: the CUDA operators on CPU tensors."""
-    return build_emulator()
-
-
-@functools.cache
-def build_emulator():
-    """Compiled and loaded once in a process, whose torch takes the namespace once."""
-    compiler, headers = shutil.which("g++"), cuda_headers()
-    if compiler is None or headers is None:
-        pytest.skip("needs g++ and the headers of a CUDA toolkit")
-    folder = ROOT / "build" / "emulator"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*")]
-    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h")]
-    newest = max(p.stat().st_mtime for p in sources)
-    torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
-    flags += ["-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
-    host = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
-    jobs, objects = [], []
-    for source in [EMULATOR / "library.cpp", *ROOT.glob("csrc/cuda/*.cu")]:
-        target = folder / f"{source.stem}.o"
-        objects.append(target)
-        if target.exists() and target.stat().st_mtime > newest:
-            continue
-        kind = host if source.suffix == ".cpp" else ["-x", "c++"]
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        command = [compiler, *flags, *kind, "-c", source, "-o", partial]
-        jobs.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), partial, target))
-    for job, partial, target in jobs:
-        _, errors = job.communicate()
-        assert job.returncode == 0, errors
-        partial.replace(target)
-    library = folder / "libspectral_ops_emulated.so"
-    if jobs or not library.exists():
-        partial = folder / f"{os.getpid()}.so"
-        link = [compiler, "-shared", "-o", partial, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-        subprocess.run(link, check=True, capture_output=True)
-        partial.replace(library)
-    schemas = torch.library.Library("spectral_ops_emulated", "DEF")
-    for operator in (*OPERATORS.values(), *LAYERS.values()):
-        schemas.define(operator.schema)
-    torch.ops.load_library(str(library))
-    torch.ops.spectral_ops_emulated.plans = ctypes.CDLL(str(library))
-    torch.ops.spectral_ops_emulated.schemas = schemas  # alive as long as the operators
-    return torch.ops.spectral_ops_emulated
-
-
 @pytest.fixture(params=[0, 1, 2, 3], ids=["ascending", "descending", "shuffled", "warp by warp"])
 def order(request, monkeypatch):
     """The order in which a block's threads run between barriers: a missing barrier shows in one of them."""
     monkeypatch.setenv("EMULATOR_ORDER", str(request.param))
-
-
-def accumulate(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matrix(rows, columns, dtype, stride=None):
@@ -307,7 +239,7 @@ def norm_case(emulated, dtype, parameters, d, k, r, transposed):
     A, B = (0.1 * torch.randn(r, k)).to(parameters), (0.1 * torch.randn(d, r)).to(parameters)
     if d > 5:  # a row that cancels, up to rounding
         W[3] = (-1.5 * 1.01 * (B[3].double() @ A.double())).to(dtype)
-    wanted = reference("column_norm")(W.double(), A.double(), B.double(), 1.5).to(accumulate_dtype(dtype))
+    wanted = reference("column_norm")(W.double(), A.double(), B.double(), 1.5).to(accumulate(dtype))
     tolerance = 1e-12 if dtype == parameters == torch.float64 else 2e-6
     got = emulated.column_norm(W, A, B, 1.5)
     assert_near(got, wanted, tolerance, f"{d, k, r, transposed}")

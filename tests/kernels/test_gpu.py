@@ -10,29 +10,13 @@ import threading
 
 import pytest
 import torch
+from budget import check, check_operator, evaluate
 from contract import Contract
-from helpers import (
-    BLOCKSUM,
-    DORA,
-    DTYPES,
-    FAMILIES,
-    LOWRANK,
-    OPERATOR_NAMES,
-    SEGMENTS,
-    check,
-    check_operator,
-    copied,
-    cotangent,
-    evaluate,
-    ids,
-    layer_samples,
-    operator_samples,
-    overload_or_reason,
-    poisoned,
-    randn,
-    results,
-    weight_norm,
-)
+from instruments import overload_or_reason, poisoned, results
+from oracles import weight_norm
+from problems import BLOCKSUM, DORA, FAMILIES, LOWRANK, SEGMENTS, cotangent
+from samples import OPERATOR_NAMES, layer_samples, samples_of
+from tensors import DTYPES, accumulate, copied, ids, randn
 from torch.utils._pytree import tree_map_only
 
 import spectral_ops
@@ -47,6 +31,7 @@ pytestmark = [
 ]
 
 BACKENDS = ("reference", "triton", "cuda")
+samples = functools.partial(samples_of, device="cuda")
 CALLS = [
     "lora",
     "lora-dropout",
@@ -74,11 +59,6 @@ def full_float32():
     matmul.allow_tf32, matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction = (
         before
     )
-
-
-def samples(name, **options):
-    options = options | ({"k": 21, "d": 34, "r": 5} if name.startswith("block_") else {})
-    return operator_samples(device="cuda", **options)[name]
 
 
 def implementation(name: str, backend: str):
@@ -569,14 +549,14 @@ def test_cayley(r):
 
 # --- importance: operators over lists of tensors ----------------------------------------------------------------------
 
-LAYERS = [(5, 21, 34), (1, 7, 3), (17, 1500, 19)] * 9  # 81 tensors: more than one launch takes
+ADAPTED = [(5, 21, 34), (1, 7, 3), (17, 1500, 19)] * 9  # 81 tensors: more than one launch takes
 
 
-def importance_arguments(dtype=torch.float32, sizes=LAYERS):
+def importance_arguments(dtype=torch.float32, sizes=ADAPTED):
     """exp_avg, uncertainty, params, grads."""
     shapes = [s for r, k, d in sizes for s in ((r, k), (d, r), (r, 1))]
     params, grads = ([randn(*s, dtype=dtype, device="cuda") for s in shapes] for _ in range(2))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulate(dtype)
     state = [torch.rand(sum(p.numel() for p in params), device="cuda").to(wide) for _ in range(2)]
     return *state, params, grads
 
@@ -587,7 +567,7 @@ def importance_step(backend, exp_avg, uncertainty, params, grads, count=40):
     exp_avg, uncertainty = exp_avg.clone(), uncertainty.clone()
     params = [p.clone() for p in params]
     scores = update(exp_avg, uncertainty, params, grads, [], 0.85, 0.7, True)
-    first = [sum(r for r, _, _ in LAYERS[:i]) for i in range(len(LAYERS))]
+    first = [sum(r for r, _, _ in ADAPTED[:i]) for i in range(len(ADAPTED))]
     return [scores, prune(scores, params[2::3], first, count), exp_avg, uncertainty, *params[2::3]]
 
 

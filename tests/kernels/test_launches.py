@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_host import emulated  # noqa: F401  the fixture
 
 import spectral_ops
 from spectral_ops import _library
@@ -74,7 +73,7 @@ def methods() -> dict[str, tuple]:
 
 
 @pytest.fixture
-def on_the_emulator(emulated, monkeypatch):  # noqa: F811
+def on_the_emulator(emulated, monkeypatch):
     """Every operator call runs its CUDA form on the emulator."""
 
     def run(self, *args):

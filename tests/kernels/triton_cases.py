@@ -19,8 +19,10 @@ if __name__ == "__main__":
     ROOT = Path(__file__).resolve().parents[2]
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-import helpers
 import torch
+from budget import check_operator
+from instruments import poisoned, results
+from samples import operator_samples
 
 from spectral_ops import _library, use_backend
 from spectral_ops.core import philox
@@ -43,7 +45,7 @@ SIZES_CAYLEY_MORE = [(1, 1, 1, 64), (1, 1, 1, 65)]  # the largest of the kernels
 SMALL_TILES = {"block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40)}
 REDUCTIONS = ("lowrank_backward", "column_norm", "magnitude_grad", "dropout_project", "dropout_outer",
               "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_", "csr_sddmm", "segment_outer")  # fmt: skip
-OPERATORS = sorted(helpers.operator_samples())
+OPERATORS = sorted(operator_samples())
 CASES: dict[str, Callable[[], None]] = {}
 
 
@@ -61,7 +63,7 @@ def samples(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> l
     T, k, d, r = size
     most_T, most_d = SMALL_TILES.get(name, (T, d))
     T, d = min(T, most_T), min(d, most_d)
-    made = helpers.operator_samples(dtype, T=T, k=k, d=d, r=r)[name]
+    made = operator_samples(dtype, T=T, k=k, d=d, r=r)[name]
     if name == "block_sum":
         made = [args for args in made if args[1] <= k]
     if size == SIZES[0] or not name.startswith("block_"):
@@ -72,10 +74,10 @@ def samples(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> l
 def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
     """Against the float64 reference, with buffers that start as NaN; reductions twice, with the same bits."""
     for args in samples(name, dtype, size):
-        with helpers.poisoned():
-            helpers.check_operator(_library.OPERATORS[name], triton_op(name), args)
+        with poisoned():
+            check_operator(_library.OPERATORS[name], triton_op(name), args)
             if name in REDUCTIONS and dtype == torch.float16:
-                first, again = (helpers.results(_library.OPERATORS[name], triton_op(name), args) for _ in range(2))
+                first, again = (results(_library.OPERATORS[name], triton_op(name), args) for _ in range(2))
                 for a, b in zip(first, again, strict=True):
                     assert torch.equal(a, b), f"{name}: two runs differ"
 
@@ -106,9 +108,9 @@ def check_empty(name: str) -> None:
             if name.startswith(("block_", "bat_")) and 0 in (k, d, r):
                 continue  # no shard to belong to
             operator = _library.OPERATORS[name]
-            with helpers.poisoned():
-                got = helpers.results(operator, triton_op(name), args)
-            want = helpers.results(operator, operator.overloads["reference"], args)
+            with poisoned():
+                got = results(operator, triton_op(name), args)
+            want = results(operator, operator.overloads["reference"], args)
             for a, b in zip(got, want, strict=True):
                 assert a.shape == b.shape and a.dtype == b.dtype, (name, (T, k, d, r), a.shape, b.shape)
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -121,8 +123,8 @@ for _name in OPERATORS:
 def check_float64(name: str) -> None:
     for args in samples(name, torch.float64, SIZES[0]):
         operator = _library.OPERATORS[name]
-        got = helpers.results(operator, triton_op(name), args)
-        want = helpers.results(operator, operator.overloads["reference"], args)
+        got = results(operator, triton_op(name), args)
+        want = results(operator, operator.overloads["reference"], args)
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
 
@@ -135,9 +137,9 @@ def check_tiles(name: str) -> None:
     """Every other tile that the launcher takes, over rows that are aligned, as tables are for those."""
     launch = launcher(_library.OPERATORS[name].stem, name)
     for tiles in TILES[name]:
-        with helpers.poisoned():
+        with poisoned():
             call = functools.partial(launch, tiles=tiles)
-            helpers.check_operator(_library.OPERATORS[name], call, samples(name, torch.float32, (40, 32, 48, 16))[0])
+            check_operator(_library.OPERATORS[name], call, samples(name, torch.float32, (40, 32, 48, 16))[0])
 
 
 for _name in sorted(TILES):
@@ -331,7 +333,7 @@ def cayley_of_what_is_not_finite():
         X, G = torch.randn(3, 5, 5), torch.randn(3, 5, 5)
         want = ahead["reference"](X)
         X[1, 2, 2] = X[1, 0, 3] = bad
-        with helpers.poisoned():
+        with poisoned():
             Q = ahead["triton"](X)
             dX = back["triton"](Q, G)
         torch.testing.assert_close(Q[::2], want[::2], rtol=1e-5, atol=1e-5)

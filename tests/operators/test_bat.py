@@ -4,26 +4,14 @@ import itertools
 
 import pytest
 import torch
+from budget import assert_within_budget, check
 from contract import Contract
-from helpers import (
-    BAT,
-    DTYPES,
-    FAMILIES,
-    HALF,
-    Recorder,
-    accumulate,
-    allocations,
-    assert_within_budget,
-    bat_changed,
-    check,
-    ids,
-    laid_out,
-    randn,
-    saved_tensors,
-    storage,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruments import Recorder, allocations, saved_tensors
+from oracles import bat_changed
+from problems import BAT, FAMILIES
+from tensors import DTYPES, HALF, accumulate, ids, laid_out, randn, storage
 
 import spectral_ops
 from spectral_ops import bat_linear, bat_weight

@@ -2,21 +2,14 @@
 
 import pytest
 import torch
+from budget import check
 from contract import Contract
-from helpers import (
-    BLOCKSUM,
-    FAMILIES,
-    HALF,
-    TYPICAL,
-    Recorder,
-    check,
-    ids,
-    randn,
-    shard_delta,
-    storage,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruments import Recorder
+from oracles import shard_delta
+from problems import BLOCKSUM, FAMILIES
+from tensors import HALF, TYPICAL, ids, randn, storage
 
 import spectral_ops
 

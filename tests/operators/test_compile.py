@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import fresh_python
+from instruments import fresh_python
 
 PROGRAM = """
 import torch

@@ -5,18 +5,9 @@ import functools
 import pytest
 import torch
 from contract import Contract
-from helpers import (
-    DTYPES,
-    FAMILIES,
-    HALF,
-    Recorder,
-    extension_loaded,
-    ids,
-    laid_out,
-    randn,
-    saved_tensors,
-    storage,
-)
+from instruments import Recorder, extension_loaded, saved_tensors
+from problems import FAMILIES
+from tensors import DTYPES, HALF, ids, laid_out, randn, storage
 from test_csr_matrix import int32, random_csr, unsorted_csr
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from helpers import fresh_python
+from instruments import fresh_python
 
 import spectral_ops
 from spectral_ops import CSR

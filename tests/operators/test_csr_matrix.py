@@ -7,7 +7,7 @@ import numpy
 import pytest
 import scipy.sparse
 import torch
-from helpers import DTYPES, HALF, ids, randn, sparse_pattern, storage
+from tensors import DTYPES, HALF, ids, randn, sparse_pattern, storage
 
 from spectral_ops import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear
 

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_helpers import fill
+from models import fill
 from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode

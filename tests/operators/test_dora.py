@@ -4,25 +4,12 @@ import functools
 
 import pytest
 import torch
+from budget import assert_within_budget, check, evaluate
 from contract import Contract
-from helpers import (
-    DORA,
-    DTYPES,
-    FAMILIES,
-    HALF,
-    TYPICAL,
-    Recorder,
-    accumulate,
-    assert_within_budget,
-    check,
-    cotangent,
-    evaluate,
-    ids,
-    laid_out,
-    overload_or_reason,
-    randn,
-    weight_norm,
-)
+from instruments import Recorder, overload_or_reason
+from oracles import weight_norm
+from problems import DORA, FAMILIES, cotangent
+from tensors import DTYPES, HALF, TYPICAL, accumulate, ids, laid_out, randn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import spectral_ops

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, FAMILIES, ids, randn, saved_tensors
+from instruments import saved_tensors
+from problems import FAMILIES
+from tensors import DTYPES, ids, randn
 
 from spectral_ops import lowrank_linear, use_backend
 from spectral_ops.core import autograd, philox

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import fresh_python
+from instruments import fresh_python
 
 import spectral_ops
 from spectral_ops import CSR, BackendUnavailable, _library, use_backend

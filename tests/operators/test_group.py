@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from helpers import FAMILIES, TYPICAL, Recorder, check_batched_gradients, cotangent, evaluate, randn, storage
+from budget import check_batched_gradients, evaluate
+from instruments import Recorder
+from problems import FAMILIES, cotangent
+from tensors import TYPICAL, randn, storage
 
 import spectral_ops
 

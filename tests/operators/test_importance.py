@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, Recorder, extension_loaded, ids, laid_out, poisoned, saved_tensors
+from importance import OPS, SIZES, make, samples
+from instruments import Recorder, extension_loaded, poisoned, saved_tensors
+from tensors import DTYPES, accumulate, ids
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,23 +14,7 @@ import spectral_ops
 from spectral_ops import adalora_importance, adalora_prune, orthogonality_loss, use_backend
 from spectral_ops._library import OPERATORS
 
-# rank, in_features, out_features: odd sizes, rank one, a rank past the lanes, past what is folded, past a tile of sums
-SIZES = [(5, 21, 34), (1, 7, 3), (12, 64, 40), (16, 33, 19), (70, 40, 90), (1030, 3, 5)]
 LEADING = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
-OPS = ["importance_update_", "importance_prune_"]
-
-
-def make(dtype=torch.float32, sizes=SIZES, layout="contiguous"):
-    """Parameters and gradients of some layers, and a state past its start."""
-
-    def triple(r, k, d):
-        A, B, E = (torch.randn(s, dtype=torch.float64).to(dtype) for s in ((r, k), (d, r), (r, 1)))
-        return laid_out(A, layout), laid_out(B, layout), E
-
-    params, grads = ([triple(*size) for size in sizes] for _ in range(2))
-    n = sum(p.numel() for layer in params for p in layer)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return params, grads, torch.rand(n).to(wide), torch.rand(n).to(wide)
 
 
 def expected(params, grads, exp_avg, uncertainty, beta1, beta2):
@@ -180,16 +166,6 @@ def test_prune_of_a_part(backend):
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def samples(dtype=torch.float32):
-    params, grads, *state = make(dtype, SIZES[:3])
-    flat, given = ([t for layer in layers for t in layer] for layers in (params, grads))
-    scores = torch.rand(sum(size[0] for size in SIZES[:3])).to(state[0])
-    return {
-        "importance_update_": [(*state, flat, given, [], 0.85, 0.7, True), (*state, flat, given, [], 0.85, 0.7, False)],
-        "importance_prune_": [(scores, flat[2::3], [0, 5, 6], 4), (scores, flat[2::3], [0, 5, 6], 0)],
-    }
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name):
     for args in samples()[name]:
@@ -281,7 +257,7 @@ def test_orthogonality_against_the_formula(dtype, squared):
     got = orthogonality_loss(given, squared)
     gradients = torch.autograd.grad(got, leaves)
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got.shape == ()
+    assert got.dtype == accumulate(dtype) and got.shape == ()
     for g, w in zip([got, *gradients], [want, *wanted], strict=True):
         close(g, w.double(), tolerance)
     assert all(g.dtype == X.dtype for g, X in zip(gradients, leaves, strict=True))

@@ -6,7 +6,9 @@ import inspect
 
 import pytest
 import torch
-from helpers import DTYPES, HALF, copied, extension_loaded, ids, layer_samples, results
+from instruments import extension_loaded, results
+from samples import layer_samples
+from tensors import DTYPES, HALF, copied, ids
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode

@@ -6,22 +6,11 @@ import inspect
 
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    FAMILIES,
-    OPERATOR_NAMES,
-    check_operator,
-    copied,
-    cotangent,
-    extension_loaded,
-    extension_waived,
-    fresh_python,
-    ids,
-    operator_samples,
-    overload_or_reason,
-    randn,
-    results,
-)
+from budget import check_operator
+from instruments import extension_loaded, extension_waived, fresh_python, overload_or_reason, results
+from problems import FAMILIES, cotangent
+from samples import OPERATOR_NAMES, SIZES, operator_samples, samples_of
+from tensors import DTYPES, copied, ids, randn
 from torch.utils.flop_counter import FlopCounterMode
 
 import spectral_ops
@@ -29,13 +18,6 @@ from spectral_ops import BackendUnavailable, _library, _loader, explain, use_bac
 from spectral_ops._library import OPERATORS
 
 STEMS = ("lowrank", "dora", "dropout", "blocksum", "bat", "csr", "policy", "segments", "cayley")
-SIZES = [{}, {"T": 1, "r": 1}, {"T": 70, "k": 131, "d": 66, "r": 17}]
-
-
-def samples(name: str, **options) -> list[tuple]:
-    """Arguments for an operator; its block offsets fit the default sizes only."""
-    options = options | ({"k": 21, "d": 34, "r": 5} if name.startswith("block_") else {})
-    return operator_samples(**options)[name]
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
@@ -131,7 +113,7 @@ def test_operator_against_float64(name, backend, dtype, two_threads):
     if overload is None:
         pytest.skip(reason)
     for size in SIZES:
-        for args in samples(name, dtype=dtype, **size):
+        for args in samples_of(name, dtype=dtype, **size):
             check_operator(op, overload, args)
 
 
@@ -142,7 +124,7 @@ def test_operator_without_tokens(name, backend):
     overload, reason = overload_or_reason(op, backend, "cpu")
     if overload is None:
         pytest.skip(reason)
-    for args in samples(name, T=0):
+    for args in samples_of(name, T=0):
         check_operator(op, overload, args)
 
 
@@ -154,7 +136,7 @@ def test_operator_is_bit_reproducible_on_any_number_of_threads(name, backend, tw
     if overload is None:
         pytest.skip(reason)
     for dtype in (torch.float32, torch.bfloat16):
-        for args in samples(name, T=300, dtype=dtype):
+        for args in samples_of(name, T=300, dtype=dtype):
             torch.set_num_threads(2)
             first, again = (results(op, overload, args) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -166,7 +148,7 @@ def test_operator_is_bit_reproducible_on_any_number_of_threads(name, backend, tw
 @pytest.mark.parametrize("name", OPERATOR_NAMES)
 def test_operator_writes_only_what_its_schema_says(name):
     op = OPERATORS[name]
-    for args in samples(name):
+    for args in samples_of(name):
         args = copied(args)
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         out = op.default(*args)
@@ -182,7 +164,7 @@ def test_operator_writes_only_what_its_schema_says(name):
 @pytest.mark.parametrize("name", OPERATOR_NAMES)
 def test_opcheck(name):
     op = OPERATORS[name]
-    for args in samples(name):
+    for args in samples_of(name):
         torch.library.opcheck(op.default, copied(args))
 
 
@@ -191,7 +173,7 @@ def test_opcheck(name):
 def test_fake_agrees_with_every_implementation(name, dtype):
     """Shape, dtype and contiguity of every output, with None for every optional argument and without."""
     op = OPERATORS[name]
-    for args in samples(name, dtype=dtype):
+    for args in samples_of(name, dtype=dtype):
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         fake = op.fake(*meta)
         for backend in ("reference", "cpu"):
@@ -257,7 +239,7 @@ def test_use_backend_nests_and_restores():
 def test_a_forced_backend_that_cannot_run_raises(name, backend, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     op = OPERATORS[name]
-    args = samples(name)[0]
+    args = samples_of(name)[0]
     with use_backend(backend):
         with pytest.raises(
             BackendUnavailable, match=f"backend '{backend}' was forced, but cannot run {name}: "
@@ -282,7 +264,7 @@ def test_a_missing_cpu_kernel_is_named():
         if overload is not None:
             continue
         with use_backend("cpu"), pytest.raises(BackendUnavailable, match=f"cannot run {name}: "):
-            OPERATORS[name](*samples(name)[0])
+            OPERATORS[name](*samples_of(name)[0])
         assert name in reason or _loader.EXTENSIONS["cpu"].error == reason
 
 
@@ -344,7 +326,7 @@ def flops(function) -> int:
 def test_flop_counter_counts_the_formula(name):
     """Once, not again for the operations that the reference is made of; on meta tensors the same."""
     op = OPERATORS[name]
-    for args in samples(name):
+    for args in samples_of(name):
         want = op.cost(*args).flops
         assert flops(lambda a=args: op.default(*copied(a))) == want
         assert flops(lambda a=args: op.overloads["reference"](*copied(a))) == want

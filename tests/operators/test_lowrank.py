@@ -4,19 +4,11 @@ import itertools
 
 import pytest
 import torch
+from budget import assert_within_budget, check, evaluate
 from contract import Contract
-from helpers import (
-    FAMILIES,
-    LOWRANK,
-    TYPICAL,
-    assert_within_budget,
-    check,
-    cotangent,
-    evaluate,
-    randn,
-    saved_tensors,
-    storage,
-)
+from instruments import saved_tensors
+from problems import FAMILIES, LOWRANK, cotangent
+from tensors import TYPICAL, randn, storage
 
 import spectral_ops
 

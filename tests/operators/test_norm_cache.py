@@ -9,7 +9,9 @@ import threading
 
 import pytest
 import torch
-from helpers import Recorder, randn, saved_tensors, storage, weight_norm
+from instruments import Recorder, saved_tensors
+from oracles import weight_norm
+from tensors import randn, storage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, Recorder, ids, laid_out, poisoned, randn, saved_tensors, storage
+from instruments import Recorder, poisoned, saved_tensors
+from tensors import DTYPES, accumulate, ids, laid_out, randn, storage
 from torch.utils.checkpoint import checkpoint
 
 import spectral_ops
@@ -52,7 +53,7 @@ def test_matches_dense_formula(frozen, shape, dtype, backend):
     before = hidden.detach().clone(), head.detach().clone(), targets.clone()
     logp = token_logprobs(hidden, head, targets, chunk=chunk, temperature=0.7)
     assert logp.shape == targets.shape
-    assert logp.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert logp.dtype == accumulate(dtype)
     grads = torch.autograd.grad(logp, [hidden] if frozen else [hidden, head], dlogp.to(logp.dtype))
     h64, head64 = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
     want = dense(h64, head64, targets, 0.7)
@@ -78,7 +79,7 @@ def test_layouts(layout, dtype, backend):
     head = laid_out(head.detach(), "rows" if layout == "expanded" else layout)
     plain = hidden.contiguous().requires_grad_(), head.contiguous().requires_grad_()
     strided = hidden.requires_grad_(), head.requires_grad_()
-    dlogp = laid_out(dlogp.to(torch.float64 if dtype == torch.float64 else torch.float32), layout)
+    dlogp = laid_out(dlogp.to(accumulate(dtype)), layout)
     want = token_logprobs(*plain, targets.contiguous())
     logp = token_logprobs(*strided, laid_out(targets, "transposed"))
     torch.testing.assert_close(logp, want)

@@ -5,21 +5,13 @@ import itertools
 
 import pytest
 import torch
+from budget import check
 from contract import Contract
-from helpers import (
-    FAMILIES,
-    HALF,
-    Recorder,
-    check,
-    cotangent,
-    extension_loaded,
-    ids,
-    randn,
-    saved_tensors,
-    storage,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruments import Recorder, extension_loaded, saved_tensors
+from problems import FAMILIES, cotangent
+from tensors import HALF, ids, randn, storage
 from test_csr import (
     KINDS,
     agree,

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import DTYPES, ids, randn, sparse_pattern, storage
+from tensors import DTYPES, accumulate, ids, randn, sparse_pattern, storage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -123,7 +123,7 @@ def test_restore_is_by_copies_not_by_subtraction(dtype, backend):
     kept = W.clone().view(bits)
     for big in (1e4, float("inf"), float("nan"), -0.0, 1e-30):
         everywhere = CSR.from_dense(torch.ones(D, K, dtype=torch.bool))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulate(dtype)
         csr = everywhere.with_values(torch.full((D * K,), big, dtype=wide))
         run(randn(T, K, dtype=dtype), W, csr)
         assert residents.holds(W)

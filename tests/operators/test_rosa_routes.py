@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randn
+from tensors import randn
 
 from spectral_ops import CSR, rosa_linear
 from spectral_ops.functional import rosa_routes

@@ -4,7 +4,9 @@ import threading
 
 import pytest
 import torch
-from helpers import FAMILIES, cotangent, extension_loaded, fresh_python, randn, storage
+from instruments import extension_loaded, fresh_python
+from problems import FAMILIES, cotangent
+from tensors import randn, storage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 

@@ -4,20 +4,11 @@ import importlib.util
 
 import pytest
 import torch
+from budget import check, check_batched_gradients
 from contract import Contract
-from helpers import (
-    FAMILIES,
-    SEGMENTS,
-    TYPICAL,
-    Recorder,
-    check,
-    check_batched_gradients,
-    cotangent,
-    extension_loaded,
-    randn,
-    saved_tensors,
-    storage,
-)
+from instruments import Recorder, extension_loaded, saved_tensors
+from problems import FAMILIES, SEGMENTS, cotangent
+from tensors import TYPICAL, randn, storage
 
 import spectral_ops
 from spectral_ops import _library

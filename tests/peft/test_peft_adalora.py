@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from adapter_helpers import adamw
+from models import adamw
+from processes import in_two_processes
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -273,13 +271,10 @@ def run(kind, model, shard=lambda model, layers: None):
     return losses, {path: kept.tolist() for path, kept in schedule.keep.items()}
 
 
-def work(rank, kind, store, queue):
+def run_sharded(rank, kind):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 
     def shard(model, layers):
@@ -288,24 +283,14 @@ def work(rank, kind, store, queue):
                 fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
-    queue.put(run(kind, of_peft() if kind == "peft" else of_ours(), shard))
-    dist.barrier()
-    dist.destroy_process_group()
+    return run(kind, of_peft() if kind == "peft" else of_ours(), shard)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft", "ours"])
 def test_sharded_parameters_are_pruned_alike_on_all_ranks(kind, tmp_path):
     losses, pattern = run(kind, of_peft() if kind == "peft" else of_ours())
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=work, args=(r, kind, str(tmp_path / "store"), queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
+    results = in_two_processes(run_sharded, tmp_path, kind)
     assert results[0][1] == results[1][1] == pattern and sum(map(sum, pattern.values())) == 4
     for got, _ in results:
         assert got == pytest.approx(losses, rel=1e-4)

@@ -6,12 +6,9 @@ norm must not outlive a step, and must be found again for the second micro-batch
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import in_two_processes
 
 peft = pytest.importorskip("peft")
 
@@ -45,15 +42,12 @@ def train(model) -> list[float]:
     return losses
 
 
-def work(rank: int, method: str, store: str, queue) -> None:
+def train_sharded(rank: int, method: str):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     import spectral_ops
 
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # both processes are on this machine
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     model = build(method)
     report = spectral_ops.accelerate(model, strict=True)  # a call that fell back would raise
@@ -61,24 +55,13 @@ def work(rank: int, method: str, store: str, queue) -> None:
         if next(layer.parameters(), None) is not None:
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    queue.put((train(model), len(report.fallbacks())))
-    dist.barrier()
-    dist.destroy_process_group()
+    return train(model), len(report.fallbacks())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dora", "miss"])
 def test_sharded_training_is_fused_and_agrees_with_peft(method, tmp_path):
     expected = train(build(method))
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=work, args=(r, method, str(tmp_path / "store"), queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    for losses, fallbacks in results:
+    for losses, fallbacks in in_two_processes(train_sharded, tmp_path, method):
         assert fallbacks == 0
         assert losses == pytest.approx(expected, rel=1e-5)

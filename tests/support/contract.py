@@ -10,24 +10,10 @@ import functools
 
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    HALF,
-    LARGE,
-    ROUNDINGS,
-    SHAPES,
-    TYPICAL,
-    Recorder,
-    allocations,
-    assert_within_budget,
-    check,
-    cotangent,
-    evaluate,
-    ids,
-    poisoned,
-    saved_tensors,
-    storage,
-)
+from budget import ROUNDINGS, assert_within_budget, check, evaluate
+from instruments import Recorder, allocations, poisoned, saved_tensors
+from problems import cotangent
+from tensors import DTYPES, HALF, LARGE, SHAPES, TYPICAL, ids, storage
 from torch.utils.checkpoint import checkpoint
 
 MIXED = [(dtype, torch.float32) for dtype in HALF]

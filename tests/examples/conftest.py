@@ -1,0 +1,6 @@
+"""examples/ is no package: its modules are imported from there."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

@@ -1,0 +1,77 @@
+"""The CUDA operators without a GPU: csrc/cuda compiled by the C++ compiler and loaded on cuda_emulator/."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_ops._library import LAYERS, OPERATORS
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = Path(__file__).parent / "cuda_emulator"
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
+    for home in filter(None, [*homes, "/usr/local/cuda"]):
+        if (Path(home) / "include" / "cuda_bf16.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+@functools.cache
+def build_emulator():
+    """Compiled and loaded once in a process, whose torch takes the namespace once."""
+    compiler, headers = shutil.which("g++"), cuda_headers()
+    if compiler is None or headers is None:
+        pytest.skip("needs g++ and the headers of a CUDA toolkit")
+    folder = ROOT / "build" / "emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*")]
+    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h")]
+    newest = max(p.stat().st_mtime for p in sources)
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
+    flags += ["-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
+    host = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
+    jobs, objects = [], []
+    for source in [EMULATOR / "library.cpp", *ROOT.glob("csrc/cuda/*.cu")]:
+        target = folder / f"{source.stem}.o"
+        objects.append(target)
+        if target.exists() and target.stat().st_mtime > newest:
+            continue
+        kind = host if source.suffix == ".cpp" else ["-x", "c++"]
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        command = [compiler, *flags, *kind, "-c", source, "-o", partial]
+        jobs.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), partial, target))
+    for job, partial, target in jobs:
+        _, errors = job.communicate()
+        assert job.returncode == 0, errors
+        partial.replace(target)
+    library = folder / "libspectral_ops_emulated.so"
+    if jobs or not library.exists():
+        partial = folder / f"{os.getpid()}.so"
+        link = [compiler, "-shared", "-o", partial, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        subprocess.run(link, check=True, capture_output=True)
+        partial.replace(library)
+    schemas = torch.library.Library("spectral_ops_emulated", "DEF")
+    for operator in (*OPERATORS.values(), *LAYERS.values()):
+        schemas.define(operator.schema)
+    torch.ops.load_library(str(library))
+    torch.ops.spectral_ops_emulated.plans = ctypes.CDLL(str(library))
+    torch.ops.spectral_ops_emulated.schemas = schemas  # alive as long as the operators
+    return torch.ops.spectral_ops_emulated
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """torch.ops.spectral_ops_emulated: the CUDA operators on CPU tensors."""
+    return build_emulator()
