@@ -1,15 +1,22 @@
 """The operators of a sparse matrix (METHODS 1.5): csr_add, csr_spmm and csr_sddmm."""
 
-import functools
-
 import pytest
 import torch
 from contract import Contract
 from instruments import Recorder, extension_loaded, saved_tensors
 from problems import FAMILIES
+from sparse import (
+    KINDS,
+    agree,
+    check_a_backend_that_cannot_run,
+    check_batched_gradients,
+    check_selective_checkpointing,
+    int32,
+    mask_of,
+    random_csr,
+    unsorted_csr,
+)
 from tensors import DTYPES, HALF, ids, laid_out, randn, storage
-from test_csr_matrix import int32, random_csr, unsorted_csr
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import spectral_ops
 from spectral_ops import CSR, csr_add, csr_sddmm, csr_spmm
@@ -22,32 +29,6 @@ class TestCSR(Contract):
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
-
-KINDS = ["empty rows", "nothing", "one dense row", "one dense column", "everything", "last"]
-
-
-def mask_of(kind, d=12, k=10) -> torch.Tensor:
-    """Which entries a pattern of this kind has."""
-    mask = torch.zeros(d, k, dtype=torch.bool)
-    if kind == "empty rows":
-        mask[3::4, ::3] = True
-    elif kind == "one dense row":
-        mask[7] = True
-    elif kind == "one dense column":
-        mask[:, 4] = True
-    elif kind == "everything":
-        mask[:] = True
-    elif kind == "last":
-        mask[-1, -1] = True
-    return mask
-
-
-def agree(got, want, inputs, dy) -> None:
-    """The same values and the same gradients of ``inputs``."""
-    torch.testing.assert_close(got, want)
-    right = torch.autograd.grad(want, inputs, dy, retain_graph=True)
-    for a, b in zip(torch.autograd.grad(got, inputs, dy), right, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -326,52 +307,6 @@ def functions(dtype=torch.float32):
 
 
 FUNCTIONS = list(functions())
-
-
-def step(function, inputs, run=lambda function, *inputs: function(*inputs)):
-    """What it returns and its gradients, dropout drawn from one state of the generator."""
-    torch.manual_seed(5)
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    y = run(lambda *inputs: function(*inputs).sin().square(), *inputs)
-    return [y, *torch.autograd.grad(y.float().sum(), inputs)]
-
-
-def check_selective_checkpointing(function, inputs, overwrites=False) -> None:
-    """Whatever a policy keeps, plain bit for bit; an in-place sum of a kept tensor must raise."""
-    want = step(function, inputs)
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.mul.Tensor)
-
-    def policy(keeps, ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-    for keeps in (products.__contains__, lambda op: op.namespace == "spectral_ops", lambda op: False, lambda op: True):
-        contexts = functools.partial(create_selective_checkpoint_contexts, functools.partial(policy, keeps))
-        run = functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
-        if overwrites and keeps(torch.ops.aten.mul.Tensor):
-            with pytest.raises(RuntimeError, match="has been mutated"):
-                step(function, inputs, run)
-            continue
-        got = step(function, inputs, run)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-def check_batched_gradients(function, inputs) -> None:
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    y = function(*inputs)
-    dys = randn(4, *y.shape)
-    batched = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
-    for i, dy in enumerate(dys):
-        for got, want in zip(batched, torch.autograd.grad(y, inputs, dy, retain_graph=True), strict=True):
-            torch.testing.assert_close(got[i], want)
-
-
-def check_a_backend_that_cannot_run(function, inputs) -> None:
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    with spectral_ops.use_backend("cuda"), pytest.raises(spectral_ops.BackendUnavailable):
-        function(*inputs)
-    y = function(*inputs)
-    with spectral_ops.use_backend("cuda"), pytest.raises(spectral_ops.BackendUnavailable):
-        torch.autograd.grad(y, inputs[1], torch.ones_like(y))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)

@@ -7,33 +7,10 @@ import numpy
 import pytest
 import scipy.sparse
 import torch
-from tensors import DTYPES, HALF, ids, randn, sparse_pattern, storage
+from sparse import dense_of, int32, random_csr, unsorted_csr
+from tensors import DTYPES, HALF, ids, randn, storage
 
 from spectral_ops import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear
-
-
-def int32(numbers) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int32)
-
-
-def dense_of(values, row_offsets, columns, shape) -> torch.Tensor:
-    """S, entry by entry."""
-    S = torch.zeros(shape, dtype=values.dtype)
-    for row in range(shape[0]):
-        for p in range(int(row_offsets[row]), int(row_offsets[row + 1])):
-            S[row, int(columns[p])] = values[p]
-    return S
-
-
-def random_csr(d, k, dtype=torch.float64, density=0.3, trained=False) -> CSR:
-    offsets, columns = sparse_pattern(d, k, density=density)
-    return CSR(randn(columns.numel(), dtype=dtype).requires_grad_(trained), offsets, columns, (d, k))
-
-
-def unsorted_csr(dtype=torch.float64, trained=False) -> CSR:
-    values = randn(5, dtype=dtype).requires_grad_(trained)
-    return CSR(values, int32([0, 3, 3, 5]), int32([3, 0, 2, 4, 1]), (3, 5), sorted=False)
-
 
 # --- conversions -----------------------------------------------------------------------------------------------------
 

@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruments import Recorder, extension_loaded, saved_tensors
 from problems import FAMILIES, cotangent
-from tensors import HALF, ids, randn, storage
-from test_csr import (
+from sparse import (
     KINDS,
     agree,
     check_a_backend_that_cannot_run,
     check_batched_gradients,
     check_selective_checkpointing,
+    int32,
     mask_of,
+    random_csr,
+    unsorted_csr,
 )
-from test_csr_matrix import int32, random_csr, unsorted_csr
+from tensors import HALF, ids, randn, storage
 
 import spectral_ops
 from spectral_ops import CSR, rosa_linear, rosa_update
