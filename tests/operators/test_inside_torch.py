@@ -1,4 +1,4 @@
-"""What a review of the operators and the PEFT layers found: calls made inside other machinery of torch."""
+"""Operators and PEFT layers inside other machinery of torch: copies, pickles, threads, tracing, streams."""
 
 import copy
 import io
