@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.adalora import AdaLoRALinear
-from spectral_ops.adapters.model import adapter_configs, adapter_layers, unwrap
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers, unwrap
 from spectral_ops.functional.importance import importance_prune_op, importance_update_op
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

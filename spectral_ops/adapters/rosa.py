@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import why_not_dense
+from spectral_ops.adapters.frozen import why_not_dense
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear, match_pattern
 from spectral_ops.core import checks, steps
 from spectral_ops.core.autograd import autocast_arguments
@@ -292,26 +292,20 @@ class RoSALinear(LoRALinear):
 
     def _output(self, x: torch.Tensor, name: str) -> torch.Tensor:
         config, base, csr = self.settings[name], self.base_layer, self._checked_csr(name)
-        A, B = (self.parameter("lora_A", name), self.parameter("lora_B", name)) if config.low_rank else (None, None)
-        if why_not_dense(base) is not None or (A is None and csr is None):
+        A, B, _ = self.factors(name) if config.low_rank else (None, None, None)
+        if A is None and csr is None:
             self.release()
-            out = base(x)
-            if A is not None:
-                out = lowrank_update(
-                    out, x, A, B, scale=config.scaling, dropout_p=config.dropout, training=self.training
-                )
-            return out if csr is None else rosa_update(out, x, csr)
-        (x,) = autocast_arguments(x)
-        route = "spmm" if csr is None else self._route(x, csr, name)
+            return base(x)
+        route = None
+        if csr is not None and why_not_dense(base) is None:
+            (x,) = autocast_arguments(x)
+            route = self._route(x, csr, name)
         if route == "resident" and x.dtype is base.weight.dtype:
             setattr(base, RESIDENT, True)
         else:
             self.release()  # before autocast casts W, where it does
-        x, weight, bias = self.operands(x)
         p = config.dropout if self.training and A is not None else 0.0
-        if csr is None:
-            return lowrank.linear(x, weight, A, B, bias, None, None, config.scaling, p)
-        return rosa.linear(x, weight, csr.ordered(csr.values), csr.pattern, A, B, bias, config.scaling, p, route)
+        return self.fused(x, _linear, _update, csr, route, A, B, config.scaling, p)
 
     def original(self, x):
         """The layer's output without adapters, from a copy of W where a backward may come after W + S is back."""
@@ -324,9 +318,7 @@ class RoSALinear(LoRALinear):
 
     # merging
 
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
-        name = self._known(adapter_name)
+    def delta(self, name):
         zero = torch.zeros(self.out_features, self.in_features, dtype=self._wide(name), device=self.weight.device)
         return self._with_delta(zero, name, 1)
 
@@ -343,7 +335,7 @@ class RoSALinear(LoRALinear):
     def _with_delta(self, weight: torch.Tensor, name: str, sign: int) -> torch.Tensor:
         """weight + sign (γBA + S), in weight's dtype, at least float32."""
         if self.settings[name].low_rank:
-            weight = weight + sign * self.product(self.lora_A[name], self.lora_B[name], name)
+            weight = weight + sign * super().delta(name)
         csr = self._checked_csr(name)
         return weight if csr is None else csr_add(weight, csr.with_values(sign * csr.values.detach()))
 
@@ -378,6 +370,18 @@ class RoSALinear(LoRALinear):
             masked = "" if self._checked_csr(name) is not None else ", no mask yet"
             parts.append(f"density={config.d:g}, nnz={self.rosa_values[name].numel()}, route={config.route}{masked}")
         return ", ".join(parts)
+
+
+def _linear(x, weight, bias, csr: CSR | None, route: str | None, A, B, scale, p):
+    if csr is None:
+        return lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
+    return rosa.linear(x, weight, csr.ordered(csr.values), csr.pattern, A, B, bias, scale, p, route)
+
+
+def _update(out, x, csr: CSR | None, route: str | None, A, B, scale, p):
+    if A is not None:
+        out = lowrank_update(out, x, A, B, scale=scale, dropout_p=p, training=True)
+    return out if csr is None else rosa_update(out, x, csr)
 
 
 def _compiling() -> bool:

@@ -20,8 +20,8 @@ from torch.autograd import Function
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.io import _safetensors, _write
-from spectral_ops.adapters.model import adapter_configs, adapter_layers, unwrap
 from spectral_ops.adapters.rosa import RoSALinear
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers, unwrap
 from spectral_ops.core.autograd import backward_pass, gradient_tiles, rows
 from spectral_ops.functional import CSR
 from spectral_ops.init import topk_pattern

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from spectral_ops.adapters.base import AdapterLinear
-from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.lora import LoRALinear
-from spectral_ops.adapters.model import adapter_configs, adapter_layers, units, unwrap
+from spectral_ops.adapters.trained_copy import TrainedCopy
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap
 from spectral_ops.core import checks
 
 BASE = "__base__"  # PEFT's name for no adapter
