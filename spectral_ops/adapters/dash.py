@@ -194,7 +194,7 @@ def _write(parameter: torch.Tensor, value: torch.Tensor) -> None:
     parameter.copy_(value)
 
 
-# --- counting optimizer steps: one hook on all torch optimizers
+# One hook on all torch optimizers counts their steps.
 
 _number = itertools.count()
 _watched: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # in the order they were made, alike on all ranks

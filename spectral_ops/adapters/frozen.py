@@ -30,19 +30,12 @@ def linear_size(module: nn.Module) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def weight_and_bias(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Both as stored. The usual place is read first, because nn.Module's own lookup is slow."""
-    parameters = base._parameters
-    if "weight" in parameters and "bias" in parameters:
-        return parameters["weight"], parameters["bias"]
-    return base.weight, base.bias  # FSDP1 and DataParallel put plain tensors there
-
-
 def why_not_dense(base: nn.Module) -> str | None:
     """Why the fused operator must not read this layer's weight itself, or None where it may."""
     if type(base) is not nn.Linear and not is_conv1d(base):
         return f"{type(base).__name__} computes its own product"
-    weight = weight_and_bias(base)[0]
+    parameters = base._parameters
+    weight = parameters["weight"] if "weight" in parameters else base.weight
     if type(weight) is not nn.Parameter and quantised.kind(base):
         return f"the weight is a quantised {type(weight).__name__}"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
@@ -77,8 +70,13 @@ class FrozenBase(nn.Module):
         base = self._modules["base_layer"]
         if why_not_dense(base) is not None:
             return update(base(x), x, *arguments)
-        weight, bias = weight_and_bias(base)
-        x, weight, bias = autocast_arguments(x, weight.t() if self.transposed else weight, bias)
+        parameters = base._parameters  # nn.Module's own lookup is slower; FSDP1 and DataParallel move tensors out of it
+        weight = parameters["weight"] if "weight" in parameters else base.weight
+        bias = parameters["bias"] if "bias" in parameters else base.bias
+        if self.transposed:
+            weight = weight.t()
+        if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+            x, weight, bias = autocast_arguments(x, weight, bias)
         if not isinstance(x, torch.Tensor) or x.dtype is not weight.dtype:
             checks.linear(x, weight, bias)
             checks.same_dtype("x", x, weight=weight, bias=bias)
