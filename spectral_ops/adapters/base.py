@@ -83,15 +83,15 @@ class AdapterLinear(FrozenBase):
         raise NotImplementedError
 
     def delta(self, name: str) -> torch.Tensor:
-        """What adapter ``name`` adds to the weight: [d, k], float32 (float64), without a graph."""
+        """What adapter ``name`` adds to the base weight: [d, k], float32 (float64); called under no_grad."""
         raise NotImplementedError
 
     # what a method may state
 
     def merged_weight(self, weight: torch.Tensor, name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """The adapted weight from ``weight`` [d, k] float32, and what :meth:`unmerged_weight` will need besides.
+        """The adapted weight from ``weight`` [d, k] float32, and the tensors that :meth:`unmerged_weight` will need.
 
-        None for the latter: it cannot be undone by arithmetic, so a merge keeps a copy of the weight.
+        None in their place: arithmetic cannot undo this merge, so a copy of the weight is kept.
         """
         return weight + self.delta(name), ()
 
@@ -107,18 +107,18 @@ class AdapterLinear(FrozenBase):
 
     @classmethod
     def link(cls, layers: dict[str, AdapterLinear], name: str) -> None:
-        """Make and tie what layers (by path) share under adapter ``name``; called once all of them are built.
+        """Make and tie what layers (by path) share under adapter ``name``. Called once all of them are built.
 
-        Until then the tensors of ``tied_keys`` have no memory, and :meth:`reset` must leave them alone.
+        Until then the tensors of ``tied_keys`` have no memory: :meth:`reset` must leave them alone.
         """
 
     @classmethod
     def file_key(cls, path: str, suffix: str) -> str:
-        """The key in PEFT's file of a tensor of the layer at ``path``; what layers share has one key for all."""
+        """The key in PEFT's file of a tensor of the layer at ``path``. A tensor that layers share has one key."""
         return f"base_model.model.{path}.{suffix}"
 
     def placed(self, name: str, sharing: list[str]) -> None:
-        """Told by attach which other modules of the model hold memory of the base weight; may raise ValueError."""
+        """Called by attach with the other modules that hold memory of the base weight. May raise ValueError."""
 
     @classmethod
     def index_shapes(cls, config: AdapterConfig, d: int, k: int) -> dict[str, tuple[int, ...]]:
@@ -162,7 +162,7 @@ class AdapterLinear(FrozenBase):
     def file_tensors(self, name: str, plain: bool) -> dict[str, torch.Tensor]:
         """What a file holds of adapter ``name``, by the key that follows the module's path.
 
-        plain: in a form that another library loads onto the original base; else in the form this class trains.
+        plain: in a form that another library loads onto the original base. Otherwise in the form this class trains.
         """
         saved = {key: s for key, s in self.held(name).items() if key not in self.settings[name].unsaved}
         return {suffix: getattr(self, key)[name].detach() for key, suffix in saved.items()}
@@ -256,10 +256,10 @@ class AdapterLinear(FrozenBase):
 
     @torch.no_grad()
     def merge(self, *, safe: bool = False, keep_base: bool = False) -> None:
-        """Put the active adapter into the base weight, in float32 and cast once; nothing where there is none to merge.
+        """Put the active adapter into the base weight, in float32 and cast once. Without one, nothing happens.
 
-        safe: raise ValueError, and change nothing, if that would hold a non-finite value. keep_base: hold a copy of the
-        weight, so that :meth:`unmerge` restores it bit for bit; otherwise it restores what the arithmetic allows.
+        safe: raise ValueError, and change nothing, if that would hold a non-finite value. keep_base: keep a copy of the
+        weight, which :meth:`unmerge` restores bit for bit. Without it unmerge does the arithmetic backwards.
         """
         if self.merged is not None or self.active not in self.settings:
             return

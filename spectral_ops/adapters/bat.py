@@ -105,10 +105,9 @@ class BatLinear(AdapterLinear):
         """B [n, r, r] as it is added to [n, ., ., r]."""
         return B.unsqueeze(1 if self.settings[name].mode == "row" else 2)
 
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
+    def delta(self, name):
         self.dense_matrix("delta_weight")
-        return self.change(self.unmerged(), self._known(adapter_name))
+        return self.change(self.unmerged(), name)
 
     def merged_weight(self, weight, name):
         return bat_weight(weight, self.miss_block[name].detach(), mode=self.settings[name].mode), ()

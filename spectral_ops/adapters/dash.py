@@ -91,12 +91,14 @@ class Counts(nn.Module):
 
 
 class DashLinear(LowRankLinear):
-    """What LoRA-Dash adds to a method of low rank: ``dash_delta`` Δσ [s], which trains, ``dash_U`` [d, s] and
-    ``dash_V`` [s, k], which do not, and ``dash_steps`` int32 [1], the optimizer steps up to the launch.
+    """LoRA-Dash's directions beside a method of low rank, which a subclass has as its second base.
 
-    Every step of a torch.optim.Optimizer that holds ``dash_delta`` counts while its adapter is active, whatever the
-    number of backwards before it, and the last one launches; :meth:`launch` does so at once. A state_dict and a file
-    hold all of it. A subclass has the method as its second base, and :attr:`dash_keys` in its ``tensor_keys``.
+    ``dash_delta`` Δσ [s] trains. ``dash_U`` [d, s] and ``dash_V`` [s, k] do not. ``dash_steps`` int32 [1] counts the
+    optimizer steps up to the launch. A state_dict and a file hold all four.
+
+    A step counts where the torch.optim.Optimizer holds ``dash_delta`` and the adapter is active, whatever the number of
+    backwards before it. The last one launches; :meth:`launch` does so at once. A subclass has :attr:`dash_keys` in its
+    ``tensor_keys``.
     """
 
     dash_keys = {"dash_delta": "dash_delta", "dash_U": "dash_U", "dash_V": "dash_V"}

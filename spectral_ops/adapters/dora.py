@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
+from spectral_ops.adapters.targets import names_path
 from spectral_ops.functional import NormCache, column_norm, dora, dora_update, lowrank_update
 
 SMALL = 1e-4  # a row scaled by less than this cannot be unmerged by division
@@ -87,7 +88,7 @@ class MagnitudeLinear(AdapterLinear):
         m = self.magnitude(name)
         if self.is_dense:
             norm = self.norms[name].get(self.matrix, A, B, scale)
-        else:  # nothing is kept: telling whether it is stale would need the dequantised weight as well
+        else:  # not cached: only the dequantised weight could tell whether it is stale
             norm = column_norm(self.full_matrix(), A, B, scale)
         if not p:
             return dora_update(out, x, A, B, m, norm, self.bias, scale=scale)
@@ -126,8 +127,7 @@ class DoRALinear(MagnitudeLinear, LoRALinear):
 
     def add_adapter(self, name, config, path="", **options):
         super().add_adapter(name, config, path, **options)
-        only = config.magnitude_only or []
-        if any(path == entry or path.endswith(f".{entry}") for entry in only):
+        if names_path(config.magnitude_only or [], path):
             self.magnitude_only.add(name)
 
     def remove_adapter(self, name):
@@ -137,7 +137,7 @@ class DoRALinear(MagnitudeLinear, LoRALinear):
     def reset(self, name):
         super().reset(name)
         weight = self.full_matrix()
-        if not self.settings[name].changes_base:  # a spectral start is W itself: base and product together
+        if not self.settings[name].changes_base:  # a start from W itself, which the base has not given up yet
             weight = weight + self.delta(name)
         self.lora_magnitude_vector[name].copy_(torch.linalg.vector_norm(weight, dim=1))
 

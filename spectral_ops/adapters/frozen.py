@@ -132,7 +132,7 @@ class FrozenBase(nn.Module):
         return self.matrix if self.is_dense else quantised.dequantised(self.base_layer)
 
     def full_matrix(self) -> torch.Tensor:
-        """The base weight [d, k] as it is now, in float32 (float64): dequantised, or in its own memory if it can be."""
+        """The base weight [d, k] as it is now, in float32 (float64). It may share the weight's memory."""
         weight = self.decomposable("this method")
         return weight.to(accumulate_dtype(weight.dtype))
 

@@ -1,7 +1,7 @@
 """LoRA, rsLoRA, PiSSA and MiLoRA: y = x Wᵀ + γ drop(x) Aᵀ Bᵀ + b (METHODS 1.1, 2).
 
-LoRA: arXiv:2106.09685, γ = α/r. rsLoRA: arXiv:2312.03732, γ = α/√r. PiSSA and MiLoRA differ in where A and B start, and
-in what that leaves of W: they keep the starting pair, so that the base can be given back and a file can be plain LoRA.
+LoRA: arXiv:2106.09685, γ = α/r. rsLoRA: arXiv:2312.03732, γ = α/√r. PiSSA and MiLoRA start A and B from a part of W,
+which the base gives up. They keep the starting pair: the base gets it back, and a file can be plain LoRA.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class LoRALinear(LowRankLinear):
     tensor_keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     initial_keys = {"initial_A": "lora_initial_A.weight", "initial_B": "lora_initial_B.weight"}
     mixed: tuple[tuple[str, ...], torch.Tensor] | None = None  # adapters and ids of rows: see adapters/segments.py
-    was_mixed = False  # the last forward was, with gradients
+    was_mixed = False  # a block of segments() with gradients has ended, and no forward has run since
 
     @classmethod
     def shapes(cls, config, d, k):

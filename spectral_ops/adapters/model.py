@@ -59,7 +59,7 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
 def attach_adapter(
     model, config, adapter_name, autocast_adapter_dtype=True, progress=None, initialise=True, commit=True, file=None
 ):
-    """:func:`attach` (with its SVDFile); a loader leaves the initialisation, or its effect on the base, to itself."""
+    """:func:`attach` with its SVDFile. A loader fills the tensors itself, without ``initialise`` and ``commit``."""
     root, method = unwrap(model), layer_type(config)
     check_adapter_name(adapter_name)
     if adapter_name in adapter_configs(root):

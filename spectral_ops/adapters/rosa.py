@@ -114,12 +114,13 @@ class RoSAConfig(LoRAConfig):
 class RoSALinear(LoRALinear):
     """A linear layer with RoSA adapters: LoRA's ``lora_A`` [r, k] and ``lora_B`` [d, r], and S [d, k] in CSR.
 
-    ``rosa_values`` [nnz] trains; ``rosa_row_offsets`` [d + 1] and ``rosa_col_indices`` [nnz] are int32 buffers, all
-    zero while there is no mask. Under route "resident" the base weight may hold W + S between calls. W is back after
-    :meth:`release`, which ``weight``, ``matrix``, state_dict(), .to(), copies, pickles, saving, merging, disabling,
-    switching adapters and detaching call. Who reads ``base_layer.weight`` directly sees what is there. Compiled code
-    takes another route; to compile a layer that ran eagerly before, call :meth:`release` first, else putting W back
-    breaks the first graph (and checkpointed blocks stay eager).
+    ``rosa_values`` [nnz] trains. ``rosa_row_offsets`` [d + 1] and ``rosa_col_indices`` [nnz] are int32 buffers, all
+    zero while there is no mask.
+
+    Under route "resident" the base weight may hold W + S between calls. :meth:`release` puts W back. ``weight``,
+    ``matrix``, state_dict(), .to(), copies, pickles, saving, merging, disabling, switching adapters and detaching call
+    it. ``base_layer.weight`` does not. Compiled code takes another route. Before you compile a layer that ran eagerly,
+    call :meth:`release`: else putting W back breaks the first graph, and checkpointed blocks stay eager.
     """
 
     config_type = RoSAConfig
@@ -229,7 +230,7 @@ class RoSALinear(LoRALinear):
         return self.base_layer.weight
 
     def release(self):
-        """W, bit for bit, where the base weight holds a delta: of this layer, or of another over the same weight."""
+        """Put W back, bit for bit, where the base weight holds W + S, be it of another layer over the same weight."""
         if not _compiling():
             self._restore_weight()
         elif getattr(self.base_layer, RESIDENT, False):
@@ -308,7 +309,7 @@ class RoSALinear(LoRALinear):
         return self.fused(x, _linear, _update, csr, route, A, B, config.scaling, p)
 
     def original(self, x):
-        """The layer's output without adapters, from a copy of W where a backward may come after W + S is back."""
+        """The layer's output without adapters. A graph keeps a copy of W: W + S may be back before its backward."""
         base = self.base_layer
         graph = torch.is_grad_enabled() and (x.requires_grad or (base.bias is not None and base.bias.requires_grad))
         if graph and not _compiling() and why_not_dense(base) is None and any(map(self.may_reside, self.settings)):
