@@ -8,6 +8,7 @@ in frozen.py.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -235,11 +236,15 @@ class AdapterLinear(FrozenBase):
             raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted unmerge() first")
         self.release()
         self.active = name
-        for key in self.tensor_keys:
-            for owner, parameter in getattr(self, key).items():
-                parameter.requires_grad_(owner == name and key in self.trainable(owner))
+        self.train_only([name])
         if self.bias is not None and any(config.bias != "none" for config in self.settings.values()):
             self.bias.requires_grad_(name in self.settings and self.settings[name].bias != "none")
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Let the parameters of these adapters train, and of no other."""
+        for key in self.tensor_keys:
+            for owner, parameter in getattr(self, key).items():
+                parameter.requires_grad_(owner in names and key in self.trainable(owner))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""

@@ -50,7 +50,7 @@ def check_dash(config: Any) -> None:
         checks.integer(f"{type(config).__name__}.{field}", getattr(config, field), 1, None, why)
 
 
-class Counts(nn.Module):
+class StepCounts(nn.Module):
     """An int32 [1] per name that stays on the CPU, where to read it waits for nothing, and is in the state_dict.
 
     No buffer: DistributedDataParallel writes to buffers before every forward.
@@ -106,7 +106,7 @@ class DashLinear(LowRankLinear):
 
     def __init__(self, base_layer):
         super().__init__(base_layer)
-        self.dash_steps = Counts()
+        self.dash_steps = StepCounts()
         _watch(self)
 
     def __setstate__(self, state):

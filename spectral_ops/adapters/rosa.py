@@ -320,18 +320,15 @@ class RoSALinear(LoRALinear):
     # merging
 
     def delta(self, name):
-        zero = torch.zeros(self.out_features, self.in_features, dtype=self._wide(name), device=self.weight.device)
-        return self._with_delta(zero, name, 1)
+        like = getattr(self, next(iter(self.held(name))))[name]
+        wide, device = accumulate_dtype(like.dtype), self.weight.device
+        return self._with_delta(torch.zeros(self.out_features, self.in_features, dtype=wide, device=device), name, 1)
 
     def merged_weight(self, weight, name):
         return self._with_delta(weight, name, 1), ()
 
     def unmerged_weight(self, weight, name):
         return self._with_delta(weight, name, -1)
-
-    def _wide(self, name: str) -> torch.dtype:
-        held = next(getattr(self, key)[name] for key in self.tensor_keys if name in getattr(self, key))
-        return accumulate_dtype(held.dtype)
 
     def _with_delta(self, weight: torch.Tensor, name: str, sign: int) -> torch.Tensor:
         """weight + sign (γBA + S), in weight's dtype, at least float32."""

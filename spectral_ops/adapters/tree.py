@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +55,19 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
 def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
     """The config of every adapter of ``model``, as attached."""
     return {name: config for layer in adapter_layers(model).values() for name, config in layer.configs.items()}
+
+
+def layers_of(model: nn.Module, method: type, adapter_name: str | None, a_kind: str) -> tuple[str, dict[str, Any]]:
+    """The name of an adapter (default: the active one), and the layers of ``method`` that have it, by path.
+
+    Raises ValueError where none has it. The message calls such an adapter ``a_kind``.
+    """
+    layers = {path: layer for path, layer in adapter_layers(model).items() if isinstance(layer, method)}
+    name = adapter_name or next((layer.active for layer in layers.values() if layer.active), None)
+    if found := {path: layer for path, layer in layers.items() if name in layer.settings}:
+        return name, found
+    known = sorted({n for layer in layers.values() for n in layer.settings})
+    raise ValueError(f"adapter_name: got {adapter_name!r}, wanted the name of {a_kind} adapter ({known})")
 
 
 def replace(model: nn.Module, changes: list[tuple[nn.Module, nn.Module]]) -> None:
