@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from spectral_ops.adapters.config import AdapterConfig
+from spectral_ops.adapters.config import AdapterConfig, match_pattern
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.functional import segmented_lowrank_linear, segmented_lowrank_update
@@ -103,11 +102,6 @@ class LoRAConfig(AdapterConfig):
             alpha_pattern={key: growth * alpha for key, alpha in self.alpha_pattern.items()},
             init_lora_weights=True,
         )
-
-
-def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key that matches the end of ``path`` (PEFT's rule), or ``default``."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 class LoRALinear(LowRankLinear):

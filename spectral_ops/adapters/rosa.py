@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
+from spectral_ops.adapters import lowrank
+from spectral_ops.adapters.config import match_pattern
 from spectral_ops.adapters.frozen import why_not_dense
-from spectral_ops.adapters.lora import LoRAConfig, LoRALinear, match_pattern
+from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.core import checks, steps
 from spectral_ops.core.autograd import autocast_arguments
-from spectral_ops.functional import CSR, csr_add, lowrank, lowrank_update, residents, rosa_routes, rosa_update
+from spectral_ops.functional import CSR, csr_add, residents, rosa_routes, rosa_update
 from spectral_ops.functional import csr as rosa
 
 RESIDENT = "_spectral_ops_resident"  # of a base layer whose weight may hold W + S: what a compiler can see of it
@@ -372,13 +374,13 @@ class RoSALinear(LoRALinear):
 
 def _linear(x, weight, bias, csr: CSR | None, route: str | None, A, B, scale, p):
     if csr is None:
-        return lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
+        return lowrank.linear(x, weight, bias, A, B, None, scale, p)
     return rosa.linear(x, weight, csr.ordered(csr.values), csr.pattern, A, B, bias, scale, p, route)
 
 
 def _update(out, x, csr: CSR | None, route: str | None, A, B, scale, p):
     if A is not None:
-        out = lowrank_update(out, x, A, B, scale=scale, dropout_p=p, training=True)
+        out = lowrank.update(out, x, A, B, None, scale, p)
     return out if csr is None else rosa_update(out, x, csr)
 
 
