@@ -12,23 +12,14 @@ from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
 from spectral_ops.adapters.dvora import DVoRAConfig, DVoRALinear
 from spectral_ops.adapters.io import load_adapter, save_adapter
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
-from spectral_ops.adapters.model import (
-    adapter_configs,
-    adapter_layers,
-    attach,
-    detach,
-    disabled,
-    merge,
-    quantize_base,
-    set_adapter,
-    unmerge,
-)
+from spectral_ops.adapters.model import attach, detach, disabled, merge, quantize_base, set_adapter, unmerge
 from spectral_ops.adapters.pica import PiCaConfig, PiCaLinear
 from spectral_ops.adapters.rosa import RoSAConfig, RoSALinear
 from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
 from spectral_ops.adapters.segments import segments, train_adapters
 from spectral_ops.adapters.spectral import SpectralConfig, SpectralLinear
 from spectral_ops.adapters.spectral_fusion import fuse_spectral
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers
 from spectral_ops.adapters.vera import VeRAConfig, VeRALinear
 
 __all__ = [

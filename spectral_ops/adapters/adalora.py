@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.lowrank import LowRankLinear
+from spectral_ops.adapters.lowrank import LowRankLinear, linear, update
 from spectral_ops.core import checks
 
 STD = 0.02  # of A and B at the start
@@ -140,11 +140,11 @@ class AdaLoRALinear(LowRankLinear):
         return self.lora_A[name], self.lora_B[name], self.lora_E[name].flatten() * self.settings[name].scaling
 
     def adapted(self, x, name):
-        if not self.lora_A[name].shape[0]:  # all of its triplets were pruned, and the file had none
+        A, B, E = self.parameter("lora_A", name), self.parameter("lora_B", name), self.parameter("lora_E", name)
+        if not A.shape[0]:  # all of its triplets were pruned, and the file had none
             return self.base_layer(x)
-        A, B, E = (self.parameter(key, name) for key in self.tensor_keys)
         config = self.settings[name]
-        return self.lowrank(x, A, B, config.dropout, core=E, scale=config.scaling)
+        return self.fused(x, linear, update, A, B, E, config.scaling, config.dropout if self.training else 0.0)
 
     def freeze(self, name: str, config: AdaLoRAConfig, path: str, left: list[bool]) -> None:
         """Take ``config``, which has its rank_pattern now; ``left`` says which of the triplets held here are left."""

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.adalora import AdaLoRALinear
-from spectral_ops.adapters.model import adapter_configs, adapter_layers, unwrap
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers, layers_of, unwrap
 from spectral_ops.functional.importance import importance_prune_op, importance_update_op
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -189,13 +189,8 @@ class AdaLoRASchedule:
 
     def __init__(self, model, optimizer=None, adapter_name=None):
         self.model = unwrap(model)
-        layers = {p: layer for p, layer in adapter_layers(self.model).items() if isinstance(layer, AdaLoRALinear)}
-        self.adapter_name = name = adapter_name or next((x.active for x in layers.values() if x.active), None)
-        self._layers = {p: x for p, x in layers.items() if name in x.settings}
-        if not self._layers:
-            known = sorted({n for layer in layers.values() for n in layer.settings})
-            raise ValueError(f"adapter_name: got {adapter_name!r}, wanted the name of an AdaLoRA adapter ({known})")
-        self.config = adapter_configs(self.model)[name]
+        self.adapter_name, self._layers = layers_of(self.model, AdaLoRALinear, adapter_name, "an AdaLoRA")
+        self.config = adapter_configs(self.model)[self.adapter_name]
         self.steps = 0
         self.allocator = RankAllocator(self.config, self._params)
         self._handle = None

@@ -1,71 +1,27 @@
 """What every method shares: a linear layer holding named adapters over a frozen base.
 
 A method is one file: a config (see config.py) and a subclass of :class:`AdapterLinear` that states its tensors
-(``tensor_keys``, ``shapes``), how they start (``reset``), the one operator it calls (``adapted``) and what a merge does
-(``merged_weight``, ``unmerged_weight``). :mod:`spectral_ops.adapters.methods` lists it; nothing else knows it by name.
+(``tensor_keys``, ``shapes``), how they start (``reset``), the one operator it calls (``adapted``) and what a merge adds
+(``delta``). :mod:`spectral_ops.adapters.methods` lists it; nothing else knows it by name. Access to the base weight is
+in frozen.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters import quantised
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.tied import BufferDict, TiedDict
+from spectral_ops.adapters.frozen import FrozenBase, why_not_dense
+from spectral_ops.adapters.tensor_dicts import BufferDict, TiedDict
 from spectral_ops.core import checks
-from spectral_ops.core.autograd import autocast_arguments
-from spectral_ops.functional import lowrank, lowrank_update
-
-# --- base layers -----------------------------------------------------------------------------------------------------
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored transposed, [in_features, out_features]."""
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module can be adapted: nn.Linear, its (quantised) subclasses, and Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def linear_size(module: nn.Module) -> tuple[int, int]:
-    """[out_features, in_features] of a linear layer, adapted or not."""
-    if is_conv1d(module):
-        return tuple(module.weight.shape[::-1])
-    return module.out_features, module.in_features
-
-
-def held(base: nn.Module, name: str) -> torch.Tensor | None:
-    """``base.<name>``, past what nn.Module looks up on the way to a parameter."""
-    parameters = base._parameters
-    return parameters[name] if name in parameters else getattr(base, name)
-
-
-def why_not_dense(base: nn.Module) -> str | None:
-    """Why the fused operator must not read this layer's weight itself, or None where it may."""
-    if type(base) is not nn.Linear and not is_conv1d(base):
-        return f"{type(base).__name__} computes its own product"
-    weight = held(base, "weight")
-    if type(weight) is not nn.Parameter and quantised.kind(base):
-        return f"the weight is a quantised {type(weight).__name__}"
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-        return "the base layer carries hooks"
-    if "forward" in base.__dict__:
-        return "the base layer's forward was replaced"
-    if weight.requires_grad and torch.is_grad_enabled():
-        return "the base weight is being trained"
-    return None
-
-
-# --- layers ----------------------------------------------------------------------------------------------------------
-
-
-class AdapterLinear(nn.Module):
+class AdapterLinear(FrozenBase):
     """A frozen linear layer and its named adapters, one of them active.
 
     ``base_layer`` is the layer as it was; each name in ``tensor_keys`` is an ``nn.ParameterDict`` from adapter names to
@@ -80,12 +36,7 @@ class AdapterLinear(nn.Module):
     initial_keys: ClassVar[dict[str, str]] = {}  # frozen tensors that undo an initialisation which changed the base
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        if not is_linear(base_layer):
-            raise TypeError(f"linear: got {type(base_layer).__name__}, wanted nn.Linear or Conv1D")
-        self.base_layer = base_layer
-        self.transposed = is_conv1d(base_layer)
-        self.out_features, self.in_features = linear_size(base_layer)
+        super().__init__(base_layer)
         for name in (*self.tensor_keys, *self.initial_keys):
             setattr(self, name, TiedDict() if name in self.tied_keys else nn.ParameterDict())
         for name in self.index_keys:
@@ -129,21 +80,25 @@ class AdapterLinear(nn.Module):
         raise NotImplementedError
 
     def adapted(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """The layer's output under adapter ``name``: one operator."""
+        """The layer's output under adapter ``name``: one operator, called through :meth:`fused`."""
         raise NotImplementedError
 
-    def merged_weight(self, weight: torch.Tensor, name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """The adapted weight from ``weight`` [d, k] float32, and what :meth:`unmerged_weight` will need besides.
-
-        None for the latter: it cannot be undone by arithmetic, so a merge keeps a copy of the weight.
-        """
-        raise NotImplementedError
-
-    def unmerged_weight(self, weight: torch.Tensor, name: str, *undo: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`merged_weight`."""
+    def delta(self, name: str) -> torch.Tensor:
+        """What adapter ``name`` adds to the base weight: [d, k], float32 (float64); called under no_grad."""
         raise NotImplementedError
 
     # what a method may state
+
+    def merged_weight(self, weight: torch.Tensor, name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """The adapted weight from ``weight`` [d, k] float32, and the tensors that :meth:`unmerged_weight` will need.
+
+        None in their place: arithmetic cannot undo this merge, so a copy of the weight is kept.
+        """
+        return weight + self.delta(name), ()
+
+    def unmerged_weight(self, weight: torch.Tensor, name: str, *undo: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`merged_weight`."""
+        return weight - self.delta(name)
 
     def admit(self, config: AdapterConfig) -> None:
         """Raise ValueError where this layer cannot take another adapter of ``config``."""
@@ -153,18 +108,18 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def link(cls, layers: dict[str, AdapterLinear], name: str) -> None:
-        """Make and tie what layers (by path) share under adapter ``name``; called once all of them are built.
+        """Make and tie what layers (by path) share under adapter ``name``. Called once all of them are built.
 
-        Until then the tensors of ``tied_keys`` have no memory, and :meth:`reset` must leave them alone.
+        Until then the tensors of ``tied_keys`` have no memory: :meth:`reset` must leave them alone.
         """
 
     @classmethod
     def file_key(cls, path: str, suffix: str) -> str:
-        """The key in PEFT's file of a tensor of the layer at ``path``; what layers share has one key for all."""
+        """The key in PEFT's file of a tensor of the layer at ``path``. A tensor that layers share has one key."""
         return f"base_model.model.{path}.{suffix}"
 
     def placed(self, name: str, sharing: list[str]) -> None:
-        """Told by attach which other modules of the model hold memory of the base weight; may raise ValueError."""
+        """Called by attach with the other modules that hold memory of the base weight. May raise ValueError."""
 
     @classmethod
     def index_shapes(cls, config: AdapterConfig, d: int, k: int) -> dict[str, tuple[int, ...]]:
@@ -185,9 +140,6 @@ class AdapterLinear(nn.Module):
 
     def restore(self) -> None:
         """Put back what :meth:`commit` took."""
-
-    def release(self) -> None:
-        """Make the base weight what its readers take it for, where a method leaves anything else in it."""
 
     def check_undo(self, name: str) -> None:
         """Raise ValueError where a merge of adapter ``name`` could not be undone without a copy of the weight."""
@@ -211,27 +163,12 @@ class AdapterLinear(nn.Module):
     def file_tensors(self, name: str, plain: bool) -> dict[str, torch.Tensor]:
         """What a file holds of adapter ``name``, by the key that follows the module's path.
 
-        plain: in a form that another library loads onto the original base; else in the form this class trains.
+        plain: in a form that another library loads onto the original base. Otherwise in the form this class trains.
         """
         saved = {key: s for key, s in self.held(name).items() if key not in self.settings[name].unsaved}
         return {suffix: getattr(self, key)[name].detach() for key, suffix in saved.items()}
 
     # what all methods do alike
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base layer's weight, as stored."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias
-
-    @property
-    def matrix(self) -> torch.Tensor:
-        """The base weight as [out_features, in_features]; a view."""
-        return self.weight.t() if self.transposed else self.weight
 
     @property
     def changed(self) -> bool:
@@ -248,83 +185,6 @@ class AdapterLinear(nn.Module):
         holder = self._modules[key]
         found = holder._parameters.get(name)
         return holder[name] if found is None else found
-
-    def operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """x, the base weight [d, k] and the bias as a layer's operator takes them, cast under autocast; None where it
-        must not read the weight itself."""
-        base = self._modules["base_layer"]
-        if why_not_dense(base) is not None:
-            return None
-        weight = held(base, "weight")
-        x, weight, bias = autocast_arguments(x, weight.t() if self.transposed else weight, held(base, "bias"))
-        if not isinstance(x, torch.Tensor) or x.dtype is not weight.dtype:
-            checks.linear(x, weight, bias)
-            checks.same_dtype("x", x, weight=weight, bias=bias)
-        return x, weight, bias
-
-    def lowrank(self, x, A, B, dropout, *, core=None, scale=1.0):
-        """x Wᵀ + scale drop(x) Aᵀ C Bᵀ + b: over our own product where we may read the weight, else over the base
-        layer's output."""
-        p = dropout if self.training else 0.0
-        if (operands := self.operands(x)) is None:
-            return lowrank_update(self.base_layer(x), x, A, B, scale=scale, core=core, dropout_p=p, training=True)
-        x, weight, bias = operands
-        return lowrank.linear(x, weight, A, B, bias, core, None, scale, p)
-
-    def dense_matrix(self, why: str) -> torch.Tensor:
-        """:attr:`matrix`, or a ValueError where the base is quantised."""
-        if self.is_dense:
-            return self.matrix
-        raise ValueError(f"base_layer: {self._got_weight}, wanted a floating-point weight ({why} reads it)")
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the base weight is a plain floating-point matrix."""
-        weight = self.base_layer.weight
-        whole = weight.is_floating_point() and weight.shape.numel() == self.in_features * self.out_features
-        return whole and quantised.kind(self.base_layer) is None
-
-    @property
-    def _got_weight(self) -> str:
-        return f"got {type(self.base_layer).__name__} with a weight {checks.describe(self.base_layer.weight)}"
-
-    def readable(self, why: str) -> None:
-        """Raise ValueError where the weight can neither be read nor dequantised."""
-        if not self.is_dense and quantised.kind(self.base_layer) is None:
-            raise ValueError(
-                f"base_layer: {self._got_weight}, wanted a floating-point weight, or one of bitsandbytes or torchao"
-                f" ({why} reads it)"
-            )
-
-    def full_matrix(self) -> torch.Tensor:
-        """The base weight [d, k] as it is now, in float32 (float64): dequantised, or in its own memory if it can be."""
-        if self.is_dense:
-            return self.matrix.to(accumulate_dtype(self.matrix.dtype))
-        self.readable("this method")
-        return quantised.dequantised(self.base_layer)
-
-    def decomposable(self, why: str) -> torch.Tensor:
-        """The base weight [d, k] for a decomposition: as stored, or dequantised."""
-        self.readable(why)
-        return self.matrix if self.is_dense else self.full_matrix()
-
-    def hold_matrix(self) -> Any:
-        """The base weight as stored, for :meth:`put_back_matrix`."""
-        return self.matrix.clone() if self.is_dense else quantised.held(self.base_layer)
-
-    def put_back_matrix(self, stored: Any) -> None:
-        """Make the base weight, bit for bit, what :meth:`hold_matrix` returned."""
-        if self.is_dense:
-            self.matrix.copy_(stored)
-        else:
-            quantised.put_back(self.base_layer, stored)
-
-    def write_matrix(self, weight: torch.Tensor) -> None:
-        """Make the base weight ``weight`` [d, k], rounded once to the format it is stored in."""
-        if self.is_dense:
-            self.matrix.copy_(weight)
-        else:
-            quantised.write(self.base_layer, weight)
 
     def add_adapter(self, name, config, path="", *, autocast_adapter_dtype=True, initialise=True):
         """Give the layer an adapter, not active yet; leaves the base alone. ``path`` resolves the config's patterns."""
@@ -376,11 +236,15 @@ class AdapterLinear(nn.Module):
             raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted unmerge() first")
         self.release()
         self.active = name
-        for key in self.tensor_keys:
-            for owner, parameter in getattr(self, key).items():
-                parameter.requires_grad_(owner == name and key in self.trainable(owner))
+        self.train_only([name])
         if self.bias is not None and any(config.bias != "none" for config in self.settings.values()):
             self.bias.requires_grad_(name in self.settings and self.settings[name].bias != "none")
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Let the parameters of these adapters train, and of no other."""
+        for key in self.tensor_keys:
+            for owner, parameter in getattr(self, key).items():
+                parameter.requires_grad_(owner in names and key in self.trainable(owner))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
@@ -393,16 +257,14 @@ class AdapterLinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
         """What a merge of the adapter (default: the active one) adds to the base weight: [d, k], float32 (float64)."""
-        self.readable("delta_weight")
-        weight = self.unmerged()
-        return self.merged_weight(weight, self._known(adapter_name))[0] - weight
+        return self.delta(self._known(adapter_name))
 
     @torch.no_grad()
     def merge(self, *, safe: bool = False, keep_base: bool = False) -> None:
-        """Put the active adapter into the base weight, in float32 and cast once; nothing where there is none to merge.
+        """Put the active adapter into the base weight, in float32 and cast once. Without one, nothing happens.
 
-        safe: raise ValueError, and change nothing, if that would hold a non-finite value. keep_base: hold a copy of the
-        weight, so that :meth:`unmerge` restores it bit for bit; otherwise it restores what the arithmetic allows.
+        safe: raise ValueError, and change nothing, if that would hold a non-finite value. keep_base: keep a copy of the
+        weight, which :meth:`unmerge` restores bit for bit. Without it unmerge does the arithmetic backwards.
         """
         if self.merged is not None or self.active not in self.settings:
             return

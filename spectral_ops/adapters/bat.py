@@ -75,11 +75,13 @@ class BatLinear(AdapterLinear):
         nn.init.zeros_(self.miss_block[name])
 
     def adapted(self, x, name):
+        return self.fused(x, self._linear, self._update, name)
+
+    def _linear(self, x, weight, bias, name):
         config = self.settings[name]
-        if (operands := self.operands(x)) is not None:
-            x, weight, bias = operands
-            return bat.linear(x, weight, self.parameter("miss_block", name), bias, config.mode == "row", config.exact)
-        out = self.base_layer(x)
+        return bat.linear(x, weight, self.parameter("miss_block", name), bias, config.mode == "row", config.exact)
+
+    def _update(self, out, x, name):
         return out + F.linear(x.to(out.dtype), self.change(self.matrix, name).to(out.dtype))
 
     def change(self, weight: torch.Tensor, name: str) -> torch.Tensor:
@@ -103,10 +105,9 @@ class BatLinear(AdapterLinear):
         """B [n, r, r] as it is added to [n, ., ., r]."""
         return B.unsqueeze(1 if self.settings[name].mode == "row" else 2)
 
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
+    def delta(self, name):
         self.dense_matrix("delta_weight")
-        return self.change(self.unmerged(), self._known(adapter_name))
+        return self.change(self.unmerged(), name)
 
     def merged_weight(self, weight, name):
         return bat_weight(weight, self.miss_block[name].detach(), mode=self.settings[name].mode), ()

@@ -66,23 +66,21 @@ class BoneLinear(AdapterLinear):
             nn.init.zeros_(self.miss_block[name])
 
     def adapted(self, x, name):
-        p, D = self.settings[name].dropout if self.training else 0.0, self.parameter("miss_block", name)
-        if (operands := self.operands(x)) is None:
-            return bone_update(self.base_layer(x), x, D, dropout_p=p, training=True)
-        x, weight, bias = operands
-        return blocksum.linear(x, weight, D, bias, p)
+        p = self.settings[name].dropout if self.training else 0.0
+        return self.fused(x, _linear, _update, self.parameter("miss_block", name), p)
 
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
+    def delta(self, name):
         """ΔW[o, i] = D[i mod r, o mod q] [d, k]."""
-        D = self.miss_block[self._known(adapter_name)].detach()
+        D = self.miss_block[name].detach()
         D = D.to(accumulate_dtype(D.dtype))
         rows = torch.arange(self.in_features, device=D.device) % D.shape[0]
         columns = torch.arange(self.out_features, device=D.device) % D.shape[1]
         return D[rows][:, columns].t()
 
-    def merged_weight(self, weight, name):
-        return weight + self.delta_weight(name), ()
 
-    def unmerged_weight(self, weight, name):
-        return weight - self.delta_weight(name)
+def _linear(x, weight, bias, D, p):
+    return blocksum.linear(x, weight, D, bias, p)
+
+
+def _update(out, x, D, p):
+    return bone_update(out, x, D, dropout_p=p, training=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -116,3 +117,8 @@ class AdapterConfig:
         """The content of PEFT's adapter_config.json."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"peft_type": self.peft_type, **self.peft_flags, **fields}
+
+
+def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that matches the end of ``path`` (PEFT's rule), or ``default``."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)

@@ -8,16 +8,19 @@ and nothing about the layer's forward changes when it comes: no new graph, no pa
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from spectral_ops.adapters import launches
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.adapters.lowrank import LowRankLinear
+from spectral_ops.adapters.progress import progressing
 from spectral_ops.core import checks
 from spectral_ops.functional import task_direction_scores
 from spectral_ops.init import truncated_svd
@@ -47,13 +50,55 @@ def check_dash(config: Any) -> None:
         checks.integer(f"{type(config).__name__}.{field}", getattr(config, field), 1, None, why)
 
 
-class DashLinear(LowRankLinear):
-    """What LoRA-Dash adds to a method of low rank: ``dash_delta`` Δσ [s], which trains, ``dash_U`` [d, s] and
-    ``dash_V`` [s, k], which do not, and ``dash_steps`` int32 [1], the optimizer steps up to the launch.
+class StepCounts(nn.Module):
+    """An int32 [1] per name that stays on the CPU, where to read it waits for nothing, and is in the state_dict.
 
-    Every step of a torch.optim.Optimizer that holds ``dash_delta`` counts while its adapter is active, whatever the
-    number of backwards before it, and the last one launches; :meth:`launch` does so at once. A state_dict and a file
-    hold all of it. A subclass has the method as its second base, and :attr:`dash_keys` in its ``tensor_keys``.
+    No buffer: DistributedDataParallel writes to buffers before every forward.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.held[name]
+
+    def __setitem__(self, name: str, tensor: torch.Tensor) -> None:
+        self.held[name] = torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.cpu()
+
+    def __delitem__(self, name: str) -> None:
+        del self.held[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.held
+
+    def value(self, name: str) -> int:
+        """The count; 0 for a fake tensor, which has none."""
+        return int(self.held[name]) if type(self.held[name]) is torch.Tensor else 0
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination.update({prefix + name: tensor for name, tensor in self.held.items()})
+
+    def _load_from_state_dict(self, state_dict, prefix, _metadata, strict, missing_keys, unexpected_keys, _errors):
+        for name, tensor in self.held.items():
+            if prefix + name in state_dict:
+                tensor.copy_(state_dict[prefix + name])
+            elif strict:
+                missing_keys.append(prefix + name)
+        if strict:
+            keys = {prefix + name for name in self.held}
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in keys]
+
+
+class DashLinear(LowRankLinear):
+    """LoRA-Dash's directions beside a method of low rank, which a subclass has as its second base.
+
+    ``dash_delta`` Δσ [s] trains. ``dash_U`` [d, s] and ``dash_V`` [s, k] do not. ``dash_steps`` int32 [1] counts the
+    optimizer steps up to the launch. A state_dict and a file hold all four.
+
+    A step counts where the torch.optim.Optimizer holds ``dash_delta`` and the adapter is active, whatever the number of
+    backwards before it. The last one launches; :meth:`launch` does so at once. A subclass has :attr:`dash_keys` in its
+    ``tensor_keys``.
     """
 
     dash_keys = {"dash_delta": "dash_delta", "dash_U": "dash_U", "dash_V": "dash_V"}
@@ -61,12 +106,12 @@ class DashLinear(LowRankLinear):
 
     def __init__(self, base_layer):
         super().__init__(base_layer)
-        self.dash_steps = launches.Counts()
-        launches.watch(self)
+        self.dash_steps = StepCounts()
+        _watch(self)
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        launches.watch(self)
+        _watch(self)
 
     @classmethod
     def shapes(cls, config, d, k):
@@ -93,13 +138,9 @@ class DashLinear(LowRankLinear):
 
     # the product
 
-    def inner(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """A [r, k], B [d, r] and the diagonal core [r] (None: ones) of the method that the directions join."""
-        return super().factors(name)
-
     def factors(self, name):
         """[A; V] [r + s, k], [B | U] [d, r + s], and the diagonal [core | Δσ/γ] [r + s]."""
-        A, B, core = self.inner(name)
+        A, B, core = super().factors(name)
         delta = self.dash_delta[name] / self.scale(name)
         core = F.pad(delta, (A.shape[0], 0), value=1.0) if core is None else torch.cat([core, delta])
         return torch.cat([A, self.dash_V[name]]), torch.cat([B, self.dash_U[name]], 1), core
@@ -118,7 +159,7 @@ class DashLinear(LowRankLinear):
         Decomposes the base weight exactly (dequantised, where it is quantised), without what is merged into it.
         """
         name = self._known(adapter_name)
-        config, (A, B, core) = self.settings[name], self.inner(name)
+        config, (A, B, core) = self.settings[name], super().factors(name)
         weight = self.unmerged() if self.merged is not None else self.decomposable("a launch")
         weight, A, B = (_whole(t) for t in (weight, A, B if core is None else B * core))
         U, S, Vh = truncated_svd(weight, min(weight.shape))
@@ -140,12 +181,6 @@ class LoRADashLinear(DashLinear, LoRALinear):
     config_type = LoRADashConfig
     tensor_keys = {**LoRALinear.tensor_keys, **DashLinear.dash_keys}
 
-    def inner(self, name):
-        return self.lora_A[name], self.lora_B[name], None
-
-    def scale(self, name):
-        return self.settings[name].scaling
-
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that FSDP2 has sharded."""
@@ -159,3 +194,35 @@ def _write(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
         value = distribute_tensor(value.to(parameter.dtype), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
+
+
+# One hook on all torch optimizers counts their steps.
+
+_number = itertools.count()
+_watched: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # in the order they were made, alike on all ranks
+_hook = None
+
+
+def _watch(layer) -> None:
+    """Count for ``layer`` as long as it lives."""
+    global _hook
+    _watched[next(_number)] = layer
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer, *_args) -> None:
+    """A step counts for a layer's active adapter where the optimizer holds its ``dash_delta``."""
+    waiting = [layer for layer in list(_watched.values()) if layer.active in layer.settings and not layer.launched()]
+    if not waiting:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    waiting = [layer for layer in waiting if id(layer.dash_delta[layer.active]) in held]
+    due = []
+    for layer in waiting:
+        layer.dash_steps[layer.active].add_(1)
+        if layer.launched():
+            due.append((f"{layer.out_features}x{layer.in_features}", layer))
+    if due:
+        for _, layer in progressing(due, "LoRA-Dash", None):
+            layer.launch()

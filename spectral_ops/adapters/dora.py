@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
+from spectral_ops.adapters.targets import names_path
 from spectral_ops.functional import NormCache, column_norm, dora, dora_update, lowrank_update
 
 SMALL = 1e-4  # a row scaled by less than this cannot be unmerged by division
@@ -38,10 +39,10 @@ class DoRAConfig(LoRAConfig):
 
 
 class MagnitudeLinear(AdapterLinear):
-    """What DoRA adds to a direction W + γBA, whichever class beside it makes that: a magnitude [d] for its rows.
+    """A magnitude [d] for the rows of a direction W + γBA. The direction is that of another method, the second base.
 
-    The magnitude is never below float32. The column norm is computed once per optimizer step and reused over
-    micro-batches and checkpoint recomputation.
+    The magnitude is never below float32. The column norm is computed once per optimizer step. Micro-batches and
+    recomputation in a checkpoint use it again.
     """
 
     magnitude_key: ClassVar[str]
@@ -75,30 +76,33 @@ class MagnitudeLinear(AdapterLinear):
 
     def rescaled(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, name: str) -> torch.Tensor:
         """The layer's output with the rows of W + scale B A scaled to their magnitudes."""
-        base, dropout, m = self._modules["base_layer"], self.settings[name].dropout, self.magnitude(name)
-        operands = self.operands(x)
-        if operands is not None or self.is_dense:
-            norm = self.norms[name].get(self.matrix, A, B, scale)
-        else:  # nothing is kept: telling whether it is stale would need the dequantised weight as well
-            norm = column_norm(self.full_matrix(), A, B, scale)
-        if operands is not None:
-            x, weight, bias = operands
-            return dora.linear(x, weight, A, B, m, bias, norm, scale, dropout if self.training else 0.0)
-        if dropout and self.training:
-            return self.dropped(x, A, B, (m / norm).to(x.dtype), scale, dropout)
-        return dora_update(base(x), x, A, B, m, norm, base.bias, scale=scale)
+        p = self.settings[name].dropout if self.training else 0.0
+        return self.fused(x, self._linear, self._update, A, B, scale, p, name)
 
-    def dropped(self, x, A, B, g, scale, dropout):
-        """With dropout, over a product that is not ours: the base layer runs on x and on drop(x)."""
-        x_dropped = F.dropout(x, dropout)
-        plain = self.base_layer(x_dropped)
+    def _linear(self, x, weight, bias, A, B, scale, p, name):
+        norm = self.norms[name].get(self.matrix, A, B, scale)
+        return dora.linear(x, weight, A, B, self.magnitude(name), bias, norm, scale, p)
+
+    def _update(self, out, x, A, B, scale, p, name):
+        """The output over what the base layer returned. With dropout that layer runs a second time, on drop(x)."""
+        m = self.magnitude(name)
+        if self.is_dense:
+            norm = self.norms[name].get(self.matrix, A, B, scale)
+        else:  # not cached: only the dequantised weight could tell whether it is stale
+            norm = column_norm(self.full_matrix(), A, B, scale)
+        if not p:
+            return dora_update(out, x, A, B, m, norm, self.bias, scale=scale)
+        x = F.dropout(x, p)
+        plain = self.base_layer(x)
         plain = plain if self.bias is None else plain - self.bias
-        z = lowrank_update(plain.clone(), x_dropped, A, B, scale=scale)
-        return self.base_layer(x) + (g * z - plain)
+        z = lowrank_update(plain.clone(), x, A, B, scale=scale)
+        return out + ((m / norm).to(x.dtype) * z - plain)
 
     @torch.no_grad()
     def delta_weight(self, adapter_name=None):
-        return AdapterLinear.delta_weight(self, adapter_name)
+        self.readable("delta_weight")
+        weight = self.unmerged()
+        return self.merged_weight(weight, self._known(adapter_name))[0] - weight
 
     def merged_weight(self, weight, name):
         direction = super().merged_weight(weight, name)[0]
@@ -123,8 +127,7 @@ class DoRALinear(MagnitudeLinear, LoRALinear):
 
     def add_adapter(self, name, config, path="", **options):
         super().add_adapter(name, config, path, **options)
-        only = config.magnitude_only or []
-        if any(path == entry or path.endswith(f".{entry}") for entry in only):
+        if names_path(config.magnitude_only or [], path):
             self.magnitude_only.add(name)
 
     def remove_adapter(self, name):
@@ -134,8 +137,8 @@ class DoRALinear(MagnitudeLinear, LoRALinear):
     def reset(self, name):
         super().reset(name)
         weight = self.full_matrix()
-        if not self.settings[name].changes_base:  # a spectral start is W itself: base and product together
-            weight = weight + self.product(self.lora_A[name], self.lora_B[name], name)
+        if not self.settings[name].changes_base:  # a start from W itself, which the base has not given up yet
+            weight = weight + self.delta(name)
         self.lora_magnitude_vector[name].copy_(torch.linalg.vector_norm(weight, dim=1))
 
     def trainable(self, name):

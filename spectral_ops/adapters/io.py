@@ -18,20 +18,14 @@ from torch import nn
 from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
 from spectral_ops._version import __version__
-from spectral_ops.adapters.base import AdapterLinear, linear_size
+from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.copies import TrainedCopy
+from spectral_ops.adapters.frozen import linear_size
 from spectral_ops.adapters.methods import METHODS, config_type, layer_type
-from spectral_ops.adapters.model import (
-    adapter_configs,
-    adapter_layers,
-    attach_adapter,
-    modules_to_save,
-    targets,
-    units,
-    unwrap,
-    walk,
-)
+from spectral_ops.adapters.model import attach_adapter
+from spectral_ops.adapters.targets import modules_to_save, targets
+from spectral_ops.adapters.trained_copy import TrainedCopy
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap, walk
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 FORMAT = 1  # of the metadata below; a higher one comes from a later version

@@ -1,23 +1,21 @@
 """LoRA, rsLoRA, PiSSA and MiLoRA: y = x Wᵀ + γ drop(x) Aᵀ Bᵀ + b (METHODS 1.1, 2).
 
-LoRA: arXiv:2106.09685, γ = α/r. rsLoRA: arXiv:2312.03732, γ = α/√r. PiSSA and MiLoRA differ in where A and B start, and
-in what that leaves of W: they keep the starting pair, so that the base can be given back and a file can be plain LoRA.
+LoRA: arXiv:2106.09685, γ = α/r. rsLoRA: arXiv:2312.03732, γ = α/√r. PiSSA and MiLoRA start A and B from a part of W,
+which the base gives up. They keep the starting pair: the base gets it back, and a file can be plain LoRA.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterLinear, why_not_dense
-from spectral_ops.adapters.config import AdapterConfig
+from spectral_ops.adapters.config import AdapterConfig, match_pattern
+from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.functional import segmented_lowrank_linear, segmented_lowrank_update
 from spectral_ops.init import svd
@@ -106,19 +104,14 @@ class LoRAConfig(AdapterConfig):
         )
 
 
-def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key that matches the end of ``path`` (PEFT's rule), or ``default``."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
-
-
-class LoRALinear(AdapterLinear):
+class LoRALinear(LowRankLinear):
     """A linear layer with LoRA adapters: ``lora_A`` [r, k] and ``lora_B`` [d, r] per adapter."""
 
     config_type = LoRAConfig
     tensor_keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     initial_keys = {"initial_A": "lora_initial_A.weight", "initial_B": "lora_initial_B.weight"}
     mixed: tuple[tuple[str, ...], torch.Tensor] | None = None  # adapters and ids of rows: see adapters/segments.py
-    was_mixed = False  # the last forward was, with gradients
+    was_mixed = False  # a block of segments() with gradients has ended, and no forward has run since
 
     @classmethod
     def shapes(cls, config, d, k):
@@ -157,38 +150,21 @@ class LoRALinear(AdapterLinear):
         return {"initial_A": (config.r, k), "initial_B": (d, config.r)}
 
     def set_initial(self, name, A, B):
-        """Record the pair whose product γ B A :meth:`commit` takes out of the base."""
+        """Record the pair that adapter ``name`` starts from."""
         like = self.lora_A[name]
         self.initial_A[name] = nn.Parameter(A.to(like).contiguous(), requires_grad=False)
         self.initial_B[name] = nn.Parameter(B.to(like).contiguous(), requires_grad=False)
 
-    def product(self, A: torch.Tensor, B: torch.Tensor, name: str) -> torch.Tensor:
-        """γ B A [d, k] in at least float32."""
-        acc = accumulate_dtype(A.dtype)
-        return self.settings[name].scaling * (B.detach().to(acc) @ A.detach().to(acc))
+    def factors(self, name):
+        return self.parameter("lora_A", name), self.parameter("lora_B", name), None
 
-    def initial_product(self) -> torch.Tensor | float:
-        """What the base weight lacks: γ B₀ A₀, or 0."""
-        name = next(iter(self.initial_A), None)
-        return 0.0 if name is None else self.product(self.initial_A[name], self.initial_B[name], name)
+    def scale(self, name):
+        return self.settings[name].scaling
 
-    @torch.no_grad()
-    def commit(self, name):
-        if name in self.initial_A:
-            self.write_matrix(self.full_matrix() - self.initial_product())
-
-    @torch.no_grad()
-    def restore(self):
-        if self.initial_A:
-            self.write_matrix(self.original_weight())
-
-    def original_weight(self):
-        return super().original_weight() + self.initial_product()
-
-    def original(self, x):
-        for name in self.initial_A:  # at most one: what its initialisation took is added back
-            return self.lowrank(x, self.initial_A[name], self.initial_B[name], 0.0, scale=self.settings[name].scaling)
-        return self.base_layer(x)
+    def taken(self):
+        for name in self.initial_A:
+            return self.initial_A[name], self.initial_B[name], None, self.scale(name)
+        return None
 
     def forward(self, x):
         if self.mixed is not None and not self._disabled:
@@ -207,31 +183,20 @@ class LoRALinear(AdapterLinear):
         if not names:
             return self.base_layer(x)
         configs = [self.settings[name] for name in names]
+        adapters = [self.lora_A[name] for name in names], [self.lora_B[name] for name in names], ids
         options = {
             "scales": [config.scaling for config in configs],
             "dropout_p": configs[0].dropout,
             "training": self.training,
         }
-        adapters = [self.lora_A[name] for name in names], [self.lora_B[name] for name in names], ids
-        if why_not_dense(self.base_layer) is None:
-            return segmented_lowrank_linear(x, self.matrix, *adapters, self.base_layer.bias, **options)
-        return segmented_lowrank_update(self.base_layer(x), x, *adapters, **options)
 
-    def adapted(self, x, name):
-        config = self.settings[name]
-        A, B = self.parameter("lora_A", name), self.parameter("lora_B", name)
-        return self.lowrank(x, A, B, config.dropout, scale=config.scaling)
+        def linear(x, weight, bias):
+            return segmented_lowrank_linear(x, weight, *adapters, bias, **options)
 
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
-        name = self._known(adapter_name)
-        return self.product(self.lora_A[name], self.lora_B[name], name)
+        def update(out, x):
+            return segmented_lowrank_update(out, x, *adapters, **options)
 
-    def merged_weight(self, weight, name):
-        return weight + self.product(self.lora_A[name], self.lora_B[name], name), ()
-
-    def unmerged_weight(self, weight, name):
-        return weight - self.product(self.lora_A[name], self.lora_B[name], name)
+        return self.fused(x, linear, update)
 
     def file_tensors(self, name, plain):
         tensors = super().file_tensors(name, plain)

@@ -6,10 +6,14 @@ import torch
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.functional import lowrank, lowrank_update
 
 
 class LowRankLinear(AdapterLinear):
-    """A linear layer whose adapters add a product of low rank to its weight; a method states :meth:`factors`."""
+    """A linear layer whose adapters add a product of low rank to its weight; a method states :meth:`factors`.
+
+    An adapter may start from a part of W that the base gives up: then :meth:`taken` says which.
+    """
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """A [r, k], B [d, r], and the core C: None, a diagonal [r], or [r, r]. Gradients reach what is trained."""
@@ -19,25 +23,52 @@ class LowRankLinear(AdapterLinear):
         """γ, which multiplies the product; a number, so that it is rounded to no narrow dtype."""
         return 1.0
 
+    def taken(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float] | None:
+        """A, B, core and γ of the product that the base weight lacks, or None. At most one adapter takes anything."""
+        return None
+
     def adapted(self, x, name):
-        A, B, core = self.factors(name)
-        return self.lowrank(x, A, B, self.settings[name].dropout, core=core, scale=self.scale(name))
+        p = self.settings[name].dropout if self.training else 0.0
+        return self.fused(x, linear, update, *self.factors(name), self.scale(name), p)
+
+    def delta(self, name):
+        return product(*self.factors(name), self.scale(name))
 
     @torch.no_grad()
-    def delta(self, name: str) -> torch.Tensor:
-        """γ B Cᵀ A [d, k] in at least float32."""
-        A, B, core = self.factors(name)
-        acc = accumulate_dtype(A.dtype)
-        A, B = A.to(acc), B.to(acc)
-        if core is not None:
-            B = B * core if core.dim() == 1 else B @ core.to(acc).t()
-        return self.scale(name) * (B @ A)
+    def commit(self, name):
+        if (taken := self.taken()) is not None:
+            self.write_matrix(self.full_matrix() - product(*taken))
 
-    def delta_weight(self, adapter_name=None):
-        return self.delta(self._known(adapter_name))
+    @torch.no_grad()
+    def restore(self):
+        if self.taken() is not None:
+            self.write_matrix(self.original_weight())
 
-    def merged_weight(self, weight, name):
-        return weight + self.delta(name), ()
+    @torch.no_grad()
+    def original_weight(self):
+        weight, taken = super().original_weight(), self.taken()
+        return weight if taken is None else weight + product(*taken)
 
-    def unmerged_weight(self, weight, name):
-        return weight - self.delta(name)
+    def original(self, x):
+        taken = self.taken()
+        return self.base_layer(x) if taken is None else self.fused(x, linear, update, *taken, 0.0)
+
+
+def linear(x, weight, bias, A, B, core, scale, p):
+    """The layer's output where its weight is read."""
+    return lowrank.linear(x, weight, A, B, bias, core, None, scale, p)
+
+
+def update(out, x, A, B, core, scale, p):
+    """The same over what the base layer returned."""
+    return lowrank_update(out, x, A, B, scale=scale, core=core, dropout_p=p, training=True)
+
+
+def product(A: torch.Tensor, B: torch.Tensor, core: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """scale B Cᵀ A [d, k] in at least float32, without a graph."""
+    wide = accumulate_dtype(A.dtype)
+    A, B = A.detach().to(wide), B.detach().to(wide)
+    if core is not None:
+        core = core.detach().to(wide)
+        B = B * core if core.dim() == 1 else B @ core.t()
+    return scale * (B @ A)

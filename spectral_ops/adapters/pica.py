@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.lora import match_pattern
+from spectral_ops.adapters.config import AdapterConfig, match_pattern
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.init import truncated_svd

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import why_not_dense
-from spectral_ops.adapters.lora import LoRAConfig, LoRALinear, match_pattern
+from spectral_ops.adapters import lowrank
+from spectral_ops.adapters.config import match_pattern
+from spectral_ops.adapters.frozen import why_not_dense
+from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.core import checks, steps
 from spectral_ops.core.autograd import autocast_arguments
-from spectral_ops.functional import CSR, csr_add, lowrank, lowrank_update, residents, rosa, rosa_routes, rosa_update
+from spectral_ops.functional import CSR, csr_add, residents, rosa, rosa_routes, rosa_update
 
 RESIDENT = "_spectral_ops_resident"  # of a base layer whose weight may hold W + S: what a compiler can see of it
 ACCUMULATION = ("mean_squared", "mean")
@@ -113,12 +115,13 @@ class RoSAConfig(LoRAConfig):
 class RoSALinear(LoRALinear):
     """A linear layer with RoSA adapters: LoRA's ``lora_A`` [r, k] and ``lora_B`` [d, r], and S [d, k] in CSR.
 
-    ``rosa_values`` [nnz] trains; ``rosa_row_offsets`` [d + 1] and ``rosa_col_indices`` [nnz] are int32 buffers, all
-    zero while there is no mask. Under route "resident" the base weight may hold W + S between calls. W is back after
-    :meth:`release`, which ``weight``, ``matrix``, state_dict(), .to(), copies, pickles, saving, merging, disabling,
-    switching adapters and detaching call. Who reads ``base_layer.weight`` directly sees what is there. Compiled code
-    takes another route; to compile a layer that ran eagerly before, call :meth:`release` first, else putting W back
-    breaks the first graph (and checkpointed blocks stay eager).
+    ``rosa_values`` [nnz] trains. ``rosa_row_offsets`` [d + 1] and ``rosa_col_indices`` [nnz] are int32 buffers, all
+    zero while there is no mask.
+
+    Under route "resident" the base weight may hold W + S between calls. :meth:`release` puts W back. ``weight``,
+    ``matrix``, state_dict(), .to(), copies, pickles, saving, merging, disabling, switching adapters and detaching call
+    it. ``base_layer.weight`` does not. Compiled code takes another route. Before you compile a layer that ran eagerly,
+    call :meth:`release`: else putting W back breaks the first graph, and checkpointed blocks stay eager.
     """
 
     config_type = RoSAConfig
@@ -228,7 +231,7 @@ class RoSALinear(LoRALinear):
         return self.base_layer.weight
 
     def release(self):
-        """W, bit for bit, where the base weight holds a delta: of this layer, or of another over the same weight."""
+        """Put W back, bit for bit, where the base weight holds W + S, be it of another layer over the same weight."""
         if not _compiling():
             self._restore_weight()
         elif getattr(self.base_layer, RESIDENT, False):
@@ -291,29 +294,23 @@ class RoSALinear(LoRALinear):
 
     def _output(self, x: torch.Tensor, name: str) -> torch.Tensor:
         config, base, csr = self.settings[name], self.base_layer, self._checked_csr(name)
-        A, B = (self.parameter("lora_A", name), self.parameter("lora_B", name)) if config.low_rank else (None, None)
-        if why_not_dense(base) is not None or (A is None and csr is None):
+        A, B, _ = self.factors(name) if config.low_rank else (None, None, None)
+        if A is None and csr is None:
             self.release()
-            out = base(x)
-            if A is not None:
-                out = lowrank_update(
-                    out, x, A, B, scale=config.scaling, dropout_p=config.dropout, training=self.training
-                )
-            return out if csr is None else rosa_update(out, x, csr)
-        (x,) = autocast_arguments(x)
-        route = "spmm" if csr is None else self._route(x, csr, name)
+            return base(x)
+        route = None
+        if csr is not None and why_not_dense(base) is None:
+            (x,) = autocast_arguments(x)
+            route = self._route(x, csr, name)
         if route == "resident" and x.dtype is base.weight.dtype:
             setattr(base, RESIDENT, True)
         else:
             self.release()  # before autocast casts W, where it does
-        x, weight, bias = self.operands(x)
         p = config.dropout if self.training and A is not None else 0.0
-        if csr is None:
-            return lowrank.linear(x, weight, A, B, bias, None, None, config.scaling, p)
-        return rosa.linear(x, weight, csr.ordered(csr.values), csr.pattern, A, B, bias, config.scaling, p, route)
+        return self.fused(x, _linear, _update, csr, route, A, B, config.scaling, p)
 
     def original(self, x):
-        """The layer's output without adapters, from a copy of W where a backward may come after W + S is back."""
+        """The layer's output without adapters. A graph keeps a copy of W: W + S may be back before its backward."""
         base = self.base_layer
         graph = torch.is_grad_enabled() and (x.requires_grad or (base.bias is not None and base.bias.requires_grad))
         if graph and not _compiling() and why_not_dense(base) is None and any(map(self.may_reside, self.settings)):
@@ -323,11 +320,10 @@ class RoSALinear(LoRALinear):
 
     # merging
 
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
-        name = self._known(adapter_name)
-        zero = torch.zeros(self.out_features, self.in_features, dtype=self._wide(name), device=self.weight.device)
-        return self._with_delta(zero, name, 1)
+    def delta(self, name):
+        like = getattr(self, next(iter(self.held(name))))[name]
+        wide, device = accumulate_dtype(like.dtype), self.weight.device
+        return self._with_delta(torch.zeros(self.out_features, self.in_features, dtype=wide, device=device), name, 1)
 
     def merged_weight(self, weight, name):
         return self._with_delta(weight, name, 1), ()
@@ -335,14 +331,10 @@ class RoSALinear(LoRALinear):
     def unmerged_weight(self, weight, name):
         return self._with_delta(weight, name, -1)
 
-    def _wide(self, name: str) -> torch.dtype:
-        held = next(getattr(self, key)[name] for key in self.tensor_keys if name in getattr(self, key))
-        return accumulate_dtype(held.dtype)
-
     def _with_delta(self, weight: torch.Tensor, name: str, sign: int) -> torch.Tensor:
         """weight + sign (γBA + S), in weight's dtype, at least float32."""
         if self.settings[name].low_rank:
-            weight = weight + sign * self.product(self.lora_A[name], self.lora_B[name], name)
+            weight = weight + sign * super().delta(name)
         csr = self._checked_csr(name)
         return weight if csr is None else csr_add(weight, csr.with_values(sign * csr.values.detach()))
 
@@ -377,6 +369,18 @@ class RoSALinear(LoRALinear):
             masked = "" if self._checked_csr(name) is not None else ", no mask yet"
             parts.append(f"density={config.d:g}, nnz={self.rosa_values[name].numel()}, route={config.route}{masked}")
         return ", ".join(parts)
+
+
+def _linear(x, weight, bias, csr: CSR | None, route: str | None, A, B, scale, p):
+    if csr is None:
+        return lowrank.linear(x, weight, bias, A, B, None, scale, p)
+    return rosa.linear(x, weight, csr.ordered(csr.values), csr.pattern, A, B, bias, scale, p, route)
+
+
+def _update(out, x, csr: CSR | None, route: str | None, A, B, scale, p):
+    if A is not None:
+        out = lowrank.update(out, x, A, B, None, scale, p)
+    return out if csr is None else rosa_update(out, x, csr)
 
 
 def _compiling() -> bool:

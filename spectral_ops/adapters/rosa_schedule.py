@@ -20,8 +20,8 @@ from torch.autograd import Function
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.io import _safetensors, _write
-from spectral_ops.adapters.model import adapter_configs, adapter_layers, unwrap
 from spectral_ops.adapters.rosa import RoSALinear
+from spectral_ops.adapters.tree import adapter_configs, layers_of, unwrap
 from spectral_ops.core.autograd import backward_pass, gradient_tiles, rows
 from spectral_ops.functional import CSR
 from spectral_ops.init import topk_pattern
@@ -226,11 +226,7 @@ def _set_patterns(layers: dict[str, RoSALinear], patterns, name: str) -> None:
 
 def _layers(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, RoSALinear]]:
     """The name of an adapter (default: the active one), and the layers where it has a sparse part."""
-    layers = {p: layer for p, layer in adapter_layers(model).items() if isinstance(layer, RoSALinear)}
-    name = adapter_name or next((layer.active for layer in layers.values() if layer.active), None)
-    if not any(name in layer.settings for layer in layers.values()):
-        known = sorted({n for layer in layers.values() for n in layer.settings})
-        raise ValueError(f"adapter_name: got {adapter_name!r}, wanted the name of a RoSA adapter ({known})")
+    name, layers = layers_of(model, RoSALinear, adapter_name, "a RoSA")
     return name, {p: layer for p, layer in layers.items() if name in layer.rosa_values}
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from spectral_ops.adapters.base import AdapterLinear
-from spectral_ops.adapters.copies import TrainedCopy
 from spectral_ops.adapters.lora import LoRALinear
-from spectral_ops.adapters.model import adapter_configs, adapter_layers, units, unwrap
+from spectral_ops.adapters.trained_copy import TrainedCopy
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap
 from spectral_ops.core import checks
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -172,7 +172,5 @@ def train_adapters(model, adapter_names: Sequence[str]):
     if unknown := [name for name in adapter_names if name not in known]:
         raise ValueError(f"adapter_names: got {unknown[0]!r}, wanted one of {sorted(known)}")
     for layer in adapter_layers(root).values():
-        for key in layer.tensor_keys:
-            for owner, parameter in getattr(layer, key).items():
-                parameter.requires_grad_(owner in adapter_names and key in layer.trainable(owner))
+        layer.train_only(adapter_names)
     return model

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
+from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.functional import cayley
 from spectral_ops.init import truncated_svd
@@ -73,7 +73,7 @@ class SpectralConfig(AdapterConfig):
         return True
 
 
-class SpectralLinear(AdapterLinear):
+class SpectralLinear(LowRankLinear):
     """A linear layer with Spectral Adapters, each over its frozen ``spectral_U``, ``spectral_S`` and ``spectral_Vh``.
 
     Additive: ``spectral_delta_U`` [d, r] and ``spectral_delta_Vh`` [r, k]. Rotation: ``spectral_rotation`` [2, r, r],
@@ -134,8 +134,11 @@ class SpectralLinear(AdapterLinear):
         """Vᵀ [r, k], U [d, r] and S [r]: A, B and the core of the part of W that the adapter starts from."""
         return self.spectral_Vh[name], self.spectral_U[name], self.spectral_S[name]
 
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A, B and the core of the operator, with the adapter's weight minus the base's equal to B coreᵀ A."""
+    def taken(self):
+        name = next((name for name, config in self.settings.items() if config.residual), None)
+        return None if name is None else (*self.triplets(name), 1.0)
+
+    def factors(self, name):
         Vh, U, S = self.triplets(name)
         if self.settings[name].mode == "rotation":
             return Vh, U, self._core(self.spectral_rotation[name], S, self.spectral_scale[name])
@@ -153,47 +156,6 @@ class SpectralLinear(AdapterLinear):
             S = S.to(Q.dtype)
             D, turned = S * C, Q - torch.eye(len(S), dtype=Q.dtype, device=Q.device)
             return (turned[1] * D) @ Q[0].t() + D.unsqueeze(1) * turned[0].t() + torch.diag(D - S)
-
-    def adapted(self, x, name):
-        A, B, core = self.factors(name)
-        return self.lowrank(x, A, B, self.settings[name].dropout, core=core)
-
-    @torch.no_grad()
-    def delta_weight(self, adapter_name=None):
-        return _product(*self.factors(self._known(adapter_name)))
-
-    def merged_weight(self, weight, name):
-        return weight + _product(*self.factors(name)), ()
-
-    def unmerged_weight(self, weight, name):
-        return weight - _product(*self.factors(name))
-
-    # the base where residual=True has changed it: at most one adapter does
-
-    def _removed(self) -> str | None:
-        return next((name for name, config in self.settings.items() if config.residual), None)
-
-    @torch.no_grad()
-    def commit(self, name):
-        if self.settings[name].residual:
-            self.write_matrix(self.full_matrix() - _product(*self.triplets(name)))
-
-    @torch.no_grad()
-    def restore(self):
-        if self._removed() is not None:
-            self.write_matrix(self.original_weight())
-
-    @torch.no_grad()
-    def original_weight(self):
-        name, weight = self._removed(), super().original_weight()
-        return weight if name is None else weight + _product(*self.triplets(name))
-
-    def original(self, x):
-        name = self._removed()
-        if name is None:
-            return self.base_layer(x)
-        A, B, core = self.triplets(name)
-        return self.lowrank(x, A, B, 0.0, core=core)
 
     # files and fusion
 
@@ -223,10 +185,3 @@ class SpectralLinear(AdapterLinear):
     def describe_adapter(self, name):
         config = self.settings[name]
         return f"{config.mode}, r={config.r}, start={config.start}{', residual' if config.residual else ''}"
-
-
-def _product(A: torch.Tensor, B: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
-    """B coreᵀ A [d, k] in at least float32."""
-    wide = accumulate_dtype(A.dtype)
-    A, B, core = A.detach().to(wide), B.detach().to(wide), core.detach().to(wide)
-    return (B * core if core.dim() == 1 else B @ core.t()) @ A

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from spectral_ops.adapters.base import check_adapter_name
-from spectral_ops.adapters.model import adapter_configs, adapter_layers, set_adapter, unwrap
+from spectral_ops.adapters.model import set_adapter
 from spectral_ops.adapters.spectral import SpectralConfig
+from spectral_ops.adapters.tree import adapter_configs, adapter_layers, unwrap
 
 
 def fuse_spectral(model, adapter_names, adapter_name="fused"):

@@ -90,15 +90,22 @@ class Facts:
         self.entries.append((holder, key, value))
         return value
 
+    def parameter(self, module: nn.Module, name: str) -> torch.Tensor | None:
+        """A parameter, or the plain tensor that FSDP1 and DataParallel put in its place."""
+        p = self.entry(module._parameters, name)
+        if p is None and name in module.__dict__:
+            self.lasting = False
+            return module.__dict__[name]
+        return p
+
     def module(self, module: nn.Module) -> nn.Module:
         """A module that is not called: it must do no more than its class's forward."""
         self.plain.append(module.__dict__)
         return module
 
     def attribute(self, layer: nn.Module, key: str) -> Any:
-        value = layer.__dict__.get(key)
-        self.own.append((key, value))
-        return value
+        self.own.append((key, layer.__dict__.get(key)))
+        return getattr(layer, key)
 
     def version(self, t: torch.Tensor) -> None:
         if t.is_inference():
@@ -173,18 +180,9 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def held(module: nn.Module, name: str, facts: Facts) -> torch.Tensor | None:
-    """A parameter, or the plain tensor that FSDP1 and DataParallel put in its place."""
-    p = facts.entry(module._parameters, name)
-    if p is None and name in module.__dict__:
-        facts.lasting = False
-        return module.__dict__[name]
-    return p
-
-
 def read(module: nn.Module, name: str, role: str, facts: Facts) -> torch.Tensor:
     """A parameter that can be used without calling its module: whole, on a real device, and no tensor subclass."""
-    p = held(module, name, facts)
+    p = facts.parameter(module, name)
     if type(p) not in PLAIN:
         raise Unfit(f"{role} is a {type(p).__name__}, not a plain tensor")
     if p.is_meta:
@@ -230,19 +228,19 @@ def base_of(layer: nn.Module, facts: Facts) -> Base:
             raise Unfit("the base weight is trained")
         facts.frozen = weight
         facts.lasting = facts.lasting and kind is nn.Linear  # a view of Conv1D's weight would outlive a new `.data`
-        return Base(base, weight.t() if kind is Conv1D else weight, held(base, "bias", facts))
+        return Base(base, weight.t() if kind is Conv1D else weight, facts.parameter(base, "bias"))
     facts.lasting = False
     if isinstance(base, BaseTunerLayer):
         raise Unfit("the base layer is itself an adapter layer")
     if "parametrizations" in base._modules:
         raise Unfit("the base layer is parametrized")
     if kind in QUANTISED:
-        return Base(base, None, held(base, "bias", facts), hooked(base))
+        return Base(base, None, facts.parameter(base, "bias"), hooked(base))
     if not isinstance(base, (nn.Linear, Conv1D)):
         raise Unfit(f"the base layer is a {kind.__name__}")
     if "weight" in base._parameters:
         read(base, "weight", "the base weight", facts)
-    return Base(base, None, held(base, "bias", facts), True)
+    return Base(base, None, facts.parameter(base, "bias"), True)
 
 
 def check_tracing() -> None:
@@ -273,7 +271,7 @@ def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tenso
                 break
         else:
             return
-    facts.attribute(layer, "cast_input_dtype_enabled")
+    casts = facts.attribute(layer, "cast_input_dtype_enabled")
     autocast = facts.autocast is not None and dtype is not torch.float64
     if autocast:
         dtype = facts.autocast
@@ -284,7 +282,7 @@ def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tenso
     for p in parameters:
         if p.dtype is not dtype and p.dtype is not torch.float32:
             raise Unfit(f"an adapter in {p.dtype} over {dtype} would be rounded differently")
-        if p.dtype is not dtype and not (autocast or layer.cast_input_dtype_enabled):
+        if p.dtype is not dtype and not (autocast or casts):
             raise Unfit(f"an adapter in {p.dtype} over {dtype} with input casting disabled")
 
 
@@ -308,7 +306,7 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
         module_B = facts.entry(Bs, name)
         A, B = leaf(module_A, nn.Linear, "lora_A", facts), leaf(module_B, nn.Linear, "lora_B", facts)
         p = drop_rate(facts.entry(dropouts, name), "lora_dropout", facts)
-        bias = held(module_B, "bias", facts)
+        bias = facts.parameter(module_B, "bias")
         scale = facts.entry(facts.attribute(layer, "scaling"), name)
         if not isinstance(scale, (float, int)):
             raise Unfit(f"the scaling is a {type(scale).__name__}, not a number")

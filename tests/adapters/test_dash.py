@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import spectral_ops as so
 from spectral_ops import LoRADashConfig, LoRADashLinear, task_direction_scores
-from spectral_ops.adapters import dash, launches, quantised
+from spectral_ops.adapters import dash, quantised
 
 D, K = 20, 14
 
@@ -256,13 +256,13 @@ def test_ordinary_steps_read_nothing_from_the_device_and_a_freed_model_is_not_wa
     step(model, optimizer, generator)
     with Recorder() as recorder:
         step(model, optimizer, generator)
-    counts = {id(count) for layer in launches._watched.values() for count in layer.dash_steps.held.values()}
+    counts = {id(count) for layer in dash._watched.values() for count in layer.dash_steps.held.values()}
     for name, args in recorder.calls:  # the counts are read, which are on the CPU wherever the model is
         assert "_local_scalar_dense" not in name or id(args[0]) in counts, name
     assert all(layer.dash_steps["default"].device.type == "cpu" for layer in layers(model))
     assert not any("dash_steps" in name for name, _ in model.named_buffers())
     first = weakref.ref(model[0])
-    assert any(layer is model[0] for layer in launches._watched.values())
+    assert any(layer is model[0] for layer in dash._watched.values())
     del model, optimizer, recorder
     gc.collect()
     assert first() is None
