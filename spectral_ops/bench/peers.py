@@ -102,11 +102,8 @@ class Subject:
             D = layer.miss_block[name].to(x.dtype)
             h = F.pad(x, (0, -x.shape[-1] % len(D))).unflatten(-1, (-1, len(D))).sum(-2)
             return F.linear(x, weight) + (h @ D).repeat(1, len(weight) // D.shape[1])
-        if hasattr(layer, "factors"):
-            A, B, core = layer.factors(name)
-            scale = layer.scale(name) if hasattr(layer, "scale") else 1.0
-        else:
-            A, B, core, scale = layer.lora_A[name], layer.lora_B[name], None, self.config.scaling
+        A, B, core = layer.factors(name)
+        scale = layer.scale(name)
         y = F.linear(x, weight) + scale * _low_rank(x, A, B, core)
         if isinstance(layer, MagnitudeLinear):
             with torch.no_grad():
