@@ -36,10 +36,9 @@ from helpers import (
 from torch.utils._pytree import tree_map_only
 
 import spectral_ops
-from spectral_ops import NormCache, use_backend
+from spectral_ops import NormCache, triton_kernels, use_backend
 from spectral_ops._library import LAYERS, OPERATORS
 from spectral_ops.core import philox
-from spectral_ops.triton_kernels import TILES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +46,7 @@ pytestmark = [
 ]
 
 BACKENDS = ("reference", "triton", "cuda")
+TILES = {name: tiles for name, op in OPERATORS.items() if (tiles := triton_kernels.tiles(op.stem, name))}
 CALLS = [
     "lora",
     "lora-dropout",
