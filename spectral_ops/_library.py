@@ -1,7 +1,8 @@
 """The ``spectral_ops`` operator namespace and the one helper that defines an operator.
 
-An operator is a schema, a reference in plain torch, a fake (shape) kernel and a cost formula, all given in
-one place: its file in :mod:`spectral_ops.functional`.  Backends only *add* implementations to it:
+An operator is a schema, a reference in plain torch, a fake (shape) kernel, a cost formula and sample arguments, all
+given in one place: its file in :mod:`spectral_ops.functional`, whose name is the operator's *stem*. Nothing else lists
+it. Backends only *add* implementations:
 
 * ``reference`` -- the plain torch function, on every device (dispatch key CompositeExplicitAutograd);
 * ``cpu``/``cuda`` -- compiled by ``csrc/`` and registered by the extensions themselves on their dispatch key;
@@ -22,7 +23,7 @@ import functools
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,12 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process; owns every registration
 OPERATORS: dict[str, Operator] = {}
 LAYERS: dict[str, LayerOperator] = {}
-FUNCTIONS: dict[str, tuple[str, ...]] = {}  # public function -> the operators it may call; for backends.explain
+FUNCTIONS: dict[str, tuple[str, ...]] = {}  # public function -> the operators it may call, as ``calls`` says
 # Set by backends.use_backend; process-wide, because autograd runs backward passes on threads of its own.
 forced_backend: str | None = None
 _composing = threading.local()  # .backend: what a layer operator composed in this thread takes its pieces from
 require: Callable[[Operator, str, tuple], None] | None = None  # backends.require: raises where that backend cannot run
+launcher: Callable[[str, str], Callable] | None = None  # triton_kernels.launcher, set by backends: stem, name
 tuned: Callable[[str, torch.device], bool] | None = None  # backends.tuned: whether a table has another choice for it
 chosen: Callable[[Operator, tuple], Callable] | None = None  # backends.chosen: the implementation for these arguments
 
@@ -76,13 +78,21 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 class Operator:
     """One operator: calling it runs the implementation the dispatcher (or a forced backend) chooses."""
 
-    def __init__(self, schema: str, stem: str, reference: Callable, fake: Callable, cost: Callable[..., Cost]):
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable,
+        fake: Callable,
+        cost: Callable[..., Cost],
+        samples: Callable[[Any], Iterator[tuple]],
+    ):
         self.schema = schema
         self.name = schema.split("(", 1)[0]
-        self.stem = stem
+        self.stem = reference.__module__.rpartition(".")[2]
         self.reference = reference
         self.fake = fake
         self.cost = cost
+        self.samples = samples
         arguments = schema.split("(", 1)[1]
         library.define(schema)
         library.define(f"{self.name}.reference({arguments}")
@@ -118,9 +128,7 @@ class Operator:
     def triton_function(self) -> Callable:
         """The launcher in ``triton_kernels/<stem>.py``; imports triton on first use."""
         if self._triton is None:
-            from spectral_ops import triton_kernels
-
-            self._triton = triton_kernels.launcher(self.stem, self.name)
+            self._triton = launcher(self.stem, self.name)
         return self._triton
 
     def _run_default(self, *args: Any) -> Any:  # where no extension has the operator
@@ -150,9 +158,9 @@ class Operator:
 class LayerOperator(Operator):
     """A whole layer's forward or backward; ``reference`` composes it of ``pieces`` (operators) and library products."""
 
-    def __init__(self, schema: str, stem: str, composition: Callable, fake: Callable, pieces: tuple[str, ...]):
+    def __init__(self, schema: str, composition: Callable, fake: Callable, pieces: tuple[str, ...]):
         self.pieces = pieces
-        super().__init__(schema, stem, composition, fake, cost=None)
+        super().__init__(schema, composition, fake, cost=None, samples=None)
         self._direct = self.default._op  # the same past a Python frame, which torch.compile would need to see
         if "Tensor[]" in schema:  # torch's own rules for batches of calls, which are loops, take no lists of tensors
             for overload in (self.default, *self.overloads.values(), self.tuned):
@@ -225,30 +233,42 @@ def _without_memory(t: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def define_layer(
-    schema: str, *, stem: str, fake: Callable, pieces: tuple[str, ...]
-) -> Callable[[Callable], LayerOperator]:
+def define_layer(schema: str, *, fake: Callable, pieces: tuple[str, ...]) -> Callable[[Callable], LayerOperator]:
     """Decorate the Python composition of a layer operator; the decorated name becomes the :class:`LayerOperator`."""
 
     def decorate(composition: Callable) -> LayerOperator:
-        operator = LayerOperator(schema, stem, composition, fake, pieces)
+        operator = LayerOperator(schema, composition, fake, pieces)
         LAYERS[operator.name] = operator
         return operator
 
     return decorate
 
 
-def define(schema: str, *, stem: str, fake: Callable, cost: Callable[..., Cost]) -> Callable[[Callable], Operator]:
+def define(
+    schema: str, *, fake: Callable, cost: Callable[..., Cost], samples: Callable[[Any], Iterator[tuple]]
+) -> Callable[[Callable], Operator]:
     """Decorate the reference implementation of an operator; the decorated name becomes the :class:`Operator`.
 
-    ``fake`` takes the operator's arguments and returns empty outputs of the right shape and dtype; ``cost`` takes the
-    same arguments (real or meta tensors) and returns a :class:`Cost`.
+    ``fake`` takes the operator's arguments and returns empty outputs of the right shape and dtype. ``cost`` takes the
+    same arguments (real or meta tensors) and returns a :class:`Cost`. ``samples`` takes a
+    :class:`spectral_ops.bench.samples.Samples` and yields argument tuples that show every option on and off, the one
+    to benchmark first: ``check``, the tuner, the benchmarks and the tests run on them.
     """
 
     def decorate(reference: Callable) -> Operator:
-        operator = Operator(schema, stem, reference, fake, cost)
+        operator = Operator(schema, reference, fake, cost, samples)
         OPERATORS[operator.name] = operator
         return operator
+
+    return decorate
+
+
+def calls(*operators: Operator) -> Callable[[Callable], Callable]:
+    """Decorate a public function with the operators it may call besides the library's products, for ``explain``."""
+
+    def decorate(function: Callable) -> Callable:
+        FUNCTIONS[function.__name__] = tuple(operator.name for operator in operators)
+        return function
 
     return decorate
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spectral_ops import _library, _loader, tuning
+from spectral_ops import _library, _loader, triton_kernels, tuning
 from spectral_ops._library import BACKENDS, LayerOperator, Operator
 
 
@@ -48,9 +48,8 @@ def unavailable(operator: Operator, backend: str, device_type: str) -> str | Non
     if backend == "reference":
         return None
     if backend == "triton":
-        from spectral_ops import triton_kernels
-
-        if not {operator.name, *_pieces(operator)} & set(triton_kernels.OPERATORS):
+        pieces = (_library.OPERATORS[name] for name in _pieces(operator))
+        if not any(triton_kernels.has(one.stem, one.name) for one in (operator, *pieces)):
             return f"{operator.name} has no Triton kernel"
         if missing := triton_missing():
             return missing
@@ -79,7 +78,7 @@ def require(operator: Operator, backend: str, args: tuple) -> None:
         raise BackendUnavailable(f"backend {backend!r} was forced, but cannot run {operator.name}: {reason}")
 
 
-_library.require = require
+_library.require, _library.launcher = require, triton_kernels.launcher
 
 
 @contextmanager
@@ -258,12 +257,10 @@ def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
 
 def activate() -> None:
     """Give every operator without a compiled CUDA kernel its Triton one there, and honour SPECTRAL_OPS_BACKEND."""
-    from spectral_ops import triton_kernels
-
     compiled = _loader.EXTENSIONS["cuda"].operators
     if triton_missing() is None:
         for operator in _library.OPERATORS.values():
-            if operator.name in triton_kernels.OPERATORS and operator.name not in compiled:
+            if operator.name not in compiled and triton_kernels.has(operator.stem, operator.name):
                 _library.library.impl(operator.name, operator._run_triton, "CUDA")
     if name := os.environ.get("SPECTRAL_OPS_BACKEND"):
         _force(name)

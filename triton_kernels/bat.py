@@ -17,6 +17,8 @@ Blocks are padded to powers of two of at least 16: r = 1 to 8 wastes most of eac
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -151,7 +153,7 @@ def weight_kernel(
                 tl.store(target + p[None, :] * out_i, narrow(change, out.dtype.element_ty), mask=inside)
 
 
-def bat_weight_(out, weight, bat, row: bool, delta: bool, tiles: str = "") -> None:
+def bat_weight_(out, weight, bat, row: bool, delta: bool, tiles: Literal["", "short", "shallow"] = "") -> None:
     if weight.dtype == torch.float64:
         return reference("bat_weight_")(out, weight, bat, row, delta)
     if weight.numel() == 0:
@@ -341,7 +343,7 @@ def mix_kernel(
     tl.store(target, narrow(total, s.dtype.element_ty), mask=inside)
 
 
-def bat_mix(x, bat, tiles: str = ""):
+def bat_mix(x, bat, tiles: Literal["", "shallow"] = ""):
     if x.dtype == torch.float64:
         return reference("bat_mix")(x, bat)
     (T, k), (n, r, _), bat = x.shape, bat.shape, _narrowed(bat)

@@ -8,6 +8,8 @@ Contiguous shards of given sizes: a program owns the run of one shard.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -78,7 +80,14 @@ def run_sum_kernel(x, h, offsets, seed, limit, factor, T, k, r, x_t, x_i, BT: tl
     tl.store(h + t * r + p, narrow(tl.sum(total, 1) * factor, h.dtype.element_ty), mask=t < T)
 
 
-def block_sum(x, r: int, offsets: torch.Tensor | None, seed: torch.Tensor | None, p: float, tiles: str = ""):
+def block_sum(
+    x,
+    r: int,
+    offsets: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    tiles: Literal["", "short", "tall"] = "",
+):
     if x.dtype == torch.float64:
         return reference("block_sum")(x, r, offsets, seed, p)
     T, k = x.shape
@@ -157,7 +166,13 @@ def run_tile_kernel(
 
 
 def block_tile_(
-    out, s, offsets: torch.Tensor | None, seed: torch.Tensor | None, p: float, accumulate: bool, tiles: str = ""
+    out,
+    s,
+    offsets: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    p: float,
+    accumulate: bool,
+    tiles: Literal["", "short", "tall"] = "",
 ) -> None:
     if out.dtype == torch.float64 or s.dtype == torch.float64:
         return reference("block_tile_")(out, s, offsets, seed, p, accumulate)

@@ -8,6 +8,8 @@ NVIDIA (error about 2**-21 of the update), in full float32 elsewhere and for a f
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -195,7 +197,7 @@ def _norms(out, weight, A, B, scale, stamp=None, force=False, tiles="") -> None:
         )  # fmt: skip
 
 
-def column_norm(weight, A, B, scale: float, tiles: str = ""):
+def column_norm(weight, A, B, scale: float, tiles: Literal["", "short", "wide"] = ""):
     if weight.dtype == torch.float64:
         return reference("column_norm")(weight, A, B, scale)
     out = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -204,7 +206,9 @@ def column_norm(weight, A, B, scale: float, tiles: str = ""):
     return out
 
 
-def column_norm_cached_(norm, stamp, weight, A, B, scale: float, force: bool, tiles: str = "") -> None:
+def column_norm_cached_(
+    norm, stamp, weight, A, B, scale: float, force: bool, tiles: Literal["", "short", "wide"] = ""
+) -> None:
     if weight.dtype == torch.float64:
         reference("column_norm_cached_")(norm, stamp, weight, A, B, scale, force)
     elif norm.numel():

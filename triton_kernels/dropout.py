@@ -8,6 +8,8 @@ multiplies the float32 sum, not the factors.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -84,7 +86,7 @@ def project_kernel(
     tl.store(target, narrow(total * factor, h.dtype.element_ty), mask=(t < T)[:, None] & (p < r)[None, :])
 
 
-def dropout_project(x, A, seed, p: float, tiles: str = ""):
+def dropout_project(x, A, seed, p: float, tiles: Literal["", "short", "narrow"] = ""):
     if x.dtype == torch.float64:
         return reference("dropout_project")(x, A, seed, p)
     (T, k), r = x.shape, A.shape[0]
@@ -135,7 +137,7 @@ def outer_kernel(
     tl.store(target, total * factor, mask=(p < r)[:, None] & (i < k)[None, :])
 
 
-def dropout_outer(u, x, seed, p: float, tiles: str = ""):
+def dropout_outer(u, x, seed, p: float, tiles: Literal["", "short", "narrow"] = ""):
     if x.dtype == torch.float64:
         return reference("dropout_outer")(u, x, seed, p)
     (T, k), r = x.shape, u.shape[1]
@@ -184,7 +186,7 @@ def lift_kernel(
     tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
 
 
-def dropout_lift_(out, u, A, seed, p: float, tiles: str = "") -> None:
+def dropout_lift_(out, u, A, seed, p: float, tiles: Literal["", "short", "narrow"] = "") -> None:
     if out.dtype == torch.float64:
         return reference("dropout_lift_")(out, u, A, seed, p)
     (T, k), r = out.shape, A.shape[0]

@@ -14,6 +14,8 @@ Bytes moved, for elements of s bytes:
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -110,7 +112,7 @@ def matmul_kernel(
         tl.store(target, narrow(total, out.dtype.element_ty), mask=(t < T)[:, None] & (o < d)[None, :])
 
 
-def lowrank_matmul(x, weight, h, B, scale: float, g, bias, tiles: str = ""):
+def lowrank_matmul(x, weight, h, B, scale: float, g, bias, tiles: Literal["", "shallow", "deep"] = ""):
     if x.dtype == torch.float64:
         return reference("lowrank_matmul")(x, weight, h, B, scale, g, bias)
     (T, k), (d, r) = x.shape, B.shape
@@ -158,7 +160,7 @@ def update_kernel(
     tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
 
 
-def lowrank_update_(out, h, B, scale: float, g, shift, tiles: str = "") -> None:
+def lowrank_update_(out, h, B, scale: float, g, shift, tiles: Literal["", "short", "wide"] = "") -> None:
     if out.dtype == torch.float64:
         return reference("lowrank_update_")(out, h, B, scale, g, shift)
     T, (d, r) = out.shape[0], B.shape
@@ -234,7 +236,9 @@ def backward_kernel(
         tl.store(target, narrow(lifted * scale, u.dtype.element_ty), mask=(t < T)[:, None] & (p < r)[None, :])
 
 
-def lowrank_backward(dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_db, need_gdy, tiles: str = ""):
+def lowrank_backward(
+    dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_db, need_gdy, tiles: Literal["", "short", "narrow"] = ""
+):
     if dy.dtype == torch.float64:
         return reference("lowrank_backward")(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, need_gdy)
     (T, d), r = dy.shape, B.shape[1]

@@ -11,6 +11,8 @@ walks the adapters it meets, so the arithmetic is T r and at most one tile per a
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -96,7 +98,7 @@ def project_kernel(
     tl.store(target, narrow(total, out.dtype.element_ty), mask=(i < T)[:, None] & (p < r)[None, :])
 
 
-def segment_project(x, A, order, offsets, tiles: str = ""):
+def segment_project(x, A, order, offsets, tiles: Literal["", "short", "narrow"] = ""):
     if x.dtype == torch.float64:
         return reference("segment_project")(x, A, order, offsets)
     (T, k), (n, r, _) = x.shape, A.shape
@@ -142,7 +144,7 @@ def lift_kernel(
     tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
 
 
-def segment_lift_(out, h, B, order, offsets, tiles: str = "") -> None:
+def segment_lift_(out, h, B, order, offsets, tiles: Literal["", "short"] = "") -> None:
     if out.dtype == torch.float64:
         return reference("segment_lift_")(out, h, B, order, offsets)
     (T, d), (n, _, r) = out.shape, B.shape
@@ -178,7 +180,7 @@ def outer_kernel(
     tl.store(target, total, mask=(p < r)[:, None] & (c < k)[None, :])
 
 
-def segment_outer(u, x, order, offsets, tiles: str = ""):
+def segment_outer(u, x, order, offsets, tiles: Literal["", "short", "narrow"] = ""):
     if x.dtype == torch.float64:
         return reference("segment_outer")(u, x, order, offsets)
     n, r, k = offsets.shape[0] - 1, u.shape[1], x.shape[1]

@@ -1,6 +1,5 @@
 """Fused operators: one file per operator, each with its schema, reference, autograd function and public functions."""
 
-from spectral_ops._library import FUNCTIONS
 from spectral_ops.core.scratch import scratch
 from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
@@ -51,28 +50,3 @@ __all__ = [
     "task_direction_scores",
     "token_logprobs",
 ]
-
-_NORM = ("column_norm", "column_norm_cached_")
-FUNCTIONS.update(
-    adalora_importance=("importance_update_",),
-    adalora_prune=("importance_prune_",),
-    cayley=("cayley_forward", "cayley_backward"),
-    bat_linear=("bat_linear_forward", "bat_linear_backward"),
-    bat_weight=("bat_weight_forward", "bat_weight_backward"),
-    csr_add=("csr_add_forward", "csr_scatter_", "csr_add_backward"),
-    csr_sddmm=("csr_sddmm", "csr_spmm_forward"),
-    csr_spmm=("csr_spmm_forward", "csr_spmm_backward"),
-    rosa_linear=("rosa_linear_forward", "rosa_linear_backward", "csr_scatter_", "csr_gather_"),
-    rosa_update=("csr_spmm_", "csr_spmm_forward", "csr_spmm_backward"),
-    bone_linear=("bone_linear_forward", "bone_linear_backward"),
-    bone_update=("bone_update_forward_", "bone_linear_forward", "bone_linear_backward"),
-    disha_linear=("bone_linear_forward", "bone_linear_backward"),
-    dora_linear=(*_NORM, "dora_linear_forward", "dora_linear_backward"),
-    dora_update=("dora_update_forward_", "dora_linear_forward", "dora_linear_backward"),
-    lowrank_linear=("lowrank_linear_forward", "lowrank_linear_backward"),
-    lowrank_linear_group=("lowrank_group_forward", "lowrank_group_backward"),
-    lowrank_update=("lowrank_update_forward_", "lowrank_linear_forward", "lowrank_linear_backward"),
-    segmented_lowrank_linear=("segmented_linear_forward", "segmented_linear_backward"),
-    segmented_lowrank_update=("segmented_update_forward_", "segmented_linear_forward", "segmented_linear_backward"),
-    token_logprobs=("target_logprob", "softmax_gradient_"),
-)

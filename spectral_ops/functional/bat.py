@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
     apply,
@@ -64,11 +64,27 @@ def _weight_cost(out, weight, bat, row, delta):
     return Cost(2 * weight.numel() * (bat.shape[-1] + 1), nbytes(out, weight, bat))
 
 
+def _block_samples(s):
+    """W whose sides are multiples of r, and blocks of its block-rows and block-columns."""
+    n, m = max(s.d // max(s.r, 1), 1), max(s.k // max(s.r, 1), 1)
+    W = s.randn(n * s.r, m * s.r, scale=max(m * s.r, 1) ** -0.5)
+    return W, s.randn(n, s.r, s.r, scale=0.1), s.randn(m, s.r, s.r, scale=0.1)
+
+
+def _weight_samples(s):
+    W, col, row = _block_samples(s)
+    yield torch.zeros_like(W), W, col.to(s.acc), False, False
+    yield torch.zeros_like(W), W, col, False, False
+    yield torch.zeros_like(W), W, row, True, False
+    yield s.zeros(*W.shape, dtype=s.acc), s.rows(W), col.to(s.acc), False, True
+    yield torch.zeros_like(W), s.transposed(W), col.to(s.acc), False, False
+
+
 @define(
     "bat_weight_(Tensor(a!) out, Tensor weight, Tensor bat, bool row, bool delta) -> ()",
-    stem="bat",
     fake=lambda out, weight, bat, row, delta: None,
     cost=_weight_cost,
+    samples=_weight_samples,
 )
 def bat_weight_op(out, weight, bat, row, delta):
     """out [d, k] gets W' (delta: W' - W) of weight [d, k] and bat [n, r, r], n = d/r (row: k/r).
@@ -84,11 +100,20 @@ def _matmul_cost(x, weight, bat, transpose):
     return Cost(4 * T * weight.numel(), nbytes(x, weight, bat) + T * out * x.element_size())
 
 
+def _matmul_samples(s):
+    W, col, _ = _block_samples(s)
+    x, dy = (s.randn(s.T, n) for n in W.shape[::-1])
+    yield x[: max(s.r - 1, 1)], W, col.to(s.acc), False
+    yield x, W, col, False
+    yield dy, W, col.to(s.acc), True
+    yield s.rows(x), s.transposed(W), col.to(s.acc), False
+
+
 @define(
     "bat_matmul(Tensor x, Tensor weight, Tensor bat, bool transpose) -> Tensor",
-    stem="bat",
     fake=lambda x, weight, bat, transpose: x.new_empty(x.shape[0], weight.shape[1 if transpose else 0]),
     cost=_matmul_cost,
+    samples=_matmul_samples,
 )
 def bat_matmul_op(x, weight, bat, transpose):
     """x W'ᵀ [T, d] from x [T, k] (transpose: x W' [T, k] from x [T, d]) for Bat-Col, without W' in memory.
@@ -104,11 +129,17 @@ def _contract_cost(dB, weight, G):
     return Cost(weight.numel() * (2 * dB.shape[-1] + 1), nbytes(dB, weight, G))
 
 
+def _contract_samples(s):
+    W, col, _ = _block_samples(s)
+    yield torch.zeros_like(col, dtype=s.acc), W, s.randn(*W.shape)
+    yield torch.zeros_like(col, dtype=s.acc), s.transposed(W), s.randn(*W.shape, dtype=s.acc)
+
+
 @define(
     "bat_contract_(Tensor(a!) dB, Tensor weight, Tensor G) -> ()",
-    stem="bat",
     fake=lambda dB, weight, G: None,
     cost=_contract_cost,
+    samples=_contract_samples,
 )
 def bat_contract_op(dB, weight, G):
     """dB [n, r, r] gets Σ_j W(o,j)ᵀ G(o,j) + G(o,j) for weight and G [n r, k]; dB float32 (float64 for float64), G in
@@ -123,11 +154,19 @@ def _mix_cost(x, bat):
     return Cost(2 * x.numel() * (r + 1), 2 * nbytes(x) + nbytes(bat) + T * r * x.element_size())
 
 
+def _mix_samples(s):
+    _, _, row = _block_samples(s)
+    x = s.randn(s.T, row.shape[0] * s.r)
+    yield x, row.to(s.acc)
+    yield x, row
+    yield s.rows(x), row.to(s.acc)
+
+
 @define(
     "bat_mix(Tensor x, Tensor bat) -> (Tensor, Tensor)",
-    stem="bat",
     fake=lambda x, bat: (x.new_empty(x.shape), x.new_empty(x.shape[0], bat.shape[-1])),
     cost=_mix_cost,
+    samples=_mix_samples,
 )
 def bat_mix_op(x, bat):
     """z [T, k], z_j = x_j + x_j C_jᵀ, and s [T, r] = Σ_j x_j C_jᵀ, in x's dtype; x [T, k], bat C [k/r, r, r]."""
@@ -143,13 +182,22 @@ def _mix_backward_cost(g, q, x, bat, need_g, need_dC):
     return Cost(2 * g.numel() * bat.shape[-1] * products + 2 * g.numel(), moved)
 
 
+def _mix_backward_samples(s):
+    _, _, row = _block_samples(s)
+    x = s.randn(s.T, row.shape[0] * s.r)
+    yield s.randn(*x.shape), s.h, x, row.to(s.acc), True, True
+    yield s.randn(*x.shape), s.h, x, row, True, True
+    yield s.randn(*x.shape), s.h, x, row.to(s.acc), True, False
+    yield s.randn(*x.shape), s.h, s.rows(x), row, False, True
+
+
 @define(
     "bat_mix_backward_(Tensor(a!) g, Tensor q, Tensor x, Tensor bat, bool need_g, bool need_dC) -> Tensor",
-    stem="bat",
     fake=lambda g, q, x, bat, need_g, need_dC: g.new_empty(
         bat.shape if need_dC else (0,), dtype=accumulate_dtype(g.dtype)
     ),
     cost=_mix_backward_cost,
+    samples=_mix_backward_samples,
 )
 def bat_mix_backward_op(g, q, x, bat, need_g, need_dC):
     """With v_j = g_j + q, q [T, r]: g [T, k] becomes g_j + v_j C_j (need_g), and dC_j = v_jᵀ x_j [k/r, r, r] is
@@ -203,7 +251,6 @@ def _block_gradient(dy, x, weight, r):
 
 @define_layer(
     "bat_linear_forward(Tensor x, Tensor weight, Tensor bat, Tensor? bias, bool row, bool exact) -> Tensor",
-    stem="bat",
     fake=lambda x, weight, bat, bias, row, exact: x.new_empty(*x.shape[:-1], weight.shape[0]),
     pieces=_PIECES,
 )
@@ -220,7 +267,6 @@ def bat_linear_forward_op(x, weight, bat, bias, row, exact):
 @define_layer(
     "bat_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor bat, bool row, bool exact, int needs)"
     " -> (Tensor, Tensor, Tensor)",
-    stem="bat",
     fake=lambda dy, x, weight, bat, row, exact, needs: wanted(
         dy, needs, (*dy.shape[:-1], weight.shape[1]), bat, dy.shape[-1:]
     ),
@@ -250,7 +296,6 @@ def bat_linear_backward_op(dy, x, weight, bat, row, exact, needs):
 
 @define_layer(
     "bat_weight_forward(Tensor weight, Tensor bat, bool row) -> Tensor",
-    stem="bat",
     fake=lambda weight, bat, row: weight.new_empty(weight.shape),
     pieces=("bat_weight_",),
 )
@@ -263,7 +308,6 @@ def bat_weight_forward_op(weight, bat, row):
 
 @define_layer(
     "bat_weight_backward(Tensor dW, Tensor weight, Tensor bat, bool row) -> Tensor",
-    stem="bat",
     fake=lambda dW, weight, bat, row: bat.new_empty(bat.shape),
     pieces=("bat_contract_",),
 )
@@ -356,6 +400,7 @@ def _check_bat(weight: torch.Tensor, bat: torch.Tensor, mode: str) -> None:
     checks.no_narrowing(weight, bat=bat)
 
 
+@calls(bat_weight_forward_op, bat_weight_backward_op)
 def bat_weight(weight, bat, *, mode="col"):
     """The transformed weight W' [d, k]: W(o,j)(I + B_o) + B_o per r x r block (mode="row": C_j in place of B_o).
 
@@ -370,6 +415,7 @@ def bat_weight(weight, bat, *, mode="col"):
     return apply(BatWeightFunction, weight, weight, bat, mode == "row")
 
 
+@calls(bat_linear_forward_op, bat_linear_backward_op)
 def bat_linear(x, weight, bat, bias=None, *, mode="col", exact=False):
     """Bat linear layer: y = x W'ᵀ + b with W' = bat_weight(weight, bat, mode=mode).
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks, philox
 from spectral_ops.core.autograd import (
     apply,
@@ -58,11 +58,23 @@ def _block_sum_cost(x, r, offsets, seed, p):
     return Cost(x.numel(), nbytes(x) + x.shape[0] * r * x.element_size())
 
 
+def _block_sum_samples(s):
+    if s.r <= s.k:
+        yield s.x, s.r, None, None, 0.0
+        yield s.x, s.r, s.shards(s.k), None, 0.0
+        yield s.x, s.r, None, s.key, 0.25
+        yield s.rows(s.x), s.r, s.shards(s.k), None, 0.0
+    if s.k:
+        yield s.x, 1, None, None, 0.0
+        yield s.x, s.k, None, None, 0.0
+        yield s.randn(1, s.k).expand(s.T, s.k), min(4, s.k), None, s.key, 0.5
+
+
 @define(
     "block_sum(Tensor x, int r, Tensor? offsets, Tensor? seed, float p) -> Tensor",
-    stem="blocksum",
     fake=_block_sum_fake,
     cost=_block_sum_cost,
+    samples=_block_sum_samples,
 )
 def block_sum_op(x, r, offsets, seed, p):
     """h [T, r] in x's dtype from x [T, k]: sums of drop(x) over each shard, accumulated in at least float32."""
@@ -80,11 +92,22 @@ def _block_tile_cost(out, s, offsets, seed, p, accumulate):
     return Cost(out.numel() if accumulate else 0, nbytes(out) * (2 if accumulate else 1) + nbytes(s))
 
 
+def _block_tile_samples(s):
+    yield s.randn(s.T, s.k), s.h, None, None, 0.0, False
+    yield s.randn(s.T, s.k), s.h, None, s.key, 0.25, True
+    yield s.randn(s.T, s.k), s.h, None, None, 0.0, True
+    if s.r <= s.k:
+        yield s.randn(s.T, s.k), s.h, s.shards(s.k), None, 0.0, True
+        yield s.rows(s.x), s.h, s.shards(s.k), None, 0.0, True
+    if s.r <= s.d:
+        yield s.randn(s.T, s.d), s.h, s.shards(s.d), s.key, 0.3, False
+
+
 @define(
     "block_tile_(Tensor(a!) out, Tensor s, Tensor? offsets, Tensor? seed, float p, bool accumulate) -> ()",
-    stem="blocksum",
     fake=_block_tile_fake,
     cost=_block_tile_cost,
+    samples=_block_tile_samples,
 )
 def block_tile_op(out, s, offsets, seed, p, accumulate):
     """out [T, n] gets (or is increased by) mask * s[:, shard(i)], s [T, r]; the transpose of block_sum."""
@@ -147,7 +170,6 @@ def _bone_update_(out, x, D, seed, p, in_offsets, out_offsets):
 @define_layer(
     "bone_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, Tensor D, Tensor? bias, Tensor? seed, float p,"
     " Tensor? in_offsets, Tensor? out_offsets) -> (Tensor, Tensor)",
-    stem="blocksum",
     fake=lambda x, weight, base_out, D, bias, seed, p, in_offsets, out_offsets: (
         x.new_empty(*x.shape[:-1], base_out.shape[-1] if weight is None else weight.shape[0]), _sums(x, D),
     ),
@@ -164,7 +186,6 @@ def bone_linear_forward_op(x, weight, base_out, D, bias, seed, p, in_offsets, ou
 
 @define_layer(
     "bone_update_forward_(Tensor(a!) out, Tensor x, Tensor D, Tensor? seed, float p) -> Tensor",
-    stem="blocksum",
     fake=lambda out, x, D, seed, p: _sums(x, D),
     pieces=_PIECES,
 )
@@ -176,7 +197,6 @@ def bone_update_forward_op(out, x, D, seed, p):
 @define_layer(
     "bone_linear_backward(Tensor dy, Tensor? weight, Tensor D, Tensor h, Tensor? seed, float p, Tensor? in_offsets,"
     " Tensor? out_offsets, int k, int needs) -> (Tensor, Tensor, Tensor)",
-    stem="blocksum",
     fake=lambda dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs: wanted(
         dy, needs, (*dy.shape[:-1], k), D, dy.shape[-1:]
     ),
@@ -364,6 +384,7 @@ def block_sum(x: torch.Tensor, r: int) -> torch.Tensor:
     return BlockSumFunction.apply(x, r, None)
 
 
+@calls(bone_linear_forward_op, bone_linear_backward_op)
 def bone_linear(x, weight, bone, bias=None, *, dropout_p=0.0, training=False):
     """Bone / MiSS linear layer: y = x Wᵀ + b + block_sum(drop(x), r) D.
 
@@ -386,6 +407,7 @@ def bone_linear(x, weight, bone, bias=None, *, dropout_p=0.0, training=False):
     return linear(x, weight, bone, bias, dropout_p if training else 0.0)
 
 
+@calls(bone_update_forward_op, bone_linear_forward_op, bone_linear_backward_op)
 def bone_update(base_out, x, bone, *, dropout_p=0.0, training=False):
     """base_out + block_sum(drop(x), r) D, in place on base_out [..., d]: Bone over any base layer (bitsandbytes, GPTQ).
 
@@ -399,6 +421,7 @@ def bone_update(base_out, x, bone, *, dropout_p=0.0, training=False):
     return update(base_out, x, bone, dropout_p if training else 0.0)
 
 
+@calls(bone_linear_forward_op, bone_linear_backward_op)
 def disha_linear(x, weight, D, in_shards, out_shards=None, bias=None):
     """DiSHA linear layer: the delta of W is ΔW[o, i] = D[shard(i), shard'(o)] for a shard map on either side.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import apply, backward_pass
 
@@ -42,11 +42,17 @@ def _forward_cost(X):
     return Cost(2 * X.numel() * X.shape[-1], nbytes(X) + out)
 
 
+def _forward_samples(s):
+    X = s.randn(min(s.T, 2), s.r, s.r)
+    yield (X,)
+    yield (X.mT,)
+
+
 @define(
     "cayley_forward(Tensor X) -> Tensor",
-    stem="cayley",
     fake=lambda X: X.new_empty(X.shape, dtype=accumulate_dtype(X.dtype)),
     cost=_forward_cost,
+    samples=_forward_samples,
 )
 def cayley_forward_op(X):
     """Q [n, r, r] of X [n, r, r], in float32 (float64 for float64), contiguous."""
@@ -55,11 +61,18 @@ def cayley_forward_op(X):
     return (2 * _inverse(eye + (wide - wide.mT) / 2) - eye).contiguous()
 
 
+def _backward_samples(s):
+    n = min(s.T, 2)
+    Q, G = cayley_forward_op.reference(s.randn(n, s.r, s.r)), s.randn(n, s.r, s.r, dtype=s.acc)
+    yield Q, G
+    yield Q.mT, G[:1].expand_as(G)
+
+
 @define(
     "cayley_backward(Tensor Q, Tensor G) -> Tensor",
-    stem="cayley",
     fake=lambda Q, G: Q.new_empty(Q.shape),
     cost=lambda Q, G: Cost(4 * Q.numel() * Q.shape[-1], nbytes(Q, G) + nbytes(Q)),
+    samples=_backward_samples,
 )
 def cayley_backward_op(Q, G):
     """dX [n, r, r] of G = dQ, both float32 or float64 as Q is: skew, contiguous."""
@@ -91,6 +104,7 @@ class CayleyFunction(Function):
 # --- public function -------------------------------------------------------------------------------------------------
 
 
+@calls(cayley_forward_op, cayley_backward_op)
 def cayley(X):
     """The orthogonal matrix Q = (I - K)(I + K)⁻¹ of the skew part K = (X - Xᵀ)/2 of a matrix.
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
     apply,
@@ -50,11 +50,19 @@ def _scatter_cost(out, values, row_offsets, columns, accumulate):
     return Cost(values.numel() if accumulate else 0, moved + nbytes(values, row_offsets, columns))
 
 
+def _scatter_samples(s):
+    for ragged, laid_out, dtype, accumulate in (
+        (False, torch.clone, s.acc, True), (True, torch.clone, s.dtype, True), (True, s.transposed, s.acc, False),
+    ):  # fmt: skip
+        offsets, columns = s.pattern(ragged)
+        yield laid_out(s.W), s.randn(columns.numel(), dtype=dtype), offsets, columns, accumulate
+
+
 @define(
     "csr_scatter_(Tensor(a!) out, Tensor values, Tensor row_offsets, Tensor columns, bool accumulate) -> ()",
-    stem="csr",
     fake=lambda out, values, row_offsets, columns, accumulate: None,
     cost=_scatter_cost,
+    samples=_scatter_samples,
 )
 def csr_scatter_op(out, values, row_offsets, columns, accumulate):
     """out [d, k] at the pattern becomes values (accumulate: out + values, in at least float32), rounded once."""
@@ -68,11 +76,19 @@ def _gather_cost(out, dense, row_offsets, columns):
     return Cost(0, nbytes(out, row_offsets, columns) + out.numel() * dense.element_size())
 
 
+def _gather_samples(s):
+    for ragged in (False, True):
+        offsets, columns = s.pattern(ragged)
+        yield s.randn(columns.numel(), dtype=s.acc), s.W, offsets, columns
+    half = s.d // 2
+    yield s.randn(columns.numel()), s.transposed(s.W[half:]), offsets[half:].clone(), columns
+
+
 @define(
     "csr_gather_(Tensor(a!) out, Tensor dense, Tensor row_offsets, Tensor columns) -> ()",
-    stem="csr",
     fake=lambda out, dense, row_offsets, columns: None,
     cost=_gather_cost,
+    samples=_gather_samples,
 )
 def csr_gather_op(out, dense, row_offsets, columns):
     """out [nnz] gets dense [n, k] at the entries of n rows, row_offsets [n + 1] being those rows' part of the offsets
@@ -89,11 +105,22 @@ def _spmm_cost(out, x, values, row_offsets, columns, permutation):
     return Cost(flops, 2 * nbytes(out) + nbytes(x, values, row_offsets, columns, permutation))
 
 
+def _spmm_samples(s):
+    offsets, columns = s.pattern()
+    values = s.randn(columns.numel(), dtype=s.acc)
+    yield s.randn(s.T, s.d), s.x, values, offsets, columns, None
+    yield s.randn(s.T, s.d), s.x, values, offsets, columns, s.order(columns.numel()).to(torch.int32)
+    offsets, columns = s.pattern(ragged=True)
+    values, order = s.randn(columns.numel()), s.order(columns.numel()).to(torch.int32)
+    yield s.randn(s.T, s.d), s.x, values, offsets, columns, None
+    yield s.rows(s.y), s.rows(s.x), values.to(s.acc), offsets, columns, order
+
+
 @define(
     "csr_spmm_(Tensor(a!) out, Tensor x, Tensor values, Tensor row_offsets, Tensor columns, Tensor? permutation) -> ()",
-    stem="csr",
     fake=lambda out, x, values, row_offsets, columns, permutation: None,
     cost=_spmm_cost,
+    samples=_spmm_samples,
 )
 def csr_spmm_op(out, x, values, row_offsets, columns, permutation):
     """out [T, d] += x Sᵀ, x [T, k], in one dtype, summed in at least float32 and rounded once.
@@ -113,11 +140,17 @@ def _sddmm_cost(dy, x, row_offsets, columns):
     return Cost(2 * x.shape[0] * columns.numel(), nbytes(dy, x, row_offsets, columns) + columns.numel() * wide)
 
 
+def _sddmm_samples(s):
+    yield s.dy, s.x, *s.pattern()
+    yield s.dy, s.x, *s.pattern(ragged=True)
+    yield s.rows(s.dy), s.rows(s.x), *s.pattern(ragged=True)
+
+
 @define(
     "csr_sddmm(Tensor dy, Tensor x, Tensor row_offsets, Tensor columns) -> Tensor",
-    stem="csr",
     fake=lambda dy, x, row_offsets, columns: x.new_empty(columns.numel(), dtype=accumulate_dtype(x.dtype)),
     cost=_sddmm_cost,
+    samples=_sddmm_samples,
 )
 def csr_sddmm_op(dy, x, row_offsets, columns):
     """(dyᵀx) [nnz] at the pattern, dy [T, d], x [T, k] in one dtype; float32 (float64 for float64). Products elsewhere
@@ -168,7 +201,6 @@ def pattern_for_backward(pattern: Pattern, dy, x, needs: int, gradient_route: st
 @define_layer(
     "csr_spmm_forward(Tensor x, Tensor? base_out, Tensor values, Tensor row_offsets, Tensor columns,"
     " Tensor? permutation) -> Tensor",
-    stem="csr",
     fake=lambda x, base_out, values, row_offsets, columns, permutation: x.new_empty(
         *x.shape[:-1], row_offsets.numel() - 1
     ),
@@ -196,7 +228,6 @@ def _spmm_backward_fake(
     "csr_spmm_backward(Tensor dy, Tensor? x, Tensor values, Tensor row_offsets, Tensor columns, Tensor? column_offsets,"
     " Tensor? entry_rows, Tensor? permutation, Tensor? active_rows, Tensor? active_columns, Tensor? compact_offsets,"
     " Tensor? compact_columns, int gradient_route, int needs) -> (Tensor, Tensor)",
-    stem="csr",
     fake=_spmm_backward_fake,
     pieces=("csr_spmm_", "csr_sddmm", "csr_gather_"),
 )
@@ -223,7 +254,6 @@ def csr_spmm_backward_op(
 
 @define_layer(
     "csr_add_forward(Tensor weight, Tensor values, Tensor row_offsets, Tensor columns) -> Tensor",
-    stem="csr",
     fake=lambda weight, values, row_offsets, columns: weight.new_empty(weight.shape),
     pieces=("csr_scatter_",),
 )
@@ -236,7 +266,6 @@ def csr_add_forward_op(weight, values, row_offsets, columns):
 
 @define_layer(
     "csr_add_backward(Tensor dW, Tensor row_offsets, Tensor columns, ScalarType dtype) -> Tensor",
-    stem="csr",
     fake=lambda dW, row_offsets, columns, dtype: dW.new_empty(columns.shape, dtype=dtype),
     pieces=("csr_gather_",),
 )
@@ -342,6 +371,7 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, ('auto', *choices)))}")
 
 
+@calls(csr_add_forward_op, csr_scatter_op, csr_add_backward_op)
 def csr_add(weight, csr, *, inplace=False):
     """weight + S [d, k], rounded once to weight's dtype; differentiable in both.
 
@@ -358,6 +388,7 @@ def csr_add(weight, csr, *, inplace=False):
     return apply(CSRAddFunction, weight, weight, csr.ordered(csr.values), pattern, bool(inplace))
 
 
+@calls(csr_spmm_forward_op, csr_spmm_backward_op)
 def csr_spmm(x, csr, *, gradient_route="auto"):
     """x Sᵀ [..., d] for x [..., k] and S [d, k], summed in at least float32; differentiable in x and the values.
 
@@ -374,6 +405,7 @@ def csr_spmm(x, csr, *, gradient_route="auto"):
     return apply(CSRSpmmFunction, x, None, x, csr.ordered(csr.values), pattern, gradient_route, False)
 
 
+@calls(csr_sddmm_op, csr_spmm_forward_op)
 def csr_sddmm(dy, x, csr):
     """(dyᵀx) at the pattern of ``csr`` [d, k], summed in at least float32; differentiable in dy and x.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
     apply,
@@ -66,11 +66,17 @@ def _norm_cost(weight, A, B, scale):
     return Cost(2 * d * k * (r + 1) + 2 * r * r * (d + k), nbytes(weight, A, B))
 
 
+def _norm_samples(s):
+    yield s.W, s.A, s.B, 0.5
+    yield s.W, s.A.to(s.acc), s.B.to(s.acc), 0.5
+    yield s.transposed(s.W), s.A.to(s.acc), s.B.to(s.acc), -2.0
+
+
 @define(
     "column_norm(Tensor weight, Tensor A, Tensor B, float scale) -> Tensor",
-    stem="dora",
     fake=_norm_fake,
     cost=_norm_cost,
+    samples=_norm_samples,
 )
 def column_norm_op(weight, A, B, scale):
     """c [d] = ‖W_o + scale (BA)_o‖ in float32 (float64 for float64).
@@ -89,12 +95,21 @@ def column_norm_op(weight, A, B, scale):
     return c2.index_copy(0, row, exact).sqrt()
 
 
+def _cached_samples(s):
+    def unknown():  # a stamp of no A and B
+        return s.zeros(s.d, dtype=s.acc), s.zeros(2, dtype=torch.int64)
+
+    yield *unknown(), s.W, s.A, s.B, 0.5, True
+    yield *unknown(), s.W, s.A.to(s.acc), s.B.to(s.acc), 0.5, True
+    yield *unknown(), s.rows(s.W), s.A, s.B, -0.5, False
+
+
 @define(
     "column_norm_cached_(Tensor(a!) norm, Tensor(b!) stamp, Tensor weight, Tensor A, Tensor B, float scale,"
     " bool force) -> ()",
-    stem="dora",
     fake=lambda norm, stamp, weight, A, B, scale, force: None,
     cost=lambda norm, stamp, weight, A, B, scale, force: _norm_cost(weight, A, B, scale),
+    samples=_cached_samples,
 )
 def column_norm_cached_op(norm, stamp, weight, A, B, scale, force):
     """Recompute norm [d] unless A and B are, bit for bit, those it was last computed for.
@@ -109,12 +124,20 @@ def _magnitude_cost(dyz, dy, x, h, weight, B, scale, g, norm, bias):
     return Cost(4 * dyz.numel(), nbytes(dyz, g, norm, bias) + dyz.numel() * dyz.element_size())
 
 
+def _magnitude_samples(s):
+    zero, small = s.g.clone(), s.g.clone()
+    zero[: s.d // 2 : 3] = 0
+    small[::3] *= 2.0**-20
+    for g, bias in ((s.g, None), (zero, None), (small, None), (small, s.bias)):
+        yield s.shift, s.dy, s.x, s.h, s.W, s.B, 0.5, g, s.norm, bias
+
+
 @define(
     "magnitude_grad(Tensor dyz, Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor B, float scale, Tensor g,"
     " Tensor norm, Tensor? bias) -> Tensor",
-    stem="dora",
     fake=lambda dyz, dy, x, h, weight, B, scale, g, norm, bias: dyz.new_empty(dyz.shape),
     cost=_magnitude_cost,
+    samples=_magnitude_samples,
 )
 def magnitude_grad_op(dyz, dy, x, h, weight, B, scale, g, norm, bias):
     """dm [d] = Σ_t dy (y - b) / m from dyz = Σ_t dy (y - b) and m = g c.
@@ -145,7 +168,6 @@ def _kept_fake(x, A, norm, d, kept):
 
 @define_layer(
     f"dora_update_forward_(Tensor(a!) out, Tensor x, {_NORMED}, float scale, bool need_z) -> (Tensor, Tensor, Tensor)",
-    stem="dora",
     fake=lambda out, x, A, B, magnitude, bias, norm, scale, need_z: _kept_fake(
         x, A, norm, out.shape[-1], need_z and bias is not None
     ),
@@ -177,7 +199,6 @@ def _forward_fake(x, weight, base_out, A, B, magnitude, bias, norm, seed, scale,
 @define_layer(
     f"dora_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, {_NORMED}, Tensor? seed, float scale, float p,"
     " bool need_z) -> (Tensor, Tensor, Tensor, Tensor)",
-    stem="dora",
     fake=_forward_fake,
     pieces=_FORWARD,
 )
@@ -212,7 +233,6 @@ def dora_linear_forward_op(x, weight, base_out, A, B, magnitude, bias, norm, see
     "dora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor magnitude, Tensor? bias,"
     " Tensor gains, Tensor? h, Tensor? y, Tensor? z, Tensor? seed, float scale, float p, int needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    stem="dora",
     fake=lambda dy, x, weight, A, B, magnitude, bias, gains, h, y, z, seed, scale, p, needs: wanted(
         dy, needs, (*dy.shape[:-1], A.shape[1]), A, B, magnitude, dy.shape[-1:], dy.shape
     ),
@@ -383,6 +403,7 @@ def _check_dora(x, out_features, lora_A, lora_B, magnitude, norm, scale):
     checks.number("scale", scale)
 
 
+@calls(column_norm_op, column_norm_cached_op, dora_linear_forward_op, dora_linear_backward_op)
 def dora_linear(
     x, weight, lora_A, lora_B, magnitude, bias=None, *, scale=1.0, norm=None, dropout_p=0.0, training=False,
     recompute=False,
@@ -410,6 +431,7 @@ def dora_linear(
     return linear(x, weight, lora_A, lora_B, magnitude, bias, norm, float(scale), p, recompute)
 
 
+@calls(dora_update_forward_op, dora_linear_forward_op, dora_linear_backward_op)
 def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scale=1.0):
     """DoRA over a base layer somebody else computed: base_out [..., d] becomes g * (base_out - b + scale h Bᵀ) + b.
 

@@ -18,11 +18,16 @@ def _project_cost(x, A, seed, p):
     return Cost(2 * x.numel() * A.shape[0], nbytes(x, A) + x.shape[0] * A.shape[0] * x.element_size())
 
 
+def _project_samples(s):
+    yield s.x, s.A, s.key, 0.25
+    yield s.rows(s.x), s.A, s.key, 0.0
+
+
 @define(
     "dropout_project(Tensor x, Tensor A, Tensor seed, float p) -> Tensor",
-    stem="dropout",
     fake=lambda x, A, seed, p: x.new_empty(x.shape[0], A.shape[0]),
     cost=_project_cost,
+    samples=_project_samples,
 )
 def dropout_project_op(x, A, seed, p):
     """h [T, r] = drop(x) Aᵀ in x's dtype, for x [T, k] and A [r, k] of one dtype."""
@@ -35,11 +40,16 @@ def _outer_cost(u, x, seed, p):
     return Cost(2 * x.numel() * r, nbytes(x, u) + r * k * accumulate_dtype(x.dtype).itemsize)
 
 
+def _outer_samples(s):
+    yield s.h, s.x, s.key, 0.25
+    yield s.h, s.rows(s.x), s.key, 0.9
+
+
 @define(
     "dropout_outer(Tensor u, Tensor x, Tensor seed, float p) -> Tensor",
-    stem="dropout",
     fake=lambda u, x, seed, p: x.new_empty(u.shape[1], x.shape[1], dtype=accumulate_dtype(x.dtype)),
     cost=_outer_cost,
+    samples=_outer_samples,
 )
 def dropout_outer_op(u, x, seed, p):
     """dA [r, k] = uᵀ drop(x) in float32 (float64 for float64), for u [T, r] and x [T, k] of one dtype."""
@@ -51,11 +61,16 @@ def _lift_cost(out, u, A, seed, p):
     return Cost(2 * out.numel() * A.shape[0], 2 * nbytes(out) + nbytes(u, A))
 
 
+def _lift_samples(s):
+    yield s.randn(s.T, s.k), s.h, s.A, s.key, 0.25
+    yield s.rows(s.x), s.h, s.A, s.key, 0.5
+
+
 @define(
     "dropout_lift_(Tensor(a!) out, Tensor u, Tensor A, Tensor seed, float p) -> ()",
-    stem="dropout",
     fake=lambda out, u, A, seed, p: None,
     cost=_lift_cost,
+    samples=_lift_samples,
 )
 def dropout_lift_op(out, u, A, seed, p):
     """out [T, k] += drop(u A), for u [T, r] and A [r, k] of out's dtype."""
@@ -65,9 +80,9 @@ def dropout_lift_op(out, u, A, seed, p):
 
 @define(
     "seeded_dropout(Tensor x, Tensor seed, float p) -> Tensor",
-    stem="dropout",
     fake=lambda x, seed, p: x.new_empty(x.shape),
     cost=lambda x, seed, p: Cost(x.numel(), 2 * nbytes(x)),
+    samples=lambda s: [(s.x, s.key, 0.25), (s.rows(s.x), s.key, 0.0)],
 )
 def seeded_dropout_op(x, seed, p):
     """drop(x) [T, k], contiguous: for the one method (DoRA) whose base product reads drop(x) itself."""

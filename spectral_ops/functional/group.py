@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd import Function
 
-from spectral_ops._library import accumulate_dtype, define_layer
+from spectral_ops._library import accumulate_dtype, calls, define_layer
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
     apply,
@@ -36,7 +36,6 @@ _SIBLINGS = "Tensor[] weights, Tensor[] A, Tensor[] B"
 
 @define_layer(
     f"lowrank_group_forward(Tensor x, {_SIBLINGS}, Tensor?[] biases, float[] scales) -> (Tensor[], Tensor)",
-    stem="group",
     fake=lambda x, weights, A, B, biases, scales: (
         [x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights],
         x.new_empty(math.prod(x.shape[:-1]), sum(a.shape[0] for a in A)),
@@ -68,7 +67,6 @@ def _group_backward_fake(h, x, dys, weights, A, B, scales, needs):
 @define_layer(
     f"lowrank_group_backward(Tensor h, Tensor? x, Tensor?[] dys, {_SIBLINGS}, float[] scales,"
     " int[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])",
-    stem="group",
     fake=_group_backward_fake,
     pieces=("lowrank_backward",),
 )
@@ -163,6 +161,7 @@ class LowRankGroupFunction(Function):
 # --- public function -------------------------------------------------------------------------------------------------
 
 
+@calls(lowrank_group_forward_op, lowrank_group_backward_op)
 def lowrank_linear_group(x, layers: Sequence[tuple]):
     """Several low-rank linear layers over one x (q, k, v; gate, up): their projections share one read of x.
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import apply, backward_pass
 
@@ -38,14 +38,21 @@ def _update_cost(exp_avg, uncertainty, params, grads, shards, beta1, beta2, scor
     return Cost((9 + 2 * score) * n, nbytes(*params, *grads) + 2 * nbytes(exp_avg, uncertainty) + scores)
 
 
+def _update_samples(s):
+    params, grads = ([s.randn(*size) for size in ((s.r, s.k), (s.d, s.r), (s.r, 1))] for _ in range(2))
+    n = sum(p.numel() for p in params)
+    for score in (True, False):
+        yield s.randn(n, dtype=s.acc).abs(), s.randn(n, dtype=s.acc).abs(), params, grads, [], 0.85, 0.8, score
+
+
 @define(
     "importance_update_(Tensor(a!) exp_avg, Tensor(b!) uncertainty, Tensor[] params, Tensor[] grads, int[] shards,"
     " float beta1, float beta2, bool score) -> Tensor",
-    stem="importance",
     fake=lambda exp_avg, uncertainty, params, grads, shards, beta1, beta2, score: exp_avg.new_empty(
         triplets(params) if score else 0
     ),
     cost=_update_cost,
+    samples=_update_samples,
 )
 def importance_update_op(exp_avg, uncertainty, params, grads, shards, beta1, beta2, score):
     """Ī and Ū (exp_avg and uncertainty, flat, float32 or float64) after one more step, and the scores where asked for.
@@ -83,9 +90,9 @@ def _prune_cost(scores, lora_E, first, count):
 
 @define(
     "importance_prune_(Tensor scores, Tensor(a!)[] lora_E, int[] first, int count) -> Tensor",
-    stem="importance",
     fake=lambda scores, lora_E, first, count: scores.new_empty(scores.shape, dtype=torch.bool),
     cost=_prune_cost,
+    samples=lambda s: [(s.randn(s.r, dtype=s.acc).abs(), [s.randn(s.r)], [0], min(s.r, 2))],
 )
 def importance_prune_op(scores, lora_E, first, count):
     """Which triplets are kept [R] bool: those whose score exceeds the ``count``-th smallest, all for a count of 0; the
@@ -192,6 +199,7 @@ def _check_shards(shards, params) -> list[int]:
     return [int(number) for part in shards for number in part]
 
 
+@calls(importance_update_op)
 @torch.no_grad()
 def adalora_importance(params, exp_avg, uncertainty, grads=None, *, beta1=0.85, beta2=0.85, shards=None, score=True):
     """Update AdaLoRA's running importance of every parameter of a model, in one operator call, and score the triplets.
@@ -223,6 +231,7 @@ def adalora_importance(params, exp_avg, uncertainty, grads=None, *, beta1=0.85, 
     return importance_update_op(exp_avg, uncertainty, flat, given, numbers, float(beta1), float(beta2), bool(score))
 
 
+@calls(importance_prune_op)
 @torch.no_grad()
 def adalora_prune(lora_E, scores, count, *, first=None):
     """Zero the E of the ``count`` triplets of lowest score, and of those with the same score as the last of them.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from spectral_ops import _library
-from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
     apply,
@@ -54,11 +54,19 @@ def _matmul_cost(x, weight, h, B, scale, g, bias):
     )
 
 
+def _matmul_samples(s):
+    yield s.x, s.W, s.h, s.B, 0.5, None, s.bias
+    yield s.x, s.W, s.h, s.B, 0.5, s.g, s.bias
+    yield s.x, s.W, s.h, s.B, 0.5, s.g, None
+    yield s.x, s.W, s.h, s.B, 0.5, None, None
+    yield s.rows(s.x), s.transposed(s.W), s.h, s.B, -2.0, None, s.bias
+
+
 @define(
     "lowrank_matmul(Tensor x, Tensor weight, Tensor h, Tensor B, float scale, Tensor? g, Tensor? bias) -> Tensor",
-    stem="lowrank",
     fake=lambda x, weight, h, B, scale, g, bias: x.new_empty(x.shape[0], weight.shape[0]),
     cost=_matmul_cost,
+    samples=_matmul_samples,
 )
 def lowrank_matmul_op(x, weight, h, B, scale, g, bias):
     """y [T, d] = g * (x Wᵀ + scale h Bᵀ) + bias: one GEMM over [x | h], rounded once to x's dtype."""
@@ -72,11 +80,19 @@ def _update_cost(out, h, B, scale, g, shift):
     return Cost(2 * out.numel() * (B.shape[1] + 1), 2 * nbytes(out) + nbytes(h, B, g, shift))
 
 
+def _update_samples(s):
+    yield s.randn(s.T, s.d), s.h, s.B, 0.5, s.g, s.bias.to(s.acc)
+    yield s.randn(s.T, s.d), s.h, s.B, 0.5, None, None
+    yield s.randn(s.T, s.d), s.h, s.B, 0.5, s.g, None
+    yield s.randn(s.T, s.d), s.h, s.B, -1.5, s.g, s.shift
+    yield s.rows(s.y), s.h, s.B, 0.5, None, s.shift
+
+
 @define(
     "lowrank_update_(Tensor(a!) out, Tensor h, Tensor B, float scale, Tensor? g, Tensor? shift) -> ()",
-    stem="lowrank",
     fake=lambda out, h, B, scale, g, shift: None,
     cost=_update_cost,
+    samples=_update_samples,
 )
 def lowrank_update_op(out, h, B, scale, g, shift):
     """out [T, d] becomes g * (out + scale h Bᵀ) + shift, in one pass; h [T, r] and B [d, r] in out's dtype, g and
@@ -116,12 +132,23 @@ def _backward_cost(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, need_g
     return Cost(flops, nbytes(dy, h, B, g, y, bias, *outputs))
 
 
+def _backward_samples(s):
+    yield s.dy, s.h, s.B, 0.5, None, None, None, True, True, False, False
+    yield s.dy, s.h, s.B, 0.5, s.g, s.y, s.bias, True, True, True, True
+    yield s.dy, s.h, s.B, 0.5, None, None, None, True, True, True, False
+    yield s.dy, s.h, s.B, 0.5, s.g, s.y, None, True, False, False, False
+    yield s.dy, s.h, s.B, 0.5, s.g, None, None, False, True, False, True
+    yield s.rows(s.dy), s.h, s.B, -0.5, s.g, s.rows(s.y), s.bias, True, True, False, True
+    yield s.randn(1, s.d).expand(s.T, s.d), s.h, s.B, 0.5, None, None, None, True, True, True, False
+    yield s.dy, s.h, s.B, 0.5, None, None, None, False, False, False, False
+
+
 @define(
     "lowrank_backward(Tensor dy, Tensor h, Tensor B, float scale, Tensor? g, Tensor? y, Tensor? bias,"
     " bool need_u, bool need_dB, bool need_db, bool need_gdy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    stem="lowrank",
     fake=_backward_fake,
     cost=_backward_cost,
+    samples=_backward_samples,
 )
 def lowrank_backward_op(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, need_gdy):
     """One pass over dy [T, d] (and y, where given); an output nobody needs is empty [0].
@@ -229,7 +256,6 @@ def _hidden(x, A):
 
 @define_layer(
     f"lowrank_update_forward_(Tensor(a!) out, Tensor x, {_FACTORS}) -> Tensor",
-    stem="lowrank",
     fake=lambda out, x, A, B, bias, core, g, seed, scale, p: _hidden(x, A),
     pieces=_PIECES,
 )
@@ -247,7 +273,6 @@ def lowrank_update_forward_op(out, x, A, B, bias, core, g, seed, scale, p):
 
 @define_layer(
     f"lowrank_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, {_FACTORS}) -> (Tensor, Tensor)",
-    stem="lowrank",
     fake=lambda x, weight, base_out, A, B, bias, core, g, seed, scale, p: (
         x.new_empty(*x.shape[:-1], B.shape[0]), _hidden(x, A),
     ),
@@ -270,7 +295,6 @@ def lowrank_linear_forward_op(x, weight, base_out, A, B, bias, core, g, seed, sc
 @define_layer(
     "lowrank_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor? core, Tensor? g,"
     " Tensor? h, Tensor? seed, float scale, float p, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    stem="lowrank",
     fake=lambda dy, x, weight, A, B, core, g, h, seed, scale, p, needs: wanted(
         dy, needs, (*dy.shape[:-1], A.shape[1]), A, B, dy.shape[-1:], core, dy.shape
     ),
@@ -429,6 +453,7 @@ def _check_extras(x, rank, out_features, core, out_scale, scale, dropout_p):
     checks.probability("dropout_p", dropout_p)
 
 
+@calls(lowrank_linear_forward_op, lowrank_linear_backward_op)
 def lowrank_linear(
     x, weight, lora_A, lora_B, bias=None, *, scale=1.0, core=None, out_scale=None, dropout_p=0.0, training=False
 ):
@@ -457,6 +482,7 @@ def lowrank_linear(
     return linear(x, weight, lora_A, lora_B, bias, core, g, float(scale), dropout_p if training else 0.0)
 
 
+@calls(lowrank_update_forward_op, lowrank_linear_forward_op, lowrank_linear_backward_op)
 def lowrank_update(
     base_out, x, lora_A, lora_B, *, scale=1.0, core=None, out_scale=None, bias=None, dropout_p=0.0, training=False
 ):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import apply, autocast_arguments, backward_pass, mm, rows
 
@@ -39,11 +39,22 @@ def _rows_like(logits):
     return logits.new_empty(logits.shape[0], dtype=accumulate_dtype(logits.dtype))
 
 
+def _target_samples(s, ignored):
+    row = torch.arange(s.T, device=s.device)
+    return torch.where(row % 4 == 3, ignored, 5 * row % s.d) if s.d else torch.full_like(row, ignored)
+
+
+def _logprob_samples(s):
+    logits = s.randn(s.T, s.d, scale=6)
+    yield logits, _target_samples(s, -100), 1.0, -100
+    yield s.rows(logits), _target_samples(s, -7), 0.5, -7
+
+
 @define(
     "target_logprob(Tensor logits, Tensor targets, float scale, int ignore_index) -> (Tensor, Tensor)",
-    stem="policy",
     fake=lambda logits, targets, scale, ignore_index: (_rows_like(logits), _rows_like(logits)),
     cost=_logprob_cost,
+    samples=_logprob_samples,
 )
 def target_logprob_op(logits, targets, scale, ignore_index):
     """(log-probability of targets, logsumexp), both [n] in float32 (float64 for float64), of scale * logits [n, V].
@@ -65,12 +76,19 @@ def _gradient_cost(logits, targets, logsumexp, dlogp, scale, ignore_index):
     return Cost(4 * logits.numel(), 2 * nbytes(logits) + nbytes(targets, logsumexp, dlogp))
 
 
+def _gradient_samples(s):
+    for scale, ignored, laid_out in ((0.5, -100, torch.clone), (1.0, -7, torch.clone), (0.5, -7, s.rows)):
+        logits = s.randn(s.T, s.d, scale=6)
+        lse = (scale * logits.to(s.acc)).logsumexp(1)
+        yield laid_out(logits), _target_samples(s, ignored), lse, s.randn(s.T, dtype=s.acc), scale, ignored
+
+
 @define(
     "softmax_gradient_(Tensor(a!) logits, Tensor targets, Tensor logsumexp, Tensor dlogp, float scale, "
     "int ignore_index) -> ()",
-    stem="policy",
     fake=lambda logits, targets, logsumexp, dlogp, scale, ignore_index: None,
     cost=_gradient_cost,
+    samples=_gradient_samples,
 )
 def softmax_gradient_op(logits, targets, logsumexp, dlogp, scale, ignore_index):
     """logits [n, V] becomes scale * dlogp * (onehot(targets) - exp(scale * logits - logsumexp)), in logits' dtype.
@@ -210,6 +228,7 @@ def _check_targets(hidden, targets, V: int, ignore_index: int) -> None:
         raise IndexError(f"targets: got {got}, wanted token numbers in [0, {V}) or ignore_index ({ignore_index})")
 
 
+@calls(target_logprob_op, softmax_gradient_op)
 def token_logprobs(hidden, lm_head_weight, targets, *, chunk=None, ignore_index=-100, temperature=1.0):
     """Log-probability of each target token, log softmax(hidden · headᵀ / temperature)[target]; no [T, V] in memory.
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import accumulate_dtype, define_layer
+from spectral_ops._library import accumulate_dtype, calls, define_layer
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
     apply,
@@ -38,7 +38,10 @@ from spectral_ops.functional.csr import (
     CSRSpmmFunction,
     check_choice,
     check_csr,
+    csr_gather_op,
     csr_scatter_op,
+    csr_spmm_backward_op,
+    csr_spmm_forward_op,
     csr_spmm_op,
     pattern_for_backward,
     values_gradient,
@@ -80,7 +83,6 @@ def _rosa_forward_fake(x, weight, values, row_offsets, columns, A, B, bias, seed
 @define_layer(
     "rosa_linear_forward(Tensor x, Tensor weight, Tensor values, Tensor row_offsets, Tensor columns, Tensor? A,"
     " Tensor? B, Tensor? bias, Tensor? seed, float scale, float p, int route) -> (Tensor, Tensor)",
-    stem="rosa",
     fake=_rosa_forward_fake,
     pieces=_PIECES,
 )
@@ -112,7 +114,6 @@ def _rosa_backward_fake(
     " Tensor? column_offsets, Tensor? entry_rows, Tensor? permutation, Tensor? active_rows, Tensor? active_columns,"
     " Tensor? compact_offsets, Tensor? compact_columns, Tensor? A, Tensor? B, Tensor? h, Tensor? seed, float scale,"
     " float p, int route, int gradient_route, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    stem="rosa",
     fake=_rosa_backward_fake,
     pieces=_PIECES,
 )
@@ -235,6 +236,7 @@ def _check_adapters(x, out_features, lora_A, lora_B, scale, dropout_p, gradient_
     check_choice("gradient_route", gradient_route, rosa_routes.GRADIENT_ROUTES)
 
 
+@calls(rosa_linear_forward_op, rosa_linear_backward_op, csr_scatter_op, csr_gather_op)
 def rosa_linear(
     x, weight, csr, lora_A=None, lora_B=None, bias=None, *, scale=1.0, route="auto", gradient_route="auto",
     dropout_p=0.0, training=False,
@@ -277,6 +279,7 @@ def rosa_linear(
     return linear(x, weight, values, pattern, lora_A, lora_B, bias, float(scale), p, route, gradient_route)
 
 
+@calls(csr_spmm_op, csr_spmm_forward_op, csr_spmm_backward_op)
 def rosa_update(base_out, x, csr, *, gradient_route="auto"):
     """base_out + x Sᵀ, in place on base_out [..., d]: the sparse delta over any base layer (bitsandbytes, GPTQ, FP8).
 

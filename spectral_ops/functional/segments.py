@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
-from spectral_ops._library import Cost, accumulate_dtype, define, define_layer, nbytes
+from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
     apply,
@@ -122,11 +122,27 @@ def _project_cost(x, A, order, offsets):
     return Cost(2 * x.numel() * A.shape[1], nbytes(x, A, order, offsets) + x.shape[0] * A.shape[1] * x.element_size())
 
 
+def _group_samples(s):
+    """Rows of three adapters, the first rows of none; of four, one of them without rows; all rows of one of four."""
+    T = s.T
+    ends = (T // 8, T // 3, T // 2, T), (T // 7, T // 3, T // 3, T // 2, T - T // 5), (0, T, T, T, T)
+    return [(s.order(T), torch.tensor(each, device=s.device)) for each in ends]
+
+
+def _project_samples(s):
+    some, uneven, alone = _group_samples(s)
+    yield s.x, s.randn(3, s.r, s.k, scale=max(s.k, 1) ** -0.5), *some
+    A = s.randn(4, s.r, s.k, scale=max(s.k, 1) ** -0.5)
+    yield s.x, A, *uneven
+    yield s.x, A, *alone
+    yield s.rows(s.x), s.transposed(A), *uneven
+
+
 @define(
     "segment_project(Tensor x, Tensor A, Tensor order, Tensor offsets) -> Tensor",
-    stem="segments",
     fake=lambda x, A, order, offsets: x.new_empty(x.shape[0], A.shape[1]),
     cost=_project_cost,
+    samples=_project_samples,
 )
 def segment_project_op(x, A, order, offsets):
     """h [T, r]: h_t = x_t A_sᵀ in x's dtype, zero for a row without adapter; x [T, k], A [n, r, k] in x's dtype."""
@@ -141,11 +157,19 @@ def _lift_cost(out, h, B, order, offsets):
     return Cost(2 * out.numel() * h.shape[1], 2 * nbytes(out) + nbytes(h, B, order, offsets))
 
 
+def _lift_samples(s):
+    some, uneven, alone = _group_samples(s)
+    yield s.randn(s.T, s.d), s.h, s.randn(3, s.d, s.r, scale=0.3), *some
+    B = s.randn(4, s.d, s.r, scale=0.3)
+    yield s.randn(s.T, s.d), s.h, B, *uneven
+    yield s.rows(s.y), s.rows(s.h), B.transpose(0, 1).contiguous().transpose(0, 1), *alone
+
+
 @define(
     "segment_lift_(Tensor(a!) out, Tensor h, Tensor B, Tensor order, Tensor offsets) -> ()",
-    stem="segments",
     fake=lambda out, h, B, order, offsets: None,
     cost=_lift_cost,
+    samples=_lift_samples,
 )
 def segment_lift_op(out, h, B, order, offsets):
     """out [T, d]: out_t += h_t B_sᵀ, for h [T, r] and B [n, d, r] of out's dtype."""
@@ -159,13 +183,20 @@ def _outer_cost(u, x, order, offsets):
     return Cost(2 * x.numel() * u.shape[1], nbytes(u, x, order, offsets) + out * accumulate_dtype(x.dtype).itemsize)
 
 
+def _outer_samples(s):
+    some, uneven, alone = _group_samples(s)
+    yield s.h, s.x, *some
+    yield s.h, s.x, *uneven
+    yield s.rows(s.h), s.rows(s.x), *alone
+
+
 @define(
     "segment_outer(Tensor u, Tensor x, Tensor order, Tensor offsets) -> Tensor",
-    stem="segments",
     fake=lambda u, x, order, offsets: x.new_empty(
         offsets.shape[0] - 1, u.shape[1], x.shape[1], dtype=accumulate_dtype(x.dtype)
     ),
     cost=_outer_cost,
+    samples=_outer_samples,
 )
 def segment_outer_op(u, x, order, offsets):
     """[n, r, k]: Σ u_tᵀ x_t over the rows of each adapter, in float32 (float64); u [T, r] and x [T, k] of one dtype."""
@@ -206,7 +237,6 @@ def _forward_fake(x, weight, base_out, bias, A, B, ids, seed, scales, p, keep, g
 @define_layer(
     f"segmented_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, Tensor? bias, {_ADAPTERS}, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    stem="segments",
     fake=_forward_fake,
     pieces=("lowrank_matmul", "dropout_project", *_GROUPED),
 )
@@ -226,7 +256,6 @@ def segmented_linear_forward_op(x, weight, base_out, bias, A, B, ids, seed, scal
 
 @define_layer(
     f"segmented_update_forward_(Tensor(a!) out, Tensor x, {_ADAPTERS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    stem="segments",
     fake=lambda out, x, A, B, ids, seed, scales, p, keep, grouped: _kept_fake(x, A, ids, keep, grouped),
     pieces=("dropout_project", *_GROUPED),
 )
@@ -264,7 +293,6 @@ def _backward_fake(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p,
     "segmented_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor[] A, Tensor[] B, Tensor? ids,"
     " Tensor? order, Tensor? offsets, Tensor? seed, Tensor? h, float[] scales, float p, bool need_x, bool need_bias,"
     " int[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
-    stem="segments",
     fake=_backward_fake,
     pieces=("lowrank_backward", "dropout_outer", "dropout_lift_", *_GROUPED, "segment_outer"),
 )
@@ -449,6 +477,7 @@ def check_ids(segment_ids, x, n: int) -> None:
         raise ValueError(f"segment_ids: got values from {low} to {high}, wanted -1 (no adapter) to {n - 1}")
 
 
+@calls(segmented_linear_forward_op, segmented_linear_backward_op)
 def segmented_lowrank_linear(
     x,
     weight,
@@ -490,6 +519,7 @@ def segmented_lowrank_linear(
     )  # fmt: skip
 
 
+@calls(segmented_update_forward_op, segmented_linear_forward_op, segmented_linear_backward_op)
 def segmented_lowrank_update(
     base_out,
     x,

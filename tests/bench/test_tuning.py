@@ -371,11 +371,11 @@ def test_tiles_are_those_that_launchers_take():
     from spectral_ops import triton_kernels
     from spectral_ops.triton_kernels import common
 
-    taking = set()
-    for name, stem in triton_kernels.OPERATORS.items():
-        if "tiles" in inspect.signature(triton_kernels.launcher(stem, name)).parameters:
-            taking.add(name)
-    assert taking == set(triton_kernels.TILES)
-    assert all(set(names) <= set(common.VARIANTS) for names in triton_kernels.TILES.values())
+    for name, operator in _library.OPERATORS.items():
+        if triton_kernels.has(operator.stem, name):
+            tiles = triton_kernels.tiles(operator.stem, name)
+            parameters = inspect.signature(triton_kernels.launcher(operator.stem, name)).parameters
+            assert bool(tiles) == ("tiles" in parameters), name
+            assert set(tiles) <= set(common.VARIANTS)
     assert common.varied((64, 128, 16, 8), "short") == (32, 128, 16, 8)
     assert common.varied((64, 16, 16, 8), "narrow") == (64, 16, 16, 8), "products take 16 at least"

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 from triton import knobs  # noqa: E402
@@ -31,27 +32,23 @@ if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
 from spectral_ops import triton_kernels  # noqa: E402
-from spectral_ops.triton_kernels import (  # noqa: E402
-    TILES,
-    bat,
-    blocksum,
-    common,
-    dora,
-    dropout,
-    launcher,
-    lowrank,
-    segments,
-)
+from spectral_ops._library import OPERATORS  # noqa: E402
+from spectral_ops.bench.samples import arguments  # noqa: E402
+from spectral_ops.triton_kernels import common, launcher  # noqa: E402
 
 ARCHS = (80, 90, 100)
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 SHARED = {80: 99, 90: 227, 100: 227}  # KiB; sm_80's table also serves 8.6, 8.9 and 12.x, which have 99
 REGISTERS = 255
+NAMES = [name for name, operator in OPERATORS.items() if triton_kernels.has(operator.stem, name)]
+STEMS = sorted({OPERATORS[name].stem for name in NAMES})
+MODULES = [importlib.import_module(f"spectral_ops.triton_kernels.{stem}") for stem in STEMS]
 MATRIX_INSTRUCTIONS = {"UTCHMMA": "tcgen05.mma", "HGMMA": "wgmma.mma_async", "HMMA": "mma.sync"}  # in SASS and PTX
 
 
 def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> dict[str, tuple[str, str, tuple]]:
-    """case -> (stem, operator, arguments on the meta device)."""
+    """case -> (stem, operator, arguments on the meta device): those whose registers and memory were looked into, and
+    of an operator without any its own samples."""
 
     def make(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -168,6 +165,10 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "segment_lift_ r128": ("segments", "segment_lift_", (y, h, Bs, *places)),
         "segment_outer r128": ("segments", "segment_outer", (h, x, *places)),
     }
+    for name in sorted(set(NAMES) - {operator for _, operator, _ in cases.values()}):
+        for i, args in enumerate(arguments(name, 512, 1024, 1024, 64, dtype, "cpu")):
+            args = tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
+            cases[f"{name} r64 {i}"] = OPERATORS[name].stem, name, args
     return cases
 
 
@@ -177,8 +178,7 @@ def recorded(arch: int) -> Iterator[list]:
     launches: list = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for stem in set(triton_kernels.OPERATORS.values()):
-            module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
+        for module in MODULES:
             for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
                 if hasattr(module, name):
                     patch.setattr(module, name, lambda x, value=value: value)
@@ -261,9 +261,13 @@ def builds(arch: int, stem: str, operator: str, args: tuple, **options: str) -> 
     return [build(arch, *launch) for launch in launches]
 
 
-TABLES = (lowrank.MATMUL, lowrank.UPDATE, lowrank.BACKWARD, dora.NORM, blocksum.SUM, blocksum.TILE,
-          dropout.PROJECT, dropout.OUTER, dropout.LIFT, segments.PROJECT, segments.LIFT, segments.OUTER,
-          bat.WEIGHT, bat.CONTRACT, bat.MATMUL, bat.MIX, bat.BACKWARD)  # fmt: skip
+# every module's tables of tiles by architecture and element size
+TABLES = [
+    table
+    for module in MODULES
+    for table in vars(module).values()
+    if isinstance(table, dict) and any(isinstance(key, tuple) and key[0] in ARCHS for key in table)
+]
 PRODUCTS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
 WITH_PRODUCTS = ("matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel",
                  "weight_kernel", "contract_kernel", "mix_kernel", "mix_backward_kernel")  # fmt: skip
@@ -311,7 +315,7 @@ def test_fits_the_processor(dtype, case, arch):
 def test_other_tiles_fit_too(case, tiles, arch):
     """The largest of those that the tuner may choose; the rest were compiled once when they were listed."""
     stem, operator, args = samples(torch.bfloat16)[case]
-    assert tiles in TILES[operator]
+    assert tiles in triton_kernels.tiles(stem, operator)
     for b in builds(arch, stem, operator, args, tiles=tiles):
         assert b.spills == 0 and b.registers <= REGISTERS and b.shared <= SHARED[arch] * 1024, b.name
 

@@ -7,6 +7,7 @@ answers each with one line of JSON: null, or the traceback. ``python tests/kerne
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -22,11 +23,10 @@ if __name__ == "__main__":
 import torch
 from budget import check_operator
 from instruments import poisoned, results
-from samples import operator_samples
+from samples import OPERATOR_NAMES, samples_of
 
-from spectral_ops import _library, use_backend
+from spectral_ops import _library, triton_kernels, use_backend
 from spectral_ops.core import philox
-from spectral_ops.triton_kernels import TILES, launcher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # tokens, in_features, out_features, rank: one token; odd sizes; 4 and 8 dividing k; past a tile on every side
@@ -43,9 +43,8 @@ SIZES_CAYLEY = [(6, 1, 1, 5), (1, 1, 1, 1), (3, 1, 1, 17), (2, 1, 1, 33)]
 SIZES_CAYLEY_MORE = [(1, 1, 1, 64), (1, 1, 1, 65)]  # the largest of the kernels, and one past it
 # kernels with few tokens or rows per program: the interpreter's time goes by programs, so they get fewer of either
 SMALL_TILES = {"block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40)}
-REDUCTIONS = ("lowrank_backward", "column_norm", "magnitude_grad", "dropout_project", "dropout_outer",
-              "bat_matmul", "bat_contract_", "bat_mix", "bat_mix_backward_", "csr_sddmm", "segment_outer")  # fmt: skip
-OPERATORS = sorted(operator_samples())
+OPERATORS = [name for name in OPERATOR_NAMES if triton_kernels.has(_library.OPERATORS[name].stem, name)]
+TILES = {name: triton_kernels.tiles(_library.OPERATORS[name].stem, name) for name in OPERATORS}
 CASES: dict[str, Callable[[], None]] = {}
 
 
@@ -59,24 +58,17 @@ def triton_op(name: str) -> Callable:
 
 
 def samples(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> list[tuple]:
-    """The shared samples of one operator at another size; shards of given sizes are made for one size only."""
     T, k, d, r = size
     most_T, most_d = SMALL_TILES.get(name, (T, d))
-    T, d = min(T, most_T), min(d, most_d)
-    made = operator_samples(dtype, T=T, k=k, d=d, r=r)[name]
-    if name == "block_sum":
-        made = [args for args in made if args[1] <= k]
-    if size == SIZES[0] or not name.startswith("block_"):
-        return made
-    return [args for args in made if not any(isinstance(a, torch.Tensor) and a.dtype == torch.int32 for a in args)]
+    return samples_of(name, dtype=dtype, T=min(T, most_T), d=min(d, most_d), k=k, r=r)
 
 
 def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
-    """Against the float64 reference, with buffers that start as NaN; reductions twice, with the same bits."""
+    """Against the float64 reference, with buffers that start as NaN; in float16 twice, with the same bits."""
     for args in samples(name, dtype, size):
         with poisoned():
             check_operator(_library.OPERATORS[name], triton_op(name), args)
-            if name in REDUCTIONS and dtype == torch.float16:
+            if dtype == torch.float16:
                 first, again = (results(_library.OPERATORS[name], triton_op(name), args) for _ in range(2))
                 for a, b in zip(first, again, strict=True):
                     assert torch.equal(a, b), f"{name}: two runs differ"
@@ -135,25 +127,23 @@ for _name in OPERATORS:
 
 def check_tiles(name: str) -> None:
     """Every other tile that the launcher takes, over rows that are aligned, as tables are for those."""
-    launch = launcher(_library.OPERATORS[name].stem, name)
+    launch = triton_kernels.launcher(_library.OPERATORS[name].stem, name)
     for tiles in TILES[name]:
         with poisoned():
             call = functools.partial(launch, tiles=tiles)
             check_operator(_library.OPERATORS[name], call, samples(name, torch.float32, (40, 32, 48, 16))[0])
 
 
-for _name in sorted(TILES):
+for _name in filter(TILES.get, OPERATORS):
     CASES[f"{_name}-tiles"] = functools.partial(check_tiles, _name)
 
 
 @case
 def every_operator_is_listed():
-    from spectral_ops import triton_kernels
-
-    assert set(OPERATORS) <= set(triton_kernels.OPERATORS)
-    for name, stem in triton_kernels.OPERATORS.items():
-        assert _library.OPERATORS[name].stem == stem
-        assert callable(triton_kernels.launcher(stem, name))
+    """What is read from a module's source is what importing it finds."""
+    for name, operator in _library.OPERATORS.items():
+        module = importlib.import_module(f"spectral_ops.triton_kernels.{operator.stem}")
+        assert triton_kernels.has(operator.stem, name) == callable(getattr(module, name, None)), name
 
 
 @case

@@ -7,7 +7,7 @@ import pytest
 import torch
 from budget import check_operator
 from instruments import Recorder, extension_loaded, poisoned, saved_tensors
-from samples import operator_samples
+from samples import samples_of
 from tensors import accumulate, storage
 
 import spectral_ops
@@ -50,7 +50,7 @@ def test_values_and_gradients_are_those_of_the_definition(shape, dtype, backend)
 def test_any_size(name, r):
     """Panels, vectors and tiles that are cut short, and several of them."""
     for dtype in (torch.float64, torch.float32):
-        for args in operator_samples(dtype, T=2, r=r)[name]:
+        for args in samples_of(name, dtype=dtype, T=2, r=r):
             with poisoned():
                 check_operator(OPERATORS[name], OPERATORS[name].default, args)
 
