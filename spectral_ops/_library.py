@@ -25,6 +25,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,10 +43,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {}  # public function -> the operators i
 # Set by backends.use_backend; process-wide, because autograd runs backward passes on threads of its own.
 forced_backend: str | None = None
 _composing = threading.local()  # .backend: what a layer operator composed in this thread takes its pieces from
-require: Callable[[Operator, str, tuple], None] | None = None  # backends.require: raises where that backend cannot run
-launcher: Callable[[str, str], Callable] | None = None  # triton_kernels.launcher, set by backends: stem, name
-tuned: Callable[[str, torch.device], bool] | None = None  # backends.tuned: whether a table has another choice for it
-chosen: Callable[[Operator, tuple], Callable] | None = None  # backends.chosen: the implementation for these arguments
+backends: ModuleType | None = None  # spectral_ops.backends, which puts itself here: this module imports none of it
 
 
 if torch.ops.aten.addmm_ not in flop_registry:  # torch counts addmm, but not the in-place form that the layers use
@@ -73,6 +71,11 @@ def autocast_enabled(device_type: str) -> bool:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype products are summed in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def measured(name: str, device: torch.device) -> bool:
+    """Whether a table of measured choices has another than the default for an operator; asked only where one exists."""
+    return backends.tables and backends.tuned(name, device)
 
 
 class Operator:
@@ -118,8 +121,8 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         backend = getattr(_composing, "backend", None) or forced_backend
         if backend is None:
-            return (self.tuned if tuned(self.name, args[0].device) else self.default)(*args)
-        require(self, backend, args)
+            return (self.tuned if measured(self.name, args[0].device) else self.default)(*args)
+        backends.require(self, backend, args)
         return self.overloads.get(backend, self.default)(*args)
 
     def flops(self, *args: Any) -> int:
@@ -128,7 +131,7 @@ class Operator:
     def triton_function(self) -> Callable:
         """The launcher in ``triton_kernels/<stem>.py``; imports triton on first use."""
         if self._triton is None:
-            self._triton = launcher(self.stem, self.name)
+            self._triton = backends.triton_kernels.launcher(self.stem, self.name)
         return self._triton
 
     def _run_default(self, *args: Any) -> Any:  # where no extension has the operator
@@ -149,7 +152,7 @@ class Operator:
         return out
 
     def _run_tuned(self, *args: Any) -> Any:
-        return chosen(self, args)(*args)
+        return backends.chosen(self, args)(*args)
 
     def __repr__(self) -> str:
         return f"<operator {NAMESPACE}::{self.schema}>"
@@ -170,9 +173,9 @@ class LayerOperator(Operator):
 
     def __call__(self, *args: Any) -> Any:
         if forced_backend is not None:
-            require(self, forced_backend, args)
+            backends.require(self, forced_backend, args)
             return self.overloads.get(forced_backend, self.default)(*args)
-        if tuned(self.name, args[0].device):
+        if measured(self.name, args[0].device):
             return self.tuned(*args)
         return self.default(*args) if torch.compiler.is_compiling() else self._direct(*args)
 

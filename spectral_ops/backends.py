@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,9 +79,6 @@ def require(operator: Operator, backend: str, args: tuple) -> None:
         raise BackendUnavailable(f"backend {backend!r} was forced, but cannot run {operator.name}: {reason}")
 
 
-_library.require, _library.launcher = require, triton_kernels.launcher
-
-
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force every operator to run on one backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
@@ -141,6 +139,7 @@ def implementation(operator: Operator, choice: str) -> Callable:
 
 # --- what a table chose ----------------------------------------------------------------------------------------------
 
+tables = tuning.any_table()  # whether there is any: else no call asks for one
 _tables: dict[torch.device, tuple[frozenset[str], tuning.Table]] = {}
 
 
@@ -164,6 +163,8 @@ def _table(device: torch.device) -> tuple[frozenset[str], tuning.Table]:
 
 def forget_tables() -> None:
     """Read the tables again on the next call; graphs compiled before keep what they chose to look up."""
+    global tables
+    tables = tuning.any_table()
     _tables.clear()
     _chosen.cache_clear()
 
@@ -204,9 +205,6 @@ def _look_up(operator: Operator, device: torch.device, dtype: torch.dtype | None
     if reason := _cannot(operator, nearest.choice, device.type):
         return Choice(name, usual.backend, f"default: {nearest.choice}, chosen by {source}, cannot run here: {reason}")
     return Choice(name, nearest.choice, source)
-
-
-_library.tuned, _library.chosen = tuned, chosen
 
 
 def choose(operator: Operator, device: str | torch.device, tensors: tuple[torch.Tensor, ...] = ()) -> Choice:
@@ -264,3 +262,6 @@ def activate() -> None:
                 _library.library.impl(operator.name, operator._run_triton, "CUDA")
     if name := os.environ.get("SPECTRAL_OPS_BACKEND"):
         _force(name)
+
+
+_library.backends = sys.modules[__name__]

@@ -10,10 +10,11 @@ logarithm of every size, and one with the same flags before any other.
 A choice is a backend (``reference``, ``cpu``, ``triton``, ``cuda``), ``triton:<name>`` for a launcher's other tiles,
 or, where an operator has it, ``library``: the same result from the library's products, which is its default.
 
-The file of an architecture is read once, when an operator first runs there. An operator it does not list is called as
-if there were no file, and that is all that most operators pay: one look-up of the name. One that it lists goes through
-its overload ``.tuned``, which looks the sizes up when the call runs: a compiled graph holds that overload, with no
-guard on any size. A forced backend (``use_backend``) goes before any table. Nothing here measures.
+No table comes with the package yet, and where the folder has none, no call asks for one. The file of an architecture is
+read once, when an operator first runs there. An operator it does not list is called as if there were no file, after one
+look-up of its name. One that it lists goes through its overload ``.tuned``, which looks the sizes up when the call
+runs: a compiled graph holds that overload, with no guard on any size. A forced backend (``use_backend``) goes before
+any table. Nothing here measures.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def file(device: torch.device) -> Path | None:
     """Where the table of ``device`` is, or would be; None where it can have none."""
     name = architecture(device)
     return Path(FOLDER) / f"{name}.json" if name and FOLDER else None
+
+
+def any_table() -> bool:
+    """Whether the folder holds a table, of whatever architecture."""
+    return bool(FOLDER) and any(Path(FOLDER).glob("*.json"))
 
 
 def choices(operator: Operator) -> list[str]:

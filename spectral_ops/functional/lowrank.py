@@ -207,7 +207,7 @@ def fused_forward(x, weight, h, B, scale, g, bias):
     another choice than the library for it.
     """
     forced = _library.forced_backend
-    if forced in ("triton", "reference") or (forced is None and _library.tuned("lowrank_matmul", x.device)):
+    if forced in ("triton", "reference") or (forced is None and _library.measured("lowrank_matmul", x.device)):
         return lowrank_matmul_op(x, weight, h, B, scale, g, bias)
     return library_matmul(x, weight, h, B, scale, g, bias)
 
@@ -410,7 +410,7 @@ def plain(x, dropped, weight, A, B, bias, core, scale):
 
 def _chosen_elsewhere(x):
     """Whether somebody has said, by forcing a backend or by a table of measurements, what runs instead."""
-    return _library.forced_backend is not None or _library.tuned("lowrank_linear_forward", x.device)
+    return _library.forced_backend is not None or _library.measured("lowrank_linear_forward", x.device)
 
 
 def linear(x, weight, A, B, bias, core, g, scale, p):

@@ -181,6 +181,13 @@ def test_an_architecture_without_a_table_has_the_defaults(store, ran, monkeypatc
     assert explain("block_sum", torch.zeros(8, 16)).reason == "default: no measurement for block_sum in cpu-other.json"
 
 
+def test_nothing_is_asked_where_there_is_no_table(folder, monkeypatch):
+    monkeypatch.setattr(backends, "tuned", lambda *_: pytest.fail("a table was asked for"))
+    x, A, B = torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(4, 3)
+    spectral_ops.block_sum(x, 4)
+    spectral_ops.lowrank_linear(x, torch.zeros(4, 8), A, B)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -202,6 +209,7 @@ def test_an_architecture_without_a_table_has_the_defaults(store, ran, monkeypatc
 )
 def test_a_file_that_is_no_table_is_an_error_that_names_it(folder, content, message):
     tuning.file(CPU).write_text(content)
+    backends.forget_tables()
     for _ in range(2):  # and stays one
         with pytest.raises(ValueError, match=message) as raised:
             spectral_ops.block_sum(torch.zeros(8, 16), 4)
