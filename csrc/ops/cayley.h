@@ -1,5 +1,30 @@
-// The host side of cayley_forward and cayley_backward for any device.
+// cayley_forward and cayley_backward: their kernels' arguments, free of torch, and their host side for any device. Matrices
+// [n, r, r] are contiguous.
 #pragma once
+
+#include "../kernels.h"
+
+namespace spectral_ops {
+
+// Q = 2 (I + K)⁻¹ - I, K = (X - Xᵀ) / 2, in float32 (float64 for float64).
+struct CayleyForward {
+  const void* X;
+  void* Q;
+  int64_t n, r;
+  DType dtype;  // of X
+};
+
+// dX = (V - Vᵀ) / 4, V = M Gᵀ M, M = I + Q; all float32 or float64.
+struct CayleyBackward {
+  const void *Q, *G;
+  void* dX;
+  int64_t n, r;
+  DType dtype;
+};
+
+}  // namespace spectral_ops
+
+#ifdef SPECTRAL_OPS_HOST
 
 #include "../ops.h"
 
@@ -39,4 +64,11 @@ template <class Device> Tensor cayley_backward(Tensor Q, Tensor G) {
   return dX;
 }
 
+template <class Device> void bind_cayley(Bindings& rows) {
+  if constexpr (has_kernel<Device, CayleyForward>) rows.add<&cayley_forward<Device>>("cayley_forward");
+  if constexpr (has_kernel<Device, CayleyBackward>) rows.add<&cayley_backward<Device>>("cayley_backward");
+}
+
 }  // namespace spectral_ops
+
+#endif

@@ -1,6 +1,27 @@
 // out [n, T] gets xᵀ, bit for bit: no operator of its own, but a step of a weight gradient (layers/scratch.h).
 #pragma once
 
+#include "../kernels.h"
+
+namespace spectral_ops {
+
+// out [columns, rows] = xᵀ, x [rows, columns]; unit inner strides.
+struct Transpose {
+  const void* x;
+  void* out;
+  int64_t rows, columns;
+  int64_t x_stride, out_stride;  // elements between rows
+  DType dtype;
+};
+
+namespace cpu {
+SPECTRAL_OPS_CPU_KERNEL(transpose, Transpose)
+}  // namespace cpu
+
+}  // namespace spectral_ops
+
+#ifdef SPECTRAL_OPS_HOST
+
 #include "../ops.h"
 
 namespace spectral_ops {
@@ -25,3 +46,5 @@ template <class Device> void transpose_(Tensor out, Tensor x) {
 }
 
 }  // namespace spectral_ops
+
+#endif
