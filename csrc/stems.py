@@ -1,4 +1,4 @@
-"""Write stems.h, cpu_plans.h and cuda_plans.h into a folder: what the bindings need of every stem, from the files that exist.
+"""Write stems.h, cpu_plans.h and cuda_plans.h, which make one of every stem's headers, as far as they exist.
 
 Usage: python csrc/stems.py FOLDER
 
@@ -6,6 +6,7 @@ stems.h includes the headers of csrc/ops and csrc/layers and collects the rows o
 cpu_plans.h and cuda_plans.h include csrc/cpu/<stem>.h and csrc/cuda/<stem>.h of the stems that have one.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -48,5 +49,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for name, text in files().items():
         path = folder / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")  # left alone when unchanged, so that nothing is rebuilt
+        if not path.exists() or path.read_text(encoding="utf-8") != text:  # else nothing would be up to date
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)  # whole at once: another process may be compiling
