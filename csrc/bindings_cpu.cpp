@@ -16,7 +16,7 @@ struct Cpu {
   template <class Arguments> static auto launch(const Arguments& a, const Tensor& like) -> decltype(cpu::run(a, like)) {
     cpu::run(a, like);
   }
-  static constexpr bool on_host = true;  // tensors are in memory that the host reads
+  static constexpr bool on_host = true;  // its tensors are in memory that the host may read
   static constexpr auto mm_out = aoti_torch_cpu_mm_out;
   static constexpr auto addmm_out = aoti_torch_cpu_addmm_out;
 };

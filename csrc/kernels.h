@@ -3,11 +3,36 @@
 
 #include <cstdint>
 
-#if __has_include(<cuda_runtime_api.h>)
-#include <cuda_runtime_api.h>
+#include "cpu/isa.h"
+
+// In the namespace spectral_ops::cpu: declares a kernel of csrc/cpu, for every instruction set.
+#ifdef SPECTRAL_OPS_X86
+#define SPECTRAL_OPS_CPU_KERNEL(name, Arguments)                                                                    \
+  namespace baseline { void name(const Arguments&, int64_t, int64_t); }                                             \
+  namespace avx2 { void name(const Arguments&, int64_t, int64_t); }                                                 \
+  namespace avx512 { void name(const Arguments&, int64_t, int64_t); }                                               \
+  namespace avx512_bf16 { void name(const Arguments&, int64_t, int64_t); }                                          \
+  template <> struct Kernels<Arguments> {                                                                           \
+    static constexpr Kernel<Arguments> compiled[] = {baseline::name, avx2::name, avx512::name, avx512_bf16::name};  \
+  };
+#else
+#define SPECTRAL_OPS_CPU_KERNEL(name, Arguments)                         \
+  namespace baseline { void name(const Arguments&, int64_t, int64_t); }  \
+  template <> struct Kernels<Arguments> {                                \
+    static constexpr Kernel<Arguments> compiled[] = {baseline::name};    \
+  };
 #endif
 
-#include "cpu/isa.h"
+// In the namespace spectral_ops::cuda: declares a launch function of csrc/cuda, and launch(...) for its arguments. Pointers
+// are device pointers, and it only enqueues on the stream. It takes CUDA's types: without CUDA's headers nothing is declared.
+#if __has_include(<cuda_runtime_api.h>)
+#include <cuda_runtime_api.h>
+#define SPECTRAL_OPS_CUDA_KERNEL(name, Arguments)           \
+  cudaError_t name(const Arguments&, cudaStream_t stream);  \
+  inline cudaError_t launch(const Arguments& arguments, cudaStream_t stream) { return name(arguments, stream); }
+#else
+#define SPECTRAL_OPS_CUDA_KERNEL(name, Arguments)
+#endif
 
 namespace spectral_ops {
 
@@ -22,37 +47,9 @@ namespace cpu {
 // Works on tasks [begin, end) of its arguments, in one thread.
 template <class Arguments> using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
-// The kernel of these arguments as `compiled` for each instruction set, in the order of Isa.
+// The kernel of these arguments, `compiled` for each instruction set in the order of Isa.
 template <class Arguments> struct Kernels;
 
-// Declares a kernel of csrc/cpu; in the namespace spectral_ops::cpu.
-#ifdef SPECTRAL_OPS_X86
-#define SPECTRAL_OPS_CPU_KERNEL(name, Arguments)                                                                \
-  namespace baseline { void name(const Arguments&, int64_t, int64_t); }                                         \
-  namespace avx2 { void name(const Arguments&, int64_t, int64_t); }                                             \
-  namespace avx512 { void name(const Arguments&, int64_t, int64_t); }                                           \
-  namespace avx512_bf16 { void name(const Arguments&, int64_t, int64_t); }                                      \
-  template <> struct Kernels<Arguments> {                                                                       \
-    static constexpr Kernel<Arguments> compiled[] = {baseline::name, avx2::name, avx512::name, avx512_bf16::name}; \
-  };
-#else
-#define SPECTRAL_OPS_CPU_KERNEL(name, Arguments)                         \
-  namespace baseline { void name(const Arguments&, int64_t, int64_t); }  \
-  template <> struct Kernels<Arguments> {                                \
-    static constexpr Kernel<Arguments> compiled[] = {baseline::name};    \
-  };
-#endif
-
 }  // namespace cpu
-
-// Declares a launch function of csrc/cuda, and launch(...) for its arguments; in the namespace spectral_ops::cuda. Its
-// pointers are device pointers, and it only enqueues on the stream. Nothing without CUDA's headers, whose types it takes.
-#if __has_include(<cuda_runtime_api.h>)
-#define SPECTRAL_OPS_CUDA_KERNEL(name, Arguments)           \
-  cudaError_t name(const Arguments&, cudaStream_t stream);  \
-  inline cudaError_t launch(const Arguments& arguments, cudaStream_t stream) { return name(arguments, stream); }
-#else
-#define SPECTRAL_OPS_CUDA_KERNEL(name, Arguments)
-#endif
 
 }  // namespace spectral_ops

@@ -174,7 +174,7 @@ struct Binding {
 
 struct Bindings : std::vector<Binding> {
   template <auto F> void add(const char* name) { push_back({name, TORCH_BOX(F)}); }
-  template <auto F> void mutating(const char* name) { add<&Mutating<F>::run>(name); }
+  template <auto F> void mutating(const char* name) { add<&Mutating<F>::run>(name); }  // F writes into its first argument
 };
 
 }  // namespace spectral_ops

@@ -3,11 +3,16 @@
 
 #include "../ops/bat.h"
 #include "matrix.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <optional>
+
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
-// Columns in groups of r x r blocks: one where r fills a vector, else as many side by side as do, multiplied as one
-// block-diagonal matrix. What is not finite in one block of a group then reaches the others in its row.
+// Columns in groups of r x r blocks. A group is one block where r fills a vector, else as many side by side as do. Those are
+// multiplied as one block-diagonal matrix, so what is not finite in one of them reaches the others in its row.
 struct BlockGroups {
   int64_t r = 1, size = 1;  // of a block, of a group
   int64_t padded = 4;       // columns of a packed group
@@ -143,17 +148,9 @@ SPECTRAL_OPS_CPU_KERNEL(bat_mix, BatMixPass)
 SPECTRAL_OPS_CPU_KERNEL(bat_mix_backward, BatMixBackwardPass)
 SPECTRAL_OPS_CPU_KERNEL(part_sum, PartSum)
 
-}  // namespace spectral_ops::cpu
-
 #ifdef SPECTRAL_OPS_HOST
 
-#include <optional>
-
-#include "run.h"
-
-namespace spectral_ops::cpu {
-
-// Runs a pass; its partial sums, `count` for each part of an owner, go to `direct` where there is one part, else to memory.
+// Runs a pass. Each part of an owner leaves `count` partial sums: in `direct` where it is the only part, else in memory.
 template <class Plan>
 void add_up(Plan& pass, std::optional<Workspace>& memory, int64_t count, DType dtype, void* direct, const Tensor& like) {
   pass.room = (pass.room + 63) / 64 * 64;
@@ -215,6 +212,6 @@ inline void run(const BatMixBackward& a, const Tensor& like) {
   in_parallel(sum, sum.tasks(), 16);
 }
 
-}  // namespace spectral_ops::cpu
-
 #endif
+
+}  // namespace spectral_ops::cpu

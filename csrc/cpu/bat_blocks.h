@@ -63,8 +63,8 @@ template <class A> inline void add_to(A* sums, const A* x, int64_t n) {
   for (; i < n; ++i) sums[i] += x[i];
 }
 
-// out [size / r, r, r] = the diagonal blocks of c, in panels [panel, groups.size, its width]; step: between
-// the results of neighbouring blocks; 0 adds them up
+// out [size / r, r, r] = the diagonal blocks of c, which is in panels [panel, groups.size, its width]. The results of
+// neighbouring blocks are `step` elements apart; with 0 they are added up.
 template <class A> void put_blocks(A* out, const BlockGroups& groups, int64_t size, const A* c, int64_t step) {
   const int64_t r = groups.r;
   for (int64_t b = 0; b < size; b += r)

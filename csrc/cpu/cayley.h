@@ -3,6 +3,9 @@
 
 #include "../ops/cayley.h"
 #include "matrix.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
@@ -32,13 +35,7 @@ struct CayleyBackwardPass {
 SPECTRAL_OPS_CPU_KERNEL(cayley_forward, CayleyForwardPass)
 SPECTRAL_OPS_CPU_KERNEL(cayley_backward, CayleyBackwardPass)
 
-}  // namespace spectral_ops::cpu
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "run.h"
-
-namespace spectral_ops::cpu {
 
 // Runs a pass over n matrices, each one thread's, in that thread's room.
 template <class Pass> void run_matrices(Pass pass, const Tensor& like) {
@@ -58,6 +55,6 @@ inline void run(const CayleyForward& a, const Tensor& like) { run_matrices(Cayle
 
 inline void run(const CayleyBackward& a, const Tensor& like) { run_matrices(CayleyBackwardPass(a), like); }
 
-}  // namespace spectral_ops::cpu
-
 #endif
+
+}  // namespace spectral_ops::cpu

@@ -4,13 +4,16 @@
 #include "../csr_plan.h"
 #include "../ops/csr.h"
 #include "matrix.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
 constexpr int64_t kOutRows = 256;  // of S that spmm works on before it writes columns of out
 
-// A task of a sweep is a group of slabs, which it packs itself into its thread's room; or, `shared`, one part of slab
-// `wave` of a group, which all threads have packed into that group's room.
+// A task of a sweep is a group of slabs, which it packs into its thread's room. In a `shared` sweep it is one part of slab
+// `wave` of a group, which all threads have packed into the group's room.
 struct Sweep {
   Slabs slabs{};
   int64_t parts = 1, wave = 0;
@@ -51,13 +54,7 @@ SPECTRAL_OPS_CPU_KERNEL(spmm_sweep, SpmmSweep)
 SPECTRAL_OPS_CPU_KERNEL(sddmm_sweep, SddmmSweep)
 SPECTRAL_OPS_CPU_KERNEL(sddmm_finish, SddmmFinish)
 
-}  // namespace spectral_ops::cpu
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "run.h"
-
-namespace spectral_ops::cpu {
 
 inline void run(const CsrScatter& a, const Tensor&) { in_parallel(a, a.nnz, kEntriesPerThread); }
 
@@ -65,8 +62,8 @@ inline void run(const CsrGather& a, const Tensor&) {
   in_parallel(a, a.row_offsets[a.n] - a.row_offsets[0], kEntriesPerThread);
 }
 
-// Runs a sweep over x [T, k], whose entries cost `work` multiply-adds in all: each thread its groups, or where they do not
-// go round, all threads parts of one slab of every group after another.
+// Runs a sweep over x [T, k]. Each thread takes whole groups of slabs. Where the groups cannot be shared out evenly, all
+// threads take parts of the same slabs instead: of one slab of every group, then of the next.
 template <class S>
 void run_sweep(S sweep, const void* x, int64_t T, int64_t x_stride, DType dtype, int64_t nnz, int64_t spare_bytes,
                const Tensor& like) {
@@ -125,6 +122,6 @@ inline void run(const CsrSddmm& a, const Tensor& like) {
   if (groups != 1) in_parallel(SddmmFinish{a, sweep.sums, groups}, a.nnz, kEntriesPerThread);
 }
 
-}  // namespace spectral_ops::cpu
-
 #endif
+
+}  // namespace spectral_ops::cpu

@@ -3,6 +3,12 @@
 
 #include "../ops/dora.h"
 #include "lowrank.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <algorithm>
+#include <vector>
+
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
@@ -17,7 +23,8 @@ struct NormFinish {
   static int64_t tasks(const ColumnNorm& a) { return tiles(a.rows); }
 };
 
-// parts[2 * task] and the next are a task's share of the fingerprint of a [rows, columns], whose elements count from first.
+// The fingerprint of a [rows, columns], whose elements are numbered from `first`. A task's share of it is parts[2 * task] and
+// the next.
 struct Fingerprint {
   static constexpr int64_t kElements = 4096;  // of a task
   Matrix a;
@@ -46,19 +53,11 @@ SPECTRAL_OPS_CPU_KERNEL(fingerprint, Fingerprint)
 SPECTRAL_OPS_CPU_KERNEL(magnitude_divide, MagnitudeDivide)
 SPECTRAL_OPS_CPU_KERNEL(magnitude_exact, MagnitudeExact)
 
-}  // namespace spectral_ops::cpu
-
 #ifdef SPECTRAL_OPS_HOST
 
-#include <algorithm>
-#include <vector>
-
-#include "run.h"
-
-namespace spectral_ops::cpu {
-
-// A pass over a weight [rows, columns], turned so that it is read along memory: over Wᵀ where W's rows are not contiguous
-// but its columns are. Returns whether it is turned; skinny [columns, r] multiplies W, whose rows' squares are summed.
+// Makes a pass over W [rows, columns] that multiplies it by skinny [columns, r] and sums the squares of each of its rows. It
+// reads along memory: it is turned, a pass over Wᵀ, where W's columns are contiguous and its rows are not. Returns whether
+// it is.
 inline bool weight_pass(Pass& pass, const Matrix& weight, int64_t rows, int64_t columns, const Matrix& skinny, int64_t r) {
   const bool turned = weight.column != 1 && weight.row == 1;
   pass.x = turned ? weight.transposed() : weight;
@@ -138,6 +137,6 @@ inline void run(const MagnitudeGrad& a, const Tensor& like) {
   }
 }
 
-}  // namespace spectral_ops::cpu
-
 #endif
+
+}  // namespace spectral_ops::cpu

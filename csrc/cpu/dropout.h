@@ -3,9 +3,6 @@
 
 #include "../ops/dropout.h"
 #include "lowrank.h"
-
-#ifdef SPECTRAL_OPS_HOST
-
 #include "run.h"
 
 namespace spectral_ops::cpu {
@@ -44,5 +41,3 @@ inline void run(const DropoutLift& a, const Tensor& like) {
 }
 
 }  // namespace spectral_ops::cpu
-
-#endif

@@ -2,9 +2,6 @@
 #pragma once
 
 #include "../ops/importance.h"
-
-#ifdef SPECTRAL_OPS_HOST
-
 #include "run.h"
 
 namespace spectral_ops::cpu {
@@ -12,5 +9,3 @@ namespace spectral_ops::cpu {
 inline void run(const ImportanceUpdate& a, const Tensor&) { in_parallel(a, a.count, 2); }
 
 }  // namespace spectral_ops::cpu
-
-#endif

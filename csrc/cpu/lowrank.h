@@ -8,6 +8,9 @@
 
 #include "../ops/lowrank.h"
 #include "matrix.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
@@ -151,13 +154,7 @@ SPECTRAL_OPS_CPU_KERNEL(lift_pack, LiftPack)
 SPECTRAL_OPS_CPU_KERNEL(lift_tiles, LiftTiles)
 SPECTRAL_OPS_CPU_KERNEL(small_backward, SmallBackward)
 
-}  // namespace spectral_ops::cpu
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "run.h"
-
-namespace spectral_ops::cpu {
 
 inline void pack_and_add(const Pass& pass) {
   in_parallel(PassPack{pass}, pass.pack_tasks(), 8);
@@ -210,6 +207,6 @@ inline void run(const LowRankBackward& a, const Tensor& like) {
   run_products(pass, like);
 }
 
-}  // namespace spectral_ops::cpu
-
 #endif
+
+}  // namespace spectral_ops::cpu

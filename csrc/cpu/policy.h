@@ -2,9 +2,6 @@
 #pragma once
 
 #include "../ops/policy.h"
-
-#ifdef SPECTRAL_OPS_HOST
-
 #include "run.h"
 
 namespace spectral_ops::cpu {
@@ -14,5 +11,3 @@ inline void run(const TargetLogprob& a, const Tensor&) { in_parallel(a, a.rows, 
 inline void run(const SoftmaxGradient& a, const Tensor&) { in_parallel(a, a.rows, grain_rows(a.columns, true)); }
 
 }  // namespace spectral_ops::cpu
-
-#endif

@@ -40,13 +40,13 @@ template <class Plan> Tensor lay_out(Plan& plan, const Tensor& like) {
   return memory;
 }
 
-// Tasks a thread takes at least, where all of them do `work` multiply-adds: few enough to pay for waking it.
+// How many tasks are worth waking a thread for, where all tasks together do `work` multiply-adds.
 inline int64_t grain_of(int64_t tasks, int64_t work) {
   constexpr int64_t kWork = 1 << 18;
   return work <= kWork ? at_least_one(tasks) : at_least_one(tasks * kWork / work);
 }
 
-// Uninitialised memory. Where little is wanted it is on the stack: to allocate it would take longer than to fill it.
+// Uninitialised memory. A small piece is on the stack, because allocating it would take longer than filling it.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes) : data_(small_) {

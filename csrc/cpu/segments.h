@@ -3,6 +3,12 @@
 
 #include "../ops/segments.h"
 #include "lowrank.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <cstring>
+#include <optional>
+
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
@@ -17,16 +23,7 @@ struct RowCopy {
 
 SPECTRAL_OPS_CPU_KERNEL(row_copy, RowCopy)
 
-}  // namespace spectral_ops::cpu
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include <cstring>
-#include <optional>
-
-#include "run.h"
-
-namespace spectral_ops::cpu {
 
 inline void copy_rows(const RowCopy& a) { in_parallel(a, a.rows, grain_rows(a.bytes / 4, false)); }
 
@@ -139,6 +136,6 @@ inline void run(const SegmentOuter& a, const Tensor& like) {
   });
 }
 
-}  // namespace spectral_ops::cpu
-
 #endif
+
+}  // namespace spectral_ops::cpu

@@ -2,10 +2,6 @@
 #pragma once
 
 #include "../ops/transpose.h"
-#include "matrix.h"
-
-#ifdef SPECTRAL_OPS_HOST
-
 #include "run.h"
 
 namespace spectral_ops::cpu {
@@ -15,5 +11,3 @@ inline void run(const Transpose& a, const Tensor&) {
 }
 
 }  // namespace spectral_ops::cpu
-
-#endif

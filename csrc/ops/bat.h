@@ -3,6 +3,11 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <tuple>
+
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -68,15 +73,7 @@ SPECTRAL_OPS_CUDA_KERNEL(bat_weight, BatWeight)
 SPECTRAL_OPS_CUDA_KERNEL(bat_contract, BatContract)
 }  // namespace cuda
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include <tuple>
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 // Blocks [size / r, r, r] of any floating dtype, contiguous; name_of: what they tile.
 inline Tensor checked_blocks(const char* name, const Tensor& t, int64_t size, const char* name_of, const Tensor& like) {
@@ -227,6 +224,6 @@ template <class Device> void bind_bat(Bindings& rows) {
   if constexpr (has_kernel<Device, BatMixBackward>) rows.mutating<&bat_mix_backward_<Device>>("bat_mix_backward_");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

@@ -2,6 +2,9 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -41,13 +44,7 @@ SPECTRAL_OPS_CUDA_KERNEL(block_sum, BlockSum)
 SPECTRAL_OPS_CUDA_KERNEL(block_tile, BlockTile)
 }  // namespace cuda
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 inline const int32_t* checked_offsets(const std::optional<Tensor>& offsets, int64_t r, int64_t columns, const Tensor& x) {
   const int32_t* data = index_data<int32_t>("offsets", offsets, r + 1, x);
@@ -111,6 +108,6 @@ template <class Device> void bind_blocksum(Bindings& rows) {
   if constexpr (has_kernel<Device, BlockTile>) rows.mutating<&block_tile_<Device>>("block_tile_");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

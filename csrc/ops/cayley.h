@@ -3,6 +3,9 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -22,13 +25,7 @@ struct CayleyBackward {
   DType dtype;
 };
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 inline void check_square(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == t.size(2), name, ": got ", t.dim(),
@@ -69,6 +66,6 @@ template <class Device> void bind_cayley(Bindings& rows) {
   if constexpr (has_kernel<Device, CayleyBackward>) rows.add<&cayley_backward<Device>>("cayley_backward");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

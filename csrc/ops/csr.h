@@ -7,6 +7,9 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -66,13 +69,7 @@ SPECTRAL_OPS_CUDA_KERNEL(csr_spmm, CsrSpmm)
 SPECTRAL_OPS_CUDA_KERNEL(csr_sddmm, CsrSddmm)
 }  // namespace cuda
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 // On the CPU no index may lead outside its tensor. The order and uniqueness of columns CSR.validate() has checked.
 inline void check_range(const char* name, const int32_t* index, int64_t count, int64_t end) {
@@ -175,6 +172,6 @@ template <class Device> void bind_csr(Bindings& rows) {
   if constexpr (has_kernel<Device, CsrSddmm>) rows.add<&csr_sddmm<Device>>("csr_sddmm");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

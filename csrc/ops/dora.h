@@ -3,6 +3,11 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <utility>
+
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -38,15 +43,7 @@ SPECTRAL_OPS_CUDA_KERNEL(column_norm, ColumnNorm)
 SPECTRAL_OPS_CUDA_KERNEL(magnitude_grad, MagnitudeGrad)
 }  // namespace cuda
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include <utility>
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 // The arguments of both norms.
 inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Tensor& B, double scale, const Tensor& norm) {
@@ -137,6 +134,6 @@ template <class Device> void bind_dora(Bindings& rows) {
   if constexpr (has_kernel<Device, MagnitudeGrad>) rows.add<&magnitude_grad<Device>>("magnitude_grad");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

@@ -3,6 +3,9 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -53,13 +56,7 @@ namespace cpu {
 SPECTRAL_OPS_CPU_KERNEL(seeded_dropout, SeededDropout)
 }  // namespace cpu
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 template <class Device> Tensor dropout_project(Tensor x, Tensor A, Tensor seed, double p) {
   if constexpr (!has_kernel<Device, DropoutProject>) {
@@ -151,6 +148,6 @@ template <class Device> void bind_dropout(Bindings& rows) {
   if constexpr (has_kernel<Device, SeededDropout>) rows.add<&seeded_dropout<Device>>("seeded_dropout");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

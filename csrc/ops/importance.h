@@ -3,6 +3,13 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -30,17 +37,7 @@ namespace cpu {
 SPECTRAL_OPS_CPU_KERNEL(importance_update, ImportanceUpdate)
 }  // namespace cpu
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include <algorithm>
-#include <cstring>
-#include <vector>
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 inline void check_state(const char* name, const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous() && t.size(0) == like.size(0), name, ": got ", t.numel(), " elements in ",
@@ -148,6 +145,6 @@ template <class Device> void bind_importance(Bindings& rows) {
   }
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

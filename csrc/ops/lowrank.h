@@ -2,6 +2,12 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <initializer_list>
+#include <tuple>
+
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -35,16 +41,7 @@ SPECTRAL_OPS_CUDA_KERNEL(lowrank_update, LowRankUpdate)
 SPECTRAL_OPS_CUDA_KERNEL(lowrank_backward, LowRankBackward)
 }  // namespace cuda
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include <initializer_list>
-#include <tuple>
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 template <class Device>
 void lowrank_update_(Tensor out, Tensor h, Tensor B, double scale, std::optional<Tensor> g, std::optional<Tensor> shift) {
@@ -110,6 +107,6 @@ template <class Device> void bind_lowrank(Bindings& rows) {
   if constexpr (has_kernel<Device, LowRankBackward>) rows.add<&lowrank_backward<Device>>("lowrank_backward");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

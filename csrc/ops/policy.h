@@ -3,6 +3,11 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <tuple>
+
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -31,15 +36,7 @@ SPECTRAL_OPS_CPU_KERNEL(target_logprob, TargetLogprob)
 SPECTRAL_OPS_CPU_KERNEL(softmax_gradient, SoftmaxGradient)
 }  // namespace cpu
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include <tuple>
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 template <class Device>
 std::tuple<Tensor, Tensor> target_logprob(Tensor logits, Tensor targets, double scale, int64_t ignore_index) {
@@ -89,6 +86,6 @@ template <class Device> void bind_policy(Bindings& rows) {
   if constexpr (has_kernel<Device, SoftmaxGradient>) rows.mutating<&softmax_gradient_<Device>>("softmax_gradient_");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

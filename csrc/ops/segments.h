@@ -3,6 +3,9 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -36,13 +39,7 @@ struct SegmentOuter {
   DType dtype;
 };
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 // Factors [n, rows, columns] of n adapters, any strides.
 inline void check_factor_stack(const char* name, const Tensor& t, int64_t dim, int64_t size, const Tensor& like) {
@@ -130,6 +127,6 @@ template <class Device> void bind_segments(Bindings& rows) {
   if constexpr (has_kernel<Device, SegmentOuter>) rows.add<&segment_outer<Device>>("segment_outer");
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops

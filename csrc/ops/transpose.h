@@ -2,6 +2,9 @@
 #pragma once
 
 #include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
@@ -18,13 +21,7 @@ namespace cpu {
 SPECTRAL_OPS_CPU_KERNEL(transpose, Transpose)
 }  // namespace cpu
 
-}  // namespace spectral_ops
-
 #ifdef SPECTRAL_OPS_HOST
-
-#include "../ops.h"
-
-namespace spectral_ops {
 
 template <class Device> void transpose_(Tensor out, Tensor x) {
   check_matrix("x", x);
@@ -45,6 +42,6 @@ template <class Device> void transpose_(Tensor out, Tensor x) {
   if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
 }
 
-}  // namespace spectral_ops
-
 #endif
+
+}  // namespace spectral_ops
