@@ -1,4 +1,4 @@
-"""Write stems.h, cpu_plans.h and cuda_plans.h, which make one of every stem's headers, as far as they exist.
+"""Write the headers through which the bindings reach every stem, from the files that exist.
 
 Usage: python csrc/stems.py FOLDER
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for name, text in files().items():
         path = folder / name
-        if not path.exists() or path.read_text(encoding="utf-8") != text:  # else nothing would be up to date
+        if not path.exists() or path.read_text(encoding="utf-8") != text:  # what has not changed keeps its age
             partial = path.with_suffix(f".{os.getpid()}")
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)  # whole at once: another process may be compiling
