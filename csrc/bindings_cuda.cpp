@@ -5,24 +5,19 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
-#include "cuda/launch.h"
-#include "cuda/plan.h"
-#include "layers/bindings.h"
-#include "layers/elsewhere.h"
-#include "ops/bat.h"
-#include "ops/blocksum.h"
-#include "ops/csr.h"
-#include "ops/dora.h"
-#include "ops/lowrank.h"
+#include "cuda/workspace.h"
+#include "cuda_plans.h"  // generated
+#include "stems.h"       // generated
 
 namespace spectral_ops {
 
 struct Cuda {
+  static constexpr bool on_host = false;
   static constexpr auto mm_out = aoti_torch_cuda_mm_out;
   static constexpr auto addmm_out = aoti_torch_cuda_addmm_out;
 
   // Enqueues the kernel of these arguments on the current stream of the device that `like` is on, with its workspace.
-  template <class Arguments> static void launch(Arguments a, const Tensor& like) {
+  template <class Arguments> static auto launch(Arguments a, const Tensor& like) -> std::void_t<decltype(cuda::launch(a, {}))> {
     const int32_t device = like.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
     std::optional<Tensor> workspace;  // the allocator reuses it in stream order, so it may go once the kernel is enqueued
@@ -37,28 +32,10 @@ struct Cuda {
   }
 };
 
-SPECTRAL_OPS_ELSEWHERE(Cuda)
-
 namespace {
 
-const Binding kKernels[] = {
-    {"block_sum", TORCH_BOX(&block_sum<Cuda>)},
-    {"block_tile_", TORCH_BOX(&Mutating<&block_tile_<Cuda>>::run)},
-    {"lowrank_update_", TORCH_BOX(&Mutating<&lowrank_update_<Cuda>>::run)},
-    {"lowrank_backward", TORCH_BOX(&lowrank_backward<Cuda>)},
-    {"column_norm", TORCH_BOX(&column_norm<Cuda>)},
-    {"column_norm_cached_", TORCH_BOX(&column_norm_cached_<Cuda>)},
-    {"magnitude_grad", TORCH_BOX(&magnitude_grad<Cuda>)},
-    {"bat_weight_", TORCH_BOX(&Mutating<&bat_weight_<Cuda>>::run)},
-    {"bat_contract_", TORCH_BOX(&Mutating<&bat_contract_<Cuda>>::run)},
-    {"csr_scatter_", TORCH_BOX(&Mutating<&csr_scatter_<Cuda>>::run)},
-    {"csr_gather_", TORCH_BOX(&Mutating<&csr_gather_<Cuda>>::run)},
-    {"csr_spmm_", TORCH_BOX(&Mutating<&csr_spmm_<Cuda>>::run)},
-    {"csr_sddmm", TORCH_BOX(&csr_sddmm<Cuda>)},
-};
-
 PyObject* do_register(PyObject*, PyObject*) {
-  return none_or_error([] { register_bindings(all_bindings(kKernels, kLayers<Cuda>), "CUDA"); });
+  return none_or_error([] { register_bindings(every_binding<Cuda>(), "CUDA"); });
 }
 
 PyMethodDef kMethods[] = {
@@ -76,7 +53,7 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA kernels of spectr
 PyMODINIT_FUNC PyInit__C_cuda() {
   using namespace spectral_ops;
   PyObject* module = PyModule_Create(&kModule);
-  if (module && !add_attributes(module, all_bindings(kKernels, kLayers<Cuda>), SPECTRAL_OPS_BUILD_INFO)) {
+  if (module && !add_attributes(module, every_binding<Cuda>(), SPECTRAL_OPS_BUILD_INFO)) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -6,7 +6,6 @@
 
 #include <exception>
 #include <string>
-#include <vector>
 
 #include "ops.h"
 #include "schema_hash.h"  // generated: SPECTRAL_OPS_SCHEMA_HASH
@@ -14,7 +13,7 @@
 namespace spectral_ops {
 
 // Registers every binding on a dispatch key; the library is never freed, torch's dispatcher outlives this module.
-inline void register_bindings(const std::vector<Binding>& bindings, const char* key) {
+inline void register_bindings(const Bindings& bindings, const char* key) {
   using torch::stable::detail::StableLibrary;
   static StableLibrary* library = nullptr;
   if (library) return;
@@ -22,7 +21,7 @@ inline void register_bindings(const std::vector<Binding>& bindings, const char* 
   for (const Binding& binding : bindings) library->impl(binding.name, binding.function);
 }
 
-inline bool add_attributes(PyObject* module, const std::vector<Binding>& bindings, const std::string& build_info) {
+inline bool add_attributes(PyObject* module, const Bindings& bindings, const std::string& build_info) {
   if (PyModule_AddStringConstant(module, "schema_hash", SPECTRAL_OPS_SCHEMA_HASH) < 0) return false;
   if (PyModule_AddStringConstant(module, "build_info", build_info.c_str()) < 0) return false;
   PyObject* operators = PyTuple_New(static_cast<Py_ssize_t>(bindings.size()));
@@ -39,13 +38,6 @@ inline bool add_attributes(PyObject* module, const std::vector<Binding>& binding
     return false;
   }
   return true;
-}
-
-// The operators of an extension: those with a kernel each, and the layers.
-template <size_t N, size_t M> std::vector<Binding> all_bindings(const Binding (&kernels)[N], const Binding (&layers)[M]) {
-  std::vector<Binding> all(kernels, kernels + N);
-  all.insert(all.end(), layers, layers + M);
-  return all;
 }
 
 // Runs f, turning a C++ exception into Python's RuntimeError; returns None.

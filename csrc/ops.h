@@ -11,32 +11,24 @@
 
 #include <initializer_list>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
-#include "arguments.h"
-
-// Torch has these from 2.13 on; before, an error inside torch reaches us without its message.
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+#include "dispatcher.h"
+#include "kernels.h"
 
 namespace spectral_ops {
 
-// Throws torch's own message where a call of its C API has failed.
-inline void check_call(AOTITorchError error, const char* what) {
-  if (error == AOTI_TORCH_SUCCESS) return;
-  if (torch_exception_get_what_without_backtrace) throw std::runtime_error(torch_exception_get_what_without_backtrace());
-  throw std::runtime_error(std::string(what) + " failed");
-}
-
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-// One row of a binding's table: an operator's name and TORCH_BOX(&its function).
-struct Binding {
-  const char* name;
-  void (*function)(StableIValue*, uint64_t, uint64_t);
-};
+// Whether Device runs a kernel of its own for these arguments. An operator without one is not registered on that device, and
+// a layer reaches it through torch's dispatcher, where Triton's or the reference is.
+template <class Device, class Arguments, class = void> inline constexpr bool has_kernel = false;
+template <class Device, class Arguments>
+inline constexpr bool has_kernel<
+    Device, Arguments,
+    std::void_t<decltype(Device::launch(std::declval<const Arguments&>(), std::declval<const Tensor&>()))>> = true;
 
 inline int64_t at_least(int64_t n, int64_t least) { return n < least ? least : n; }
 
@@ -172,6 +164,17 @@ template <class R, class... Rest, R (*F)(Tensor, Rest...)> struct Mutating<F> {
       return result;
     }
   }
+};
+
+// What an extension registers: rows of an operator's name and its function, boxed.
+struct Binding {
+  const char* name;
+  void (*function)(StableIValue*, uint64_t, uint64_t);
+};
+
+struct Bindings : std::vector<Binding> {
+  template <auto F> void add(const char* name) { push_back({name, TORCH_BOX(F)}); }
+  template <auto F> void mutating(const char* name) { add<&Mutating<F>::run>(name); }  // F writes into its first argument
 };
 
 }  // namespace spectral_ops

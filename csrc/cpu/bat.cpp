@@ -1,26 +1,10 @@
 #include "bat.h"
 
-#include "product.h"
+#include "bat_blocks.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
 
 namespace {
-
-template <class A> inline A* at(const void* base, int64_t element) {
-  return static_cast<A*>(const_cast<void*>(base)) + element;
-}
-
-template <class A> inline void zero(A* p, int64_t count) {
-  if (count > 0) std::memset(p, 0, count * sizeof(A));
-}
-
-// Calls f(owner, part, memory) for every unit of tasks [begin, end): one after the other in one workspace.
-template <class A, class F> inline void for_units(const BlockPlan& plan, int64_t begin, int64_t end, const F& f) {
-  if (begin == end) return;
-  alignas(64) char small[BlockPlan::kSmallRoom];
-  A* const memory = reinterpret_cast<A*>(plan.memory ? plan.memory + begin * plan.room : small);
-  for (int64_t unit = plan.first_unit(begin); unit < plan.first_unit(end); ++unit) f(unit / plan.parts, unit % plan.parts, memory);
-}
 
 // The groups of a row, row after row: view row v is group first_group + v % per_row of row first_row + v / per_row.
 struct GroupRows {
@@ -48,55 +32,6 @@ struct GroupRows {
     });
   }
 };
-
-// Calls f(j, panel, column of the panel, n) for the pieces [j, j + n) of r columns from `begin` on that lie in one panel.
-template <class F> inline void for_panels(int64_t begin, int64_t r, const F& f) {
-  for (int64_t j = 0; j < r;) {
-    const int64_t column = begin + j, n = smaller(r - j, kTile - column % kTile);
-    f(j, column / kTile, column % kTile, n);
-    j += n;
-  }
-}
-
-// Blocks first, first + step, ... of bat (or their transposes) on the diagonal of a matrix [size, size], zero elsewhere, in
-// panels of kTile columns: [tiles(padded), groups.size, kTile].
-template <class A>
-void pack_panels(A* panels, const BlockGroups& groups, int64_t size, const void* bat, DType dtype, int64_t first, int64_t step,
-                 bool transpose) {
-  const int64_t r = groups.r;
-  zero(panels, groups.panels());
-  for_dtype(dtype, [&](auto* type) {
-    const auto* block = static_cast<decltype(type)>(const_cast<void*>(bat)) + first * r * r;
-    for (int64_t b = 0; b < size; b += r, block += step * r * r)
-      for (int64_t i = 0; i < r; ++i)
-        for_panels(b, r, [&](int64_t j, int64_t panel, int64_t at, int64_t n) {
-          A* const to = panels + (panel * groups.size + b + i) * kTile + at;
-          const auto* const from = block + (transpose ? j * r + i : i * r + j);
-          if (transpose)
-            for (int64_t c = 0; c < n; ++c) to[c] = static_cast<A>(value(from[c * r]));
-          else
-            for (int64_t c = 0; c < n; ++c) to[c] = static_cast<A>(value(from[c]));
-        });
-  });
-}
-
-// out [n] = c, plus w where given (elements w_step apart).
-template <class U, class T, class A> inline void put(U* out, const A* c, const T* w, int64_t w_step, int64_t n) {
-  constexpr int L = kLanes<A>;
-  int64_t i = 0;
-  if (!w)
-    for (; i + L <= n; i += L) store(out + i, load(c + i));
-  else if (w_step == 1)
-    for (; i + L <= n; i += L) store(out + i, load(w + i) + load(c + i));
-  for (; i < n; ++i) out[i] = rounded<U>(w ? value(w[i * w_step]) + c[i] : c[i]);
-}
-
-template <class A> inline void add_to(A* sums, const A* x, int64_t n) {
-  constexpr int L = kLanes<A>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) store(sums + i, load(sums + i) + load(x + i));
-  for (; i < n; ++i) sums[i] += x[i];
-}
 
 // --- W' ---
 
@@ -250,21 +185,6 @@ template <class T, class U> void weight_unit(const BatWeightPass& a, int64_t own
 }
 
 // --- dB ---
-
-// out [size / r, r, r] = the diagonal blocks of c, in panels [panel, groups.size, its width]; step: between
-// the results of neighbouring blocks; 0 adds them up
-template <class A> void put_blocks(A* out, const BlockGroups& groups, int64_t size, const A* c, int64_t step) {
-  const int64_t r = groups.r;
-  for (int64_t b = 0; b < size; b += r)
-    for (int64_t i = 0; i < r; ++i)
-      for_panels(b, r, [&](int64_t j, int64_t panel, int64_t column, int64_t n) {
-        const int64_t e = panel * kTile, width = smaller(kTile, groups.padded - e);
-        const A* const from = c + e * groups.size + (b + i) * width + column;
-        A* const to = out + b / r * step + i * r + j;
-        if (step == 0 && b > 0) add_to(to, from, n);
-        else std::memcpy(to, from, n * sizeof(A));
-      });
-}
 
 #ifdef __AVX512BF16__
 
@@ -449,83 +369,6 @@ template <class T> void matmul_finish(const BatMatmulPass& a, int64_t block) {
   }
 }
 
-// --- row mode ---
-
-template <class T> void mix_unit(const BatMixPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
-  using A = acc_t<T>;
-  const BatMix& w = a.bat;
-  const BlockGroups& groups = a.groups;
-  const int64_t first = owner * kTile, rows = smaller(kTile, w.rows - first);
-  A* const sums = memory;  // [rows, padded]
-  zero(sums, rows * groups.padded);
-  alignas(64) A tile[kTile * kTile], u[kTile * kTile];
-  const Matrix x{w.x, w.x_stride, 1, w.dtype, nullptr};
-  for (int64_t g = part_begin(groups.count, part, a.parts); g < part_begin(groups.count, part + 1, a.parts); ++g) {
-    const int64_t size = groups.size_of(g), column = g * groups.size;
-    const A* const factor = at<A>(a.factors, g * groups.panels());
-    for (int64_t e = 0; e < size; e += kTile) {
-      const int64_t width = smaller(kTile, groups.padded - e);
-      zero(u, rows * width);
-      for (int64_t k = 0; k < size; k += kTile) {
-        load_tile<T>(tile, x, first, rows, column + k, smaller(kTile, size - k));
-        product<kTile, 1>(u, width, tile, factor + e * groups.size + k * kTile, kTile, rows, smaller(kTile, size - k), Ahead{});
-      }
-      for (int64_t t = 0; t < rows; ++t) {
-        add_to(sums + t * groups.padded + e, u + t * width, width);
-        put(at<T>(w.z, (first + t) * w.columns + column + e), u + t * width,
-            at<T>(w.x, (first + t) * w.x_stride + column + e), 1, smaller(width, size - e));
-      }
-    }
-  }
-  A* const s = at<A>(a.partial, (part * w.rows + first) * w.r);
-  zero(s, rows * w.r);
-  for (int64_t t = 0; t < rows; ++t)
-    for (int64_t b = 0; b < groups.size; b += w.r) add_to(s + t * w.r, sums + t * groups.padded + b, w.r);
-}
-
-template <class T> void mix_backward_unit(const BatMixBackwardPass& a, int64_t owner, int64_t part, acc_t<T>* memory) {
-  using A = acc_t<T>;
-  const BatMixBackward& w = a.bat;
-  const BlockGroups& groups = a.groups;
-  const int64_t size = groups.size_of(owner), column = owner * groups.size, together = groups.size / w.r;
-  A *const factor = memory, *const dC = factor + groups.panels(), *const v = dC + groups.size * groups.padded;
-  if (w.need_g) pack_panels(factor, groups, size, w.bat, w.bat_dtype, owner * together, 1, false);
-  if (w.dC) zero(dC, groups.size * groups.padded);
-  alignas(64) A tile[kTile * kTile];
-  const Matrix g{w.g, w.g_stride, 1, w.dtype, nullptr}, x{w.x, w.x_stride, 1, w.dtype, nullptr};
-  const int64_t row_tiles = tiles(w.rows);
-  for (int64_t b = part_begin(row_tiles, part, a.parts); b < part_begin(row_tiles, part + 1, a.parts); ++b) {
-    const int64_t first = b * kTile, rows = smaller(kTile, w.rows - first);
-    for (int64_t k = 0; k < size; k += kTile) {  // v [size in panels of kTile, kTile, kTile]
-      const int64_t n = smaller(kTile, size - k);
-      load_tile<T>(v + k * kTile, g, first, rows, column + k, n);
-      for (int64_t t = 0; t < rows; ++t) {
-        const T* const q = at<T>(w.q, (first + t) * w.q_stride);
-        for (int64_t i = 0, p = k % w.r; i < n; ++i, p = p + 1 == w.r ? 0 : p + 1) v[(k + t) * kTile + i] += value(q[p]);
-      }
-    }
-    for (int64_t e = 0; e < size; e += kTile) {
-      const int64_t width = smaller(kTile, groups.padded - e), n = smaller(kTile, size - e);
-      if (w.dC) {
-        load_tile<T>(tile, x, first, rows, column + e, n);
-        for (int64_t k = 0; k < size; k += kTile)
-          product<1, kTile>(dC + e * groups.size + k * width, width, v + k * kTile, tile, kTile, smaller(kTile, size - k),
-                            rows, Ahead{});
-      }
-      if (!w.need_g) continue;
-      zero(tile, rows * width);
-      for (int64_t k = 0; k < size; k += kTile)
-        product<kTile, 1>(tile, width, v + k * kTile, factor + e * groups.size + k * kTile, kTile, rows,
-                          smaller(kTile, size - k), Ahead{});
-      for (int64_t t = 0; t < rows; ++t) {
-        T* const out = at<T>(w.g, (first + t) * w.g_stride + column + e);
-        put(out, tile + t * width, static_cast<const T*>(out), 1, n);
-      }
-    }
-  }
-  if (w.dC) put_blocks(at<A>(a.partial, (part * w.columns + column) * w.r), groups, size, dC, w.r * w.r);
-}
-
 }  // namespace
 
 void bat_weight(const BatWeightPass& a, int64_t begin, int64_t end) {
@@ -575,35 +418,6 @@ void bat_matmul(const BatMatmulPass& a, int64_t begin, int64_t end) {
 void bat_matmul_finish(const BatMatmulFinish& a, int64_t begin, int64_t end) {
   for_dtype(a.pass.bat.dtype, [&](auto* type) {
     for (int64_t block = begin; block < end; ++block) matmul_finish<std::remove_pointer_t<decltype(type)>>(a.pass, block);
-  });
-}
-
-void bat_mix_pack(const BatMixPack& a, int64_t begin, int64_t end) {
-  const BlockGroups& groups = a.pass.groups;
-  const BatMix& w = a.pass.bat;
-  const auto pack = [&](auto* factors) {
-    for (int64_t g = begin; g < end; ++g)
-      pack_panels(factors + g * groups.panels(), groups, groups.size_of(g), w.bat, w.bat_dtype, g * (groups.size / w.r), 1, true);
-  };
-  if (w.dtype == DType::float64) pack(static_cast<double*>(a.pass.factors));
-  else pack(static_cast<float*>(a.pass.factors));
-}
-
-void bat_mix(const BatMixPass& a, int64_t begin, int64_t end) {
-  for_dtype(a.bat.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for_units<acc_t<T>>(a, begin, end, [&](int64_t owner, int64_t part, acc_t<T>* memory) {
-      mix_unit<T>(a, owner, part, memory);
-    });
-  });
-}
-
-void bat_mix_backward(const BatMixBackwardPass& a, int64_t begin, int64_t end) {
-  for_dtype(a.bat.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for_units<acc_t<T>>(a, begin, end, [&](int64_t owner, int64_t part, acc_t<T>* memory) {
-      mix_backward_unit<T>(a, owner, part, memory);
-    });
   });
 }
 

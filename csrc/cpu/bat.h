@@ -1,13 +1,18 @@
-// The plans of Bat's CPU kernels, free of torch. As in skinny.h, which task adds what and in which order depends on the
-// sizes only.
+// The plans of Bat's CPU kernels. As in lowrank.h, which task adds what and in which order depends on the sizes only.
 #pragma once
 
-#include "skinny.h"
+#include "../ops/bat.h"
+#include "matrix.h"
+#ifdef SPECTRAL_OPS_HOST
+#include <optional>
+
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
-// Columns in groups of r x r blocks: one where r fills a vector, else as many side by side as do, multiplied as one
-// block-diagonal matrix. What is not finite in one block of a group then reaches the others in its row.
+// Columns in groups of r x r blocks. A group is one block where r fills a vector, else as many side by side as do. Those are
+// multiplied as one block-diagonal matrix, so what is not finite in one of them reaches the others in its row.
 struct BlockGroups {
   int64_t r = 1, size = 1;  // of a block, of a group
   int64_t padded = 4;       // columns of a packed group
@@ -132,5 +137,81 @@ struct PartSum {
 
   int64_t tasks() const { return (count + kElements - 1) / kElements; }
 };
+
+SPECTRAL_OPS_CPU_KERNEL(bat_weight, BatWeightPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_contract, BatContractPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_matmul_pack, BatMatmulPack)
+SPECTRAL_OPS_CPU_KERNEL(bat_matmul, BatMatmulPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_matmul_finish, BatMatmulFinish)
+SPECTRAL_OPS_CPU_KERNEL(bat_mix_pack, BatMixPack)
+SPECTRAL_OPS_CPU_KERNEL(bat_mix, BatMixPass)
+SPECTRAL_OPS_CPU_KERNEL(bat_mix_backward, BatMixBackwardPass)
+SPECTRAL_OPS_CPU_KERNEL(part_sum, PartSum)
+
+#ifdef SPECTRAL_OPS_HOST
+
+// Runs a pass. Each part of an owner leaves `count` partial sums: in `direct` where it is the only part, else in memory.
+template <class Plan>
+void add_up(Plan& pass, std::optional<Workspace>& memory, int64_t count, DType dtype, void* direct, const Tensor& like) {
+  pass.room = (pass.room + 63) / 64 * 64;
+  const int64_t rooms = pass.room <= BlockPlan::kSmallRoom ? 0 : pass.tasks * pass.room;
+  const bool in_place = direct && pass.parts == 1;
+  memory.emplace(like, rooms + (in_place ? 0 : accumulator_size(dtype) * pass.parts * count));
+  pass.memory = rooms ? memory->data() : nullptr;
+  pass.partial = in_place ? direct : memory->data() + rooms;
+  in_parallel(pass, pass.tasks, grain_of(pass.tasks, pass.work));
+}
+
+inline void run(const BatWeight& a, const Tensor& like) {
+  BatWeightPass pass(a);
+  std::optional<Workspace> memory;
+  add_up(pass, memory, 0, a.dtype, nullptr, like);
+}
+
+inline void run(const BatContract& a, const Tensor& like) {
+  BatContractPass pass(a);
+  const int64_t count = a.rows * a.r;
+  std::optional<Workspace> memory;
+  add_up(pass, memory, count, a.dtype, a.dB, like);
+  if (pass.parts == 1) return;
+  const PartSum sum{pass.partial, a.dB, count, pass.parts, accumulator(a.dtype)};
+  in_parallel(sum, sum.tasks(), 16);
+}
+
+inline void run(const BatMatmul& a, const Tensor& like) {
+  for (int64_t first = 0; first < a.T; first += kTile) {
+    BatMatmulPass pass(a, first);
+    Workspace turned(like, accumulator_size(a.dtype) * pass.in_features() * pass.width);
+    pass.turned = turned.data();
+    in_parallel(BatMatmulPack{pass}, tiles(pass.in_features()), 8);
+    std::optional<Workspace> memory;
+    add_up(pass, memory, pass.out_features() * pass.width, a.dtype, nullptr, like);
+    in_parallel(BatMatmulFinish{pass}, tiles(pass.out_features()), 8);
+  }
+}
+
+inline void run(const BatMix& a, const Tensor& like) {
+  BatMixPass pass(a);
+  Workspace factors(like, accumulator_size(a.dtype) * pass.groups.count * pass.groups.panels());
+  pass.factors = factors.data();
+  in_parallel(BatMixPack{pass}, pass.groups.count, 4);
+  const int64_t count = a.rows * a.r;
+  std::optional<Workspace> memory;
+  add_up(pass, memory, count, a.dtype, nullptr, like);
+  const PartSum sum{pass.partial, a.s, count, pass.parts, a.dtype};
+  in_parallel(sum, sum.tasks(), 16);
+}
+
+inline void run(const BatMixBackward& a, const Tensor& like) {
+  BatMixBackwardPass pass(a);
+  const int64_t count = a.dC ? a.columns * a.r : 0;
+  std::optional<Workspace> memory;
+  add_up(pass, memory, count, a.dtype, a.dC, like);
+  if (!a.dC || pass.parts == 1) return;
+  const PartSum sum{pass.partial, a.dC, count, pass.parts, accumulator(a.dtype)};
+  in_parallel(sum, sum.tasks(), 16);
+}
+
+#endif
 
 }  // namespace spectral_ops::cpu

@@ -1,7 +1,11 @@
-// What the Cayley transform's CPU kernels work in, free of torch.
+// The plans of the Cayley transform's CPU kernels: each matrix is one thread's.
 #pragma once
 
-#include "skinny.h"
+#include "../ops/cayley.h"
+#include "matrix.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
 
@@ -27,5 +31,30 @@ struct CayleyBackwardPass {
     room = accumulator_size(a.dtype) * (3 * a.r * width + kTile * kTile);
   }
 };
+
+SPECTRAL_OPS_CPU_KERNEL(cayley_forward, CayleyForwardPass)
+SPECTRAL_OPS_CPU_KERNEL(cayley_backward, CayleyBackwardPass)
+
+#ifdef SPECTRAL_OPS_HOST
+
+// Runs a pass over n matrices, each one thread's, in that thread's room.
+template <class Pass> void run_matrices(Pass pass, const Tensor& like) {
+  const int64_t n = pass.cayley.n, r = pass.cayley.r, bytes = (pass.room + 63) / 64 * 64;
+  if (n == 0 || r == 0) return;
+  const Tensor memory = workspace(like, bytes * torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, n, grain_of(n, 2 * n * r * r * r), [&](int64_t begin, int64_t end) {
+    uint32_t thread = 0;
+    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    Pass mine = pass;
+    mine.memory = static_cast<char*>(memory.data_ptr()) + thread * bytes;
+    kernel_for(mine)(mine, begin, end);
+  });
+}
+
+inline void run(const CayleyForward& a, const Tensor& like) { run_matrices(CayleyForwardPass(a), like); }
+
+inline void run(const CayleyBackward& a, const Tensor& like) { run_matrices(CayleyBackwardPass(a), like); }
+
+#endif
 
 }  // namespace spectral_ops::cpu

@@ -11,8 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../arguments.h"
-#include "kernels.h"
+#include "../kernels.h"
 #include "tiling.h"
 
 #ifndef SPECTRAL_OPS_ISA

@@ -1,4 +1,5 @@
 #include "csr.h"
+
 #include "shuffle.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {

@@ -1,3 +1,5 @@
+#include "dora.h"
+
 #include "product.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {

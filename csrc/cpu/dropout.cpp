@@ -1,5 +1,7 @@
+#include "../ops/dropout.h"
+
 #include "common.h"
-#include "skinny.h"
+#include "matrix.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
 

@@ -1,4 +1,7 @@
+#include "../ops/importance.h"
+
 #include "common.h"
+#include "matrix.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
 

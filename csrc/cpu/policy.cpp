@@ -1,3 +1,5 @@
+#include "../ops/policy.h"
+
 #include "common.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common.h"
-#include "skinny.h"
+#include "matrix.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
 
@@ -115,6 +115,14 @@ inline void product(A* c, int64_t width, const X* x, const X* m, int64_t m_strid
     for (; v + 8 <= width; v += 8) product_rows<8, 1, si, sk>(c + v, width, x, m + v, m_stride, n, count, ahead);
   if constexpr (L > 4)
     for (; v + 4 <= width; v += 4) product_rows<4, 1, si, sk>(c + v, width, x, m + v, m_stride, n, count, ahead);
+}
+
+template <class A> inline A* at(const void* base, int64_t element) {
+  return static_cast<A*>(const_cast<void*>(base)) + element;
+}
+
+template <class A> inline void zero(A* p, int64_t count) {
+  if (count > 0) std::memset(p, 0, count * sizeof(A));
 }
 
 // packed [count, stride] = rows [first, first + count) of a, r columns, zero beyond them.

@@ -1,3 +1,5 @@
+#include "../ops/transpose.h"
+
 #include "shuffle.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {

@@ -7,9 +7,8 @@
 // lane's fragment: 16 columns stand in the order 4q, 4q+1 (q = 0..3), then 4q+2, 4q+3.
 #pragma once
 
+#include "bat.h"
 #include "common.cuh"
-#include "launch.h"
-#include "plan.h"
 
 namespace spectral_ops::cuda {
 

@@ -3,8 +3,8 @@
 // Cyclic sum: a team of threads reads a row 16 bytes at a time, and walks it in steps that are a multiple of r, so that
 // a thread always meets the same residues and sums them in registers; the team then folds its copies of the period
 // through shared memory. The team is a warp, or the block where r is long.
+#include "../ops/blocksum.h"
 #include "common.cuh"
-#include "launch.h"
 
 namespace spectral_ops::cuda {
 

@@ -14,7 +14,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../arguments.h"
+#include "../kernels.h"
 
 #define SPECTRAL_OPS_HD __host__ __device__ __forceinline__
 

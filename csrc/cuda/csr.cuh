@@ -3,8 +3,7 @@
 #pragma once
 
 #include "common.cuh"
-#include "launch.h"
-#include "plan.h"
+#include "csr.h"
 
 namespace spectral_ops::cuda {
 

@@ -1,6 +1,6 @@
 // csr_scatter_ and csr_gather_ (METHODS 1.5): a thread for each entry.
+#include "../ops/csr.h"
 #include "common.cuh"
-#include "launch.h"
 
 namespace spectral_ops::cuda {
 

@@ -1,6 +1,6 @@
 // magnitude_grad (METHODS 1.2): dm = dyz / (g c). Where m vanishes, dyz says nothing of dm: it is then summed from dy, x and h.
+#include "../ops/dora.h"
 #include "common.cuh"
-#include "launch.h"
 
 namespace spectral_ops::cuda {
 

@@ -6,8 +6,7 @@
 // bf16 and fp16 weights are multiplied on the tensor cores. A enters as the sum of two 16-bit values (high + low), which keeps
 // 16 bits of it or more. The arithmetic costs far less than reading W.
 #include "common.cuh"
-#include "launch.h"
-#include "plan.h"
+#include "dora.h"
 
 namespace spectral_ops::cuda {
 

@@ -4,8 +4,7 @@
 #pragma once
 
 #include "common.cuh"
-#include "launch.h"
-#include "plan.h"
+#include "lowrank.h"
 
 namespace spectral_ops::cuda {
 

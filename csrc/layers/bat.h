@@ -132,4 +132,11 @@ template <class Device> Tensor bat_weight_backward(Tensor dW, Tensor weight, Ten
   return cast_as(dB, bat);
 }
 
+template <class Device> void bind_bat_layers(Bindings& rows) {
+  rows.add<&bat_linear_forward<Device>>("bat_linear_forward");
+  rows.add<&bat_linear_backward<Device>>("bat_linear_backward");
+  rows.add<&bat_weight_forward<Device>>("bat_weight_forward");
+  rows.add<&bat_weight_backward<Device>>("bat_weight_backward");
+}
+
 }  // namespace spectral_ops

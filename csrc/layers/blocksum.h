@@ -62,4 +62,10 @@ std::tuple<Tensor, Tensor, Tensor> bone_linear_backward(Tensor dy, MaybeTensor w
   return {dx, dD, db};
 }
 
+template <class Device> void bind_blocksum_layers(Bindings& rows) {
+  rows.add<&bone_linear_forward<Device>>("bone_linear_forward");
+  rows.add<&bone_linear_backward<Device>>("bone_linear_backward");
+  rows.mutating<&bone_update_forward_<Device>>("bone_update_forward_");
+}
+
 }  // namespace spectral_ops

@@ -101,4 +101,11 @@ template <class Device> Tensor csr_add_backward(Tensor dW, Tensor row_offsets, T
   return out;
 }
 
+template <class Device> void bind_csr_layers(Bindings& rows) {
+  rows.add<&csr_spmm_forward<Device>>("csr_spmm_forward");
+  rows.add<&csr_spmm_backward<Device>>("csr_spmm_backward");
+  rows.add<&csr_add_forward<Device>>("csr_add_forward");
+  rows.add<&csr_add_backward<Device>>("csr_add_backward");
+}
+
 }  // namespace spectral_ops

@@ -146,4 +146,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
   return {dx, dA, dB, dm, db, need_out ? shaped_like(dy, gdy) : nothing(dy)};
 }
 
+template <class Device> void bind_dora_layers(Bindings& rows) {
+  rows.add<&dora_linear_forward<Device>>("dora_linear_forward");
+  rows.add<&dora_linear_backward<Device>>("dora_linear_backward");
+  rows.mutating<&dora_update_forward_<Device>>("dora_update_forward_");
+}
+
 }  // namespace spectral_ops

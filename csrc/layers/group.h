@@ -90,4 +90,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   return {dx ? *dx : nothing(h), dA, dB, db};
 }
 
+template <class Device> void bind_group_layers(Bindings& rows) {
+  rows.add<&lowrank_group_forward<Device>>("lowrank_group_forward");
+  rows.add<&lowrank_group_backward<Device>>("lowrank_group_backward");
+}
+
 }  // namespace spectral_ops

@@ -5,7 +5,6 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <array>
 #include <initializer_list>
 #include <utility>
 #include <vector>
@@ -31,18 +30,6 @@ class NoGrad {
  private:
   bool was_;
 };
-
-// --- the dispatcher ---
-
-inline StableIValue to_stack(const Tensor& t) { return torch::stable::detail::from(t); }
-template <class T> StableIValue to_stack(const T& value) { return torch::stable::detail::from(value); }
-
-// Calls an operator that returns one tensor.
-template <class... Arguments> Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{to_stack(arguments)...};
-  check_call(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION), name);
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // --- memory ---
 

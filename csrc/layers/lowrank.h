@@ -159,4 +159,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backwa
   return {dx, dA, dB, db, dcore, need_out ? shaped_like(dy, gdy) : nothing(dy)};
 }
 
+template <class Device> void bind_lowrank_layers(Bindings& rows) {
+  rows.add<&lowrank_linear_forward<Device>>("lowrank_linear_forward");
+  rows.add<&lowrank_linear_backward<Device>>("lowrank_linear_backward");
+  rows.mutating<&lowrank_update_forward_<Device>>("lowrank_update_forward_");
+}
+
 }  // namespace spectral_ops

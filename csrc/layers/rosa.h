@@ -86,4 +86,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rosa_linear_backward(
   return {dx, dS, dA, dB, db};
 }
 
+template <class Device> void bind_rosa_layers(Bindings& rows) {
+  rows.add<&rosa_linear_forward<Device>>("rosa_linear_forward");
+  rows.add<&rosa_linear_backward<Device>>("rosa_linear_backward");
+}
+
 }  // namespace spectral_ops

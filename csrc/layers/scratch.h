@@ -109,7 +109,8 @@ void gradient_tiles(const Tensor& dy, const Tensor& x, int64_t multiple, const F
     Tensor factor = transposed(part);
     if (turned) {
       factor = part_of(memory, rows * k, n, T);
-      transpose_<Device>(factor, part);
+      if constexpr (has_kernel<Device, Transpose>) transpose_<Device>(factor, part);
+      else torch::stable::copy_(factor, transposed(part));
     }
     if (dtype == x.scalar_type()) mm_out<Device>(G, factor, x);
     else call("aten::mm", "dtype_out", factor, x, dtype, G);

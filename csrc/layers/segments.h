@@ -2,6 +2,10 @@
 // spectral_ops/functional/segments.py has the mathematics and the same steps in Python.
 #pragma once
 
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
 #include "../ops/segments.h"
 #include "lowrank.h"
 
@@ -113,6 +117,41 @@ inline void check_adapters(int64_t d, const std::vector<Tensor>& A, const std::v
   }
 }
 
+// The rows of each adapter, as numbers: order [T] and offsets [n + 1] of ids [m], of which each serves T / m rows in sequence.
+// Rows are sorted by id, those of one id stay in their order. Here by counting, in memory that the host reads.
+inline std::tuple<Tensor, Tensor> group_rows_here(const Tensor& ids, int64_t T, int64_t n) {
+  const int64_t m = ids.size(0), each = m ? T / m : 0;
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide || ids.scalar_type() == ScalarType::Int, "ids: wanted int32 or int64");
+  const void* const data = ids.data_ptr();
+  const auto group = [&](int64_t i) {  // 0: before the first adapter; n + 1: after the last
+    const int64_t at = i * ids.stride(0);
+    const int64_t id = wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+    return id < 0 ? 0 : id < n ? id + 1 : n + 1;
+  };
+  std::vector<int64_t> starts(static_cast<size_t>(n + 3));
+  for (int64_t i = 0; i < m; ++i) starts[static_cast<size_t>(group(i) + 1)] += each;
+  for (size_t g = 1; g < starts.size(); ++g) starts[g] += starts[g - 1];
+  Tensor order = empty(ids, {T}, ScalarType::Long), offsets = empty(ids, {n + 1}, ScalarType::Long);
+  std::copy_n(starts.begin() + 1, n + 1, static_cast<int64_t*>(offsets.data_ptr()));
+  int64_t* const rows = static_cast<int64_t*>(order.data_ptr());
+  for (int64_t i = 0; i < m; ++i) {
+    int64_t& next = starts[static_cast<size_t>(group(i))];
+    for (int64_t t = i * each; t < (i + 1) * each; ++t) rows[next++] = t;
+  }
+  return {order, offsets};
+}
+
+// The same on the ids' device, which is not waited for.
+inline std::tuple<Tensor, Tensor> group_rows_there(const Tensor& ids, int64_t T, int64_t n) {
+  const int64_t m = ids.size(0), none = 0;
+  const Tensor of_rows = as_matrix(ids, m, m ? T / m : 0, ids.stride(0), 0);  // expanded
+  const Tensor each = cast(elements_of(torch::stable::contiguous(of_rows), 0, T), ScalarType::Long);
+  const auto [sorted, order] = call_two("aten::sort", "stable", each, std::optional<bool>(true), none, false);
+  const Tensor numbers = call("aten::_dim_arange", "", as_matrix(ids, n + 1, 0, 1, 1), none);
+  return {order, call("aten::searchsorted", "Tensor", sorted, numbers, false, false, std::nullopt, std::nullopt)};
+}
+
 // Every A [n, r, k] and every B [n, d, r] of those stacked.
 inline Tensor each_A(const Tensor& a, int64_t n) {
   const int64_t r = a.size(0) / n;
@@ -142,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> add_updates(const Tensor& out, const Tensor& 
   const Tensor a = stack_A(A, x), b = stack_B(B, scales, largest_rank(A), x);
   if (grouped) {
     check_ids(ids, T);
-    const auto [order, offsets] = group_rows<Device>(ids, T, n);
+    const auto [order, offsets] = Device::on_host ? group_rows_here(ids, T, n) : group_rows_there(ids, T, n);
     const Tensor h = segment_project<Device>(x, each_A(a, n), order, offsets);
     segment_lift_<Device>(out, h, each_B(b, n), order, offsets);
     return {keep ? h : nothing(x), order, offsets};
@@ -260,6 +299,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_l
     if (wants(needs[s], 1)) scaled_into(dB[s], columns_of(full_B, s * r, rank), scales[s]);
   }
   return {dx, need_bias ? cast_as(db, dy) : nothing(dy), dA, dB};
+}
+
+template <class Device> void bind_segments_layers(Bindings& rows) {
+  rows.add<&segmented_linear_forward<Device>>("segmented_linear_forward");
+  rows.mutating<&segmented_update_forward_<Device>>("segmented_update_forward_");
+  rows.add<&segmented_linear_backward<Device>>("segmented_linear_backward");
 }
 
 }  // namespace spectral_ops

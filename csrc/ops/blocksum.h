@@ -1,9 +1,50 @@
-// The host side of block_sum and block_tile_ for any device: checks, output, and the kernel's arguments.
+// block_sum and block_tile_: their kernels' arguments, free of torch, and their host side for any device.
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
+
+// h [rows, r] = sums of drop(x) over shards, x [rows, columns]; both with unit inner stride.
+// offsets [r + 1], or null for the cyclic map; seed [1], or null without dropout; both live where x lives.
+struct BlockSum {
+  const void* x;
+  void* h;
+  const int32_t* offsets;
+  const int64_t* seed;
+  double p;
+  int64_t rows, columns, r;
+  int64_t x_stride, h_stride;  // elements between rows
+  DType dtype;                 // of x and h
+};
+
+// out [rows, columns] gets (accumulate: is increased by) mask * s[:, shard(i)], s [rows, r]; unit inner strides.
+struct BlockTile {
+  void* out;
+  const void* s;
+  const int32_t* offsets;
+  const int64_t* seed;
+  double p;
+  int64_t rows, columns, r;
+  int64_t out_stride, s_stride;  // elements between rows
+  DType dtype, s_dtype;          // of out, of s
+  bool accumulate;
+};
+
+namespace cpu {
+SPECTRAL_OPS_CPU_KERNEL(block_sum, BlockSum)
+SPECTRAL_OPS_CPU_KERNEL(block_tile, BlockTile)
+}  // namespace cpu
+
+namespace cuda {
+SPECTRAL_OPS_CUDA_KERNEL(block_sum, BlockSum)
+SPECTRAL_OPS_CUDA_KERNEL(block_tile, BlockTile)
+}  // namespace cuda
+
+#ifdef SPECTRAL_OPS_HOST
 
 inline const int32_t* checked_offsets(const std::optional<Tensor>& offsets, int64_t r, int64_t columns, const Tensor& x) {
   const int32_t* data = index_data<int32_t>("offsets", offsets, r + 1, x);
@@ -61,5 +102,12 @@ void block_tile_(Tensor out, Tensor s, std::optional<Tensor> offsets, std::optio
   Device::launch(a, out);
   if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
 }
+
+template <class Device> void bind_blocksum(Bindings& rows) {
+  if constexpr (has_kernel<Device, BlockSum>) rows.add<&block_sum<Device>>("block_sum");
+  if constexpr (has_kernel<Device, BlockTile>) rows.mutating<&block_tile_<Device>>("block_tile_");
+}
+
+#endif
 
 }  // namespace spectral_ops

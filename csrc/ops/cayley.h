@@ -1,9 +1,31 @@
-// The host side of cayley_forward and cayley_backward for any device.
+// cayley_forward and cayley_backward: their kernels' arguments, free of torch, and their host side for any device. Matrices
+// [n, r, r] are contiguous.
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
+
+// Q = 2 (I + K)⁻¹ - I, K = (X - Xᵀ) / 2, in float32 (float64 for float64).
+struct CayleyForward {
+  const void* X;
+  void* Q;
+  int64_t n, r;
+  DType dtype;  // of X
+};
+
+// dX = (V - Vᵀ) / 4, V = M Gᵀ M, M = I + Q; all float32 or float64.
+struct CayleyBackward {
+  const void *Q, *G;
+  void* dX;
+  int64_t n, r;
+  DType dtype;
+};
+
+#ifdef SPECTRAL_OPS_HOST
 
 inline void check_square(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == t.size(2), name, ": got ", t.dim(),
@@ -38,5 +60,12 @@ template <class Device> Tensor cayley_backward(Tensor Q, Tensor G) {
   Device::launch(a, Q);
   return dX;
 }
+
+template <class Device> void bind_cayley(Bindings& rows) {
+  if constexpr (has_kernel<Device, CayleyForward>) rows.add<&cayley_forward<Device>>("cayley_forward");
+  if constexpr (has_kernel<Device, CayleyBackward>) rows.add<&cayley_backward<Device>>("cayley_backward");
+}
+
+#endif
 
 }  // namespace spectral_ops

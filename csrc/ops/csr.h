@@ -1,11 +1,77 @@
-// The host side of csr_scatter_, csr_gather_, csr_spmm_ and csr_sddmm for any device: checks, outputs, and the kernels'
-// arguments. On the CPU no index may lead outside its tensor; order and uniqueness of columns CSR.validate() has checked.
+// csr_scatter_, csr_gather_, csr_spmm_ and csr_sddmm: their kernels' arguments, free of torch, and their host side for any
+// device.
+//
+// A sparse matrix [d, k], or n rows of one: row o holds entries [row_offsets[o], row_offsets[o + 1]), entry p is in
+// columns[p], ascending and unique within a row. nnz entries of columns, values and out; those before row_offsets[0] and
+// from row_offsets[n] on belong to other rows.
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
 
+// out [d, k] at the pattern becomes values (accumulate: out + values, in at least float32), rounded once.
+struct CsrScatter {
+  void* out;
+  const void* values;  // [nnz], unit stride
+  const int32_t *row_offsets, *columns;
+  int64_t d, k, nnz;
+  int64_t out_strides[2];
+  DType dtype, values_dtype;  // of out, of values
+  bool accumulate;
+};
+
+// out [nnz] gets dense [n, k] at the entries of n rows; other entries stay as they are.
+struct CsrGather {
+  void* out;  // unit stride
+  const void* dense;
+  const int32_t *row_offsets, *columns;
+  int64_t n, k, nnz;
+  int64_t dense_strides[2];
+  DType dtype, dense_dtype;  // of out, of dense
+};
+
+// out [T, d] += x Sᵀ, x [T, k], summed in float32 (float64 for float64) and rounded once; unit inner strides.
+// Entry p has the value values[permutation[p]], or values[p] where that is null.
+struct CsrSpmm {
+  void* out;
+  const void *x, *values;
+  const int32_t *row_offsets, *columns, *permutation;
+  void* workspace;  // CUDA
+  int64_t T, d, k, nnz;
+  int64_t out_stride, x_stride;  // elements between rows
+  DType dtype, values_dtype;     // dtype: of out and x
+};
+
+// out [nnz] = (dyᵀ x) at the pattern, in float32 (float64 for float64); dy [T, d], x [T, k] with unit inner strides.
+struct CsrSddmm {
+  const void *dy, *x;
+  const int32_t *row_offsets, *columns;
+  void* out;
+  void* workspace;  // CUDA
+  int64_t T, d, k, nnz;
+  int64_t dy_stride, x_stride;
+  DType dtype;  // of dy and x
+};
+
+namespace cpu {
+SPECTRAL_OPS_CPU_KERNEL(csr_scatter, CsrScatter)
+SPECTRAL_OPS_CPU_KERNEL(csr_gather, CsrGather)
+}  // namespace cpu
+
+namespace cuda {
+SPECTRAL_OPS_CUDA_KERNEL(csr_scatter, CsrScatter)
+SPECTRAL_OPS_CUDA_KERNEL(csr_gather, CsrGather)
+SPECTRAL_OPS_CUDA_KERNEL(csr_spmm, CsrSpmm)
+SPECTRAL_OPS_CUDA_KERNEL(csr_sddmm, CsrSddmm)
+}  // namespace cuda
+
+#ifdef SPECTRAL_OPS_HOST
+
+// On the CPU no index may lead outside its tensor. The order and uniqueness of columns CSR.validate() has checked.
 inline void check_range(const char* name, const int32_t* index, int64_t count, int64_t end) {
   bool outside = false;  // one pass, without a branch, over what the kernel reads next
   for (int64_t p = 0; p < count; ++p) outside |= static_cast<uint32_t>(index[p]) >= static_cast<uint64_t>(end);
@@ -98,5 +164,14 @@ template <class Device> Tensor csr_sddmm(Tensor dy, Tensor x, Tensor row_offsets
   Device::launch(a, dy);
   return out;
 }
+
+template <class Device> void bind_csr(Bindings& rows) {
+  if constexpr (has_kernel<Device, CsrScatter>) rows.mutating<&csr_scatter_<Device>>("csr_scatter_");
+  if constexpr (has_kernel<Device, CsrGather>) rows.mutating<&csr_gather_<Device>>("csr_gather_");
+  if constexpr (has_kernel<Device, CsrSpmm>) rows.mutating<&csr_spmm_<Device>>("csr_spmm_");
+  if constexpr (has_kernel<Device, CsrSddmm>) rows.add<&csr_sddmm<Device>>("csr_sddmm");
+}
+
+#endif
 
 }  // namespace spectral_ops

@@ -1,11 +1,49 @@
-// The host side of column_norm, column_norm_cached_ and magnitude_grad for any device.
+// column_norm, column_norm_cached_ and magnitude_grad: their kernels' arguments, free of torch, and their host side for any
+// device.
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include <utility>
 
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
+
+// norm [rows] = ‖weight_o + scale (B A)_o‖ in float32 (float64 for float64); A [r, columns], B [rows, r].
+struct ColumnNorm {
+  const void *weight, *A, *B;
+  void* norm;
+  int64_t* stamp;  // [2] fingerprint of A and B, or null where nothing is cached
+  void* workspace;  // CUDA: norm_plan(...).bytes
+  double scale;
+  int64_t rows, columns, r;
+  int64_t weight_strides[2], A_strides[2], B_strides[2];
+  DType dtype, A_dtype, B_dtype;  // dtype: of weight
+  bool force;                     // recompute even if the fingerprint is the stamp
+};
+
+// dm [columns] = dyz / (g norm), or where |g| < vanishing_g, or |g| norm < |bias| / vanishing_bias,
+// Σ_t dy (x·weight_o + scale h·B_o) / norm. dy [rows, columns], x [rows, k], h [rows, r], B [columns, r] with unit inner strides.
+struct MagnitudeGrad {
+  const void *dyz, *g, *norm;  // [columns] float32 (float64 for float64)
+  const void *dy, *x, *h, *weight, *B;
+  const void* bias;  // or null
+  void* dm;
+  double scale, vanishing_g, vanishing_bias;
+  int64_t rows, columns, k, r;
+  int64_t dy_stride, x_stride, h_stride, B_stride;
+  int64_t weight_strides[2];
+  DType dtype, bias_dtype;  // dtype: of dy, x, h, weight and B
+};
+
+namespace cuda {
+SPECTRAL_OPS_CUDA_KERNEL(column_norm, ColumnNorm)
+SPECTRAL_OPS_CUDA_KERNEL(magnitude_grad, MagnitudeGrad)
+}  // namespace cuda
+
+#ifdef SPECTRAL_OPS_HOST
 
 // The arguments of both norms.
 inline ColumnNorm norm_arguments(const Tensor& weight, const Tensor& A, const Tensor& B, double scale, const Tensor& norm) {
@@ -89,5 +127,13 @@ Tensor magnitude_grad(Tensor dyz, Tensor dy, Tensor x, Tensor h, Tensor weight, 
   Device::launch(a, dy);
   return dm;
 }
+
+template <class Device> void bind_dora(Bindings& rows) {
+  if constexpr (has_kernel<Device, ColumnNorm>) rows.add<&column_norm<Device>>("column_norm");
+  if constexpr (has_kernel<Device, ColumnNorm>) rows.add<&column_norm_cached_<Device>>("column_norm_cached_");
+  if constexpr (has_kernel<Device, MagnitudeGrad>) rows.add<&magnitude_grad<Device>>("magnitude_grad");
+}
+
+#endif
 
 }  // namespace spectral_ops

@@ -1,13 +1,43 @@
-// The host side of importance_update_ for any device, and importance_prune_ on the CPU: two passes over a few scores.
+// importance_update_: its kernel's arguments, free of torch, and its host side for any device. And importance_prune_ on the
+// CPU: two passes over a few scores.
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
+
+// A [rows_A, k], B [rows_B, r] and E [rows_E] of one layer and their gradients, contiguous: parts along the first dimension
+// of tensors with r, d and r rows.
+struct ImportanceLayer {
+  const void *p[3], *g[3];
+  DType dtypes[3];  // of p and g
+  int64_t rows_A, k, rows_B, r, rows_E;
+  int64_t offset;       // of A in exp_avg and uncertainty; B and E follow
+  int64_t first;        // of its r scores
+  int64_t row_A, row_E, d;
+};
+
+// exp_avg and uncertainty after one more step, and the scores of every triplet, or null; all float32 (float64 for float64).
+struct ImportanceUpdate {
+  const ImportanceLayer* layers;
+  void *exp_avg, *uncertainty, *scores;
+  double beta1, beta2;
+  int64_t count;  // of layers
+  DType dtype;    // of exp_avg, uncertainty and scores
+};
+
+namespace cpu {
+SPECTRAL_OPS_CPU_KERNEL(importance_update, ImportanceUpdate)
+}  // namespace cpu
+
+#ifdef SPECTRAL_OPS_HOST
 
 inline void check_state(const char* name, const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(t.dim() == 1 && t.is_contiguous() && t.size(0) == like.size(0), name, ": got ", t.numel(), " elements in ",
@@ -96,7 +126,7 @@ inline Tensor importance_prune_(Tensor scores, std::vector<Tensor> lora_E, std::
   for (size_t l = 0; l < lora_E.size(); ++l) {
     const Tensor& E = lora_E[l];
     const DType dtype = dtype_of("lora_E", E);
-    const int64_t entries = E.numel(), size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+    const int64_t entries = E.numel(), size = element_size(dtype);
     STD_TORCH_CHECK(E.dim() >= 1 && E.dim() <= 2 && E.size(0) == entries, "lora_E: wanted [r, 1] or [r]");
     STD_TORCH_CHECK(first[l] >= 0 && first[l] + entries <= n, "first: got ", first[l], " for ", entries, " of ", n, " scores");
     check_same_device("lora_E", E, scores);
@@ -107,5 +137,14 @@ inline Tensor importance_prune_(Tensor scores, std::vector<Tensor> lora_E, std::
   }
   return kept;
 }
+
+template <class Device> void bind_importance(Bindings& rows) {
+  if constexpr (has_kernel<Device, ImportanceUpdate>) {
+    rows.add<&importance_update_<Device>>("importance_update_");
+    rows.add<&importance_prune_>("importance_prune_");
+  }
+}
+
+#endif
 
 }  // namespace spectral_ops

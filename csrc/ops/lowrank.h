@@ -1,12 +1,47 @@
-// The host side of lowrank_update_ and lowrank_backward for any device: checks, outputs, and the kernel's arguments.
+// lowrank_update_ and lowrank_backward: their kernels' arguments, free of torch, and their host side for any device.
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include <initializer_list>
 #include <tuple>
 
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
+
+// out [rows, columns] becomes g * (out + scale h Bᵀ) + shift, h [rows, r], B [columns, r]; unit inner strides.
+struct LowRankUpdate {
+  void* out;
+  const void *h, *B;
+  const void *g, *shift;  // [columns] float32 (float64 for float64), or null
+  double scale;
+  int64_t rows, columns, r;
+  int64_t out_stride, h_stride, B_stride;
+  DType dtype;  // of out, h and B
+};
+
+// One pass over dy [rows, columns] (and y, where given); a null output is not wanted. Unit inner strides.
+// u [rows, r] = scale (g * dy) B, gdy [rows, columns] = g * dy, in dtype and contiguous; dB [columns, r] =
+// scale (g * dy)ᵀ h, db [columns] = Σ dy, dyz [columns] = Σ dy * (y - bias), contiguous in float32 (float64 for float64).
+struct LowRankBackward {
+  const void *dy, *h, *B;
+  const void *g, *y, *bias;  // or null
+  void *u, *dB, *db, *dyz, *gdy;
+  void* workspace;  // CUDA: backward_plan(...).bytes of partial sums
+  double scale;
+  int64_t rows, columns, r;
+  int64_t dy_stride, h_stride, B_stride, y_stride;
+  DType dtype, g_dtype, bias_dtype;  // dtype: of dy, h, B and y
+};
+
+namespace cuda {
+SPECTRAL_OPS_CUDA_KERNEL(lowrank_update, LowRankUpdate)
+SPECTRAL_OPS_CUDA_KERNEL(lowrank_backward, LowRankBackward)
+}  // namespace cuda
+
+#ifdef SPECTRAL_OPS_HOST
 
 template <class Device>
 void lowrank_update_(Tensor out, Tensor h, Tensor B, double scale, std::optional<Tensor> g, std::optional<Tensor> shift) {
@@ -66,5 +101,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_backward(
   Device::launch(a, dy);
   return {u, dB, db, dyz, gdy};
 }
+
+template <class Device> void bind_lowrank(Bindings& rows) {
+  if constexpr (has_kernel<Device, LowRankUpdate>) rows.mutating<&lowrank_update_<Device>>("lowrank_update_");
+  if constexpr (has_kernel<Device, LowRankBackward>) rows.add<&lowrank_backward<Device>>("lowrank_backward");
+}
+
+#endif
 
 }  // namespace spectral_ops

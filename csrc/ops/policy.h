@@ -1,11 +1,42 @@
-// The host side of target_logprob and softmax_gradient_ for any device.
+// target_logprob and softmax_gradient_: their kernels' arguments, free of torch, and their host side for any device. A target
+// of targets [rows] is ignore_index, or 0 <= target < columns, else the results are NaN.
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include <tuple>
 
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
+
+// logprob, logsumexp [rows] in float32 (float64 for float64) of scale * logits [rows, columns], unit inner stride.
+struct TargetLogprob {
+  const void* logits;
+  const int64_t* targets;
+  void *logprob, *logsumexp;
+  double scale;
+  int64_t rows, columns, logits_stride, ignore_index;
+  DType dtype;  // of logits
+};
+
+// logits becomes scale * dlogp * (onehot - exp(scale * logits - logsumexp)); logsumexp, dlogp [rows] as above.
+struct SoftmaxGradient {
+  void* logits;
+  const int64_t* targets;
+  const void *logsumexp, *dlogp;
+  double scale;
+  int64_t rows, columns, logits_stride, ignore_index;
+  DType dtype;  // of logits
+};
+
+namespace cpu {
+SPECTRAL_OPS_CPU_KERNEL(target_logprob, TargetLogprob)
+SPECTRAL_OPS_CPU_KERNEL(softmax_gradient, SoftmaxGradient)
+}  // namespace cpu
+
+#ifdef SPECTRAL_OPS_HOST
 
 template <class Device>
 std::tuple<Tensor, Tensor> target_logprob(Tensor logits, Tensor targets, double scale, int64_t ignore_index) {
@@ -49,5 +80,12 @@ void softmax_gradient_(Tensor logits, Tensor targets, Tensor logsumexp, Tensor d
   Device::launch(a, logits);
   if (!unit_inner_stride(logits)) torch::stable::copy_(logits, target);
 }
+
+template <class Device> void bind_policy(Bindings& rows) {
+  if constexpr (has_kernel<Device, TargetLogprob>) rows.add<&target_logprob<Device>>("target_logprob");
+  if constexpr (has_kernel<Device, SoftmaxGradient>) rows.mutating<&softmax_gradient_<Device>>("softmax_gradient_");
+}
+
+#endif
 
 }  // namespace spectral_ops

@@ -1,9 +1,27 @@
 // out [n, T] gets xᵀ, bit for bit: no operator of its own, but a step of a weight gradient (layers/scratch.h).
 #pragma once
 
+#include "../kernels.h"
+#ifdef SPECTRAL_OPS_HOST
 #include "../ops.h"
+#endif
 
 namespace spectral_ops {
+
+// out [columns, rows] = xᵀ, x [rows, columns]; unit inner strides.
+struct Transpose {
+  const void* x;
+  void* out;
+  int64_t rows, columns;
+  int64_t x_stride, out_stride;  // elements between rows
+  DType dtype;
+};
+
+namespace cpu {
+SPECTRAL_OPS_CPU_KERNEL(transpose, Transpose)
+}  // namespace cpu
+
+#ifdef SPECTRAL_OPS_HOST
 
 template <class Device> void transpose_(Tensor out, Tensor x) {
   check_matrix("x", x);
@@ -23,5 +41,7 @@ template <class Device> void transpose_(Tensor out, Tensor x) {
   Device::launch(a, out);
   if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
 }
+
+#endif
 
 }  // namespace spectral_ops

@@ -3,12 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "../cpu/random.h"
 #include "../cpu/tiling.h"
 #include "../csr_plan.h"
 
@@ -17,24 +16,17 @@ using namespace spectral_ops::cpu;
 
 namespace {
 
-// One kernel as compiled for an instruction set, whichever is active; throws where that does not run here.
-#ifdef SPECTRAL_OPS_X86
-#define ON(name, isa) pick(isa, {baseline::name, avx2::name, avx512::name, avx512_bf16::name})
-#else
-#define ON(name, isa) pick(isa, {baseline::name})
-#endif
-
-template <class Arguments>
-Kernel<Arguments> pick(const std::string& isa, std::initializer_list<void (*)(const Arguments&, int64_t, int64_t)> compiled) {
+// A kernel as compiled for an instruction set, whichever is active; throws where that does not run here.
+template <class Arguments> void run_on(const std::string& isa, const Arguments& arguments, int64_t begin, int64_t end) {
   for (int i = 0; i <= static_cast<int>(active_isa()); ++i)
-    if (isa == isa_name(static_cast<Isa>(i))) return compiled.begin()[i];
+    if (isa == isa_name(static_cast<Isa>(i))) return Kernels<Arguments>::compiled[i](arguments, begin, end);
   throw py::value_error("isa: " + isa + " does not run here");
 }
 
 std::vector<std::vector<bool>> keep(int64_t rows, int64_t columns, int64_t seed, double p, const std::string& isa,
                                     int64_t begin, int64_t end) {
   std::vector<uint32_t> words(static_cast<size_t>(rows * columns), 0x5a5a5a5a);  // rows outside [begin, end) keep this
-  ON(keep_mask, isa)(KeepMask{words.data(), rows, columns, seed, p}, begin, end);
+  run_on(isa, KeepMask{words.data(), rows, columns, seed, p}, begin, end);
   std::vector<std::vector<bool>> mask;
   for (int64_t t = begin; t < end; ++t) {
     mask.emplace_back();
@@ -65,7 +57,7 @@ PYBIND11_MODULE(spectral_ops_native_tests, m) {
         py::arg("begin"), py::arg("end"), "bool rows [begin, end) of the dropout mask [rows, columns].");
   m.def("philox", [](int64_t first, int64_t count, int64_t seed, const std::string& isa) {
     std::vector<uint32_t> words(static_cast<size_t>(count));
-    ON(philox_words, isa)(PhiloxWords{words.data(), count, first, seed}, 0, 1);
+    run_on(isa, PhiloxWords{words.data(), count, first, seed}, 0, 1);
     return words;
   }, py::arg("first"), py::arg("count"), py::arg("seed"), py::arg("isa"), "Words of elements [first, first + count).");
   m.def("period_copies", &period_copies, py::arg("columns"), py::arg("r"), py::arg("wanted"));

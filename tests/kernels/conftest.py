@@ -7,6 +7,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,15 @@ def build_emulator():
         pytest.skip("needs g++ and the headers of a CUDA toolkit")
     folder = ROOT / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, ROOT / "csrc/stems.py", folder], check=True)
     sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*")]
-    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h")]
+    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h"), *folder.glob("*.h")]
     newest = max(p.stat().st_mtime for p in sources)
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
     flags += ["-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
-    host = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
+    host = ["-DSPECTRAL_OPS_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
+    host += ["-I", folder, "-I", ROOT / "csrc"]
     jobs, objects = [], []
     for source in [EMULATOR / "library.cpp", *ROOT.glob("csrc/cuda/*.cu")]:
         target = folder / f"{source.stem}.o"

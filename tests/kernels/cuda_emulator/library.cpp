@@ -3,15 +3,9 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../../../csrc/cuda/launch.h"
-#include "../../../csrc/cuda/plan.h"
-#include "../../../csrc/layers/bindings.h"
-#include "../../../csrc/layers/elsewhere.h"
-#include "../../../csrc/ops/bat.h"
-#include "../../../csrc/ops/blocksum.h"
-#include "../../../csrc/ops/csr.h"
-#include "../../../csrc/ops/dora.h"
-#include "../../../csrc/ops/lowrank.h"
+#include "cuda/workspace.h"
+#include "cuda_plans.h"  // generated
+#include "stems.h"       // generated
 
 #include <cstring>
 
@@ -20,7 +14,9 @@ extern "C" __attribute__((visibility("default"))) int64_t emulator_launches = 0;
 namespace spectral_ops {
 
 struct Emulated {
-  // The tensors are a CPU's, and each product would be a kernel.
+  static constexpr bool on_host = false;  // as on a GPU, although the tensors are a CPU's
+
+  // Each product would be a kernel.
   static AOTITorchError mm_out(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b) {
     ++emulator_launches;
     return aoti_torch_cpu_mm_out(out, a, b);
@@ -31,7 +27,7 @@ struct Emulated {
     return aoti_torch_cpu_addmm_out(out, self, a, b, beta, alpha);
   }
 
-  template <class Arguments> static void launch(Arguments a, const Tensor& like) {
+  template <class Arguments> static auto launch(Arguments a, const Tensor& like) -> std::void_t<decltype(cuda::launch(a, {}))> {
     constexpr int64_t kGuard = 4096;
     const int64_t bytes = cuda::workspace_bytes(a);
     Tensor workspace = empty(like, {bytes + kGuard}, ScalarType::Byte);
@@ -45,23 +41,8 @@ struct Emulated {
   }
 };
 
-SPECTRAL_OPS_ELSEWHERE(Emulated)
-
 STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
-  m.impl("block_sum", TORCH_BOX(&block_sum<Emulated>));
-  m.impl("block_tile_", TORCH_BOX(&block_tile_<Emulated>));
-  m.impl("lowrank_update_", TORCH_BOX(&lowrank_update_<Emulated>));
-  m.impl("lowrank_backward", TORCH_BOX(&lowrank_backward<Emulated>));
-  m.impl("column_norm", TORCH_BOX(&column_norm<Emulated>));
-  m.impl("column_norm_cached_", TORCH_BOX(&column_norm_cached_<Emulated>));
-  m.impl("magnitude_grad", TORCH_BOX(&magnitude_grad<Emulated>));
-  m.impl("bat_weight_", TORCH_BOX(&bat_weight_<Emulated>));
-  m.impl("bat_contract_", TORCH_BOX(&bat_contract_<Emulated>));
-  m.impl("csr_scatter_", TORCH_BOX(&csr_scatter_<Emulated>));
-  m.impl("csr_gather_", TORCH_BOX(&csr_gather_<Emulated>));
-  m.impl("csr_spmm_", TORCH_BOX(&csr_spmm_<Emulated>));
-  m.impl("csr_sddmm", TORCH_BOX(&csr_sddmm<Emulated>));
-  for (const Binding& layer : kLayers<Emulated>) m.impl(layer.name, layer.function);
+  for (const Binding& row : every_binding<Emulated>()) m.impl(row.name, row.function);
 }
 
 }  // namespace spectral_ops

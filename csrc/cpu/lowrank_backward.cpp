@@ -1,3 +1,5 @@
+#include "lowrank.h"
+
 #include "product.h"
 
 namespace spectral_ops::cpu::SPECTRAL_OPS_ISA {
@@ -74,14 +76,6 @@ inline void drop_tile(A* x, const Dropout& dropout, uint64_t first, int64_t pitc
 }
 
 // --- the pass ---
-
-template <class A> inline A* at(const void* base, int64_t element) {
-  return static_cast<A*>(const_cast<void*>(base)) + element;
-}
-
-template <class A> inline void zero(A* p, int64_t count) {
-  if (count > 0) std::memset(p, 0, count * sizeof(A));
-}
 
 // A task's chunk of rows by chunk of columns, and the sums over it, which only this task adds to.
 template <class A> struct Task {
@@ -326,6 +320,50 @@ template <class X> void pack(const Pass& a, int64_t task) {
   if (a.packed_bias) pack_rows(at<A>(a.packed_bias, j), kTile, from_column(a.bias, j), 0, 1, columns);
 }
 
+// --- all in one go ---
+
+// Element i of a vector in any dtype.
+template <class A> inline A number(const void* data, DType dtype, int64_t i) {
+  A result = 0;
+  for_dtype(dtype, [&](auto* type) {
+    using V = std::remove_pointer_t<decltype(type)>;
+    result = static_cast<A>(value(static_cast<const V*>(data)[i]));
+  });
+  return result;
+}
+
+template <class T> inline void small_rows(const LowRankBackward& a) {
+  using A = acc_t<T>;
+  const int64_t d = a.columns, r = a.r;
+  const A scale = static_cast<A>(a.scale);
+  A *const dB = static_cast<A*>(a.dB), *const db = static_cast<A*>(a.db), *const dyz = static_cast<A*>(a.dyz);
+  if (dB) std::memset(a.dB, 0, sizeof(A) * static_cast<size_t>(d * r));
+  if (db) std::memset(a.db, 0, sizeof(A) * static_cast<size_t>(d));
+  if (dyz) std::memset(a.dyz, 0, sizeof(A) * static_cast<size_t>(d));
+  for (int64_t t = 0; t < a.rows; ++t) {
+    const T *const dy = row<T>(a.dy, t, a.dy_stride), *const y = a.y ? row<T>(a.y, t, a.y_stride) : nullptr;
+    A u[SmallBackward::kRank] = {}, h[SmallBackward::kRank] = {};
+    if (dB)
+      for (int64_t p = 0; p < r; ++p) h[p] = value(row<T>(a.h, t, a.h_stride)[p]);
+    for (int64_t o = 0; o < d; ++o) {
+      const A plain = value(dy[o]), v = a.g ? plain * number<A>(a.g, a.g_dtype, o) : plain;
+      if (a.u) {
+        const T* const b = row<T>(a.B, o, a.B_stride);
+        for (int64_t p = 0; p < r; ++p) u[p] += v * value(b[p]);
+      }
+      if (dB)
+        for (int64_t p = 0; p < r; ++p) dB[o * r + p] += v * h[p];
+      if (a.gdy) static_cast<T*>(a.gdy)[t * d + o] = rounded<T>(v);
+      if (db) db[o] += plain;
+      if (dyz) dyz[o] += plain * (value(y[o]) - (a.bias ? number<A>(a.bias, a.bias_dtype, o) : A{0}));
+    }
+    if (a.u)
+      for (int64_t p = 0; p < r; ++p) static_cast<T*>(a.u)[t * r + p] = rounded<T>(scale * u[p]);
+  }
+  if (dB)
+    for (int64_t i = 0; i < d * r; ++i) dB[i] *= scale;
+}
+
 }  // namespace
 
 void pass_pack(const PassPack& a, int64_t begin, int64_t end) {
@@ -351,6 +389,10 @@ void pass_finish(const PassFinish& a, int64_t begin, int64_t end) {
       wide ? finish_columns<double>(a.pass, i - row_blocks) : finish_columns<float>(a.pass, i - row_blocks);
     else if (a.pass.row_product)
       wide ? finish_rows<double>(a.pass, i) : finish_rows<float>(a.pass, i);
+}
+
+void small_backward(const SmallBackward& a, int64_t, int64_t) {
+  for_dtype(a.backward.dtype, [&](auto* type) { small_rows<std::remove_pointer_t<decltype(type)>>(a.backward); });
 }
 
 }  // namespace spectral_ops::cpu::SPECTRAL_OPS_ISA

@@ -1,57 +1,18 @@
-// Products with a skinny factor [., r]: the plans that the CPU kernels of lowrank, dora and dropout share, free of torch.
+// Products with a skinny factor [., r]: the plans that the CPU kernels of lowrank, dora, dropout and segments share.
 //
-// A Pass reads x [rows, columns] once, in tiles that stay in cache, and multiplies each tile from both sides:
+// A Pass (lowrank_backward.cpp) reads x [rows, columns] once, in tiles that stay in cache. It multiplies each from both sides:
 //   rows_sum [rows, r] = x M, M [columns, r]     columns_sum [columns, r] = xᵀ H, H [rows, r]     and plain column sums.
-// A Lift updates out [rows, columns] in place by h Mᵀ. Which task adds what, and in which order, depends on the sizes only,
-// so that results do not depend on the number of threads.
+// A Lift (lowrank_update.cpp) updates out [rows, columns] in place by h Mᵀ. Which task adds what, and in which order, depends
+// on the sizes only, so that results do not depend on the number of threads.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
-
-#include "../arguments.h"
+#include "../ops/lowrank.h"
+#include "matrix.h"
+#ifdef SPECTRAL_OPS_HOST
+#include "run.h"
+#endif
 
 namespace spectral_ops::cpu {
-
-constexpr int64_t kTile = 64;         // rows and columns of a tile
-constexpr int64_t kSquareLanes = 16;  // partial sums of a row's squares
-
-inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
-inline int64_t at_least_one(int64_t n) { return n > 0 ? n : 1; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t accumulator_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-inline DType accumulator(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
-
-// Lanes that a row of a packed skinny factor takes.
-inline int64_t padded_rank(int64_t r) { return r == 0 ? 0 : r <= 4 ? 4 : r <= 8 ? 8 : (r + 15) / 16 * 16; }
-
-// Any matrix: element (i, j) is at i * row + j * column; with pick, column j is column pick[j]. Null data: absent.
-struct Matrix {
-  const void* data = nullptr;
-  int64_t row = 0, column = 1;
-  DType dtype = DType::float32;
-  const int64_t* pick = nullptr;
-
-  Matrix transposed() const { return {data, column, row, dtype, nullptr}; }
-};
-
-// A matrix that is there; an empty one may come with a null pointer.
-inline Matrix matrix(const void* data, int64_t row, int64_t column, DType dtype, const int64_t* pick = nullptr) {
-  static constexpr double empty = 0;
-  return {data ? data : &empty, row, column, dtype, pick};
-}
-
-// Hands out consecutive aligned pieces of a workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-
-  void* take(int64_t bytes) {
-    void* piece = base ? base + used : nullptr;
-    used += (bytes + 63) / 64 * 64;
-    return piece;
-  }
-};
 
 // How many chunks rows and columns are split into: chunks of rows cost partial sums for every column and vice versa.
 struct Chunks {
@@ -74,6 +35,8 @@ inline Chunks chunks(int64_t rows, int64_t columns, bool sums_over_columns, bool
   const int64_t r = (row_tiles + by_row - 1) / by_row, c = (column_tiles + by_column - 1) / by_column;
   return {r, c, (row_tiles + r - 1) / r, (column_tiles + c - 1) / c};
 }
+
+constexpr int64_t kSquareLanes = 16;  // partial sums of a row's squares
 
 struct Pass {
   Matrix x;              // [rows, columns]
@@ -184,39 +147,66 @@ struct SmallBackward {
   static bool fits(const LowRankBackward& a) { return a.r <= kRank && a.rows * a.columns * (a.r + 4) <= kWork; }
 };
 
-// norm from the sums of a pass over W, or over Wᵀ (then by_columns). Tasks take kTile rows of W.
-struct NormFinish {
-  const ColumnNorm& norm;
-  const Pass& pass;
-  bool by_columns;
-  const void* gram;  // A Aᵀ [r, r], accumulator dtype
-  void* packed_B;    // [rows, r], room for B in accumulator dtype
+SPECTRAL_OPS_CPU_KERNEL(pass_pack, PassPack)
+SPECTRAL_OPS_CPU_KERNEL(pass_tiles, PassTiles)
+SPECTRAL_OPS_CPU_KERNEL(pass_finish, PassFinish)
+SPECTRAL_OPS_CPU_KERNEL(lift_pack, LiftPack)
+SPECTRAL_OPS_CPU_KERNEL(lift_tiles, LiftTiles)
+SPECTRAL_OPS_CPU_KERNEL(small_backward, SmallBackward)
 
-  static int64_t tasks(const ColumnNorm& a) { return tiles(a.rows); }
-};
+#ifdef SPECTRAL_OPS_HOST
 
-// parts[2 * task] and the next are a task's share of the fingerprint of a [rows, columns], whose elements count from first.
-struct Fingerprint {
-  static constexpr int64_t kElements = 4096;  // of a task
-  Matrix a;
-  int64_t rows, columns, first;
-  uint64_t* parts;
+inline void pack_and_add(const Pass& pass) {
+  in_parallel(PassPack{pass}, pass.pack_tasks(), 8);
+  in_parallel(PassTiles{pass}, pass.tile_tasks(), grain_of(pass.tile_tasks(), pass.rows * pass.columns * (pass.width + 4)));
+}
 
-  int64_t tasks() const { return (rows * columns + kElements - 1) / kElements; }
-};
+inline void finish(const Pass& pass) { in_parallel(PassFinish{pass}, pass.finish_tasks(), 4); }
 
-// dm of every column by division, and which columns m has erased.
-struct MagnitudeDivide {
-  const MagnitudeGrad& magnitude;
-  unsigned char* vanishing;  // [columns]
-};
+inline void run_products(Pass& pass, const Tensor& like) {
+  const Tensor memory = lay_out(pass, like);
+  pack_and_add(pass);
+  finish(pass);
+}
 
-// dm of the columns pick [count], from z [rows, count] = x W_oᵀ in accumulator dtype.
-struct MagnitudeExact {
-  const MagnitudeGrad& magnitude;
-  const void* z;
-  const int64_t* pick;
-  int64_t count;
-};
+inline void run_lift(Lift& lift, const Tensor& like) {
+  const Tensor memory = lay_out(lift, like);
+  in_parallel(LiftPack{lift}, lift.pack_tasks(), 8);
+  in_parallel(LiftTiles{lift}, lift.tile_tasks(), grain_of(lift.tile_tasks(), lift.rows * lift.columns * (lift.r + 4)));
+}
+
+inline void run(const LowRankUpdate& a, const Tensor& like) {
+  const DType wide = accumulator(a.dtype);
+  Lift lift;
+  lift.out = a.out, lift.out_stride = a.out_stride, lift.dtype = a.dtype;
+  lift.h = matrix(a.h, a.h_stride, 1, a.dtype), lift.m = matrix(a.B, a.B_stride, 1, a.dtype);
+  lift.g = {a.g, 0, 1, wide}, lift.shift = {a.shift, 0, 1, wide};
+  lift.scale = a.scale;
+  lift.rows = a.rows, lift.columns = a.columns, lift.r = a.r;
+  run_lift(lift, like);
+}
+
+inline void run(const LowRankBackward& a, const Tensor& like) {
+  if (SmallBackward::fits(a)) {
+    const SmallBackward small{a};
+    return kernel_for(small)(small, 0, 1);
+  }
+  Pass pass;
+  pass.x = matrix(a.dy, a.dy_stride, 1, a.dtype);
+  if (a.u) pass.m = matrix(a.B, a.B_stride, 1, a.dtype);
+  if (a.dB) pass.h = matrix(a.h, a.h_stride, 1, a.dtype);
+  if (a.dyz) pass.y = matrix(a.y, a.y_stride, 1, a.dtype), pass.bias = {a.bias, 0, 1, a.bias_dtype};
+  pass.g = {a.g, 0, 1, a.g_dtype};
+  pass.scaled = a.gdy;
+  pass.column_sums = a.db != nullptr;
+  pass.rows = a.rows, pass.columns = a.columns, pass.r = a.r;
+  pass.scale = a.scale;
+  pass.row_product = a.u, pass.row_product_stride = a.r, pass.row_product_dtype = a.dtype;
+  pass.column_product = a.dB, pass.column_product_row = a.r;
+  pass.sums = a.db, pass.y_sums = a.dyz;
+  run_products(pass, like);
+}
+
+#endif
 
 }  // namespace spectral_ops::cpu
