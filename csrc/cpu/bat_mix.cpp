@@ -57,7 +57,11 @@ template <class T> void mix_backward_unit(const BatMixBackwardPass& a, int64_t o
       load_tile<T>(v + k * kTile, g, first, rows, column + k, n);
       for (int64_t t = 0; t < rows; ++t) {
         const T* const q = at<T>(w.q, (first + t) * w.q_stride);
-        for (int64_t i = 0, p = k % w.r; i < n; ++i, p = p + 1 == w.r ? 0 : p + 1) v[(k + t) * kTile + i] += value(q[p]);
+        A* const row = v + (k + t) * kTile;
+        if (size == w.r)  // one block: q is not repeated
+          for (int64_t i = 0; i < n; ++i) row[i] += value(q[k + i]);
+        else
+          for (int64_t i = 0, p = k % w.r; i < n; ++i, p = p + 1 == w.r ? 0 : p + 1) row[i] += value(q[p]);
       }
     }
     for (int64_t e = 0; e < size; e += kTile) {
