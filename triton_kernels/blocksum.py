@@ -28,15 +28,8 @@ from spectral_ops.triton_kernels.common import (
     tile,
 )  # fmt: skip
 
-# (architecture, element size): elements per tile, elements along the features, warps
-SUM = {
-    (80, 2): (4096, 512, 4),
-    (80, 4): (2048, 512, 4),
-    (90, 2): (4096, 512, 4),
-    (90, 4): (2048, 512, 4),
-    (100, 2): (4096, 512, 4),
-    (100, 4): (2048, 512, 4),
-}
+# element size, or (architecture, element size): elements per tile, elements along the features, warps
+SUM = {2: (4096, 512, 4), 4: (2048, 512, 4)}
 TILE = SUM  # the same tiles walked the other way
 
 

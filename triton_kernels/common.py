@@ -79,9 +79,15 @@ def processors(x: torch.Tensor) -> int:
     return _properties(x.get_device())[1] if x.is_cuda else INTERPRETED_PROCESSORS
 
 
-def tile(table: Mapping[tuple[int, int], Any], x: torch.Tensor, tiles: str = "") -> Any:
-    """The entry of a tile table, keyed by (architecture, bytes per element), for x, or the variant ``tiles`` of it."""
-    return varied(table[arch(x), x.element_size()], tiles)
+def entry(table: Mapping[int | tuple[int, int], Any], architecture: int, size: int) -> Any:
+    """The entry of a tile table for elements of ``size`` bytes: an architecture's own, or that of all others."""
+    own = table.get((architecture, size))
+    return table[size] if own is None else own
+
+
+def tile(table: Mapping[int | tuple[int, int], Any], x: torch.Tensor, tiles: str = "") -> Any:
+    """The entry of a tile table for x, or the variant ``tiles`` of it."""
+    return varied(entry(table, arch(x), x.element_size()), tiles)
 
 
 def varied(entry: Any, tiles: str) -> Any:

@@ -30,15 +30,8 @@ VANISHING = tl.constexpr(2.0**-14)  # functional/dora.py's, which says why
 MOST_PRINTS = 128  # programs per fingerprinted tensor, at most
 
 # inputs and ranks per step are halved where A is float32 or rows are not aligned
-# (architecture, element size of W): rows, inputs per step, greatest rank per step, warps
-NORM = {
-    (80, 2): (64, 128, 32, 8),
-    (80, 4): (32, 64, 32, 4),
-    (90, 2): (64, 128, 64, 8),
-    (90, 4): (32, 64, 32, 4),
-    (100, 2): (64, 128, 64, 8),
-    (100, 4): (32, 64, 32, 4),
-}
+# element size of W, or (architecture, that): rows, inputs per step, greatest rank per step, warps
+NORM = {2: (64, 128, 64, 8), (80, 2): (64, 128, 32, 8), 4: (32, 64, 32, 4)}
 
 
 @triton.jit

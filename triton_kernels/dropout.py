@@ -30,33 +30,12 @@ from spectral_ops.triton_kernels.common import (
     tile,
 )  # fmt: skip
 
-# (architecture, element size): tokens, inputs per step, greatest rank per step, warps
-PROJECT = {
-    (80, 2): (32, 128, 64, 4),
-    (80, 4): (32, 32, 16, 4),
-    (90, 2): (32, 128, 64, 4),
-    (90, 4): (32, 32, 16, 4),
-    (100, 2): (32, 128, 64, 4),
-    (100, 4): (32, 32, 16, 4),
-}
-# (architecture, element size): tokens per step, inputs, greatest rank per step, warps
-OUTER = {
-    (80, 2): (64, 64, 64, 4),
-    (80, 4): (32, 32, 16, 4),
-    (90, 2): (64, 64, 64, 4),
-    (90, 4): (32, 32, 16, 4),
-    (100, 2): (64, 64, 64, 4),
-    (100, 4): (32, 32, 16, 4),
-}
-# (architecture, element size): tokens, inputs, greatest rank per step, warps
-LIFT = {
-    (80, 2): (64, 128, 64, 8),
-    (80, 4): (32, 64, 16, 8),
-    (90, 2): (64, 128, 64, 8),
-    (90, 4): (32, 64, 16, 8),
-    (100, 2): (64, 128, 64, 8),
-    (100, 4): (32, 64, 16, 8),
-}
+# element size, or (architecture, element size): tokens, inputs per step, greatest rank per step, warps
+PROJECT = {2: (32, 128, 64, 4), 4: (32, 32, 16, 4)}
+# element size, or (architecture, element size): tokens per step, inputs, greatest rank per step, warps
+OUTER = {2: (64, 64, 64, 4), 4: (32, 32, 16, 4)}
+# element size, or (architecture, element size): tokens, inputs, greatest rank per step, warps
+LIFT = {2: (64, 128, 64, 8), 4: (32, 64, 16, 8)}
 UNALIGNED = 32  # inputs and ranks per step where rows are not aligned, or 4 does not divide k
 
 

@@ -37,34 +37,22 @@ from spectral_ops.triton_kernels.common import (
     varied,
 )  # fmt: skip
 
-# (architecture, element size): tokens, outputs, inputs per step, tiles of tokens per group, warps, stages
+# element size, or (architecture, that): tokens, outputs, inputs per step, tiles of tokens per group, warps, stages
 MATMUL = {
     (80, 2): (128, 128, 32, 8, 8, 3),
-    (80, 4): (64, 64, 16, 8, 8, 2),
     (90, 2): (256, 128, 64, 8, 8, 3),
-    (90, 4): (64, 64, 16, 8, 8, 2),
     (100, 2): (128, 128, 64, 8, 8, 4),
-    (100, 4): (64, 64, 16, 8, 8, 2),
+    4: (64, 64, 16, 8, 8, 2),
 }
 MATMUL_UNALIGNED = (64, 64, 32, 8, 8, 2)
-# (architecture, element size): tokens, outputs, greatest rank per step, warps
-UPDATE = {
-    (80, 2): (64, 128, 64, 8),
-    (80, 4): (64, 64, 16, 8),
-    (90, 2): (64, 128, 64, 8),
-    (90, 4): (64, 64, 16, 8),
-    (100, 2): (64, 128, 64, 8),
-    (100, 4): (64, 64, 16, 8),
-}
+# element size, or (architecture, element size): tokens, outputs, greatest rank per step, warps
+UPDATE = {2: (64, 128, 64, 8), 4: (64, 64, 16, 8)}
 UPDATE_UNALIGNED = (32, 64, 32, 8)
-# (architecture, element size): for each padded rank, tokens, outputs per step, warps, stages
+# element size, or (architecture, element size): for each padded rank, tokens, outputs per step, warps, stages
 BACKWARD = {
+    2: {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
     (80, 2): {16: (256, 32, 8, 3), 32: (256, 32, 8, 3), 64: (128, 32, 8, 3), 128: (64, 32, 8, 3)},
-    (80, 4): {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
-    (90, 2): {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-    (90, 4): {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
-    (100, 2): {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-    (100, 4): {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
+    4: {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
 }
 BACKWARD_UNALIGNED = {2: (64, 32, 8, 1), 4: (32, 32, 8, 1)}
 

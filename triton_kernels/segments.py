@@ -28,35 +28,14 @@ from spectral_ops.triton_kernels.common import (
     tile,
 )
 
-# (architecture, element size): rows, inputs per step, greatest rank, warps, stages
-PROJECT = {
-    (80, 2): (64, 64, 64, 8, 3),
-    (80, 4): (32, 32, 32, 4, 2),
-    (90, 2): (64, 128, 128, 8, 3),
-    (90, 4): (32, 32, 32, 4, 2),
-    (100, 2): (64, 128, 128, 8, 3),
-    (100, 4): (32, 32, 32, 4, 2),
-}
+# element size, or (architecture, element size): rows, inputs per step, greatest rank, warps, stages
+PROJECT = {2: (64, 128, 128, 8, 3), (80, 2): (64, 64, 64, 8, 3), 4: (32, 32, 32, 4, 2)}
 PROJECT_UNALIGNED = (32, 32, 32, 4, 1)
 # (architecture, element size): rows, outputs, greatest rank per step, warps
 LIFT_UNALIGNED = (32, 64, 32, 8)  # which float32 takes too: others spill
-LIFT = {
-    (80, 2): (64, 128, 64, 8),
-    (80, 4): LIFT_UNALIGNED,
-    (90, 2): (64, 128, 64, 8),
-    (90, 4): LIFT_UNALIGNED,
-    (100, 2): (64, 128, 64, 8),
-    (100, 4): LIFT_UNALIGNED,
-}
-# (architecture, element size): rows per step, columns, greatest rank, warps, stages
-OUTER = {
-    (80, 2): (64, 64, 64, 4, 3),
-    (80, 4): (32, 32, 32, 4, 2),
-    (90, 2): (64, 64, 128, 4, 3),
-    (90, 4): (32, 32, 32, 4, 2),
-    (100, 2): (64, 64, 128, 4, 3),
-    (100, 4): (32, 32, 32, 4, 2),
-}
+LIFT = {2: (64, 128, 64, 8), 4: LIFT_UNALIGNED}
+# element size, or (architecture, element size): rows per step, columns, greatest rank, warps, stages
+OUTER = {2: (64, 64, 128, 4, 3), (80, 2): (64, 64, 64, 4, 3), 4: (32, 32, 32, 4, 2)}
 OUTER_UNALIGNED = (32, 32, 32, 4, 1)
 
 

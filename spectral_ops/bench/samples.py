@@ -6,6 +6,7 @@ Which arguments those are, an operator says itself, where it is defined (``sampl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,45 +15,32 @@ import torch.nn.functional as F
 from spectral_ops import _library
 
 
-def arguments(
-    name: str,
-    T: int,
-    d: int,
-    k: int,
-    r: int,
-    dtype: torch.dtype,
-    device: str,
-    seed: int = 0,
-    density: float = 0.006,
-) -> Iterator[tuple]:
-    """Argument tuples that exercise operator ``name`` for x [T, k], W [d, k], rank r; optional arguments on and off.
+def arguments(name: str, *sizes, **options) -> Iterator[tuple]:
+    """Argument tuples that exercise operator ``name``, its optional ones on and off, from :class:`Samples` of these.
 
-    The first is the one to benchmark. No two share memory that the operator writes. density: of the sparse operators'
-    pattern.
+    The first is the one to benchmark. No two share memory that the operator writes.
     """
-    return iter(_library.OPERATORS[name].samples(Samples(T, d, k, r, dtype, device, seed, density)))
+    return iter(_library.OPERATORS[name].samples(Samples(*sizes, **options)))
 
 
+@dataclass
 class Samples:
     """Sizes and tensors of a layer, each made when it is first asked for: x [T, k], W [d, k], dy and y [T, d],
     A [r, k], B [d, r], h [T, r] and bias [d] in ``dtype``; g (about 1), shift and norm [d] in ``acc``, what ``dtype``
-    is summed in; and the key of a dropout mask."""
+    is summed in; and the key of a dropout mask. density: of :meth:`pattern`."""
 
-    def __init__(
-        self,
-        T: int,
-        d: int,
-        k: int,
-        r: int,
-        dtype: torch.dtype,
-        device: str,
-        seed: int = 0,
-        density: float = 0.006,
-    ):
-        self.T, self.d, self.k, self.r, self.dtype, self.device = T, d, k, r, dtype, device
-        self.acc = _library.accumulate_dtype(dtype)
-        self.density = density
-        self.on = {"generator": torch.Generator(device).manual_seed(seed), "device": device}  # for further numbers
+    T: int
+    d: int
+    k: int
+    r: int
+    dtype: torch.dtype
+    device: str
+    seed: int = 0
+    density: float = 0.006
+
+    def __post_init__(self) -> None:
+        self.acc = _library.accumulate_dtype(self.dtype)
+        self.on = {"generator": torch.Generator(self.device).manual_seed(self.seed), "device": self.device}
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Normal numbers times ``scale``, rounded to ``dtype`` (None: the samples' own)."""
