@@ -18,10 +18,6 @@ def _mib(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:.2f}"
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
 def _error(row: Counted) -> str:
     return "-" if row.error is None else f"{row.error:.1e}"
 

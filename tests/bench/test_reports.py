@@ -1,6 +1,7 @@
 """What ``bench`` makes of its results: comparisons, pictures, growth and README's table, on made-up figures."""
 
 import dataclasses
+import json
 import random
 import sys
 from pathlib import Path
@@ -289,3 +290,18 @@ def test_growth_measures_the_variables_that_an_operator_has(monkeypatch):
     }
     assert all(len(g.seconds) == len(g.predicted) == 3 and min(g.seconds) > 0 for g in found)
     assert len(tables.growth_table(found).splitlines()) == 2 + len(found)
+
+
+KEPT = (Path(__file__).resolve().parents[2] / "benchmarks" / "results").rglob("*.json")
+RUNS = [path for path in sorted(KEPT) if "format" in json.loads(path.read_text())]  # of bench, not of an example
+
+
+def test_runs_are_kept():
+    assert len(RUNS) >= 7
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_kept_run_can_be_read_and_compared_with_itself(path):
+    found = results.read(path)
+    assert found.layers or found.training
+    assert not compare.report(found, found)[1]

@@ -35,6 +35,7 @@ def test_the_compiled_extension_is_loaded():
     extension = _loader.EXTENSIONS["cpu"]
     assert extension_loaded(), extension.error
     assert extension.operators, "it registers nothing"
+    assert {*OPERATORS, *_library.LAYERS} - extension.operators == {"lowrank_matmul"}, "a kernel was not bound"
     assert extension.operators <= {*OPERATORS, *_library.LAYERS}
     assert extension.info
 
