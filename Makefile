@@ -17,7 +17,7 @@ SECTIONS ?=
 TORCH_PIP_ARGS ?=
 TORCH_CPU      := $(if $(shell command -v nvidia-smi),false,$(PIP) install $(TORCH_PIP_ARGS) -c requirements/constraints.txt torch==2.13.0+cpu 2>/dev/null)
 
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f) $(wildcard spectral_ops/_library.py spectral_ops/functional/*.py)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -not -path "*/__pycache__*") $(wildcard spectral_ops/_library.py spectral_ops/functional/*.py)
 
 .PHONY: demo methods rlhf test build bench lint gpu gpu-dry wheel sanitize clean
 

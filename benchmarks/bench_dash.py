@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from benchmarks import harness
 from spectral_ops import LoRADashConfig, LoRADashLinear, lowrank_linear, lowrank_update, task_direction_scores
 from spectral_ops.bench.clock import interleave
+from spectral_ops.bench.judge import largest_error
 from spectral_ops.bench.layers import TOLERANCE, step
 from spectral_ops.bench.methods import DTYPES
 from spectral_ops.bench.peers import Layer
-from spectral_ops.cli.check import largest_error
 
 S = 8
 

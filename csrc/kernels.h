@@ -24,8 +24,8 @@
 #endif
 
 // In the namespace spectral_ops::cuda: declares a launch function of csrc/cuda, and launch(...) for its arguments. Pointers
-// are device pointers, and it only enqueues on the stream. It takes CUDA's types: without CUDA's headers nothing is declared.
-#if __has_include(<cuda_runtime_api.h>)
+// are device pointers, and it only enqueues on the stream. It takes CUDA's types: in a build for CPUs nothing is declared.
+#if defined(__CUDACC__) || defined(USE_CUDA) || defined(SPECTRAL_OPS_EMULATE)
 #include <cuda_runtime_api.h>
 #define SPECTRAL_OPS_CUDA_KERNEL(name, Arguments)           \
   cudaError_t name(const Arguments&, cudaStream_t stream);  \

@@ -5,8 +5,8 @@ import importlib.util
 # triton_kernels lies at the top level of a checkout; a symbolic link leads there
 if importlib.util.find_spec("spectral_ops.triton_kernels") is None:
     raise ImportError(
-        "spectral_ops.triton_kernels: got a checkout without symbolic links, wanted one with them (git config"
-        " core.symlinks true, then git checkout spectral_ops/triton_kernels) or an installed package (pip install .)"
+        "spectral_ops.triton_kernels: got a checkout without symbolic links, or an archive; wanted an installed"
+        " package (pip install .), or links (git config core.symlinks true, git checkout spectral_ops/triton_kernels)"
     )
 
 from spectral_ops import _loader, adapters, backends, functional

@@ -162,7 +162,10 @@ def _table(device: torch.device) -> tuple[frozenset[str], tuning.Table]:
 
 
 def forget_tables() -> None:
-    """Read the tables again on the next call; graphs compiled before keep what they chose to look up."""
+    """Look whether there are tables, and read them again on the next call.
+
+    A graph compiled while there were none is compiled again; one compiled beside a table keeps what it looks up.
+    """
     global tables
     tables = tuning.any_table()
     _tables.clear()

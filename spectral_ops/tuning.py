@@ -1,7 +1,7 @@
 """Which implementation measurement chose, by operator, dtype and sizes.
 
 ``python -m spectral_ops tune --write`` measures and writes ``tuned/<architecture>.json`` (``cpu-avx512_bf16``,
-``sm_90``), which comes with the package; ``SPECTRAL_OPS_TUNED`` names another folder, and is empty for none. A file
+``sm_90``) beside this file; ``SPECTRAL_OPS_TUNED`` names another folder, and is empty for none. A file
 holds, for every operator and dtype where something other than the default won somewhere, what was chosen in each class
 that was measured, the default where that won, and with which device, versions, date and commit. A class is the
 arguments of one call: shapes of tensors, integers, flags. Sizes nobody measured take the class nearest to them in the
@@ -10,11 +10,11 @@ logarithm of every size, and one with the same flags before any other.
 A choice is a backend (``reference``, ``cpu``, ``triton``, ``cuda``), ``triton:<name>`` for a launcher's other tiles,
 or, where an operator has it, ``library``: the same result from the library's products, which is its default.
 
-No table comes with the package yet, and where the folder has none, no call asks for one. The file of an architecture is
-read once, when an operator first runs there. An operator it does not list is called as if there were no file, after one
-look-up of its name. One that it lists goes through its overload ``.tuned``, which looks the sizes up when the call
-runs: a compiled graph holds that overload, with no guard on any size. A forced backend (``use_backend``) goes before
-any table. Nothing here measures.
+No table comes with the package yet. Where the folder has none when the package is imported, no call asks for one. The
+file of an architecture is read once, when an operator first runs there. An operator it does not list is called as if
+there were no file, after one look-up of its name. One that it lists goes through its overload ``.tuned``, which looks
+the sizes up when the call runs: a compiled graph holds that overload, with no guard on any size. A forced backend
+(``use_backend``) goes before any table. Nothing here measures.
 """
 
 from __future__ import annotations

@@ -21,7 +21,11 @@ from collections.abc import Callable
 def _functions(stem: str) -> dict[str, tuple[str, ...]]:
     """Every function of ``triton_kernels/<stem>.py`` with its further tiles; empty where there is no such module."""
     spec = importlib.util.find_spec(f"{__name__}.{stem}")
-    source = (spec.loader.get_source(spec.name) if spec else None) or ""
+    if spec is None:
+        return {}
+    source = spec.loader.get_source(spec.name)
+    if source is None:  # installed without sources
+        return dict.fromkeys(vars(importlib.import_module(spec.name)), ())
     return {node.name: _tiles(node.args) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
 

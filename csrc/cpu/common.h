@@ -129,7 +129,7 @@ template <class T> inline const T* row(const void* base, int64_t t, int64_t stri
   return static_cast<const T*>(base) + t * stride;
 }
 
-// --- dropout (random.cpp): the mask of spectral_ops/functional/random.py, bit for bit ---
+// --- dropout (random.cpp): the mask of spectral_ops/core/philox.py, bit for bit ---
 
 struct Dropout {
   uint64_t keys[10][2];  // of the rounds

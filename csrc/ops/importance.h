@@ -139,10 +139,8 @@ inline Tensor importance_prune_(Tensor scores, std::vector<Tensor> lora_E, std::
 }
 
 template <class Device> void bind_importance(Bindings& rows) {
-  if constexpr (has_kernel<Device, ImportanceUpdate>) {
-    rows.add<&importance_update_<Device>>("importance_update_");
-    rows.add<&importance_prune_>("importance_prune_");
-  }
+  if constexpr (has_kernel<Device, ImportanceUpdate>) rows.add<&importance_update_<Device>>("importance_update_");
+  if constexpr (Device::on_host) rows.add<&importance_prune_>("importance_prune_");
 }
 
 #endif

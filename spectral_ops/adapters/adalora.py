@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.lowrank import LowRankLinear, linear, update
+from spectral_ops.adapters.lowrank import LowRankLinear, fused_linear, fused_update
 from spectral_ops.core import checks
 
 STD = 0.02  # of A and B at the start
@@ -144,7 +144,9 @@ class AdaLoRALinear(LowRankLinear):
         if not A.shape[0]:  # all of its triplets were pruned, and the file had none
             return self.base_layer(x)
         config = self.settings[name]
-        return self.fused(x, linear, update, A, B, E, config.scaling, config.dropout if self.training else 0.0)
+        return self.fused(
+            x, fused_linear, fused_update, A, B, E, config.scaling, config.dropout if self.training else 0.0
+        )
 
     def freeze(self, name: str, config: AdaLoRAConfig, path: str, left: list[bool]) -> None:
         """Take ``config``, which has its rank_pattern now; ``left`` says which of the triplets held here are left."""

@@ -84,7 +84,10 @@ class AdapterLinear(FrozenBase):
         raise NotImplementedError
 
     def delta(self, name: str) -> torch.Tensor:
-        """What adapter ``name`` adds to the base weight: [d, k], float32 (float64); called under no_grad."""
+        """What adapter ``name`` adds to the base weight: [d, k], float32 (float64); called under no_grad.
+
+        A method whose merge does more overrides :meth:`merged_weight`: DoRA scales the rows of the sum.
+        """
         raise NotImplementedError
 
     # what a method may state
@@ -149,7 +152,7 @@ class AdapterLinear(FrozenBase):
         return self.base_layer(x)
 
     def original_weight(self) -> torch.Tensor:
-        """The weight [d, k] as it was before any adapter, in float32 (float64), merged or not."""
+        """The weight [d, k] as it was before any adapter, in float32 (float64), merged or not. It may share memory."""
         return self.unmerged()
 
     def trainable(self, name: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class LowRankLinear(AdapterLinear):
 
     def adapted(self, x, name):
         p = self.settings[name].dropout if self.training else 0.0
-        return self.fused(x, linear, update, *self.factors(name), self.scale(name), p)
+        return self.fused(x, fused_linear, fused_update, *self.factors(name), self.scale(name), p)
 
     def delta(self, name):
         return product(*self.factors(name), self.scale(name))
@@ -51,15 +51,15 @@ class LowRankLinear(AdapterLinear):
 
     def original(self, x):
         taken = self.taken()
-        return self.base_layer(x) if taken is None else self.fused(x, linear, update, *taken, 0.0)
+        return self.base_layer(x) if taken is None else self.fused(x, fused_linear, fused_update, *taken, 0.0)
 
 
-def linear(x, weight, bias, A, B, core, scale, p):
+def fused_linear(x, weight, bias, A, B, core, scale, p):
     """The layer's output where its weight is read."""
     return lowrank.linear(x, weight, A, B, bias, core, None, scale, p)
 
 
-def update(out, x, A, B, core, scale, p):
+def fused_update(out, x, A, B, core, scale, p):
     """The same over what the base layer returned."""
     return lowrank_update(out, x, A, B, scale=scale, core=core, dropout_p=p, training=True)
 

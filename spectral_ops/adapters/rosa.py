@@ -373,13 +373,13 @@ class RoSALinear(LoRALinear):
 
 def _linear(x, weight, bias, csr: CSR | None, route: str | None, A, B, scale, p):
     if csr is None:
-        return lowrank.linear(x, weight, bias, A, B, None, scale, p)
+        return lowrank.fused_linear(x, weight, bias, A, B, None, scale, p)
     return rosa.linear(x, weight, csr.ordered(csr.values), csr.pattern, A, B, bias, scale, p, route)
 
 
 def _update(out, x, csr: CSR | None, route: str | None, A, B, scale, p):
     if A is not None:
-        out = lowrank.update(out, x, A, B, None, scale, p)
+        out = lowrank.fused_update(out, x, A, B, None, scale, p)
     return out if csr is None else rosa_update(out, x, csr)
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from spectral_ops import _library, backends, tuning
 from spectral_ops._library import Operator
@@ -57,9 +56,7 @@ def measure(
     for choice in backends.candidates(operator, device.type):
         call = backends.implementation(operator, choice)
         try:
-            got, again = (
-                judge.outputs(operator, call, tree_map_only(torch.Tensor, torch.clone, args)) for _ in range(2)
-            )
+            got, again = (judge.outputs(operator, call, judge.converted(args)) for _ in range(2))
         except Exception as error:  # a kernel that does not fit this device: to be told, not to end the run
             refused[choice] = f"raised {type(error).__name__}: {str(error).splitlines()[:1]}"
             continue

@@ -11,11 +11,14 @@ from spectral_ops import _library, backends
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def converted(args: tuple, dtype: torch.dtype, device: str) -> tuple:
-    """A copy of ``args`` with floating tensors in ``dtype`` on ``device``."""
+def converted(args: tuple, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> tuple:
+    """A copy of ``args``, laid out alike, with floating tensors in ``dtype``, on ``device``; None: as they are."""
 
     def one(a):
-        return a.to(device, dtype, copy=True) if a.is_floating_point() else a.to(device, copy=True)
+        to = {"dtype": dtype if dtype and a.is_floating_point() else a.dtype, "device": device or a.device}
+        if any(step == 0 for step in a.stride()):  # several elements share memory
+            return a.to(**to, copy=True)
+        return torch.empty_strided(a.shape, a.stride(), **to).copy_(a)
 
     return tree_map_only(torch.Tensor, one, args)
 
@@ -32,7 +35,7 @@ def relative_error(operator, backend: str, args: tuple) -> float:
     """Largest ‖out - ref‖ / ‖ref‖ over the outputs, ref being the reference in float64 on the same (rounded) inputs."""
     exact = outputs(operator, operator.reference, converted(args, torch.float64, "cpu"))
     with backends.use_backend(backend):
-        got = outputs(operator, operator, tree_map_only(torch.Tensor, torch.clone, args))
+        got = outputs(operator, operator, converted(args))
     return largest_error(got, exact)
 
 

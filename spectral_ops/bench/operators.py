@@ -67,7 +67,7 @@ PEERS: dict[str, tuple[Callable[[str, tuple], Call], tuple[str, ...]]] = {
 def _error(operator: _library.Operator, args: tuple) -> float:
     """Of what the dispatcher runs, to the reference in float64, on the arguments' device."""
     exact = outputs(operator, operator.reference, converted(args, torch.float64, args[0].device))
-    return largest_error(outputs(operator, operator, tree_map_only(torch.Tensor, torch.clone, args)), exact)
+    return largest_error(outputs(operator, operator, converted(args)), exact)
 
 
 def _expected(operator: _library.Operator, args: tuple) -> list[torch.Tensor]:
@@ -106,7 +106,7 @@ def measure(
         if not peers or name not in names or peer in absent or (peer == "Liger" and device == "cpu"):
             continue
         try:
-            call = build(name, tree_map_only(torch.Tensor, torch.clone, args))
+            call = build(name, converted(args))
             errors[peer] = largest_error([call()], _expected(operator, args))
             calls[peer] = call
         except Exception as error:  # other people's code, which may refuse this device or dtype

@@ -92,7 +92,7 @@ def _prune_cost(scores, lora_E, first, count):
     "importance_prune_(Tensor scores, Tensor(a!)[] lora_E, int[] first, int count) -> Tensor",
     fake=lambda scores, lora_E, first, count: scores.new_empty(scores.shape, dtype=torch.bool),
     cost=_prune_cost,
-    samples=lambda s: [(s.randn(s.r, dtype=s.acc).abs(), [s.randn(s.r)], [0], min(s.r, 2))],
+    samples=lambda s: [(s.randn(s.r * (s.k + s.d + 1), dtype=s.acc).abs(), [s.randn(s.r)], [0], min(s.r, 2))],
 )
 def importance_prune_op(scores, lora_E, first, count):
     """Which triplets are kept [R] bool: those whose score exceeds the ``count``-th smallest, all for a count of 0; the

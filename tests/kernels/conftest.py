@@ -38,7 +38,7 @@ def build_emulator():
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, ROOT / "csrc/stems.py", folder], check=True)
     sources = [*ROOT.glob("csrc/cuda/*"), *EMULATOR.iterdir(), *ROOT.glob("csrc/ops/*")]
-    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h"), *folder.glob("*.h")]
+    sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h"), *folder.glob("*.h"), ROOT / "csrc/cpu/isa.h"]
     newest = max(p.stat().st_mtime for p in sources)
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]

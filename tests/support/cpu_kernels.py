@@ -3,9 +3,12 @@
 import functools
 
 import torch
+from budget import check_operator
+from samples import OPERATOR_NAMES, samples_of
 from tensors import DTYPES, accumulate
 from tensors import randn as normal
 
+from spectral_ops import _library, _loader
 from spectral_ops.functional import bat, csr, dora, dropout, lowrank, segments
 from spectral_ops.functional.cayley import cayley_backward_op, cayley_forward_op
 
@@ -49,6 +52,7 @@ def check_close(got, want, name="", units=16):
 
 def check(operator, *args, written=(), units=16):
     """The kernel on args against the reference on their float64 copies; ``written``: positions of in-place outputs."""
+    assert operator.name in _loader.EXTENSIONS["cpu"].operators, "it would be held against itself"
     mine = [a.clone() if i in written else a for i, a in enumerate(args)]
     copies = [wide(a).clone() if i in written else wide(a) for i, a in enumerate(args)]
     got, want = operator.default(*mine), operator.overloads["reference"](*copies)
@@ -205,3 +209,7 @@ def sweep(dtypes=DTYPES):
             check_dropout(*shape, dtype)
             check_segments(*shape, dtype)
             check_norm(*shape, dtype)
+        for name in OPERATOR_NAMES:  # what no check above knows
+            if name in _loader.EXTENSIONS["cpu"].operators:
+                for args in samples_of(name, dtype=dtype):
+                    check_operator(_library.OPERATORS[name], _library.OPERATORS[name].default, args)
