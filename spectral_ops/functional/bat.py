@@ -132,7 +132,7 @@ def _contract_cost(dB, weight, G):
 def _contract_samples(s):
     W, col, _ = _block_samples(s)
     yield torch.zeros_like(col, dtype=s.acc), W, s.randn(*W.shape)
-    yield torch.zeros_like(col, dtype=s.acc), s.transposed(W), s.randn(*W.shape, dtype=s.acc)
+    yield torch.zeros_like(col, dtype=s.acc), s.transposed(W), s.randn(*W.shape).to(s.acc)  # Triton keeps 16 bits of it
 
 
 @define(
