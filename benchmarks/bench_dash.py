@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from benchmarks import harness
 from spectral_ops import LoRADashConfig, LoRADashLinear, lowrank_linear, lowrank_update, task_direction_scores
 from spectral_ops.bench.clock import interleave
-from spectral_ops.bench.judge import largest_error
-from spectral_ops.bench.layers import TOLERANCE, step
+from spectral_ops.bench.judge import LAYER, largest_error
+from spectral_ops.bench.layers import step
 from spectral_ops.bench.methods import DTYPES
 from spectral_ops.bench.peers import Layer
 
@@ -57,7 +57,7 @@ def test_tax(benchmark, dtype):
     dy = torch.randn(harness.T, harness.D, dtype=dtype)
     layers = candidates(weight)
     got, want = (step(layers[name], x, dy) for name in ("cat", "separate"))
-    assert largest_error(got, want) < TOLERANCE[dtype]
+    assert largest_error(got, want) < LAYER[dtype]
     calls = {name: (lambda layer=layer: step(layer, x, dy)) for name, layer in layers.items()}
     times = interleave(calls, lambda _: None, 9, torch.device("cpu"))
     ratios = {

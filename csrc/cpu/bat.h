@@ -78,7 +78,7 @@ struct BatContractPass : BlockPlan {
   }
 };
 
-// kTile tokens [first, first + count) at most, with features as rows: x is packed to turned [features, width].
+// Tokens [first, first + count), at most kTile. x is packed into turned [features, width], features as rows.
 struct BatMatmulPass : BlockPlan {
   const BatMatmul& bat;
   int64_t first, count, width;

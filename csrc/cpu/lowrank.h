@@ -50,7 +50,7 @@ struct Pass {
   double p = 0;
   int64_t rows = 0, columns = 0, r = 0;
 
-  // What finish writes, where not null: scale times the products, and the sums.
+  // Outputs of finish, each unless null. scale multiplies the products, not the sums.
   double scale = 1;
   void* row_product = nullptr;  // [rows, row_product_stride] in row_product_dtype; zero from column r on
   int64_t row_product_stride = 0;

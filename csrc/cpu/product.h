@@ -38,7 +38,7 @@ constexpr bool kPairs = true;
 constexpr bool kPairs = false;
 #endif
 
-// What products of T are made of, where they may be made of pairs.
+// What products of T multiply: pairs of bf16 where the processor has the instruction, else the accumulator's type.
 template <class T> struct Factor { using type = acc_t<T>; };
 template <> struct Factor<bfloat16> { using type = std::conditional_t<kPairs, Pair, float>; };
 template <class T> using factor_t = typename Factor<T>::type;

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kCounters = kLanes<uint64_t>;  // counters per vector: each 64-bit lane carries one 32-bit word
 
-// The 64-bit products of the lower halves of the lanes of a with m; the upper halves of a may hold anything.
+// Per lane: the 64-bit product of a's lower half and m. a's upper half is ignored.
 inline u64_vec multiply(u64_vec a, uint32_t m) {
 #if defined(__AVX512F__)
   return (u64_vec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));

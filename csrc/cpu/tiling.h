@@ -7,8 +7,8 @@ namespace spectral_ops::cpu {
 
 constexpr int64_t kMaxTile = 1024;  // columns of partial sums that a kernel keeps on its stack
 
-// A row is summed with period r * copies and folded at the end, so that short or odd periods still fill vectors.
-// The copies do not depend on the instruction set, hence neither does the order of the additions.
+// A row is added into r * copies sums, folded into r at the end: a short or odd r then still fills vectors. The copies do
+// not depend on the instruction set, so the order of additions does not either.
 inline int64_t period_copies(int64_t columns, int64_t r, int64_t wanted) {
   int64_t copies = r % 16 == 0 ? 1 : r % 8 == 0 ? 2 : r % 4 == 0 ? 4 : r % 2 == 0 ? 8 : 16;
   while (r * copies < wanted) copies *= 2;

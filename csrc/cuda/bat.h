@@ -6,7 +6,7 @@
 
 namespace spectral_ops::cuda {
 
-// The blocks of r rows are cut into tiles; on the tensor cores such that each is whole.
+// The side of the tiles of an r x r block. On the tensor cores r is a multiple of 16, so that every tile is whole.
 inline int64_t block_tile_of(int64_t r) { return r % 64 == 0 ? 64 : r % 32 == 0 ? 32 : 16; }
 
 // Whether four neighbours of a row, from a multiple of four on, can be read at once.

@@ -99,7 +99,7 @@ template <class T, class S, int K> __global__ void __launch_bounds__(kThreads, K
     to[int64_t{at.c0 + n / kTile} * a.r + at.e0 + n % kTile] = sums[n / kTile][n % kTile];
 }
 
-// Any r, strides and alignment: tiles of N x N, 16 rows at a time. The unit matrix is added to W, which adds G itself.
+// Any r, strides and alignment: tiles of N x N, 16 rows at a time. W + I is multiplied in place of W, which adds G itself.
 template <class T, class S, int N> __global__ void __launch_bounds__(kThreads) contract_fma(Contract<T, S> a) {
   using A = acc_t<T>;
   constexpr int kDeep = 16, R = N / 16;

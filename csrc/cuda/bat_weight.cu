@@ -25,7 +25,7 @@ template <class T, class O> struct Weight {
   DType bat_dtype;
   bool by_column, delta;
 
-  // Row i of the block of W that is the `other`-th to meet block `block` of bat: its row of W and its first column.
+  // Of the `other`-th block of W that meets block `block` of bat: where its row i lies in W, and its first column.
   __device__ __forceinline__ int64_t row(int block, int other, int i) const { return int64_t{by_column ? other : block} * r + i; }
   __device__ __forceinline__ int64_t column(int block, int other) const { return int64_t{by_column ? block : other} * r; }
 };

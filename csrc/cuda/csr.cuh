@@ -11,9 +11,8 @@ constexpr int kGroups = kThreads / 8;  // of eight lanes, each with 16 bytes of 
 constexpr int kColumns = static_cast<int>(kSampledColumns);
 template <class T> constexpr int kTokens = static_cast<int>(kSlabBytes / sizeof(T));  // of a slab
 
-// Copies tokens [0, tokens) x features [0, features) of a matrix from p on. In shared memory a feature is eight chunks of 16
-// bytes of tokens: [kFeatures, 8]. What lies outside is zero. Chunk j of a feature stands at j ^ (feature / L) % 8, which
-// spreads the writes of neighbours over the banks.
+// Copies tokens [0, tokens) x features [0, features) from p to shared memory; the rest is zero. There a feature is eight
+// chunks of 16 bytes of tokens. Chunk j stands at j ^ (feature / L) % 8, which spreads neighbours' writes over the banks.
 template <class T, int kFeatures> struct Slab {
   static constexpr int L = kLanes<T>, kUnits = kFeatures * 8 / L / kThreads;  // L tokens x L features each
   static_assert(kUnits * L == 8 * kFeatures / kThreads && kFeatures % (8 * L) == 0);

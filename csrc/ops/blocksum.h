@@ -21,7 +21,7 @@ struct BlockSum {
   DType dtype;                 // of x and h
 };
 
-// out [rows, columns] gets (accumulate: is increased by) mask * s[:, shard(i)], s [rows, r]; unit inner strides.
+// out [rows, columns] = mask * s[:, shard(i)] (accumulate: +=), s [rows, r]; unit inner strides.
 struct BlockTile {
   void* out;
   const void* s;

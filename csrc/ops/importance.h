@@ -13,8 +13,8 @@
 
 namespace spectral_ops {
 
-// A [rows_A, k], B [rows_B, r] and E [rows_E] of one layer and their gradients, contiguous: parts along the first dimension
-// of tensors with r, d and r rows.
+// A [rows_A, k], B [rows_B, r] and E [rows_E] of one layer, and their gradients; contiguous. Each is all of a tensor with r,
+// d and r rows, or under FSDP2 a part of it along the first dimension.
 struct ImportanceLayer {
   const void *p[3], *g[3];
   DType dtypes[3];  // of p and g

@@ -4,9 +4,9 @@ The budget of kept triplets starts at b₀, all there are, and falls to b_T = ta
 
     b(t) = b_T + (b₀ - b_T) (1 - (t - tinit) / (total_step - tfinal - tinit))³,  tinit < t <= total_step - tfinal
 
-Every deltaT optimizer steps the b₀ - b(t) triplets of lowest importance get E = 0; they may come back until step
-total_step - tfinal, from which on the last choice is applied after every step. Importance is taken from the gradients
-that the optimizer has just used, so between its step and zero_grad. Under FSDP2 each rank keeps its share of the
+Every deltaT optimizer steps the b₀ - b(t) triplets of lowest importance get E = 0. They may come back until step
+total_step - tfinal. From then on the last choice is applied after every step. Importance is read from the gradients
+that the optimizer has just used: after step(), before zero_grad(). Under FSDP2 each rank keeps its share of the
 running sums, and all of them add the scores up in one order.
 """
 
@@ -72,7 +72,7 @@ class Part:
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.local, grads, strict=True)]
 
     def total(self, scores: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' shares of the scores, added up alike by all of them."""
+        """The sum of every rank's scores. All ranks add in the same order, so all get the same bits."""
         if self.group is None:
             return scores
         parts = [torch.empty_like(scores) for _ in range(dist.get_world_size(self.group))]

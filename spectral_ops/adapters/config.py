@@ -96,7 +96,7 @@ class AdapterConfig:
         return frozenset()
 
     def for_file(self, plain: bool) -> AdapterConfig:
-        """The config that describes :meth:`AdapterLinear.file_tensors`."""
+        """The config to write beside what :meth:`AdapterLinear.file_tensors` gives for the same ``plain``."""
         return self
 
     @classmethod

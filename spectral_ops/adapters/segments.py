@@ -153,7 +153,7 @@ def _check(path: str, unit: AdapterLinear | TrainedCopy, names: Sequence[str]) -
 
 
 def _for_layer(ids, names, held: tuple[str, ...], device) -> tuple[tuple[str, ...], torch.Tensor]:
-    """(held, ids) for layers on ``device`` that have only the adapters ``held`` of ``names``."""
+    """(held, ids): ids on ``device`` that index ``held`` in place of ``names``; -1 for an adapter that it lacks."""
     ids = ids.to(device)
     if len(held) < len(names):
         places = [held.index(name) if name in held else -1 for name in names]

@@ -61,7 +61,7 @@ def measure(
             refused[choice] = f"raised {type(error).__name__}: {str(error).splitlines()[:1]}"
             continue
         error = judge.largest_error(got, exact)
-        if not error <= judge.BOUNDS[dtype]:
+        if judge.wrong(error, judge.BOUNDS[dtype]):
             refused[choice] = f"RED: relative error {error:.1e}, wanted at most {judge.BOUNDS[dtype]:g}"
         elif not all(map(torch.equal, got, again)):
             refused[choice] = "differs between two runs"
@@ -140,7 +140,7 @@ def search(
 
 
 def entries(found: dict[str, dict[str, list[tuning.Class]]], device: torch.device) -> tuning.Table:
-    """Those operators and dtypes for which something other than the default won somewhere, with where it did not."""
+    """The table to store: every size measured of an operator and dtype whose default lost at one of them."""
     here, table = source(device), {}
     for name, dtypes in found.items():
         default = backends.default(_library.OPERATORS[name], device.type).backend

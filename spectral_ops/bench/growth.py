@@ -31,7 +31,7 @@ COMMON = {"rank": (8, 16, 32, 64), "density": (0.004, 0.008, 0.016, 0.032)}
 
 
 def sample(name: str, sizes: dict[str, float], dtype: torch.dtype, device: str) -> tuple:
-    """The first sample arguments of an operator for sizes of every variable."""
+    """The first sample arguments of an operator at these ``sizes`` (tokens, features, rank, density)."""
     T, d, r = sizes["tokens"], sizes["features"], sizes["rank"]
     return next(arguments(name, T, d, d, r, dtype, device, density=sizes["density"]))
 

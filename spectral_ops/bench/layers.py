@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectral_ops.bench import results
+from spectral_ops.bench import judge, results
 from spectral_ops.bench.clock import interleave
 from spectral_ops.bench.counting import Counts, counted, peak_bytes, saved_bytes
-from spectral_ops.bench.judge import largest_error
 from spectral_ops.bench.peers import FROZEN, METHODS, OURS, Layer, Subject
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative, of the output and of every gradient
 WIDER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
 SMALL, FEW = 256, (1, 128)  # of the overhead: features in and out, which every usual rank fits; tokens
 
@@ -96,11 +94,11 @@ def measure(
     subject = Subject(method, weight, rank, adapter_dtype)
     expected = _in_wider(subject, x, dy)
     layers = {FROZEN: Layer(lambda x: F.linear(x, weight), []), OURS: subject.ours}
-    errors: dict[str, float | None] = {FROZEN: None, OURS: largest_error(step(subject.ours, x, dy), expected)}
+    errors: dict[str, float | None] = {FROZEN: None, OURS: judge.largest_error(step(subject.ours, x, dy), expected)}
     for name, build in subject.peers(compiled).items() if peers else ():
         try:
             layers[name] = build()
-            errors[name] = largest_error(step(layers[name], x, dy), expected)
+            errors[name] = judge.largest_error(step(layers[name], x, dy), expected)
         except Exception as error:  # a peer is other people's code, which may refuse this device, dtype or size
             layers.pop(name, None)
             note(f"{name} left out of {method}: {type(error).__name__}: {str(error).splitlines()[0]}")
@@ -128,8 +126,8 @@ def measure(
             method=method,
             implementation=name,
             device=x.device.type,
-            dtype=_name(dtype),
-            adapter_dtype=_name(adapter_dtype),
+            dtype=str(dtype).removeprefix("torch."),
+            adapter_dtype=str(adapter_dtype).removeprefix("torch."),
             tokens=T,
             out_features=d,
             in_features=k,
@@ -137,15 +135,11 @@ def measure(
             times=times[name],
             ratios=[a / b for a, b in zip(times[name], times[FROZEN], strict=True)],
             error=errors[name],
-            red=(errors[name] or 0.0) > TOLERANCE[dtype],
+            red=judge.wrong(errors[name], judge.LAYER[dtype]),
             **row,
         )  # fmt: skip
         for name, row in rows.items()
     ]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def measure_overhead(method: str, device: str, *, seconds: float = 0.2, peers: bool = True) -> list[results.Overhead]:

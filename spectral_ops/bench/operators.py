@@ -12,9 +12,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from spectral_ops import _library, backends
-from spectral_ops.bench import results
+from spectral_ops.bench import judge, results
 from spectral_ops.bench.clock import flush, interleave
-from spectral_ops.bench.judge import BOUNDS, converted, largest_error, outputs
+from spectral_ops.bench.judge import BOUNDS, converted, largest_error
 from spectral_ops.bench.methods import DENSITY
 from spectral_ops.bench.peers import missing
 from spectral_ops.bench.samples import arguments
@@ -64,12 +64,6 @@ PEERS: dict[str, tuple[Callable[[str, tuple], Call], tuple[str, ...]]] = {
 }
 
 
-def _error(operator: _library.Operator, args: tuple) -> float:
-    """Of what the dispatcher runs, to the reference in float64, on the arguments' device."""
-    exact = outputs(operator, operator.reference, converted(args, torch.float64, args[0].device))
-    return largest_error(outputs(operator, operator, converted(args)), exact)
-
-
 def _expected(operator: _library.Operator, args: tuple) -> list[torch.Tensor]:
     """What a peer of the operator is to compute, in float64; products that ours adds to something start from zero."""
     args = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
@@ -100,7 +94,7 @@ def measure(
     args = next(arguments(name, T, d, k, rank, dtype, device, density=DENSITY))
     backend, bound = backends.choose(operator, args[0].device, args).backend, SLACK * BOUNDS[dtype]
     calls: dict[str, Callable[[], object]] = {backend: lambda: operator(*args)}
-    errors = {backend: _error(operator, args)}
+    errors = {backend: judge.relative_error(operator, args)}
     absent = missing()
     for peer, (build, names) in PEERS.items():
         if not peers or name not in names or peer in absent or (peer == "Liger" and device == "cpu"):
@@ -132,7 +126,7 @@ def measure(
             bytes=cost.bytes,
             floor_seconds=floor,
             error=errors[label],
-            red=errors[label] > bound,
+            red=judge.wrong(errors[label], bound),
         )  # fmt: skip
         for label in calls
     ]

@@ -86,7 +86,7 @@ class Samples:
 
     @staticmethod
     def rows(t: torch.Tensor) -> torch.Tensor:
-        """The values of ``t`` as the rows of a wider buffer, NaN beside them."""
+        """A copy of ``t`` as rows of a buffer three columns wider, with NaN in those."""
         wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
         wide[..., : t.shape[-1]] = t
         return wide[..., : t.shape[-1]]

@@ -13,17 +13,14 @@ import statistics
 import torch
 from torch import nn
 
-from spectral_ops.bench import models
+from spectral_ops.bench import judge, models
 from spectral_ops.bench.clock import interleave
 from spectral_ops.bench.counting import peak_bytes
-from spectral_ops.bench.judge import largest_error
 from spectral_ops.bench.peers import FROZEN, OURS
 from spectral_ops.bench.results import Training
 
 BACKEND = "inductor"  # of torch.compile
 RATE = 1e-4  # AdamW's
-# Relative. In bfloat16 PEFT's own gradients are 3e-2 from float64's after two blocks.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 
 class Contender:
@@ -91,8 +88,8 @@ def measure(
             models.compile_blocks(c.model, name, BACKEND)
         counters.clear()
         got = c.gradients()
-        error = largest_error(got, expected[name]) if name == OURS or compiled or checkpointing else None
-        red = (error or 0.0) > TOLERANCE[dtype]
+        error = judge.largest_error(got, expected[name]) if name == OURS or compiled or checkpointing else None
+        red = judge.wrong(error, judge.STEP[dtype])
         rows[name] = Training(
             model=model, method=method, implementation=name, compiled=compiled, checkpointing=checkpointing,
             dtype=str(dtype).removeprefix("torch."), batch=ids.shape[0], length=ids.shape[1],

@@ -161,7 +161,7 @@ def _once(backward, ctx, *grads):
     with torch.no_grad():
         results = backward(ctx, *grads)
     results = results if isinstance(results, tuple) else (results,)
-    message = f"{ctx._forward_cls.__name__}: got a second derivative, wanted the first alone (PEFT's layers have both)"
+    message = f"{ctx._forward_cls.__name__}: got a second derivative, wanted the first alone"
     error = torch._C._functions.DelayedError(message.encode(), len(results))
     return error(*[None if g is None else g.detach().requires_grad_() for g in results])
 

@@ -221,8 +221,8 @@ _PIECES = (
 def _product(x, weight, bat, bias, transpose, exact):
     """x W'ᵀ + b (transpose: x W') [T, n] for Bat-Col.
 
-    exact matters where x is narrower than float32: W' stays float32. On a GPU W' - W is multiplied by itself, so that
-    TF32 takes nothing from it either; the CPU's library would round x Wᵀ, and the sum would round back to that.
+    exact matters where x is narrower than float32: W' stays float32. On a GPU W' - W and W are multiplied apart, so
+    that TF32 does not round the change away. On a CPU W' is multiplied whole: there x Wᵀ by itself would be rounded.
     """
     if x.shape[0] < bat.shape[-1]:
         y = bat_matmul_op(x, weight, bat, transpose)

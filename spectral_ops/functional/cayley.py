@@ -27,8 +27,11 @@ __all__ = ["cayley"]
 
 
 def _inverse(A):
-    """A⁻¹ of each matrix, without waiting for the device as torch.linalg.inv does. On the CPU one after the other: with
-    two threads batches of r >= 160 come back wrong from torch 2.13 (MKL 2024.2), residuals of 0.1 and no error."""
+    """A⁻¹ of each matrix. inv_ex does not wait for the device; torch.linalg.inv does.
+
+    On the CPU one matrix at a time: with two threads torch 2.13 (MKL 2024.2) inverts batches of r >= 160 wrongly, with
+    residuals of 0.1 and no error.
+    """
     if A.device.type != "cpu":
         return torch.linalg.inv_ex(A)[0]
     inverse = torch.empty_like(A)

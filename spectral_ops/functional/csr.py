@@ -40,7 +40,7 @@ __all__ = ["csr_add", "csr_sddmm", "csr_spmm"]
 
 
 def _entries(row_offsets: torch.Tensor, count: int) -> torch.Tensor:
-    """The row of each entry, for offsets that may start past 0 or end before ``count``; -1 and d outside."""
+    """The row of each entry. Entries before the first offset get -1, those after the last d."""
     entry = torch.arange(count, device=row_offsets.device, dtype=row_offsets.dtype)
     return torch.searchsorted(row_offsets, entry, right=True) - 1
 

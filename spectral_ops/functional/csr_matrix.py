@@ -174,7 +174,10 @@ class CSR:
         )
 
     def _check_and_build(self) -> None:
-        """Puts a new pattern in the old one's place, which another thread may have found good and be about to read."""
+        """Checks everything, then sets the pattern; a check that fails clears it.
+
+        The old one stays until then: another thread may be about to read it.
+        """
         try:
             self._check_sizes()
             state = self._state()  # of what is checked below, whatever it becomes meanwhile

@@ -120,7 +120,7 @@ def _parts(T: int, chunk: int) -> list[slice]:
 
 
 def _logit_chunks(hidden, head, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(tokens, their logits before the temperature), a chunk at a time, all in one buffer."""
+    """Yields (tokens, logits) per chunk, the logits not yet scaled by the temperature. All chunks share one buffer."""
     T = hidden.shape[0]
     logits = hidden.new_empty(min(chunk, T), head.shape[0])
     for part in _parts(T, chunk):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectral_ops import _loader, cli
-from spectral_ops.bench import clock, layers, methods, operators, peers, results, tables
+from spectral_ops.bench import clock, judge, layers, methods, operators, peers, results, tables
 from spectral_ops.bench.counting import counted, peak_bytes
 from spectral_ops.cli import bench, tune
 from spectral_ops.functional import rosa_routes
@@ -117,8 +117,8 @@ def test_no_time_beside_a_wrong_layer(monkeypatch, tmp_path, capsys):
 
 
 def test_no_time_beside_a_wrong_operator(monkeypatch, tmp_path, capsys):
-    right = operators.converted
-    monkeypatch.setattr(operators, "converted", lambda args, *to: right((2 * args[0], *args[1:]), *to))
+    right = judge.converted  # the reference's arguments are those that are converted to a dtype
+    monkeypatch.setattr(judge, "converted", lambda args, *to: right((2 * args[0], *args[1:]) if to else args, *to))
     status, found = run("--ops", "block_sum", "--dtype", "float32", file=tmp_path / "r.json")
     assert status == 1 and [(row.red, row.times) for row in found.operators] == [(True, [])]
     assert capsys.readouterr().out.count("RED") == 4
@@ -308,7 +308,7 @@ def test_spops_and_liger_get_what_they_document(monkeypatch):
     for name, build in kinds.items():
         args = next(operators.arguments(name, 12, 40, 56, 4, torch.float32, "cpu", density=0.1))
         wanted = operators._expected(operators._library.OPERATORS[name], args)
-        assert operators.largest_error([build(name, args)()], wanted) < 1e-5
+        assert judge.largest_error([build(name, args)()], wanted) < 1e-5
 
 
 @pytest.mark.parametrize("package", peers.EXTERNAL)
@@ -328,4 +328,4 @@ def test_other_packages_kernels_get_peft_s_layer(package, monkeypatch):
     x, dy = torch.randn(8, 48, requires_grad=True), torch.randn(8, 32)
     subject = peers.Subject("lora", torch.randn(32, 48), 4)
     wanted = layers.step(subject.plain(), x, dy)
-    assert layers.largest_error(layers.step(subject.external(package), x, dy), wanted) < 1e-5
+    assert judge.largest_error(layers.step(subject.external(package), x, dy), wanted) < 1e-5
