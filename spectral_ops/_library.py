@@ -131,7 +131,7 @@ class Operator:
     def triton_function(self) -> Callable:
         """The launcher in ``triton_kernels/<stem>.py``; imports triton on first use."""
         if self._triton is None:
-            self._triton = backends.triton_kernels.launcher(self.stem, self.name)
+            self._triton = backends.launcher(self.stem, self.name)
         return self._triton
 
     def _run_default(self, *args: Any) -> Any:  # where no extension has the operator

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from spectral_ops import _library, _loader, triton_kernels, tuning
+from spectral_ops import _library, _loader, tuning
 from spectral_ops._library import BACKENDS, LayerOperator, Operator
+from spectral_ops.triton_kernels import has as has_triton
+from spectral_ops.triton_kernels import launcher as launcher  # for _library
 
 
 class BackendUnavailable(RuntimeError):
@@ -50,7 +52,7 @@ def unavailable(operator: Operator, backend: str, device_type: str) -> str | Non
         return None
     if backend == "triton":
         pieces = (_library.OPERATORS[name] for name in _pieces(operator))
-        if not any(triton_kernels.has(one.stem, one.name) for one in (operator, *pieces)):
+        if not any(has_triton(one.stem, one.name) for one in (operator, *pieces)):
             return f"{operator.name} has no Triton kernel"
         if missing := triton_missing():
             return missing
@@ -261,7 +263,7 @@ def activate() -> None:
     compiled = _loader.EXTENSIONS["cuda"].operators
     if triton_missing() is None:
         for operator in _library.OPERATORS.values():
-            if operator.name not in compiled and triton_kernels.has(operator.stem, operator.name):
+            if operator.name not in compiled and has_triton(operator.stem, operator.name):
                 _library.library.impl(operator.name, operator._run_triton, "CUDA")
     if name := os.environ.get("SPECTRAL_OPS_BACKEND"):
         _force(name)

@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 
-from spectral_ops import _library, _loader, triton_kernels
+from spectral_ops import _library, _loader
 from spectral_ops._library import BACKENDS, Operator
+from spectral_ops.triton_kernels import tiles as triton_tiles
 
 VERSION = 1
 MEND = "delete the file, and `python -m spectral_ops tune --write` makes another"
@@ -88,7 +89,7 @@ def any_table() -> bool:
 
 def choices(operator: Operator) -> list[str]:
     """Every choice there is for an operator, on whatever device."""
-    tiles = [f"triton:{name}" for name in triton_kernels.tiles(operator.stem, operator.name)]
+    tiles = [f"triton:{name}" for name in triton_tiles(operator.stem, operator.name)]
     return [*BACKENDS, *tiles, *(["library"] if operator.library else [])]
 
 

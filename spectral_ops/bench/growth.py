@@ -30,12 +30,6 @@ USUAL = {"rank": 16, "density": 0.008}
 COMMON = {"rank": (8, 16, 32, 64), "density": (0.004, 0.008, 0.016, 0.032)}
 
 
-def sample(name: str, sizes: dict[str, float], dtype: torch.dtype, device: str) -> tuple:
-    """The first sample arguments of an operator at these ``sizes`` (tokens, features, rank, density)."""
-    T, d, r = sizes["tokens"], sizes["features"], sizes["rank"]
-    return next(arguments(name, T, d, d, r, dtype, device, density=sizes["density"]))
-
-
 def _sizes(args: tuple) -> list:
     """What of the arguments says how large they are."""
     return [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in tree_leaves(args)]
@@ -101,7 +95,8 @@ def measure(
             for variable, values in (VALUES[device] | COMMON).items():
                 samples = {}
                 for value in values:
-                    samples[value] = sample(name, base | {variable: value}, dtype, device)
+                    T, d, r, density = (base | {variable: value}).values()
+                    samples[value] = next(arguments(name, T, d, d, r, dtype, device, density=density))
                     if len(samples) == 2 and len({str(_sizes(args)) for args in samples.values()}) == 1:
                         break  # the arguments do not have this variable
                 else:
