@@ -80,7 +80,7 @@ else
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist worksteal)
   step test 240 "$python" -m pytest tests/kernels/test_gpu.py -m gpu -q -p no:cacheprovider "${workers[@]}"
   sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all)
-  step memcheck 90 "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check
+  step memcheck 90 "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check --samples 2
   step racecheck 60 "${sanitizer[@]}" --tool racecheck "$python" -m spectral_ops check --backends cuda --operators \
     bat_contract_ bat_weight_ block_sum column_norm csr_sddmm lowrank_backward
   step tune 60 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 128 8192 \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 
 from spectral_ops import _library, backends
 from spectral_ops._table import table
@@ -16,6 +17,7 @@ SHAPE = dict(T=67, d=96, k=130, r=17)  # odd on purpose: ragged in every tile
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--operators", nargs="+", choices=sorted(_library.OPERATORS), help="only these")
     parser.add_argument("--backends", nargs="+", choices=_library.BACKENDS, default=_library.BACKENDS, help="the same")
+    parser.add_argument("--samples", type=int, help="of each operator's sample arguments the first so many")
     parser.add_argument("--verbose", action="store_true", help="print every line, not only a summary and the failures")
 
 
@@ -31,7 +33,7 @@ def run(parsed: argparse.Namespace) -> int:
                     continue
                 worst = {}
                 for dtype in BOUNDS:
-                    samples = arguments(operator.name, **SHAPE, dtype=dtype, device=device)
+                    samples = islice(arguments(operator.name, **SHAPE, dtype=dtype, device=device), parsed.samples)
                     with backends.use_backend(backend):
                         worst[dtype] = max(relative_error(operator, args, "cpu") for args in samples)
                 failed = [dtype for dtype, error in worst.items() if wrong(error, BOUNDS[dtype])]

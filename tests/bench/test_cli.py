@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectral_ops import _loader, cli
 from spectral_ops.bench import clock, judge, layers, methods, operators, peers, results, tables
 from spectral_ops.bench.counting import counted, peak_bytes
-from spectral_ops.cli import bench, tune
+from spectral_ops.cli import bench, check, info, tune
 from spectral_ops.functional import rosa_routes
 
 TINY = ["--tokens", "8", "--shape", "32", "48", "--repeats", "2", "--device", "cpu"]
@@ -329,3 +329,12 @@ def test_other_packages_kernels_get_peft_s_layer(package, monkeypatch):
     subject = peers.Subject("lora", torch.randn(32, 48), 4)
     wanted = layers.step(subject.plain(), x, dy)
     assert judge.largest_error(layers.step(subject.external(package), x, dy), wanted) < 1e-5
+
+
+def test_check_takes_the_first_samples(monkeypatch):
+    taken = []
+    monkeypatch.setattr(check, "relative_error", lambda operator, args, device: taken.append(args) or 0.0)
+    for chosen, count in (([], 7), (["--samples", "2"], 2)):
+        taken.clear()
+        assert cli.main(["check", "--operators", "block_sum", "--backends", "reference", *chosen]) == 0
+        assert len(taken) == count * len(judge.BOUNDS) * len(info.devices())

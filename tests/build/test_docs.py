@@ -11,6 +11,7 @@ import torch
 
 import spectral_ops
 from benchmarks import publish
+from spectral_ops import _library
 from spectral_ops.bench import counting, methods, results
 from spectral_ops.cli import cost
 
@@ -152,3 +153,17 @@ def test_the_table_of_the_readme_is_that_of_its_results_file():
         columns = (column.replace("accelerated", "PEFT accelerated").split(", ") for column in head[1:])
         wanted = [layers[(method, *column)].ratio for column in columns]
         assert [cell.strip("*") for cell in cells] == [f"{ratio:.2f}" for ratio in wanted], name
+
+
+def test_the_table_of_the_readme_says_which_cells_are_filled():
+    """A row for every stem; a cell starts with a dash exactly where the folder has no file of that stem."""
+    cells = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if match := re.match(r"\| `(\w+)`: .*? \|(.*)\|$", line.replace(r"\|", "/")):
+            cells[match[1]] = [cell.strip() for cell in match[2].split("|")]
+    files = ("csrc/cpu/{}*.cpp", "triton_kernels/{}.py", "csrc/cuda/{}*.cu", "csrc/layers/{}.h")
+    stems = {operator.stem for operator in (*_library.OPERATORS.values(), *_library.LAYERS.values())}
+    assert stems == cells.keys() - {"lowrank_matmul"}
+    for stem in stems:
+        filled = [any(ROOT.glob(pattern.format(stem))) for pattern in files]
+        assert [not cell.startswith("–") for cell in cells[stem]] == filled, stem
