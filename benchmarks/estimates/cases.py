@@ -1,4 +1,4 @@
-"""The operators that are estimated, and measured, at a layer's real sizes: T tokens, W [d, k], bfloat16, usual ranks."""
+"""What is estimated and measured: operators at a layer's real sizes, T tokens, W [d, k], bfloat16, usual ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DENSITY = 0.006
 
 @dataclass
 class Make:
-    """Tensors of a size on a device: without memory's contents where nothing reads them, normal numbers where it is timed."""
+    """Tensors of a size on a device: normal numbers, or whatever memory holds where nothing reads them."""
 
     T: int
     d: int

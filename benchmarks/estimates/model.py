@@ -1,8 +1,8 @@
 """The time of one launch on an H100 (SXM), from its resources, its instructions and its bytes.
 
-The ceilings are assumptions, written down so that a measurement can refute them: those of memory and of the clock are what
-large copies and products reach; a pipe's cycles per warp instruction are those of NVIDIA's throughput table for compute
-capability 9.0; `mma.sync` at 62 % of the tensor cores' peak is what published microbenchmarks find.
+The ceilings are assumptions, written down so that a measurement can refute them. Memory's rates and the clock are what
+large copies and products reach. A unit's cycles per warp instruction are those of NVIDIA's throughput table for compute
+capability 9.0. ``mma.sync`` at 62 % of the tensor cores' peak is what published microbenchmarks find.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Code:
 class Work:
     """What a launch does in all, from the shape.
 
-    loops: marker -> how many warp instructions that start with it all warps execute in their loop. It tells how often the
-    loop around it runs, whatever was unrolled. in_flight: bytes of a block's loads under way at any time.
+    loops: marker -> how many warp instructions that start with it all warps execute in their loop. It tells how often
+    the loop around it runs, whatever was unrolled. in_flight: bytes of a block's loads under way at any time.
     flops: of wgmma, whose instructions are asynchronous, so that they count as arithmetic alone.
     """
 
