@@ -279,9 +279,8 @@ template <class T, class S> cudaError_t launch_tile(const BlockTile& a, cudaStre
   const int lanes = wide ? kLanes<T> : 1;
   const bool whole = wide && !a.offsets && a.columns % lanes == 0 && a.r % lanes == 0 &&
                      aligned_rows(a.s, a.s_stride, sizeof(S));
-  const int64_t accesses = ceil_div(a.columns, lanes);  // of a row; a thread has several
-  const int64_t busy = wide ? max_of(ceil_div(accesses, kTileAhead), min_of<int64_t>(accesses, 8)) : accesses;
-  const int team = power_of_two_below(busy, kThreads);
+  const int64_t accesses = ceil_div(a.columns, lanes);  // of a row; a thread has two or more
+  const int team = power_of_two_below(wide ? max_of(accesses / 2, min_of<int64_t>(accesses, 8)) : accesses, kThreads);
   const int64_t grid = min_of(ceil_div(a.rows, kThreads / team), kMaxGrid);
   constexpr int V = kLanes<T>;
   const auto kernel = whole  ? (a.seed ? tile<T, S, V, true, true> : tile<T, S, V, true, false>)

@@ -11,11 +11,11 @@ template <class T> struct Update {
   const acc_t<T>*g, *shift;
   acc_t<T> scale;
   int64_t rows, out_stride, h_stride, B_stride;
-  int columns, r, column_tiles;
+  int columns, r, column_tiles, tile_rows;
   bool wide, paired;
 };
 
-constexpr int kUpdateRows = 128, kUpdateColumns = 32 * kWarps;  // as many columns as threads
+constexpr int kUpdateColumns = 32 * kWarps;  // of a block: as many as threads
 
 // 8 ranks of a row of h or B from p on, zero from n on. kRanks: how many of them one load takes, all there or none; 0: one
 // load may have to leave some out.
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads, 2) update_mma(Update<T> a) {
   const int lane = threadIdx.x % 32, i = lane / 4, q = lane % 4;
   const int tile = static_cast<int>(blockIdx.x) % a.column_tiles;
   const int column0 = tile * kUpdateColumns + threadIdx.x / 32 * 32;
-  const int64_t begin = int64_t{blockIdx.x / static_cast<unsigned>(a.column_tiles)} * kUpdateRows;
-  const int64_t end = min_of(begin + kUpdateRows, a.rows);
+  const int64_t begin = int64_t{blockIdx.x / static_cast<unsigned>(a.column_tiles)} * a.tile_rows;
+  const int64_t end = min_of(begin + a.tile_rows, a.rows);
   if (column0 >= a.columns) return;  // a whole warp; there is no block barrier
   const int mine = column0 + 8 * q, n = a.columns - mine;
 
@@ -178,11 +178,13 @@ template <class T> cudaError_t launch_update(const LowRankUpdate& from, cudaStre
   Update<T> a{static_cast<T*>(from.out), static_cast<const T*>(from.h), static_cast<const T*>(from.B),
               static_cast<const A*>(from.g), static_cast<const A*>(from.shift), static_cast<A>(from.scale),
               from.rows, from.out_stride, from.h_stride, from.B_stride,
-              static_cast<int>(from.columns), static_cast<int>(from.r), 0,
+              static_cast<int>(from.columns), static_cast<int>(from.r), 0, 0,
               aligned_rows(from.out, from.out_stride, sizeof(T)),
               aligned_pairs(from.h, from.h_stride) && aligned_pairs(from.B, from.B_stride)};
   if constexpr (kMatrixUnits<T>) {
     a.column_tiles = static_cast<int>(ceil_div(from.columns, kUpdateColumns));
+    a.tile_rows = 128;  // fewer where rows are few: an H100 has 132 multiprocessors
+    while (a.tile_rows > 32 && a.column_tiles * ceil_div(from.rows, a.tile_rows) < 132) a.tile_rows /= 2;
     const bool whole = a.wide && from.columns % 8 == 0, pairs = whole && a.paired && from.r % 2 == 0;
     const bool eights = whole && from.r % 8 == 0 && aligned_rows(from.h, from.h_stride, sizeof(T)) &&
                         aligned_rows(from.B, from.B_stride, sizeof(T));
@@ -190,7 +192,7 @@ template <class T> cudaError_t launch_update(const LowRankUpdate& from, cudaStre
                         : a.r > 32 ? update_mma<T, 0, 0>
                         : pairs    ? update_mma<T, 1, 2>
                                    : update_mma<T, 1, 0>;
-    return enqueue(kernel, a.column_tiles * ceil_div(from.rows, kUpdateRows), kThreads, 0, stream, a);
+    return enqueue(kernel, a.column_tiles * ceil_div(from.rows, a.tile_rows), kThreads, 0, stream, a);
   } else {
     a.column_tiles = static_cast<int>(ceil_div(from.columns, 64));
     return enqueue(update_fma<T>, a.column_tiles * ceil_div(from.rows, 64), kThreads, 0, stream, a);

@@ -68,11 +68,11 @@ SUMS = [  # T, k, r, row stride
     (2, 700, 300, None),  # a block for each row
     (2, 2100, 1500, None),  # r beyond a block
     (4, 513, 16, None),
-    (2, 4424, 24, None),  # many loads at once, several times, and a last time with fewer
-    (2, 2091, 40, 2096),  # 16-byte loads and a rest
     (3, 64, 64, 80),
     (1, 8, 1, None),
     (0, 16, 4, None),
+    (2, 4424, 24, None),  # many loads at once, several times, and a last time with fewer
+    (2, 2091, 40, 2096),  # 16-byte loads and a rest
 ]
 
 
@@ -183,6 +183,17 @@ def test_lowrank_update_of_factors_of_any_stride(emulated, r):
         reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
         emulated.lowrank_update_(out, h, B, 0.7, None, None)
         assert_near(out, wanted, ROUNDED[dtype], f"{r, h_more, B_more, first}")
+
+
+@pytest.mark.parametrize("T, d, r", [(70, 16904, 8), (97, 256 * 44, 40), (193, 256 * 65 + 8, 72)])
+def test_lowrank_update_of_several_rows_in_a_block(emulated, T, d, r):
+    """So many columns that a block sweeps over 64, 32 and 128 rows, and the last block over fewer."""
+    dtype = torch.bfloat16
+    out, h, B = matrix(T, d, dtype), matrix(T, r, dtype), matrix(d, r, dtype)
+    wanted = out.clone()
+    reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
+    emulated.lowrank_update_(out, h, B, 0.7, None, None)
+    assert_near(out, wanted, ROUNDED[dtype])
 
 
 BACKWARDS = [  # T, d, r, row stride
