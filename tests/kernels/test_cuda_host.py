@@ -176,7 +176,7 @@ def test_lowrank_update(emulated, dtype, scaled):
 def test_lowrank_update_of_factors_of_any_stride(emulated, r):
     """16-byte loads, pairs and single elements; what lies beyond the ranks is NaN."""
     T, d, dtype = 40, 72, torch.bfloat16
-    for h_more, B_more, first in ((8, 16, 0), (4, 8, 0), (8, 2, 0), (3, 8, 0), (8, 5, 0), (8, 8, 1), (8, 8, 8)):
+    for h_more, B_more, first in ((8, 16, 0), (4, 4, 0), (8, 2, 0), (3, 8, 0), (8, 5, 0), (8, 8, 1), (8, 8, 8)):
         h, B = matrix(T, r, dtype, r + h_more), matrix(d, r, dtype, r + B_more)
         out = matrix(T, d + 8, dtype)[:, first : first + d]
         wanted = out.clone()
