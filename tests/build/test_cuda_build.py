@@ -24,6 +24,8 @@ ARCHS = ("8.0", "9.0a", "10.0a")
 INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
+    "LDG": r"\bLDG\.E",
+    "STG": r"\bSTG\.E",
     "LDG128": r"\bLDG\.E\S*\.128\b",
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
@@ -188,8 +190,24 @@ def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
 
 def test_streams_are_16_bytes_wide(kernels):
     wide = r"(?:6__halfLi8E|13__nv_bfloat16Li8E|fLi4E|dLi2E)"
-    for symbol, counts in of(kernels, "blocksum", "cyclic_sum", wide).items():
-        assert counts["LDG128"] >= (5 if "Lb0E" in symbol else 1), symbol  # four under way, and one for the rest
+    for kernel, plain, dropout in (("cyclic_sum", 8, 2), ("run_sum", 4, 2)):
+        for symbol, counts in of(kernels, "blocksum", kernel, wide).items():
+            assert counts["LDG128"] >= (plain if "Lb0E" in symbol else dropout), symbol  # under way at once
     for symbol, counts in of(kernels, "blocksum", "tile").items():
         if not re.search(r"Li1E", symbol):
-            assert counts["LDG128"] > 0 and counts["STG128"] > 0, symbol
+            assert counts["LDGSTS128"] >= 5 and counts["STG128"] > 0, symbol  # four under way, and the next
+
+
+def test_whole_tiles_move_only_16_bytes(kernels):
+    for symbol, counts in of(kernels, "blocksum", "tile", r"\S+Li[248]ELb1E").items():
+        assert counts["STG"] == counts["STG128"] == 1 and counts["LDG"] - counts["LDG128"] <= 1, symbol  # the seed
+
+
+def test_whole_updates_move_only_16_bytes(kernels):
+    for chunks in (0, 1, 2):
+        chosen = of(kernels, "lowrank", "update_mma", rf"{HALF}Li{chunks}ELi8E")
+        for symbol, counts in chosen.items():
+            assert counts["LDG"] - counts["LDG128"] <= 2, symbol  # g and shift
+            assert counts["STG"] == counts["STG128"] == 4, symbol  # no loop was unrolled: 32 rows at a time
+            # out of the first rows and of the next, h, and B where it stays in registers
+            assert counts["LDG128"] >= 4 + 4 + 4 * max(chunks, 1) + 4 * max(chunks, 1), symbol
