@@ -113,7 +113,7 @@ template <class T> __global__ void __launch_bounds__(kWgmmaThreads, 1) backward_
 #pragma unroll 4
         for (int tile = 0; tile < tiles; ++tile) {
           const int n = inside ? min_of(max_of(left - 64 * tile, 0), 8) : 0;
-          copy16_async(to + tile * kTileBytes, n > 0 ? from + 64 * tile : a.dy, 2 * n);
+          stream16_async(to + tile * kTileBytes, n > 0 ? from + 64 * tile : a.dy, 2 * n);
         }
         const int bytes = inside ? h_bytes : 0;
         copy16_async(to + 8 * kTileBytes, bytes > 0 ? a.h + at * a.h_stride + 8 * chunk : a.h, bytes);

@@ -29,6 +29,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return stati
 __device__ __forceinline__ void stage16(void* shared, const uint4& raw) { *static_cast<uint4*>(shared) = raw; }
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// copy16_async of what is read once: L2 gives it up before anything else.
+__device__ __forceinline__ void stream16_async(void* shared, const void* global, int bytes) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+               ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "l"(policy) : "memory");
+}
+
 #ifdef SPECTRAL_OPS_WGMMA
 
 #define SPECTRAL_OPS_8(d, i) "+f"(d[i + 0]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])

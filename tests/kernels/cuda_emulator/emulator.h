@@ -3,8 +3,12 @@
 // warp matrix instructions yield until the threads they join have arrived. It proves what a kernel computes, not how fast.
 //
 // It is strict where hardware is lenient: shared memory starts as NaN, asynchronous copies land only when waited for and
-// leave NaN until then, the order in which threads run between barriers is chosen by EMULATOR_ORDER (0 ascending, 1 descending, 2 shuffled,
-// 3 each warp as far as it gets before the next), and a barrier that some thread never reaches aborts.
+// leave NaN until then, and a barrier that some thread never reaches aborts. EMULATOR_ORDER is the order in which threads run
+// between barriers: 0 ascending, 1 descending, 2 shuffled, 3 each warp, and each block of a cluster, as far as it gets before
+// the next.
+//
+// Of Hopper: products of a warpgroup read shared memory as a second copy of it shows, which a fence brings up to date. Their
+// accumulators are NaN until they have been waited for, and what they read must not change until then.
 #pragma once
 
 #include <setjmp.h>
@@ -191,10 +195,14 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
   while (left > 0) {
     if (chosen == 2) std::shuffle(sequence.begin(), sequence.end(), random);
     bool progress = false;
-    const unsigned group = chosen == 3 ? 32 : count;
-    for (unsigned begin = 0; begin < count; begin += group)
-      do progress |= run(begin, begin + group);
-      while (group == 32 && block.progress);
+    if (chosen != 3) progress = run(0, count);
+    else
+      for (unsigned rank = 0; rank < block.cluster; ++rank)
+        for (bool moved = true; moved; progress |= moved) {
+          moved = false;
+          for (unsigned begin = rank * block.size; begin < (rank + 1) * block.size; begin += 32)
+            while (run(begin, begin + 32)) moved = true;
+        }
     if (!progress) fail("deadlock: threads wait at different barriers");
   }
   for (unsigned i = 0; i < count; ++i)
@@ -430,6 +438,8 @@ inline void proxy_fence() {
     if (unsigned char* seen = emulator::product_view(p)) std::memcpy(seen, p, 16);
   emulator::current->unfenced.clear();
 }
+
+inline void stream16_async(void* to, const void* from, int bytes) { copy16_async(to, from, bytes); }
 
 template <class T, int kColumnMajor> void product_async(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   emulator::issue<T>(d, a, b, kColumnMajor != 0, accumulate != 0);
