@@ -102,7 +102,8 @@ template <class T> __global__ void __launch_bounds__(kWgmmaThreads, 1) backward_
     cluster_wait();
   } else {
     const int tile0 = thread / 128 * 2 - 2, row = (thread - kSums) / 8, chunk = thread % 8;
-    const int left = static_cast<int>(min_of(max_of(a.columns - column0 - 8 * chunk, int64_t{0}), int64_t{a.tile_columns}));
+    const int64_t left = a.columns - column0;
+    const bool whole = left >= a.tile_columns;
     const int h_bytes = 2 * min_of(max_of(a.ranks - 8 * chunk, 0), 8);
     auto fetch = [&](int step) {
       if (step < steps) {
@@ -110,10 +111,15 @@ template <class T> __global__ void __launch_bounds__(kWgmmaThreads, 1) backward_
         const int64_t at = begin + 64 * int64_t{step} + row;
         const bool inside = at < end;
         const T* from = a.dy + at * a.dy_stride + column0 + 8 * chunk;
-#pragma unroll 4
-        for (int tile = 0; tile < tiles; ++tile) {
-          const int n = inside ? min_of(max_of(left - 64 * tile, 0), 8) : 0;
-          stream16_async(to + tile * kTileBytes, n > 0 ? from + 64 * tile : a.dy, 2 * n);
+        if (whole && inside) {
+#pragma unroll 1
+          for (int tile = 0; tile < tiles; ++tile) stream16_async(to + tile * kTileBytes, from + 64 * tile, 16);
+        } else {
+#pragma unroll 1
+          for (int tile = 0; tile < tiles; ++tile) {
+            const int64_t n = inside ? min_of(max_of(left - 8 * chunk - 64 * tile, int64_t{0}), int64_t{8}) : 0;
+            stream16_async(to + tile * kTileBytes, n > 0 ? from + 64 * tile : a.dy, static_cast<int>(2 * n));
+          }
         }
         const int bytes = inside ? h_bytes : 0;
         copy16_async(to + 8 * kTileBytes, bytes > 0 ? a.h + at * a.h_stride + 8 * chunk : a.h, bytes);
