@@ -15,6 +15,7 @@ template <class T> struct WgmmaBackward {
   int64_t rows, split_rows, dy_stride, h_stride, B_stride;
   int columns, tile_columns, groups, ranks, pitch;
   DType g_dtype;
+  bool wide_B;
 };
 
 constexpr int kSums = 128;                      // threads of the warpgroup that computes u
@@ -43,22 +44,25 @@ template <class T> __global__ void __launch_bounds__(kWgmmaThreads, 1) backward_
   const int64_t begin = split * a.split_rows, end = min_of(begin + a.split_rows, a.rows);
   const int steps = static_cast<int>(ceil_div(end - begin, 64)), tiles = a.tile_columns / 64;
 
-  for (int n = thread; n < a.tile_columns * 8; n += kWgmmaThreads) {
-    const int c = n / 8, rank0 = n % 8 * 8;
-    const int64_t column = column0 + c;
-    const bool inside = column < a.columns;
-    const float g = a.g && inside ? load_any<float>(a.g, column, a.g_dtype) : 1.f;
-    float v[8];
+  auto fill = [&] {  // g * B
+    for (int n = thread; n < a.tile_columns * 8; n += kWgmmaThreads) {
+      const int64_t column = column0 + n / 8;
+      const int rank0 = n % 8 * 8, left = column < a.columns ? a.ranks - rank0 : 0;
+      const float g = a.g && left > 0 ? load_any<float>(a.g, column, a.g_dtype) : 1.f;
+      float v[8];
+      unpack<T>(load_row(a.B + column * a.B_stride + rank0, left, a.wide_B), v);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) v[e] = inside && rank0 + e < a.ranks ? g * value(a.B[column * a.B_stride + rank0 + e]) : 0.f;
-    stage16(shared + c / 64 * kTileBytes + in_tile(c % 64, n % 8), pack<T>(v));
-  }
-  proxy_fence();
+      for (int e = 0; e < 8; ++e) v[e] *= g;
+      stage16(shared + n / 512 * kTileBytes + in_tile(n / 8 % 64, n % 8), pack<T>(v));
+    }
+    proxy_fence();
+  };
 
   if (thread < kSums) {
     // A thread's values of u go to the block whose number is the warp's, which adds those 16 rows.
     const int row = thread / 8, chunk = thread % 8;
     const uint32_t remote = in_cluster(received + (rank * 16 + i) * 64 + 2 * q, warp);
+    fill();
     cluster_arrive<true>();
     for (int step = 0; step < steps; ++step) {
       __syncthreads();  // these rows have arrived
@@ -128,6 +132,7 @@ template <class T> __global__ void __launch_bounds__(kWgmmaThreads, 1) backward_
     };
     fetch(0);
     fetch(1);
+    fill();
     float dB[2][32] = {};
     cluster_arrive<false>();
     for (int step = 0; step < steps; ++step) {
@@ -214,6 +219,7 @@ template <class T> cudaError_t launch_wgmma(const LowRankBackward& from, cudaStr
   a.u = workspace, a.dB = workspace + plan.dB_at;
   a.rows = from.rows, a.split_rows = plan.split_rows;
   a.dy_stride = from.dy_stride, a.h_stride = from.h_stride, a.B_stride = from.B_stride;
+  a.wide_B = aligned_rows(from.B, from.B_stride, sizeof(T));
   a.columns = static_cast<int>(from.columns), a.tile_columns = static_cast<int>(plan.tile_columns);
   a.groups = static_cast<int>(plan.groups), a.ranks = static_cast<int>(from.r), a.pitch = static_cast<int>(plan.pitch);
   const int64_t grid = plan.groups * plan.splits * kWgmmaCluster;

@@ -39,8 +39,9 @@ __device__ __forceinline__ void stream16_async(void* shared, const void* global,
 
 #ifdef SPECTRAL_OPS_WGMMA
 
-#define SPECTRAL_OPS_8(d, i) "+f"(d[i + 0]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SPECTRAL_OPS_32(d) SPECTRAL_OPS_8(d, 0), SPECTRAL_OPS_8(d, 8), SPECTRAL_OPS_8(d, 16), SPECTRAL_OPS_8(d, 24)
+#define SPECTRAL_OPS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SPECTRAL_OPS_16(d, i) SPECTRAL_OPS_4(d, i), SPECTRAL_OPS_4(d, i + 4), SPECTRAL_OPS_4(d, i + 8), SPECTRAL_OPS_4(d, i + 12)
+#define SPECTRAL_OPS_32(d) SPECTRAL_OPS_16(d, 0), SPECTRAL_OPS_16(d, 16)
 
 // d [64, 64] += a [64, 16] b [16, 64], begun and not awaited. b is stored by rows of 64; a by rows too, where a row holds the
 // 16 columns (kColumnMajor = 0), or transposed: 16 rows of 64. Lane 4i + q of warp w holds row 16 w + i in d[4 j + e] and row
@@ -64,11 +65,14 @@ __device__ __forceinline__ void product_async(float (&d)[32], uint64_t a, uint64
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most N committed groups are under way.
-template <int N> __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 // Before d is read, after the wait: the compiler does not know that the wait writes it.
 __device__ __forceinline__ void products_done(float (&d)[32]) { asm volatile("" : SPECTRAL_OPS_32(d)::"memory"); }
 
-#undef SPECTRAL_OPS_8
+#undef SPECTRAL_OPS_4
+#undef SPECTRAL_OPS_16
 #undef SPECTRAL_OPS_32
 
 // All threads of the cluster arrive, then wait. What those wrote before that arrived with kRelease, to any of its shared

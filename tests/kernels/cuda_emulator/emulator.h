@@ -243,7 +243,8 @@ inline unsigned char* product_view(void* p) {
 inline uint32_t operand_address(uint64_t descriptor, bool by_rows, int mn, int k) {
   if (descriptor >> 62 != 1) fail("only the 128-byte swizzle is known");
   if (descriptor >> 49 & 7) fail("a base offset other than 0");
-  const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+  const uint32_t start = field(0), leading = field(16), stride = field(32);
   if (by_rows ? start % 1024 >= 128 : start % 1024 != 0) fail("an operand that does not start with its swizzle");
   const uint32_t linear = by_rows ? start + mn / 8 * stride + mn % 8 * 128 + 2 * k
                                   : start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2;
@@ -307,7 +308,8 @@ inline void wait_products(size_t most) {
       if (lane == 0) {
         Product now{p.a, p.b, p.by_columns};
         reread(now, t.rank);
-        if (std::memcmp(now.A, p.A, sizeof p.A) || std::memcmp(now.B, p.B, sizeof p.B)) fail("a product's operands changed under it");
+        const bool same = !std::memcmp(now.A, p.A, sizeof p.A) && !std::memcmp(now.B, p.B, sizeof p.B);
+        if (!same) fail("a product's operands changed under it");
       }
       Accumulators& mine = t.accumulators[use.d];
       for (int n = 0; n < 32; ++n) {
