@@ -3,7 +3,6 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cuda/lowrank_wgmma.h"
 #include "cuda/workspace.h"
 #include "cuda_plans.h"  // generated
 #include "stems.h"       // generated
@@ -81,22 +80,4 @@ extern "C" __attribute__((visibility("default"))) int sampled_plan_of(int64_t T,
                             p.part_chunks, p.parts,  p.list_at, p.source_at,   p.sections_at, p.bytes};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
-}
-
-extern "C" __attribute__((visibility("default"))) int wgmma_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t* out) {
-  const auto p = spectral_ops::cuda::wgmma_plan(rows, columns, r);
-  const int64_t values[] = {p.tile_columns, p.groups, p.split_rows, p.splits, p.pitch, p.dB_at, p.bytes};
-  std::memcpy(out, values, sizeof values);
-  return sizeof values / sizeof *values;
-}
-
-// lowrank_backward_wgmma by itself, whatever the operator chooses.
-extern "C" __attribute__((visibility("default"))) int backward_wgmma(
-    const void* dy, const void* h, const void* B, const void* g, void* u, void* dB, void* workspace, double scale, int64_t rows,
-    int64_t columns, int64_t r, int64_t dy_stride, int64_t h_stride, int64_t B_stride, int64_t dtype, int64_t g_dtype) {
-  spectral_ops::LowRankBackward a{};
-  a.dy = dy, a.h = h, a.B = B, a.g = g, a.u = u, a.dB = dB, a.workspace = workspace, a.scale = scale;
-  a.rows = rows, a.columns = columns, a.r = r, a.dy_stride = dy_stride, a.h_stride = h_stride, a.B_stride = B_stride;
-  a.dtype = static_cast<spectral_ops::DType>(dtype), a.g_dtype = static_cast<spectral_ops::DType>(g_dtype);
-  return static_cast<int>(spectral_ops::cuda::lowrank_backward_wgmma(a, nullptr));
 }
