@@ -23,6 +23,9 @@ SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = ("8.0", "9.0a", "10.0a")
 INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
+    "HGMMA by rows": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspB",  # a warpgroup's; A as it is stored,
+    "HGMMA by columns": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspA\.tnspB",  # or transposed
+    "cluster barrier": r"\bUCGABAR_ARV\b",
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
     "LDG": r"\bLDG\.E",
     "STG": r"\bSTG\.E",
@@ -165,6 +168,20 @@ def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
     for symbol, counts in chosen.items():
         for instruction in instructions:
             assert counts[instruction] > 0, (symbol, instruction, counts)
+
+
+def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):
+    chosen = of(kernels, "lowrank", "backward_wgmma", HALF)
+    assert len(chosen) == 2
+    for symbol, counts in chosen.items():
+        # a step: four to a tile of 64 columns for u, eight to the 128 columns of a warpgroup for dB
+        assert counts["HGMMA by rows"] == 4 and counts["HGMMA by columns"] == 8, (symbol, counts)
+        assert counts["LDGSTS128"] > 0 and counts["cluster barrier"] > 0, (symbol, counts)
+    text = (nvcc_build / "cuda" / "lowrank_backward_wgmma.o.log").read_text()
+    assert not re.search(r"\(C75\d\d\)", text), text  # ptxas has serialized them
+    used = re.findall(r"entry function '\S*\dbackward_wgmmaI\S*' for 'sm_90a'.*?Used (\d+) registers", text, re.DOTALL)
+    assert len(used) == 2, text
+    assert all(64 <= int(n) <= 96 for n in used), used  # has_body() wants as many; 640 threads leave no more
 
 
 @pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])
