@@ -1,8 +1,8 @@
 // csr_spmm_ (METHODS 1.5): out += x Sᵀ.
 //
 // What many tokens cost at T = 8192, d = k = 4096, 0.6 % (nnz = 10^5), bf16, on an H100. Predicted, not measured:
-// * instructions, 1408 blocks x 16 warps x 8580: 215 us at one a cycle of a scheduler. Most are of pairs of entries, 43 each; four rows share
-//   a warp, so that 5.4 entries a turn are paid for 3.1.
+// * instructions, 1408 blocks x 16 warps x 8580: 215 us at one a cycle of a scheduler. Most are 43 for a pair of entries. Four
+//   rows share a warp, which takes as many turns as the longest: 5.4 entries for 3.1.
 // * through L2, (d / 384) T k 2 B + 2 T d 2 B + slabs nnz 8 B = 1.0 GB: 190 us at 5.5 TB/s;
 // * from shared memory, 180 us at 132 SMs of 128 B a cycle; DRAM, 0.2 GB: 70 us.
 #include "csr.cuh"
