@@ -33,6 +33,8 @@ INSTRUCTIONS = {  # as they show in SASS
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
     "LDS128": r"\bLDS\.128\b",
+    "LDS narrow": r"\bLDS\b(?!\.128)",
+    "SHFL apart": r"\bENDCOLLECTIVE\b",  # once more for warps whose lanes have parted
     "local": r"\b(?:LDL|STL)\b",
     "atomic": r"\b(?:RED|ATOM|ATOMS|ATOMG)\b",
 }
@@ -184,10 +186,20 @@ def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):
     assert all(64 <= int(n) <= 96 for n in used), used  # has_body() wants as many; 640 threads leave no more
 
 
-@pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])
-def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
-    for symbol, counts in of(kernels, "csr", kernel).items():
-        assert counts["LDG128"] > 0 and counts["LDS128"] > 0, symbol
+@pytest.mark.parametrize(
+    "kernel, arguments, loads, shared",
+    [
+        ("spmm_slab", r"\w+Li6ELb1E", 8 + 6, 6 * 8),  # a slab, and out at six rows; eight entries of six rows
+        ("spmm_slab", r"\w+Li2ELb1E", 8 + 2, 2 * 8),
+        ("spmm_slab", r"\w+Li2ELb0E", 0, 2 * 8),
+        ("sampled_product", r"\w+EndsE1E", 16, 2 * 8),  # slabs of x and dy; eight entries of both
+        ("sampled_product", r"\w+EndsE0E", 16, 2 * 8),
+    ],
+)
+def test_slabs_move_16_bytes_at_a_time(kernels, kernel, arguments, loads, shared):
+    for symbol, counts in of(kernels, "csr", kernel, arguments).items():
+        assert counts["LDG128"] >= loads and counts["LDS128"] >= shared, (symbol, counts)
+        assert counts["LDS narrow"] == counts["SHFL apart"] == 0, (symbol, counts)
 
 
 @pytest.mark.parametrize(

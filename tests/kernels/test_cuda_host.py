@@ -487,19 +487,21 @@ def test_csr_scatter_and_gather(emulated, dtype):
 
 
 def products_case(emulated, dtype, T, case, values_dtype, padding):
-    """csr_sddmm, and csr_spmm_ with the matrix and with its transpose."""
+    """csr_sddmm, and csr_spmm_ with the matrix and with its transpose. What no entry needs is NaN for the kernels."""
     d, k = case[:2]
     p = pattern(*case)
     x, dy = matrix(T, k, dtype, k + padding), matrix(T, d, dtype, d + padding)
     got = emulated.csr_sddmm(dy, x, p.row_offsets, p.columns)
     wanted = reference("csr_sddmm")(dy.double(), x.double(), p.row_offsets, p.columns)
     assert_near(got, wanted.to(got.dtype), 1e-12 if dtype == torch.float64 else 2e-6, f"sddmm {T, case, padding}")
+    empty = [torch.ones(n, dtype=torch.bool).index_fill_(0, at.long(), False) for n, at in ((k, p.columns), (d, p.rows))]
     values = torch.randn(p.columns.numel()).to(values_dtype)
     straight, turned = (p.row_offsets, p.columns, None), (p.column_offsets, p.rows, p.permutation)
-    for n, source, arguments in ((d, x, straight), (k, dy, turned)):
+    for n, source, arguments, unread in ((d, x, straight, empty[0]), (k, dy, turned, empty[1])):
         out = matrix(T, n, dtype, n + padding)
         wanted = out.clone()
         reference("csr_spmm_")(wanted, source, values, *arguments)
+        source[:, unread] = float("nan")
         emulated.csr_spmm_(out, source, values, *arguments)
         assert_near(out, wanted, ROUNDED[dtype], f"spmm {T, case, padding}")
         assert_untouched(out, T, n + padding)
@@ -517,15 +519,27 @@ def test_csr_products_of_several_slabs_and_chunks_in_a_block(emulated, monkeypat
     products_case(emulated, torch.float64, 63, (600, 51_000, 900, 599), torch.float64, 0)
 
 
-def test_csr_products_of_many_rows(emulated):
-    products_case(emulated, torch.bfloat16, 1000, (1200, 30, 3000, None), torch.float32, 0)
-    products_case(emulated, torch.float32, 500, (1160, 30, 3000, 3), torch.bfloat16, 0)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_csr_products_of_many_rows(emulated, dtype):
+    """Six chunks of rows in a block, a last slab and a last block of columns that are not full, and a row of more
+    entries than eight lanes share."""
+    T = 2200 // dtype.itemsize
+    assert plan(emulated.plans.product_plan_of, T, 1064, 1040, 5000, CODES[dtype], 1)[1:5] == [1, 6, 3, 18]
+    products_case(emulated, dtype, T, (1064, 1040, 5000, 700), torch.float32, 0)
+
+
+@pytest.mark.parametrize("padding", [0, 3, 16])
+def test_csr_products_of_rows_that_are_not_whole(emulated, padding):
+    for d, k in ((130, 40), (128, 44), (136, 40)):
+        products_case(emulated, torch.bfloat16, 77, (d, k, 300, 3), torch.float32, padding)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_csr_products_do_not_depend_on_the_order_of_threads(emulated, order, dtype):
     products_case(emulated, dtype, 70, (300, 600, 2500, 7), dtype, 0)
+    products_case(emulated, dtype, 70, (304, 600, 2500, 7), dtype, 8)
     products_case(emulated, dtype, 3, (40, 50, 200, None), dtype, 0)
+    products_case(emulated, dtype, 2200 // dtype.itemsize, (1064, 16, 400, None), dtype, 0)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -614,12 +628,36 @@ def test_sampled_plan_covers_every_tile_and_slab_once(emulated, dtype):
                     assert sections == source + 4 * nnz and total == sections + 8 * chunks * blocks
 
 
-def test_sampled_product_fills_an_h100(emulated):
+@pytest.mark.parametrize("k", [1024, 4096, 14336])
+def test_sampled_product_fills_an_h100(emulated, k):
     for T in (512, 2048, 8192):
         _, blocks, _, _, splits, _, parts, *_ = plan(
-            emulated.plans.sampled_plan_of, T, 4096, 4096, 100_000, CODES[torch.bfloat16]
+            emulated.plans.sampled_plan_of, T, 4096, k, 4096 * k // 160, CODES[torch.bfloat16]
         )
         assert 132 <= blocks * parts * splits <= 264, T
+
+
+@pytest.mark.parametrize("aligned", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product_plan_covers_every_row_and_column_once(emulated, dtype, aligned):
+    size = torch.tensor([], dtype=dtype).element_size()
+    for T in (1, 16, 17, 63, 64, 65, 512, 8192, 2**22):
+        for d in (1, 64, 65, 4096, 14336, 128_000):
+            for k in (1, 512, 513, 4096, 14336):
+                for nnz in (1, d * k // 160):
+                    few, whole, rows, tiles, slabs, chunks, blocks, sections, total = plan(
+                        emulated.plans.product_plan_of, T, d, k, nnz, CODES[dtype], aligned
+                    )
+                    assert few == (T <= 16)
+                    if few:
+                        assert total == 0
+                        continue
+                    assert whole == (aligned and d * size % 16 == 0 and k * size % 16 == 0)
+                    assert (slabs - 1) * 128 < T * size <= slabs * 128 and (blocks - 1) * 512 < k <= blocks * 512
+                    assert (tiles - 1) * rows * 64 < d <= tiles * rows * 64 and chunks == tiles * rows
+                    assert rows == (2 if not whole or slabs * -(-d // 128) <= 132 else 6)
+                    assert sections == nnz * (16 if dtype == torch.float64 else 8)
+                    assert total == sections + 8 * 64 * (chunks * blocks + 2)
 
 
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------

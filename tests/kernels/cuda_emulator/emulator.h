@@ -368,7 +368,9 @@ inline void __syncwarp(unsigned = 0xffffffffu) { uint32_t none = 0; emulator::ex
 template <class T> T __shfl_xor_sync(unsigned, T v, int lanes) {
   return emulator::shuffled(v, static_cast<int>(emulator::current->index % 32) ^ lanes);
 }
-template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator::shuffled(v, lane); }
+template <class T> T __shfl_sync(unsigned, T v, int lane, int width = 32) {
+  return emulator::shuffled(v, (static_cast<int>(emulator::current->index % 32) & -width) + lane % width);
+}
 template <class T> T __ldg(const T* p) { return *p; }
 
 namespace spectral_ops::cuda {

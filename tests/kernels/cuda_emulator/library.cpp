@@ -94,3 +94,11 @@ extern "C" __attribute__((visibility("default"))) int sampled_plan_of(int64_t T,
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
 }
+
+extern "C" __attribute__((visibility("default"))) int product_plan_of(int64_t T, int64_t d, int64_t k, int64_t nnz, int64_t dtype,
+                                                                       int64_t aligned, int64_t* out) {
+  const auto p = spectral_ops::cuda::product_plan(T, d, k, nnz, static_cast<spectral_ops::DType>(dtype), aligned);
+  const int64_t values[] = {p.few, p.whole, p.rows, p.tiles, p.slabs, p.chunks, p.blocks, p.sections_at, p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
