@@ -527,7 +527,7 @@ def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
                 assert (tiles - 1) * tile < d <= tiles * tile
                 assert k == 0 or (splits - 1) * split < k <= splits * split
                 assert square == splits * d * r and gram == square + splits * d
-                assert stamp % 8 == 0 and total == stamp + 8 * 129
+                assert stamp % 8 == 0 and total == stamp + 8 * 513
 
 
 @pytest.mark.parametrize("aligned", [0, 1])
