@@ -16,6 +16,7 @@ constexpr int64_t kProcessors = 132;  // of the GPU that the plans are made for
 struct NormPlan {
   bool matrix_units;
   int64_t ranks;  // worked on in one pass over W
+  int64_t rank_pitch;  // of the products, whose last ones may be zero
   int64_t tile_rows, row_tiles;
   int64_t split_columns, splits;
   int64_t square_at, gram_at, gram_parts_at;  // elements; the products start at 0
@@ -25,6 +26,7 @@ struct NormPlan {
   int64_t bytes;
 };
 
+constexpr int64_t kNormSplits = 32;  // at most
 constexpr int64_t kStampBlocks = 256;
 constexpr int64_t kGramPiece = 128;  // columns of A at once
 constexpr int64_t kGramSums = 1024;  // elements of A Aᵀ that a block adds up
@@ -35,18 +37,20 @@ inline NormPlan norm_plan(int64_t rows, int64_t columns, int64_t r, DType dtype,
   NormPlan plan{};
   plan.matrix_units = (dtype == DType::bfloat16 || dtype == DType::float16) && wide;
   plan.ranks = r < 64 ? r : 64;
+  plan.rank_pitch = over(r, 4) * 4;
   plan.tile_rows = !plan.matrix_units ? 64 : plan.ranks <= 32 ? 128 : 256;
   plan.row_tiles = over(rows, plan.tile_rows);
-  plan.gram_blocks = over(r * r, kGramSums);
-  const int64_t rank_tiles = r > 64 ? over(r, 64) : 1, slots = plan.tile_rows == 256 ? kProcessors : 2 * kProcessors;
+  const int64_t rank_tiles = over(r, 64) > 1 ? over(r, 64) : 1, gram_size = 64 * 64 * rank_tiles * rank_tiles;
+  plan.gram_blocks = gram_size / kGramSums;
+  const int64_t slots = plan.tile_rows == 256 ? kProcessors : 2 * kProcessors;
   int64_t least = INT64_MAX;  // waves of blocks, by the columns of one and what it costs besides
-  for (int64_t n = 1; n <= 32; ++n) {
-    const int64_t split = over(over(columns, 32), n) * 32;
+  for (int64_t n = 1; n <= kNormSplits; ++n) {
+    const int64_t split = over(over(columns, 64), n) * 64;
     if (n > 1 && split < 128) break;
     const int64_t cost = over(plan.row_tiles * n * rank_tiles + plan.gram_blocks, slots) * (split + plan.ranks + 32);
     if (cost < least) least = cost, plan.split_columns = split;
   }
-  if (plan.split_columns < 32) plan.split_columns = 32;
+  if (plan.split_columns < 64) plan.split_columns = 64;
   plan.splits = columns > 0 ? over(columns, plan.split_columns) : 1;
   const int64_t size = dtype == DType::float64 ? 8 : 4, pieces = columns > 0 ? over(columns, kGramPiece) : 1;
   int64_t gram_splits = r > 0 ? (1 << 18) / (r * r) : 1;
@@ -54,9 +58,9 @@ inline NormPlan norm_plan(int64_t rows, int64_t columns, int64_t r, DType dtype,
   plan.gram_columns = over(pieces, gram_splits) * kGramPiece;
   plan.gram_splits = over(pieces * kGramPiece, plan.gram_columns);
   plan.pitch = pieces * kGramPiece;
-  plan.square_at = plan.splits * rows * r;
-  plan.gram_at = plan.square_at + plan.splits * rows;
-  plan.gram_parts_at = plan.gram_at + r * r;
+  plan.square_at = plan.splits * rows * plan.rank_pitch;
+  plan.gram_at = over(plan.square_at + plan.splits * rows, 4) * 4;
+  plan.gram_parts_at = plan.gram_at + gram_size;
   plan.factor_at = over((plan.gram_parts_at + plan.gram_splits * r * r) * size, 16) * 16;
   plan.stamp_at = plan.factor_at + r * plan.pitch * (plan.matrix_units ? 4 : size);  // 4: two 16-bit values
   plan.bytes = plan.stamp_at + (stamp ? 8 * (2 * kStampBlocks + 1) : 0);

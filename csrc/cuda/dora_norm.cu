@@ -48,10 +48,11 @@ template <class T> struct Norm {
   const T* weight;
   Factor A, B;
   void* factor;  // A's copy [r, pitch]; for the tensor cores high [r, pitch], then low
-  acc_t<T>*norm, *products, *squares, *gram, *gram_parts;  // products [splits, rows, r]; squares [splits, rows]; gram [r, r]
+  // products [splits, rows, rank_pitch]; squares [splits, rows]; gram [64 rank_tiles, 64 rank_tiles]
+  acc_t<T>*norm, *products, *squares, *gram, *gram_parts;
   acc_t<T> scale;
   int64_t rows, row_stride, column_stride, split_columns, pitch, gram_columns;
-  int columns, r, splits, rank_tiles, gram_side, gram_splits, gram_blocks;
+  int columns, r, rank_pitch, splits, rank_tiles, gram_side, gram_splits, gram_blocks;
   bool matrix_units, has_low;  // has_low: A is not exact in 16 bits
   Stamp stamp;
 };
@@ -67,8 +68,11 @@ __device__ __forceinline__ void fingerprint(const Factor& f, uint64_t first, uin
   struct alignas(sizeof(Bits) * V) Unit { Bits bits[V]; };
   const int64_t units = f.columns / V, total = f.rows * units;
   if (total == 0) return;
-  const int64_t step_i = kStep / units, step_j = kStep % units;
-  int64_t n = int64_t{blockIdx.x} * kNormThreads + threadIdx.x, i = n / units, j = n % units;
+  // The only divisions are of 32 bits, and outside the loop.
+  const int start = static_cast<int>(blockIdx.x) * kNormThreads + threadIdx.x, divisor = units <= kStep ? units : kStep + 1;
+  const int step_i = kStep / divisor;
+  const int64_t step_j = kStep - step_i * units;
+  int64_t n = start, i = start / divisor, j = start - i * units;
   while (n < total) {
     Unit unit[kBatch];
 #pragma unroll
@@ -242,13 +246,18 @@ template <class T> __device__ __forceinline__ bool unchanged(const Norm<T>& a) {
   return same;
 }
 
+// A Aᵀ in whole tiles of 64, zero beyond it.
 template <class T> __device__ void add_gram(const Norm<T>& a) {
-  const int size = a.r * a.r, first = static_cast<int>(blockIdx.x * kGramSums);
-  for (int n = first + threadIdx.x; n < min_of(first + static_cast<int>(kGramSums), size); n += blockDim.x) {
+  const int pitch = 64 * a.rank_tiles;
+  for (int n = threadIdx.x; n < kGramSums; n += blockDim.x) {
+    const int64_t at = blockIdx.x * kGramSums + n;
+    const int p = static_cast<int>(at / pitch), q = static_cast<int>(at % pitch);
     acc_t<T> sum = 0;
+    if (p < a.r && q < a.r) {
 #pragma unroll 8
-    for (int s = 0; s < a.gram_splits; ++s) sum += a.gram_parts[int64_t{s} * size + n];
-    a.gram[n] = sum;
+      for (int s = 0; s < a.gram_splits; ++s) sum += a.gram_parts[(int64_t{s} * a.r + p) * a.r + q];
+    }
+    a.gram[at] = sum;
   }
 }
 
@@ -272,7 +281,8 @@ struct Part {
 // kAhead steps in shared memory. The more ranks, the more rows share A.
 template <int kTiles> struct MmaShape {
   static constexpr int kWarps = kTiles == 8 ? 8 : 4, kRows = 32 * kWarps, kRanks = 8 * kTiles;
-  static constexpr int kAhead = kTiles == 8 ? 2 : 4, kColumns = 32 * kAhead;
+  static constexpr int kAhead = 2, kColumns = 32 * kAhead;
+  static constexpr int kLines = 4 * kWarps;  // of A that the block copies at once, a thread 16 bytes
   static constexpr int kPitch = kColumns + 32;  // such that 16-byte reads meet no bank conflicts
   static constexpr int kHalf = kRanks * kPitch, kShared = 2 * 2 * 2 * kHalf;  // two pieces of high and low
 };
@@ -288,16 +298,18 @@ __global__ void __launch_bounds__(32 * MmaShape<kTiles>::kWarps, kTiles == 8 ? 1
   const int64_t row0 = part.row0 + threadIdx.x / 32 * 32;
   const bool squares = part.rank0 == 0;
 
+  const int line = threadIdx.x / (S::kColumns / 8), place = threadIdx.x % (S::kColumns / 8) * 8;
+  const T* source = static_cast<const T*>(a.factor) + (part.rank0 + line) * a.pitch + place;
   auto stage = [&](int piece, int column0) {
-    T* to = shared + piece * 2 * S::kHalf;
-    const T* from = static_cast<const T*>(a.factor);
-    for (int half = 0; half <= a.has_low; ++half, to += S::kHalf, from += a.r * a.pitch)
+    T* to = shared + piece * 2 * S::kHalf + line * S::kPitch + place;
 #pragma unroll
-      for (int n = threadIdx.x; n < S::kRanks * S::kColumns / 8; n += 32 * S::kWarps) {
-        const int p = n / (S::kColumns / 8), c = n % (S::kColumns / 8) * 8;
-        const bool inside = part.rank0 + p < a.r && column0 + c < a.pitch;
-        copy16_async(to + p * S::kPitch + c, inside ? from + (part.rank0 + p) * a.pitch + column0 + c : from, inside ? 16 : 0);
-      }
+    for (int half = 0; half < 2; ++half) {
+      if (half && !a.has_low) break;
+#pragma unroll
+      for (int p = 0; p < S::kRanks; p += S::kLines)
+        copy16_async(to + half * S::kHalf + p * S::kPitch, source + (half * a.r + p) * a.pitch + column0,
+                     part.rank0 + line + p < a.r ? 16 : 0);
+    }
     copy_commit();
   };
   const T* rows[4];  // row0 + 8 m + i, or the last of W, whose products go nowhere
@@ -355,17 +367,15 @@ __global__ void __launch_bounds__(32 * MmaShape<kTiles>::kWarps, kTiles == 8 ? 1
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
     const int64_t row = row0 + 8 * m + i;
+    acc_t<T>* to = a.products + (part.split * a.rows + row) * a.rank_pitch + part.rank0 + 2 * q;
     square[m] += __shfl_xor_sync(0xffffffffu, square[m], 1);
     square[m] += __shfl_xor_sync(0xffffffffu, square[m], 2);
     if (row >= a.rows) continue;
     if (squares && q == 0) a.squares[part.split * a.rows + row] = square[m];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int rank = part.rank0 + 8 * t + 2 * q + e;
-        if (rank < a.r) a.products[(part.split * a.rows + row) * a.r + rank] = P[m / 2][t][2 * (m % 2) + e];
-      }
+      if (part.rank0 + 8 * t + 2 * q < a.rank_pitch)
+        *reinterpret_cast<float2*>(to + 8 * t) = make_float2(P[m / 2][t][2 * (m % 2)], P[m / 2][t][2 * (m % 2) + 1]);
   }
 }
 
@@ -419,7 +429,7 @@ __global__ void __launch_bounds__(kNormThreads, 3) norm_fma(Norm<T> a) {
 #pragma unroll
     for (int p = 0; p < kRanks; ++p) {
       const int rank = part.rank0 + my_ranks + p;
-      if (rank < a.r) a.products[(part.split * a.rows + row) * a.r + rank] = P[m][p];
+      if (rank < a.rank_pitch) a.products[(part.split * a.rows + row) * a.rank_pitch + rank] = P[m][p];
     }
   }
 }
@@ -429,17 +439,18 @@ __device__ __forceinline__ double root(double x) { return sqrt(x); }
 
 // --- third kernel: c_o from the partial sums ---
 
-// A half warp has kFinishRows / 8 rows, a lane four ranks of 64.
-constexpr int kFinishRows = 32, kFinishPitch = kFinishRows + 4;
+// A half warp has kOwnRows rows, a lane four ranks of 64.
+constexpr int kFinishRows = 32, kOwnRows = kFinishRows / (kThreads / 16), kFinishPitch = kFinishRows + 4;
 template <class A> constexpr int kFinishShared = static_cast<int>(sizeof(A)) * 64 * (64 + kFinishPitch);
 
-template <class A> __device__ __forceinline__ void load4(const A* p, A (&v)[4]) {  // p is aligned to 16 bytes
+template <int N, class A> __device__ __forceinline__ void load_aligned(const A* p, A (&v)[N]) {
+  constexpr int kPart = N * sizeof(A) <= 16 ? N : 16 / sizeof(A);
+  struct alignas(sizeof(A) * kPart) Part { A v[kPart]; };
 #pragma unroll
-  for (int e = 0; e < 4; e += kLanes<A>) {
-    A part[kLanes<A>];
-    unpack<A>(load16(p + e), part);
+  for (int n = 0; n < N; n += kPart) {
+    const Part part = *reinterpret_cast<const Part*>(p + n);
 #pragma unroll
-    for (int n = 0; n < kLanes<A>; ++n) v[e + n] = part[n];
+    for (int e = 0; e < kPart; ++e) v[n + e] = part.v[e];
   }
 }
 
@@ -450,7 +461,7 @@ template <class A> __device__ __forceinline__ A half_warp_sum(A v) {
 }
 
 // Where the terms cancel, c_o comes from V_o itself.
-template <class T> __global__ void __launch_bounds__(kNormThreads) norm_finish(Norm<T> a) {
+template <class T> __global__ void __launch_bounds__(kThreads) norm_finish(Norm<T> a) {
   using A = acc_t<T>;
   if (a.stamp.parts) {
     if (!a.stamp.parts[2 * kStampBlocks]) return;
@@ -461,79 +472,79 @@ template <class T> __global__ void __launch_bounds__(kNormThreads) norm_finish(N
   }
   A* gram = reinterpret_cast<A*>(dynamic_shared());  // [64, 64] of A Aᵀ
   A* B = gram + 64 * 64;                             // [64, kFinishPitch]: B, transposed
-  const int lane = threadIdx.x % 32, own_lane = lane % 16, first = threadIdx.x / 16 * 4;
+  const int gram_pitch = 64 * a.rank_tiles, lane = threadIdx.x % 32, own_lane = lane % 16, first = threadIdx.x / 16 * kOwnRows;
   const int64_t row0 = int64_t{blockIdx.x} * kFinishRows;
-  int64_t row[4];
-  A total[4] = {}, size[4] = {};  // c² and the sum of its terms' magnitudes
+  int64_t row[kOwnRows];
+  A total[kOwnRows] = {}, size[kOwnRows];  // c² and the sum of its terms' magnitudes
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    row[m] = min_of(row0 + first + m, a.rows - 1);
-    for (int s = own_lane; s < a.splits; s += 16) total[m] += a.squares[s * a.rows + row[m]];
-    size[m] = total[m];
-  }
+  for (int m = 0; m < kOwnRows; ++m) row[m] = min_of(row0 + first + m, a.rows - 1);
+#pragma unroll
+  for (int s = 0; s < kNormSplits; s += 16)
+    if (s + own_lane < a.splits) {
+#pragma unroll
+      for (int m = 0; m < kOwnRows; ++m) total[m] += a.squares[(s + own_lane) * a.rows + row[m]];
+    }
+#pragma unroll
+  for (int m = 0; m < kOwnRows; ++m) size[m] = total[m];
   for (int p0 = 0; p0 < a.r; p0 += 64) {
     const int p = p0 + 4 * own_lane;
-    A product[4][4] = {}, image[4][4] = {}, b[4][4] = {};
+    A product[kOwnRows][4] = {}, image[kOwnRows][4] = {};
     if (p < a.r) {
-      const bool wide = a.r % 4 == 0;
-#pragma unroll 2
+#pragma unroll 4
       for (int s = 0; s < a.splits; ++s)
 #pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const A* from = a.products + (s * a.rows + row[m]) * a.r + p;
+        for (int m = 0; m < kOwnRows; ++m) {
           A v[4];
-          if (wide) {
-            load4(from, v);
-          } else {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) v[e] = p + e < a.r ? from[e] : A(0);
-          }
+          load_aligned(a.products + (s * a.rows + row[m]) * a.rank_pitch + p, v);
 #pragma unroll
           for (int e = 0; e < 4; ++e) product[m][e] += v[e];
         }
     }
-    for (int j0 = 0; j0 < a.r; j0 += 64) {
+    for (int tile = 1; tile <= a.rank_tiles; ++tile) {  // the last is that of p0
+      const int j0 = (p0 / 64 + tile) % a.rank_tiles * 64;
       __syncthreads();  // the previous tile has been used
-#pragma unroll
-      for (int n = threadIdx.x; n < 64 * 64; n += kNormThreads) {
-        const int j = j0 + n / 64, c = p0 + n % 64;
-        gram[n] = j < a.r && c < a.r ? a.gram[int64_t{j} * a.r + c] : A(0);
-      }
+      constexpr int kLines = kThreads / 64;
       a.B.typed([&](auto* data) {
+        const int j = j0 + threadIdx.x % 64, m = threadIdx.x / 64;
+        const auto* from = data + j * a.B.column_stride;
+        A v[kFinishRows / kLines];
 #pragma unroll
-        for (int n = threadIdx.x; n < 64 * kFinishRows; n += kNormThreads) {
-          const int j = n % 64, m = n / 64;
-          const bool inside = j0 + j < a.r && row0 + m < a.rows;
-          B[j * kFinishPitch + m] =
-              inside ? static_cast<A>(value(data[(row0 + m) * a.B.row_stride + (j0 + j) * a.B.column_stride])) : A(0);
-        }
+        for (int u = 0; u < kFinishRows; u += kLines)
+          v[u / kLines] = j < a.r ? static_cast<A>(value(from[min_of(row0 + m + u, a.rows - 1) * a.B.row_stride])) : A(0);
+#pragma unroll
+        for (int u = 0; u < kFinishRows; u += kLines) B[threadIdx.x % 64 * kFinishPitch + m + u] = v[u / kLines];
       });
+      const A* from = a.gram + int64_t{j0} * gram_pitch + p0;
+#pragma unroll
+      for (int u = 0; u < 64 * 64; u += kThreads * kLanes<A>) {
+        const int n = u + threadIdx.x * kLanes<A>;
+        if (j0 + u / 64 < a.r) store16(gram + n, load16(from + n / 64 * gram_pitch + n % 64));
+      }
       __syncthreads();
 #pragma unroll 4
       for (int j = 0; j < min_of(64, a.r - j0); ++j) {
-        A g[4], v[4];
-        load4(gram + j * 64 + 4 * own_lane, g);
-        load4(B + j * kFinishPitch + first, v);
+        A g[4], v[kOwnRows];
+        load_aligned(gram + j * 64 + 4 * own_lane, g);
+        load_aligned(B + j * kFinishPitch + first, v);
 #pragma unroll
-        for (int m = 0; m < 4; ++m)
+        for (int m = 0; m < kOwnRows; ++m)
 #pragma unroll
           for (int e = 0; e < 4; ++e) image[m][e] += v[m] * g[e];
       }
-      if (j0 == p0) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) load4(B + (4 * own_lane + e) * kFinishPitch + first, b[e]);
-      }
     }
 #pragma unroll
-    for (int m = 0; m < 4; ++m)
+    for (int e = 0; e < 4; ++e) {
+      A b[kOwnRows];
+      load_aligned(B + (4 * own_lane + e) * kFinishPitch + first, b);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const A c = 2 * a.scale * (product[m][e] * b[e][m]), w = a.scale * a.scale * (image[m][e] * b[e][m]);
+      for (int m = 0; m < kOwnRows; ++m) {
+        const A c = 2 * a.scale * (product[m][e] * b[m]), w = a.scale * a.scale * (image[m][e] * b[m]);
         total[m] += c + w, size[m] += magnitude(c) + magnitude(w);
       }
+    }
   }
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  for (int m = 0; m < kOwnRows; ++m) {
     A c2 = half_warp_sum(total[m]);
     const bool cancels = c2 < static_cast<A>(kCancellation) * half_warp_sum(size[m]);
 #pragma unroll
@@ -579,7 +590,8 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
   a.scale = static_cast<A>(from.scale);
   a.rows = from.rows, a.row_stride = from.weight_strides[0], a.column_stride = from.weight_strides[1];
   a.split_columns = plan.split_columns, a.pitch = plan.pitch, a.gram_columns = plan.gram_columns;
-  a.columns = static_cast<int>(from.columns), a.r = static_cast<int>(from.r), a.splits = static_cast<int>(plan.splits);
+  a.columns = static_cast<int>(from.columns), a.r = static_cast<int>(from.r);
+  a.rank_pitch = static_cast<int>(plan.rank_pitch), a.splits = static_cast<int>(plan.splits);
   a.rank_tiles = static_cast<int>(max_of<int64_t>(ceil_div(from.r, 64), 1));
   a.gram_side = static_cast<int>(ceil_div(from.r, 16)), a.gram_splits = static_cast<int>(plan.gram_splits);
   a.gram_blocks = static_cast<int>(plan.gram_blocks);
@@ -609,7 +621,7 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
     run(norm_fma<T, 8>, kNormThreads, PlainShape<T, 8>::kShared);
   }
   if (error != cudaSuccess) return error;
-  return enqueue(norm_finish<T>, ceil_div(from.rows, kFinishRows), kNormThreads, kFinishShared<A>, stream, a);
+  return enqueue(norm_finish<T>, ceil_div(from.rows, kFinishRows), kThreads, kFinishShared<A>, stream, a);
 }
 
 }  // namespace

@@ -206,6 +206,7 @@ template <class T> T __shfl_xor_sync(unsigned, T v, int lanes) {
 }
 template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator::shuffled(v, lane); }
 template <class T> T __ldg(const T* p) { return *p; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 namespace spectral_ops::cuda {
 
