@@ -14,7 +14,7 @@ template <class T> struct Magnitude {
   const T *dy, *x, *h, *weight, *B;
   const void* bias;
   acc_t<T>*dm, *parts;  // parts [splits, columns], written where m vanishes
-  acc_t<T> scale, vanishing_g, vanishing_bias;
+  acc_t<T> scale, vanishing_g, bias_share;
   int64_t rows, columns, k, r, dy_stride, x_stride, h_stride, B_stride, weight_row, weight_column, split_rows;
   int splits;
   DType bias_dtype;
@@ -25,7 +25,7 @@ template <class T> __device__ __forceinline__ bool vanishes(const Magnitude<T>& 
   using A = acc_t<T>;
   const A size = magnitude(a.g[o]);
   if (size < a.vanishing_g) return true;
-  return a.bias && size * a.norm[o] < magnitude(load_any<A>(a.bias, o, a.bias_dtype)) / a.vanishing_bias;
+  return a.bias && size * a.norm[o] < magnitude(load_any<A>(a.bias, o, a.bias_dtype)) * a.bias_share;
 }
 
 // Whether m vanishes anywhere, as far as the calling thread's columns go: the loop has no branches, so its loads need not wait.
@@ -37,7 +37,7 @@ template <class T, class Bias> __device__ __forceinline__ bool any_vanishes(cons
     const A size = magnitude(a.g[o]);
     any |= size < a.vanishing_g;
     if constexpr (!std::is_same_v<Bias, void>)
-      any |= size * a.norm[o] < magnitude(static_cast<A>(value(bias[o]))) / a.vanishing_bias;
+      any |= size * a.norm[o] < magnitude(static_cast<A>(value(bias[o]))) * a.bias_share;
   }
   return any;
 }
@@ -205,7 +205,7 @@ template <class T> cudaError_t launch_magnitude(const MagnitudeGrad& from, cudaS
   a.bias = from.bias, a.bias_dtype = from.bias_dtype;
   a.dm = static_cast<A*>(from.dm), a.parts = static_cast<A*>(from.workspace);
   a.scale = static_cast<A>(from.scale);
-  a.vanishing_g = static_cast<A>(from.vanishing_g), a.vanishing_bias = static_cast<A>(from.vanishing_bias);
+  a.vanishing_g = static_cast<A>(from.vanishing_g), a.bias_share = static_cast<A>(1 / from.vanishing_bias);
   a.rows = from.rows, a.columns = from.columns, a.k = from.k, a.r = from.r;
   a.dy_stride = from.dy_stride, a.x_stride = from.x_stride, a.h_stride = from.h_stride, a.B_stride = from.B_stride;
   a.weight_row = from.weight_strides[0], a.weight_column = from.weight_strides[1];
