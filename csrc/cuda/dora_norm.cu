@@ -288,7 +288,7 @@ template <int kTiles> struct MmaShape {
 };
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(32 * MmaShape<kTiles>::kWarps, kTiles == 8 ? 1 : 3) norm_mma(Norm<T> a) {
+__global__ void __launch_bounds__(32 * MmaShape<kTiles>::kWarps, kTiles == 2 ? 3 : kTiles == 4 ? 2 : 1) norm_mma(Norm<T> a) {
   using S = MmaShape<kTiles>;
   if (unchanged(a)) return;
   if (static_cast<int>(blockIdx.x) < a.gram_blocks) return add_gram(a);
@@ -461,7 +461,7 @@ template <class A> __device__ __forceinline__ A half_warp_sum(A v) {
 }
 
 // Where the terms cancel, c_o comes from V_o itself.
-template <class T> __global__ void __launch_bounds__(kThreads) norm_finish(Norm<T> a) {
+template <class T> __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) norm_finish(Norm<T> a) {
   using A = acc_t<T>;
   if (a.stamp.parts) {
     if (!a.stamp.parts[2 * kStampBlocks]) return;

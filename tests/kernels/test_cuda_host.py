@@ -255,6 +255,8 @@ NORMS = [  # d, k, r, transposed; half precision takes the tensor cores where k 
     (20, 136, 130, False),  # three tiles of ranks
     (33, 520, 70, False),
     (9, 1112, 17, False),  # nine pieces of A
+    (3, 2500, 5, False),  # more splits of columns than a half warp has lanes
+    (3, 2496, 5, False),
     (65, 300, 40, True),
     (33, 515, 70, False),  # more ranks than one pass takes; k odd
     (5, 64, 1, True),
@@ -389,6 +391,7 @@ MAGNITUDES = [  # T, d, k, r, columns where m vanishes, row stride of x and W, W
     (37, 19, 1056, 3, "all", 1064, False),  # several steps of a lane
     (33, 40, 48, 5, "all", 51, False),  # rows that are not aligned
     (40, 33, 24, 0, [7], None, True),
+    (300, 12, 16, 2, [3, 4], None, False),  # more splits than a block has warps
     (3, 2100, 16, 2, [1, 2047, 2048, 2099], None, False),  # a second window of columns
     (9, 24, 0, 3, "all", None, False),
     (0, 24, 16, 3, "all", None, False),
