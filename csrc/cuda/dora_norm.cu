@@ -139,24 +139,37 @@ __device__ __forceinline__ uint64_t fingerprint_sum(const Stamp& stamp, int whic
 
 constexpr int kPiece = static_cast<int>(kGramPiece);
 
-// 16 rows of A by kPiece columns in shared memory, zero beyond A.
-template <class T> __device__ __forceinline__ void load_rows(const Norm<T>& a, int row0, int column0, acc_t<T>* to, int pitch) {
+template <class A> constexpr int kGramPitch = 16 + kLanes<A>;  // such that 16-byte accesses meet no bank conflicts
+
+template <int N, class A> __device__ __forceinline__ void load_aligned(const A* p, A (&v)[N]) {
+  constexpr int kPart = N * sizeof(A) <= 16 ? N : 16 / sizeof(A);
+  struct alignas(sizeof(A) * kPart) Part { A v[kPart]; };
+#pragma unroll
+  for (int n = 0; n < N; n += kPart) {
+    const Part part = *reinterpret_cast<const Part*>(p + n);
+#pragma unroll
+    for (int e = 0; e < kPart; ++e) v[n + e] = part.v[e];
+  }
+}
+
+// 16 rows of A by kPiece columns in shared memory, [kPiece, kGramPitch], zero beyond A.
+template <class T> __device__ __forceinline__ void load_rows(const Norm<T>& a, int row0, int column0, acc_t<T>* to) {
+  using A = acc_t<T>;
   static_assert(kNormThreads == kPiece, "a thread for each column");
   const int column = column0 + threadIdx.x;
   a.A.typed([&](auto* data) {
     const auto* p = data + row0 * a.A.row_stride + column * a.A.column_stride;
     const int n = column < a.columns ? a.r - row0 : 0;
-    acc_t<T> v[16];
+    A v[16 / kLanes<A>][kLanes<A>];
 #pragma unroll
-    for (int m = 0; m < 16; ++m) v[m] = m < n ? static_cast<acc_t<T>>(value(p[m * a.A.row_stride])) : acc_t<T>(0);
+    for (int m = 0; m < 16; ++m, p += a.A.row_stride) v[m / kLanes<A>][m % kLanes<A>] = m < n ? static_cast<A>(value(*p)) : A(0);
 #pragma unroll
-    for (int m = 0; m < 16; ++m) to[m * pitch + threadIdx.x] = v[m];
+    for (int m = 0; m < 16; m += kLanes<A>) store16(to + threadIdx.x * kGramPitch<A> + m, pack<A>(v[m / kLanes<A>]));
   });
 }
 
 // Those rows into A's copy.
-template <class T>
-__device__ __forceinline__ void copy_rows(const Norm<T>& a, int row0, int column0, const acc_t<T>* from, int pitch) {
+template <class T> __device__ __forceinline__ void copy_rows(const Norm<T>& a, int row0, int column0, const acc_t<T>* from) {
   using A = acc_t<T>;
   if constexpr (kMatrixUnits<T>) {
     if (a.matrix_units) {
@@ -166,7 +179,7 @@ __device__ __forceinline__ void copy_rows(const Norm<T>& a, int row0, int column
         if (row0 + line >= a.r) break;
         float v[8];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] = from[line * pitch + c + e];
+        for (int e = 0; e < 8; ++e) v[e] = from[(c + e) * kGramPitch<A> + line];
         const uint4 rounded_v = pack<T>(v);
         store16(high + line * a.pitch + c, rounded_v);
         if (!a.has_low) continue;
@@ -182,42 +195,45 @@ __device__ __forceinline__ void copy_rows(const Norm<T>& a, int row0, int column
   A* to = static_cast<A*>(a.factor) + row0 * a.pitch + column0;
 #pragma unroll
   for (int m = 0; m < 16; ++m)
-    if (row0 + m < a.r) to[m * a.pitch + threadIdx.x] = from[m * pitch + threadIdx.x];
+    if (row0 + m < a.r) to[m * a.pitch + threadIdx.x] = from[threadIdx.x * kGramPitch<A> + m];
 }
 
 // A block has a 16 x 16 tile of A Aᵀ on or above the diagonal, and a range of columns: 8 groups of 16 threads share the columns,
 // a thread sums 4 x 4. The tile on the diagonal copies its rows.
 template <class T> __global__ void __launch_bounds__(kNormThreads) prepare(Norm<T> a) {
   using A = acc_t<T>;
-  constexpr int kPitch = kPiece + 1, kGroups = kNormThreads / 16;
-  static_assert(kGroups * 256 <= 2 * 16 * kPitch, "the sums of the groups use the same memory");
+  constexpr int kPitch = kGramPitch<A>, kGroups = kNormThreads / 16;
+  static_assert(kGroups * 256 <= 2 * kPiece * kPitch, "the sums of the groups use the same memory");
   int block = blockIdx.x;
   if (a.stamp.parts) {
     if (block < kStampBlocks) return leave_fingerprint(a.stamp);
     block -= static_cast<int>(kStampBlocks);
   }
-  A* left = reinterpret_cast<A*>(dynamic_shared());  // [16, kPitch]
-  A* right = left + 16 * kPitch;
+  A* left = reinterpret_cast<A*>(dynamic_shared());
   int tile = block / a.gram_splits, side = a.gram_side;
   const int split = block % a.gram_splits;
   while (tile >= side) tile -= side--;
+  A* right = tile ? left + kPiece * kPitch : left;
   const int p0 = (a.gram_side - side) * 16, q0 = p0 + tile * 16;
   const int group = threadIdx.x / 16, p = threadIdx.x % 16 / 4 * 4, q = threadIdx.x % 4 * 4;
   const int64_t begin = split * a.gram_columns, end = min_of(begin + a.gram_columns, a.pitch);
-  if (tile == 0) right = left;
   A sum[4][4] = {};
   for (int c0 = static_cast<int>(begin); c0 < end; c0 += kPiece) {
     __syncthreads();  // the previous piece has been used
-    load_rows(a, p0, c0, left, kPitch);
-    if (tile) load_rows(a, q0, c0, right, kPitch);
+    load_rows(a, p0, c0, left);
+    if (tile) load_rows(a, q0, c0, right);
     __syncthreads();
-    if (tile == 0) copy_rows(a, p0, c0, left, kPitch);
+    if (tile == 0) copy_rows(a, p0, c0, left);
 #pragma unroll 4
-    for (int c = group; c < kPiece; c += kGroups)
+    for (int c = group; c < kPiece; c += kGroups) {
+      A v[4], w[4];
+      load_aligned(left + c * kPitch + p, v);
+      load_aligned(right + c * kPitch + q, w);
 #pragma unroll
       for (int m = 0; m < 4; ++m)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[m][e] += left[(p + m) * kPitch + c] * right[(q + e) * kPitch + c];
+        for (int e = 0; e < 4; ++e) sum[m][e] += v[m] * w[e];
+    }
   }
   __syncthreads();
 #pragma unroll
@@ -250,8 +266,7 @@ template <class T> __device__ __forceinline__ bool unchanged(const Norm<T>& a) {
 template <class T> __device__ void add_gram(const Norm<T>& a) {
   const int pitch = 64 * a.rank_tiles;
   for (int n = threadIdx.x; n < kGramSums; n += blockDim.x) {
-    const int64_t at = blockIdx.x * kGramSums + n;
-    const int p = static_cast<int>(at / pitch), q = static_cast<int>(at % pitch);
+    const int at = static_cast<int>(blockIdx.x * kGramSums) + n, p = at / pitch, q = at % pitch;
     acc_t<T> sum = 0;
     if (p < a.r && q < a.r) {
 #pragma unroll 8
@@ -443,17 +458,6 @@ __device__ __forceinline__ double root(double x) { return sqrt(x); }
 constexpr int kFinishRows = 32, kOwnRows = kFinishRows / (kThreads / 16), kFinishPitch = kFinishRows + 4;
 template <class A> constexpr int kFinishShared = static_cast<int>(sizeof(A)) * 64 * (64 + kFinishPitch);
 
-template <int N, class A> __device__ __forceinline__ void load_aligned(const A* p, A (&v)[N]) {
-  constexpr int kPart = N * sizeof(A) <= 16 ? N : 16 / sizeof(A);
-  struct alignas(sizeof(A) * kPart) Part { A v[kPart]; };
-#pragma unroll
-  for (int n = 0; n < N; n += kPart) {
-    const Part part = *reinterpret_cast<const Part*>(p + n);
-#pragma unroll
-    for (int e = 0; e < kPart; ++e) v[n + e] = part.v[e];
-  }
-}
-
 template <class A> __device__ __forceinline__ A half_warp_sum(A v) {
 #pragma unroll
   for (int lanes = 8; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
@@ -604,7 +608,7 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
     a.stamp.A_units = whole_units(a.stamp.A), a.stamp.B_units = whole_units(a.stamp.B);
     grid += kStampBlocks;
   }
-  cudaError_t error = enqueue(prepare<T>, grid, kNormThreads, sizeof(A) * 2 * 16 * (kPiece + 1), stream, a);
+  cudaError_t error = enqueue(prepare<T>, grid, kNormThreads, sizeof(A) * 2 * kPiece * kGramPitch<A>, stream, a);
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidValue;
   grid = plan.gram_blocks + plan.row_tiles * plan.splits * a.rank_tiles;

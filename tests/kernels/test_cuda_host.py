@@ -255,6 +255,7 @@ NORMS = [  # d, k, r, transposed; half precision takes the tensor cores where k 
     (20, 136, 130, False),  # three tiles of ranks
     (33, 520, 70, False),
     (9, 1112, 17, False),  # nine pieces of A
+    (3, 640, 260, False),  # two pieces of A in a block
     (3, 2500, 5, False),  # more splits of columns than a half warp has lanes
     (3, 2496, 5, False),
     (65, 300, 40, True),
