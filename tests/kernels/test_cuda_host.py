@@ -313,7 +313,8 @@ def fingerprint(A, B):
     """What a stamp holds: two sums over the elements of A, then B, of functions of their bits and positions."""
     mask, low, high = 2**64 - 1, 0, 0
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    bits = [x % 2 ** (8 * t.element_size()) for t in (A, B) for x in t.reshape(-1).view(integers[t.element_size()]).tolist()]
+    signed = [(t.reshape(-1).view(integers[t.element_size()]).tolist(), 256 ** t.element_size()) for t in (A, B)]
+    bits = [x % size for values, size in signed for x in values]
     for position, x in enumerate(bits, 1):
         z = (x + position * 0x9E3779B97F4A7C15) & mask
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
@@ -388,7 +389,7 @@ def magnitude_case(emulated, dtype, T, d, k, r, vanishing, has_bias=False, paddi
 
 MAGNITUDES = [  # T, d, k, r, columns where m vanishes, row stride of x and W, W transposed
     (20, 70, 50, 8, [5, 40], None, False),
-    (70, 70, 64, 40, [0, 1, 2, 3, 30, 31, 32, 63, 69], None, False),  # three splits of rows; a group of eight, and one more
+    (70, 70, 64, 40, [0, 1, 2, 3, 30, 31, 32, 63, 69], None, False),  # three splits, a group of eight and one more
     (37, 19, 1056, 3, "all", 1064, False),  # several steps of a lane
     (33, 40, 48, 5, "all", 51, False),  # rows that are not aligned
     (40, 33, 24, 0, [7], None, True),
@@ -411,6 +412,7 @@ def test_magnitude_grad(emulated, dtype, has_bias):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_magnitude_grad_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
     magnitude_case(emulated, dtype, 70, 40, 64, 8, [1, 2, 3, 4, 5, 6, 7, 8, 9], True)
+    magnitude_case(emulated, dtype, 33, 320, 16, 2, [300])  # found by another warp than the one whose word it is in
 
 
 def test_magnitude_grad_reads_no_row_where_no_magnitude_vanishes(emulated):
