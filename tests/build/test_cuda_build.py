@@ -160,7 +160,7 @@ def test_no_local_memory_and_no_atomics(kernels):
     [
         ("lowrank", "update_mma", ("HMMA", "LDG128", "STG128")),
         ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDGSTS128", "LDS128", "STG128")),
-        ("dora", "norm_mma", ("HMMA", "LDG128", "LDS128")),
+        ("dora", "norm_mma", ("HMMA", "LDG128", "LDGSTS128", "LDS128")),
         ("bat", "weight_mma", ("HMMA", "LDS128")),
         ("bat", "contract_mma", ("HMMA", "MOVM")),
     ],
@@ -215,6 +215,17 @@ def test_slabs_move_16_bytes_at_a_time(kernels, kernel, arguments, loads, shared
 def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
     for symbol, counts in of(kernels, stem, kernel).items():
         assert counts["HMMA"] == 0, symbol
+
+
+def test_dora_keeps_loads_under_way(kernels):
+    for symbol, counts in of(kernels, "dora", "norm_mma").items():
+        assert counts["LDG128"] >= 16, symbol  # two steps of four rows of W before the loop, two in it
+    for symbol, counts in of(kernels, "dora", "prepare").items():
+        assert counts["LDG128"] >= 12, symbol  # the fingerprint's, of three element sizes
+    for symbol, counts in of(kernels, "dora", "norm_finish", rf"(?:{HALF}|f)E").items():
+        assert counts["LDG128"] >= 8 + 4 and counts["LDS128"] >= 4, symbol  # four splits of two rows; A Aᵀ
+    for symbol, counts in of(kernels, "dora", "magnitude_sums", r"\w+Lb1E").items():
+        assert counts["LDG128"] >= 4 + 4 + 8, symbol  # x ahead of the loop and in it, eight rows of W
 
 
 def test_streams_are_16_bytes_wide(kernels):

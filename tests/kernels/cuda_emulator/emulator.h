@@ -372,6 +372,7 @@ template <class T> T __shfl_sync(unsigned, T v, int lane, int width = 32) {
   return emulator::shuffled(v, (static_cast<int>(emulator::current->index % 32) & -width) + lane % width);
 }
 template <class T> T __ldg(const T* p) { return *p; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 namespace spectral_ops::cuda {
 
