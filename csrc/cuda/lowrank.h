@@ -10,6 +10,7 @@ namespace spectral_ops::cuda {
 // of u for its columns (chunks of them) and of dB, db and dyz for its rows (splits of them), which a second kernel adds.
 struct BackwardPlan {
   int64_t ranks;  // worked on in one pass over dy; a larger r takes several passes
+  int64_t sums;   // 0 for neither db nor dyz, 1 for db, 2 for dyz: it needs y in shared memory too, so a block has fewer columns
   int64_t tile_columns, chunks;
   int64_t split_rows, splits;
   int64_t dB_at, db_at, dyz_at;  // where they start in the workspace, in elements; u starts at 0
@@ -22,14 +23,15 @@ inline BackwardPlan backward_plan(int64_t rows, int64_t columns, int64_t r, DTyp
   BackwardPlan plan{};
   if (matrix_units) {
     plan.ranks = r < 64 ? r : 64;
-    plan.tile_columns = plan.ranks <= 32 ? 512 : 256;
+    plan.sums = dyz ? 2 : db ? 1 : 0;
+    plan.tile_columns = dyz ? 256 : plan.ranks <= 32 ? 512 : 384;
   } else {
     plan.ranks = r < 32 ? r : 32;
     plan.tile_columns = 128;
   }
   plan.chunks = (columns + plan.tile_columns - 1) / plan.tile_columns;
-  // Two blocks for each of the 132 multiprocessors of an H100, or one where they are large. More would mean more partial sums.
-  const int64_t blocks = matrix_units && plan.ranks > 16 ? 132 : 264;
+  // One block for each of the 132 multiprocessors of an H100, or two where they are small. More would mean more partial sums.
+  const int64_t blocks = matrix_units ? 132 : 264;
   int64_t splits = plan.chunks > 0 ? blocks / plan.chunks : 1;
   const int64_t most = (rows + 4 * step - 1) / (4 * step);
   if (splits > most) splits = most;

@@ -15,204 +15,238 @@ template <class T> struct Backward {
   int64_t rows, split_rows, dy_stride, h_stride, B_stride, y_stride;
   int columns, chunks, rank0, ranks;  // the ranks [rank0, rank0 + ranks) of h and B
   DType g_dtype, bias_dtype;
-  bool wide_dy, wide_y, wide_gdy, paired_h;
+  bool wide_dy, wide_h, wide_y, wide_gdy, paired_B;
 };
 
-// The shape of a block of backward_mma for 8 kTiles ranks. kSums: 0 for neither db nor dyz, 1 for db, 2 for both (y is read).
-template <int kTiles, int kSums> struct Shape {
-  static constexpr int kGroups = kTiles <= 4 ? 2 : 1;  // of 32 columns, in a warp
-  static constexpr int kColumns = 32 * kGroups * kWarps;
-  static constexpr int kReads = 2 * kGroups * (kSums == 2 ? 2 : 1);  // 16-byte reads of a thread in a step
-  static constexpr int kStages = kSums == 2 ? (kGroups == 2 ? 2 : 3) : (kTiles == 2 ? 3 : 4);
-  static constexpr int kPitch = 8 * kTiles + 8;               // of a row of u in shared memory: no bank conflicts
-  static constexpr int kBuffers = kTiles == 2 ? 2 : 1;
-  static constexpr int kQueue = 16 * kStages * kReads * kThreads;  // bytes
-  static constexpr int kSharedU = 4 * kWarps * 16 * kPitch;        // bytes of one buffer
-  static constexpr int kShared = kQueue + kBuffers * kSharedU + 2 * 4 * kColumns;
+// The shape of a block of backward_mma for 8 kTiles kHalves ranks: kColumnWarps warps own 32 kGroups columns and 8 kTiles ranks
+// each, and as many again the other half of the ranks. kSums: 0 for neither db nor dyz, 1 for db, 2 for both (y is read).
+template <int kTiles, int kHalves, int kSums> struct Shape {
+  static constexpr int kRanks = 8 * kTiles * kHalves;
+  static constexpr int kGroups = kSums == 2 && kHalves == 1 ? 1 : 2;
+  static constexpr int kOwn = kGroups / kHalves;  // groups of columns that a warp copies, sums and scales
+  static constexpr int kColumnWarps = kHalves == 1 ? 8 : kSums == 2 ? 4 : 6;
+  static constexpr int kColumns = 32 * kGroups * kColumnWarps;
+  static constexpr int kSlots = 32 * kColumnWarps, kBlock = kSlots * kHalves;  // threads of one half, and of a block
+  static constexpr int kReads = 2 * kGroups * (kSums == 2 ? 2 : 1);            // 16-byte pieces that a slot has in a stage
+  static constexpr int kPitch = kRanks + 8;  // of a row of h or of u in shared memory: no bank conflicts
+  static constexpr int kStage = 16 * kReads * kSlots + 2 * 16 * kPitch;  // bytes: 16 rows of dy, y and h
+  static constexpr int kSharedU = 4 * kColumnWarps * 16 * kPitch;        // bytes of one of two buffers
+  static constexpr int kVectors = (kSums == 2 ? 2 : 1) * 4 * kColumns;   // bytes of g and bias
+  static constexpr int kFit = (99 * 1024 - 2 * kSharedU - kVectors) / kStage, kStages = kFit < 4 ? kFit : 4;
+  static constexpr int kShared = kStages * kStage + 2 * kSharedU + kVectors;
+  static_assert(kStages >= 3, "a fetch is under way while another is waited for");
 };
 
-// A warp owns 32 kGroups columns and sweeps over rows, 16 at a time. dy passes through a queue in shared memory. A thread reads
-// back only what it copied itself, so only the sum of u over the warps needs a barrier.
-// Column k of the 16 in product s of a group is column 8 (k % 8 / 2) + 4 s + 2 (k / 8) + k % 2 of its 32.
-template <class T, int kTiles, int kSums>
-__global__ void __launch_bounds__(kThreads, kTiles == 2 && kSums == 0 ? 2 : 1) backward_mma(Backward<T> a) {
-  using S = Shape<kTiles, kSums>;
+// A block sweeps over rows, 16 in a step, which pass through a queue in shared memory. In a step's only barrier the copies of
+// its rows and the shares of u of the step before become visible. u is summed over the warps one step late.
+// Column k of the 16 in product s of a group is column 8 (k % 8 / 2) + 4 s + 2 (k / 8) + k % 2 of its 32: so the 16 bytes that
+// a lane copied are its fragments.
+template <class T, int kTiles, int kHalves, int kSums>
+__global__ void __launch_bounds__(Shape<kTiles, kHalves, kSums>::kBlock, 1) backward_mma(Backward<T> a) {
+  using S = Shape<kTiles, kHalves, kSums>;
   constexpr int G = S::kGroups;
-  uint4* queue = reinterpret_cast<uint4*>(dynamic_shared());               // [stage, read, thread]
-  float* shared_u = reinterpret_cast<float*>(dynamic_shared() + S::kQueue);  // [buffer, warp, 16, kPitch]
-  float* g_of = shared_u + S::kBuffers * S::kSharedU / 4;                     // [kColumns]
+  unsigned char* queue = dynamic_shared();  // [stage]: pieces [kReads, kSlots] and h [16, kPitch]
+  float* shared_u = reinterpret_cast<float*>(queue + S::kStages * S::kStage);  // [buffer, column warp, 16, kPitch]
+  float* g_of = shared_u + 2 * S::kSharedU / 4;                                // [kColumns]
   float* bias_of = g_of + S::kColumns;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, i = lane / 4, q = lane % 4;
+  const int thread = threadIdx.x, lane = thread % 32, i = lane / 4, q = lane % 4;
+  const int half = kHalves == 1 ? 0 : thread / S::kSlots, slot = thread - half * S::kSlots, warp = slot / 32;
   const int chunk = static_cast<int>(blockIdx.x) % a.chunks;
   const int64_t split = blockIdx.x / static_cast<unsigned>(a.chunks);
-  const int block0 = chunk * S::kColumns, local0 = warp * 32 * G, column0 = block0 + local0;
+  const int block0 = chunk * S::kColumns, local0 = warp * 32 * G, column0 = block0 + local0, half_rank0 = 8 * kTiles * half;
   const int64_t begin = split * a.split_rows, end = min_of(begin + a.split_rows, a.rows);
   const int steps = static_cast<int>(ceil_div(end - begin, 16));
+  const auto stage_of = [&](int step) { return queue + step % S::kStages * S::kStage; };
 
-  for (int c = thread; c < S::kColumns; c += kThreads) {
+  auto fetch_rows = [&](const T* p, int64_t stride, bool wide, int step, uint4* to) {
+#pragma unroll
+    for (int m = 0; m < 2 * S::kOwn; ++m) {  // row 8 (m % 2) + i, group half + m / 2
+      const int64_t row = begin + 16 * int64_t{step} + 8 * (m % 2) + i;
+      const int column = column0 + 32 * (half + m / 2) + 8 * q;
+      const int n = row < end ? min_of(max_of(a.columns - column, 0), 8) : 0;
+      const T* source = p + row * stride + column;
+      uint4* piece = to + (2 * half + m) * S::kSlots;
+      if (wide) copy16_async(piece, n > 0 ? source : p, 2 * n);
+      else *piece = load_row(source, n, false);
+    }
+  };
+  auto fetch = [&](int step) {
+    if (step < steps) {
+      uint4* to = reinterpret_cast<uint4*>(stage_of(step));
+      fetch_rows(a.dy, a.dy_stride, a.wide_dy, step, to + slot);
+      if (kSums == 2 && a.dyz) fetch_rows(a.y, a.y_stride, a.wide_y, step, to + 2 * G * S::kSlots + slot);
+      if (a.dB && thread < 2 * S::kRanks) {  // 8 ranks of one row each
+        const int r = thread / (S::kRanks / 8), rank = thread % (S::kRanks / 8) * 8;
+        const int64_t row = begin + 16 * int64_t{step} + r;
+        const int n = row < end ? min_of(max_of(a.ranks - rank, 0), 8) : 0;
+        const T* source = a.h + row * a.h_stride + a.rank0 + rank;
+        T* piece = reinterpret_cast<T*>(to + S::kReads * S::kSlots) + r * S::kPitch + rank;
+        if (a.wide_h) copy16_async(piece, n > 0 ? source : a.h, 2 * n);
+        else *reinterpret_cast<uint4*>(piece) = load_row(source, n, false);
+      }
+    }
+    copy_commit();
+  };
+#pragma unroll 1
+  for (int step = 0; step < S::kStages - 1; ++step) fetch(step);
+
+  for (int c = thread; c < S::kColumns; c += S::kBlock) {
     const bool inside = block0 + c < a.columns;
     g_of[c] = a.g && inside ? load_any<float>(a.g, block0 + c, a.g_dtype) : 1.f;
     if (kSums == 2) bias_of[c] = a.bias && inside ? load_any<float>(a.bias, block0 + c, a.bias_dtype) : 0.f;
   }
   __syncthreads();
 
-  uint32_t gB[G][2][kTiles][2];  // fragments of g * B, [16 columns, 8 ranks] each
+  uint32_t gB[G][2][kTiles][2];  // fragments of g * B, [16 columns, 8 ranks] each, loaded along the ranks
 #pragma unroll
   for (int group = 0; group < G; ++group)
 #pragma unroll
     for (int s = 0; s < 2; ++s)
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        float v[4];
+      for (int w = 0; w < 2; ++w) {
+        const int c = 32 * group + 8 * (i / 2) + 4 * s + 2 * w + i % 2;
+        const T* p = a.B + int64_t{column0 + c} * a.B_stride + a.rank0 + half_rank0 + 2 * q;
+        const int left = a.u && column0 + c < a.columns ? a.ranks - half_rank0 - 2 * q : 0;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int c = 32 * group + 8 * q + 4 * s + e, rank = 8 * t + i;
-          const bool inside = a.u && column0 + c < a.columns && rank < a.ranks;
-          v[e] = inside ? g_of[local0 + c] * value(a.B[(column0 + c) * a.B_stride + a.rank0 + rank]) : 0.f;
+        for (int t = 0; t < kTiles; ++t) {
+          const uint32_t pair = load_pair(p + 8 * t, left - 8 * t, a.paired_B);
+          T v[2];
+          memcpy(v, &pair, sizeof v);
+          const float g = g_of[local0 + c];
+          gB[group][s][t][w] = transposed(pair_of<T>(g * value(v[0]), g * value(v[1])));
         }
-        gB[group][s][t][0] = pair_of<T>(v[0], v[1]);
-        gB[group][s][t][1] = pair_of<T>(v[2], v[3]);
       }
   float dB[G][2][kTiles][4] = {};  // [16 columns, 8 ranks] each
-  float db[G][8] = {}, dyz[G][8] = {};
+  float db[S::kOwn][2][4] = {};                // [16 columns, 8 equal sums] each: dyᵀ times ones
+  const uint32_t ones[2] = {pair_of<T>(1.f, 1.f), pair_of<T>(1.f, 1.f)};
+  float dyz[S::kOwn][8] = {};
 
-  auto fetch_rows = [&](const T* p, int64_t stride, bool wide, int step, uint4* to) {
+  auto add_up = [&](int step) {  // the sum of u over the column warps
+    const float* buffer = shared_u + step % 2 * (S::kSharedU / 4);
+    for (int n = thread; n < 8 * S::kRanks; n += S::kBlock) {
+      const int r = n / (S::kRanks / 2), rank = n % (S::kRanks / 2) * 2;
+      float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-    for (int m = 0; m < 2 * G; ++m) {  // row 8 (m % 2) + i, group m / 2
-      const int64_t row = begin + 16 * int64_t{step} + 8 * (m % 2) + i;
-      const int column = column0 + 32 * (m / 2) + 8 * q;
-      const int n = row < end ? min_of(max_of(a.columns - column, 0), 8) : 0;
-      const T* source = p + row * stride + column;
-      if (wide) copy16_async(to + m * kThreads, n > 0 ? source : p, 2 * n);
-      else to[m * kThreads] = load_row(source, n, false);
-    }
-  };
-  auto fetch = [&](int step) {
-    if (step < steps) {
-      uint4* to = queue + step % S::kStages * S::kReads * kThreads + thread;
-      fetch_rows(a.dy, a.dy_stride, a.wide_dy, step, to);
-      if constexpr (kSums == 2) fetch_rows(a.y, a.y_stride, a.wide_y, step, to + 2 * G * kThreads);
-    }
-    copy_commit();
-  };
-  uint32_t h_next[kTiles][2];  // h [16, 8] each, rows i and i + 8
-  auto fetch_h = [&](int step) {
-    const int64_t row = begin + 16 * int64_t{step} + i;
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const int rank = 8 * t + 2 * q;
-      const T* p = a.h + row * a.h_stride + a.rank0 + rank;
-      h_next[t][0] = load_pair(p, row < end ? a.ranks - rank : 0, a.paired_h);
-      h_next[t][1] = load_pair(p + 8 * a.h_stride, row + 8 < end ? a.ranks - rank : 0, a.paired_h);
+      for (int w = 0; w < S::kColumnWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(buffer + (w * 16 + r) * S::kPitch + rank);
+        sum.x += part.x, sum.y += part.y;
+      }
+      const int64_t row = begin + 16 * int64_t{step} + r;
+      if (row < end) store_pair(a.u + (chunk * a.rows + row) * a.ranks + rank, a.ranks - rank, a.ranks % 2 == 0, sum.x, sum.y);
     }
   };
 
 #pragma unroll 1
-  for (int step = 0; step < S::kStages - 1; ++step) fetch(step);
-  if (a.dB) fetch_h(0);
   for (int step = 0; step < steps; ++step) {
-    const int64_t row0 = begin + 16 * int64_t{step};
     copy_wait<S::kStages - 2>();
-    const uint4* from = queue + step % S::kStages * S::kReads * kThreads + thread;
+    __syncthreads();
+    fetch(step + S::kStages - 1);  // into the stage that the previous step has used up
+    if (a.u && step > 0) add_up(step - 1);
+    const uint4* from = reinterpret_cast<const uint4*>(stage_of(step)) + slot;
     uint4 raw[G][2];
 #pragma unroll
-    for (int m = 0; m < 2 * G; ++m) raw[m / 2][m % 2] = from[m * kThreads];
-    uint32_t h[kTiles][2];
-    if (a.dB) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) h[t][0] = transposed(h_next[t][0]), h[t][1] = transposed(h_next[t][1]);
-      if (step + 1 < steps) fetch_h(step + 1);
-    }
-    fetch(step + S::kStages - 1);  // into the stage that the previous step has used up
+    for (int m = 0; m < 2 * G; ++m) raw[m / 2][m % 2] = from[m * S::kSlots];
+    const auto rows16_of = [&](int group, int s, uint32_t (&rows16)[4]) {
+      const uint4 &high = raw[group][0], &low = raw[group][1];
+      rows16[0] = word(high, 2 * s), rows16[1] = word(low, 2 * s), rows16[2] = word(high, 2 * s + 1), rows16[3] = word(low, 2 * s + 1);
+    };
 
-    float u[kTiles][4] = {};
-#pragma unroll
-    for (int group = 0; group < G; ++group)
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const uint4 &high = raw[group][0], &low = raw[group][1];
-        const uint32_t rows16[4] = {word(high, 2 * s), word(low, 2 * s), word(high, 2 * s + 1), word(low, 2 * s + 1)};
-        if (a.u) {
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma<T>(u[t], rows16, gB[group][s][t]);
-        }
-        if (a.dB) {
-          const uint32_t columns16[4] = {transposed(rows16[0]), transposed(rows16[2]), transposed(rows16[1]), transposed(rows16[3])};
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma<T>(dB[group][s][t], columns16, h[t]);
-        }
-      }
-    if (kSums > 0 || a.gdy) {
-#pragma unroll
-      for (int m = 0; m < 2 * G; ++m) {
-        const int group = m / 2, c = 32 * group + 8 * q;
-        float v[8];
-        unpack<T>(raw[group][m % 2], v);
-        if constexpr (kSums > 0) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) db[group][e] += v[e];
-        }
-        if constexpr (kSums == 2) {
-          float z[8];
-          unpack<T>(from[(2 * G + m) * kThreads], z);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) dyz[group][e] += v[e] * (z[e] - bias_of[local0 + c + e]);
-        }
-        const int64_t row = row0 + 8 * (m % 2) + i;
-        if (a.gdy && row < end) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] *= g_of[local0 + c + e];
-          store_row(a.gdy + row * a.columns + column0 + c, a.columns - column0 - c, a.wide_gdy, v);
-        }
-      }
-    }
     if (a.u) {
-      float* buffer = shared_u + step % S::kBuffers * (S::kSharedU / 4);
-      float* mine = buffer + (warp * 16 + i) * S::kPitch + 2 * q;
+      float u[kTiles][4] = {};
+      uint32_t rows16[4];
+#pragma unroll
+      for (int k = 0; k < 2 * G; ++k) {
+        rows16_of(k / 2, k % 2, rows16);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) mma<T>(u[t], rows16, gB[k / 2][k % 2][t]);
+      }
+      float* mine = shared_u + step % 2 * (S::kSharedU / 4) + (warp * 16 + i) * S::kPitch + half_rank0 + 2 * q;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         *reinterpret_cast<float2*>(mine + 8 * t) = make_float2(u[t][0], u[t][1]);
         *reinterpret_cast<float2*>(mine + 8 * S::kPitch + 8 * t) = make_float2(u[t][2], u[t][3]);
       }
-      __syncthreads();
-      for (int n = thread; n < 16 * 8 * kTiles; n += kThreads) {
-        const int r = n / (8 * kTiles), rank = n % (8 * kTiles);
-        float sum = 0;
+    }
+    if (a.dB || kSums > 0) {
+      uint32_t h[kTiles][2];  // fragments of h, [16 rows, 8 ranks] each
+      const T* shared_h = reinterpret_cast<const T*>(stage_of(step) + 16 * S::kReads * S::kSlots);
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += buffer[(w * 16 + r) * S::kPitch + rank];
-        if (row0 + r < end && rank < a.ranks) a.u[(chunk * a.rows + row0 + r) * a.ranks + rank] = sum;
+      for (int t = 0; t < kTiles; t += 2) {
+        uint32_t four[4];
+        if (a.dB) load_transposed(four, shared_h + lane % 16 * S::kPitch + half_rank0 + 8 * (t + lane / 16));
+        h[t][0] = four[0], h[t][1] = four[1], h[t + 1][0] = four[2], h[t + 1][1] = four[3];
       }
-      if constexpr (S::kBuffers == 1) __syncthreads();
+#pragma unroll
+      for (int group = 0; group < G; ++group)
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          uint32_t rows16[4];
+          rows16_of(group, s, rows16);
+          const uint32_t columns16[4] = {transposed(rows16[0]), transposed(rows16[2]), transposed(rows16[1]), transposed(rows16[3])};
+          if (a.dB) {
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) mma<T>(dB[group][s][t], columns16, h[t]);
+          }
+          if (kSums > 0 && (kHalves == 1 || group == half)) mma<T>(db[group % S::kOwn][s], columns16, ones);
+        }
+    }
+#pragma unroll
+    for (int group = 0; group < G; ++group) {
+      if (((kSums == 2 && a.dyz) || a.gdy) && (kHalves == 1 || group == half)) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const int c = 32 * group + 8 * q;
+          float v[8];
+          unpack<T>(raw[group][m], v);
+          if (kSums == 2 && a.dyz) {
+            float z[8];
+            unpack<T>(from[(2 * (G + group) + m) * S::kSlots], z);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) dyz[group % S::kOwn][e] += v[e] * (z[e] - bias_of[local0 + c + e]);
+          }
+          const int64_t row = begin + 16 * int64_t{step} + 8 * m + i;
+          if (a.gdy && row < end) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[e] *= g_of[local0 + c + e];
+            store_row(a.gdy + row * a.columns + column0 + c, a.columns - column0 - c, a.wide_gdy, v);
+          }
+        }
+      }
     }
   }
+  __syncthreads();
+  if (a.u && steps > 0) add_up(steps - 1);
 
+  if (a.dB) {
 #pragma unroll
-  for (int group = 0; group < G; ++group) {
-    if (a.dB) {
+    for (int group = 0; group < G; ++group)
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t)
+        for (int w = 0; w < 2; ++w) {
+          const int column = column0 + 32 * group + 8 * (i / 2) + 4 * s + 2 * w + i % 2, rank = half_rank0 + 2 * q;
+          float* to = a.dB + (split * a.columns + column) * a.ranks + rank;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = column0 + 32 * group + 8 * (i / 2) + 4 * s + 2 * (e / 2) + i % 2, rank = 8 * t + 2 * q + e % 2;
-            if (column < a.columns && rank < a.ranks) a.dB[(split * a.columns + column) * a.ranks + rank] = dB[group][s][t][e];
-          }
+          for (int t = 0; t < kTiles; ++t)
+            if (column < a.columns)
+              store_pair(to + 8 * t, a.ranks - rank - 8 * t, a.ranks % 2 == 0, dB[group][s][t][2 * w], dB[group][s][t][2 * w + 1]);
+        }
+  }
+  if (kSums > 0 && a.db && q == 0) {
+#pragma unroll
+    for (int n = 0; n < 4 * S::kOwn; ++n) {
+      const int column = column0 + 32 * (half + n / 4) + 8 * (i / 2) + 4 * (n / 2 % 2) + 2 * (n % 2) + i % 2;
+      if (column < a.columns) a.db[split * a.columns + column] = db[n / 4][n / 2 % 2][2 * (n % 2)];
     }
-    if constexpr (kSums > 0) {
+  }
+  if (kSums == 2 && a.dyz) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
+    for (int n = 0; n < 8 * S::kOwn; ++n) {
+      float sum = dyz[n / 8][n % 8];
 #pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-          db[group][e] += __shfl_xor_sync(0xffffffffu, db[group][e], lanes);
-          if constexpr (kSums == 2) dyz[group][e] += __shfl_xor_sync(0xffffffffu, dyz[group][e], lanes);
-        }
-        const int column = column0 + 32 * group + 8 * q + e;
-        if (i == 0 && column < a.columns) {
-          if (a.db) a.db[split * a.columns + column] = db[group][e];
-          if (kSums == 2 && a.dyz) a.dyz[split * a.columns + column] = dyz[group][e];
-        }
-      }
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      const int column = column0 + 32 * (half + n / 8) + 8 * q + n % 8;
+      if (i == 0 && column < a.columns) a.dyz[split * a.columns + column] = sum;
     }
   }
 }
@@ -315,7 +349,7 @@ template <class T> struct Reduction {
 
 template <class A> __device__ __forceinline__ A sum_of(const A* p, int64_t count, int64_t stride) {
   A sum = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t j = 0; j < count; ++j) sum += p[j * stride];
   return sum;
 }
@@ -326,15 +360,15 @@ template <class T> __global__ void __launch_bounds__(kThreads) reduce(Reduction<
   const int64_t in_db = a.db ? a.columns : 0, in_dyz = a.dyz ? a.columns : 0;
   int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (n < in_u) {
-    const int64_t row = n / a.ranks;
-    a.u_out[row * a.r + a.rank0 + (n - row * a.ranks)] = rounded<T>(a.scale * sum_of(a.u + n, a.chunks, in_u));
+    const int64_t at = a.ranks == a.r ? n : n / a.ranks * (a.r - a.ranks) + a.rank0 + n;  // a division takes longer than the sum
+    a.u_out[at] = rounded<T>(a.scale * sum_of(a.u + n, a.chunks, in_u));
     return;
   }
   n -= in_u;
   if (n < in_dB) {
-    const int64_t column = n / a.ranks;
+    const int64_t column = a.g || a.ranks != a.r ? n / a.ranks : 0;
     const A g = a.g ? load_any<A>(a.g, column, a.g_dtype) : A(1);
-    a.dB_out[column * a.r + a.rank0 + (n - column * a.ranks)] = a.scale * (g * sum_of(a.dB + n, a.splits, in_dB));
+    a.dB_out[column * (a.r - a.ranks) + a.rank0 + n] = a.scale * (g * sum_of(a.dB + n, a.splits, in_dB));
     return;
   }
   n -= in_dB;
@@ -342,19 +376,24 @@ template <class T> __global__ void __launch_bounds__(kThreads) reduce(Reduction<
   else if (n - in_db < in_dyz) a.dyz_out[n - in_db] = sum_of(a.dyz + (n - in_db), a.splits, a.columns);
 }
 
-template <class T, int kTiles> cudaError_t enqueue_mma(const Backward<T>& a, int64_t grid, int sums, cudaStream_t stream) {
-  if (sums == 2) return enqueue(backward_mma<T, kTiles, 2>, grid, kThreads, Shape<kTiles, 2>::kShared, stream, a);
-  if (sums == 1) return enqueue(backward_mma<T, kTiles, 1>, grid, kThreads, Shape<kTiles, 1>::kShared, stream, a);
-  return enqueue(backward_mma<T, kTiles, 0>, grid, kThreads, Shape<kTiles, 0>::kShared, stream, a);
+template <class T, int kTiles, int kHalves>
+cudaError_t enqueue_mma(const Backward<T>& a, const BackwardPlan& plan, cudaStream_t stream) {
+  const auto run = [&](auto kernel, auto shape) {
+    using S = decltype(shape);
+    if (plan.tile_columns != S::kColumns) return cudaErrorInvalidValue;
+    return enqueue(kernel, plan.chunks * plan.splits, S::kBlock, S::kShared, stream, a);
+  };
+  if (plan.sums == 2) return run(backward_mma<T, kTiles, kHalves, 2>, Shape<kTiles, kHalves, 2>{});
+  if (plan.sums == 1) return run(backward_mma<T, kTiles, kHalves, 1>, Shape<kTiles, kHalves, 1>{});
+  return run(backward_mma<T, kTiles, kHalves, 0>, Shape<kTiles, kHalves, 0>{});
 }
 
 template <class T> cudaError_t enqueue_backward(const Backward<T>& a, const BackwardPlan& plan, cudaStream_t stream) {
   const int64_t grid = plan.chunks * plan.splits;
   if constexpr (kMatrixUnits<T>) {
-    const int sums = a.dyz ? 2 : a.db ? 1 : 0;
-    if (plan.ranks <= 16) return enqueue_mma<T, 2>(a, grid, sums, stream);
-    if (plan.ranks <= 32) return enqueue_mma<T, 4>(a, grid, sums, stream);
-    return enqueue_mma<T, 8>(a, grid, sums, stream);
+    if (plan.ranks <= 16) return enqueue_mma<T, 2, 1>(a, plan, stream);
+    if (plan.ranks <= 32) return enqueue_mma<T, 4, 1>(a, plan, stream);
+    return enqueue_mma<T, 4, 2>(a, plan, stream);
   } else {
     if (plan.ranks <= 16) return enqueue(backward_fma<T, 16>, grid, kThreads, PlainShape<T, 16>::kShared, stream, a);
     return enqueue(backward_fma<T, 32>, grid, kThreads, PlainShape<T, 32>::kShared, stream, a);
@@ -374,11 +413,12 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
   a.wide_dy = aligned_rows(from.dy, from.dy_stride, sizeof(T));
   a.wide_y = aligned_rows(from.y, from.y_stride, sizeof(T));
   a.wide_gdy = aligned_rows(from.gdy, from.columns, sizeof(T));
+  a.wide_h = aligned_rows(from.h, from.h_stride, sizeof(T));
+  a.paired_B = aligned_pairs(from.B, from.B_stride);
   for (int64_t rank0 = 0; rank0 == 0 || rank0 < from.r; rank0 += plan.ranks) {
     const bool first = rank0 == 0;  // the sums and gdy need one pass
     a.rank0 = static_cast<int>(rank0);
     a.ranks = static_cast<int>(min_of(plan.ranks, from.r - rank0));
-    a.paired_h = aligned_pairs(a.h + rank0, from.h_stride);
     a.u = from.u ? workspace : nullptr;
     a.dB = from.dB ? workspace + plan.dB_at : nullptr;
     a.db = from.db && first ? workspace + plan.db_at : nullptr;
