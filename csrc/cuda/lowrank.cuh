@@ -14,6 +14,8 @@ template <class T> __device__ __forceinline__ uint32_t load_pair(const T* p, int
   return pair_of<T>(n > 0 ? value(p[0]) : 0.f, n > 1 ? value(p[1]) : 0.f);
 }
 
+template <int V> struct alignas(4 * V) Floats { float v[V]; };
+
 // The first n of two elements. `paired`: p is aligned to 8 bytes.
 __device__ __forceinline__ void store_pair(float* p, int n, bool paired, float low, float high) {
   if (paired && n >= 2) {
@@ -25,6 +27,18 @@ __device__ __forceinline__ void store_pair(float* p, int n, bool paired, float l
 }
 
 #ifndef SPECTRAL_OPS_EMULATE
+// threadIdx.x and blockIdx.x, read anew at every call.
+__device__ __forceinline__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+__device__ __forceinline__ unsigned block_index() {
+  unsigned x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
+
 // Four 8x8 matrices of 16-bit values in shared memory, transposed: lane 8 m + j names row j of matrix m by its address, and
 // lane 4i + q gets of each matrix column i at rows 2q and 2q+1.
 __device__ __forceinline__ void load_transposed(uint32_t (&out)[4], const void* row) {

@@ -15,85 +15,111 @@ template <class T> struct Backward {
   int64_t rows, split_rows, dy_stride, h_stride, B_stride, y_stride;
   int columns, chunks, rank0, ranks;  // the ranks [rank0, rank0 + ranks) of h and B
   DType g_dtype, bias_dtype;
-  bool wide_dy, wide_h, wide_y, wide_gdy, paired_B;
+  bool paired_B;
 };
 
 // The shape of a block of backward_mma for 8 kTiles kHalves ranks: kColumnWarps warps own 32 kGroups columns and 8 kTiles ranks
-// each, and as many again the other half of the ranks. kSums: 0 for neither db nor dyz, 1 for db, 2 for both (y is read).
-template <int kTiles, int kHalves, int kSums> struct Shape {
+// each, and as many again the other half of the ranks. kAll: y is read, gdy is written, or what else registers have no room for.
+template <int kTiles, int kHalves, bool kAll> struct Shape {
   static constexpr int kRanks = 8 * kTiles * kHalves;
-  static constexpr int kGroups = kSums == 2 && kHalves == 1 ? 1 : 2;
+  static constexpr int kGroups = kAll && kHalves == 1 ? 1 : 2;
   static constexpr int kOwn = kGroups / kHalves;  // groups of columns that a warp copies, sums and scales
-  static constexpr int kColumnWarps = kHalves == 1 ? 8 : kSums == 2 ? 4 : 6;
+  static constexpr int kColumnWarps = kHalves == 1 ? 8 : kAll ? 4 : 6;
   static constexpr int kColumns = 32 * kGroups * kColumnWarps;
   static constexpr int kSlots = 32 * kColumnWarps, kBlock = kSlots * kHalves;  // threads of one half, and of a block
-  static constexpr int kReads = 2 * kGroups * (kSums == 2 ? 2 : 1);            // 16-byte pieces that a slot has in a stage
+  static constexpr int kReads = 2 * kGroups * (kAll ? 2 : 1);                  // 16-byte pieces that a slot has in a stage
   static constexpr int kPitch = kRanks + 8;  // of a row of h or of u in shared memory: no bank conflicts
   static constexpr int kStage = 16 * kReads * kSlots + 2 * 16 * kPitch;  // bytes: 16 rows of dy, y and h
   static constexpr int kSharedU = 4 * kColumnWarps * 16 * kPitch;        // bytes of one of two buffers
-  static constexpr int kVectors = (kSums == 2 ? 2 : 1) * 4 * kColumns;   // bytes of g and bias
+  static constexpr int kVectors = (kAll ? 2 : 1) * 4 * kColumns;         // bytes of g and bias
   static constexpr int kFit = (99 * 1024 - 2 * kSharedU - kVectors) / kStage, kStages = kFit < 4 ? kFit : 4;
   static constexpr int kShared = kStages * kStage + 2 * kSharedU + kVectors;
-  static_assert(kStages >= 3, "a fetch is under way while another is waited for");
+  static constexpr bool kBias = kAll || kHalves == 1;  // db is summed where it is wanted
+  static constexpr int kSum = kRanks == 64 ? 4 : 2;  // ranks of u that a thread adds up
+  static_assert(kStages >= 3, "two steps are under way while one is worked on");
+  static_assert(16 * kRanks / kSum <= kBlock && 2 * kRanks <= kBlock, "one turn for u and for h");
 };
+
+// Where a thread is, worked out before a loop and again after it: in the loop it would take registers.
+template <class S> struct Place {
+  const int thread, lane, i, q, half, slot, warp;
+  const int chunk, local0, column0;  // the first of the warp's columns, in the block and in all
+  const int64_t split;
+
+  __device__ __forceinline__ Place(int thread, unsigned block, unsigned chunks)
+      : thread(thread), lane(thread % 32), i(lane / 4), q(lane % 4), half(S::kBlock == S::kSlots ? 0 : thread / S::kSlots),
+        slot(thread - half * S::kSlots), warp(slot / 32), chunk(static_cast<int>(block % chunks)),
+        local0(warp * 32 * S::kGroups), column0(chunk * S::kColumns + local0), split(block / chunks) {}
+};
+
+// Eight floats of shared memory, aligned to 16 bytes.
+__device__ __forceinline__ void load_floats(const float* p, float (&out)[8]) {
+  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
 
 // A block sweeps over rows, 16 in a step, which pass through a queue in shared memory. In a step's only barrier the copies of
 // its rows and the shares of u of the step before become visible. u is summed over the warps one step late.
 // Column k of the 16 in product s of a group is column 8 (k % 8 / 2) + 4 s + 2 (k / 8) + k % 2 of its 32: so the 16 bytes that
-// a lane copied are its fragments.
-template <class T, int kTiles, int kHalves, int kSums>
-__global__ void __launch_bounds__(Shape<kTiles, kHalves, kSums>::kBlock, 1) backward_mma(Backward<T> a) {
-  using S = Shape<kTiles, kHalves, kSums>;
-  constexpr int G = S::kGroups;
+// a lane copied are its fragments. kWide: all rows are aligned to 16 bytes and ranks are a multiple of 4.
+template <class T, int kTiles, int kHalves, bool kAll, bool kWide>
+__global__ void __launch_bounds__(Shape<kTiles, kHalves, kAll>::kBlock, 1) backward_mma(Backward<T> a) {
+  using S = Shape<kTiles, kHalves, kAll>;
+  constexpr int G = S::kGroups, kOwn = S::kOwn;
   unsigned char* queue = dynamic_shared();  // [stage]: pieces [kReads, kSlots] and h [16, kPitch]
   float* shared_u = reinterpret_cast<float*>(queue + S::kStages * S::kStage);  // [buffer, column warp, 16, kPitch]
   float* g_of = shared_u + 2 * S::kSharedU / 4;                                // [kColumns]
   float* bias_of = g_of + S::kColumns;
-  const int thread = threadIdx.x, lane = thread % 32, i = lane / 4, q = lane % 4;
-  const int half = kHalves == 1 ? 0 : thread / S::kSlots, slot = thread - half * S::kSlots, warp = slot / 32;
-  const int chunk = static_cast<int>(blockIdx.x) % a.chunks;
-  const int64_t split = blockIdx.x / static_cast<unsigned>(a.chunks);
-  const int block0 = chunk * S::kColumns, local0 = warp * 32 * G, column0 = block0 + local0, half_rank0 = 8 * kTiles * half;
-  const int64_t begin = split * a.split_rows, end = min_of(begin + a.split_rows, a.rows);
-  const int steps = static_cast<int>(ceil_div(end - begin, 16));
-  const auto stage_of = [&](int step) { return queue + step % S::kStages * S::kStage; };
+  const Place<S> at(thread_index(), block_index(), a.chunks);
+  const int thread = at.thread, lane = at.lane, i = at.i, q = at.q, half = at.half, slot = at.slot, warp = at.warp;
+  const int local0 = at.local0, column0 = at.column0, block0 = column0 - local0, half_rank0 = 8 * kTiles * half;
+  const int64_t begin = at.split * a.split_rows;
+  const int rows = static_cast<int>(min_of(a.split_rows, a.rows - begin));
 
-  auto fetch_rows = [&](const T* p, int64_t stride, bool wide, int step, uint4* to) {
+  const int own0 = column0 + 32 * half + 8 * q;  // the columns that this thread copies: 8 of each of its groups
+  int inside[kOwn];                              // how many of them exist
 #pragma unroll
-    for (int m = 0; m < 2 * S::kOwn; ++m) {  // row 8 (m % 2) + i, group half + m / 2
-      const int64_t row = begin + 16 * int64_t{step} + 8 * (m % 2) + i;
-      const int column = column0 + 32 * (half + m / 2) + 8 * q;
-      const int n = row < end ? min_of(max_of(a.columns - column, 0), 8) : 0;
-      const T* source = p + row * stride + column;
-      uint4* piece = to + (2 * half + m) * S::kSlots;
-      if (wide) copy16_async(piece, n > 0 ? source : p, 2 * n);
-      else *piece = load_row(source, n, false);
+  for (int own = 0; own < kOwn; ++own) inside[own] = min_of(max_of(a.columns - own0 - 32 * own, 0), 8);
+  const int h_row = thread / (S::kRanks / 8), h_rank = thread % (S::kRanks / 8) * 8;  // and 8 ranks of one row of h
+  const T* next_dy = a.dy + (begin + i) * a.dy_stride + own0;
+  const T* next_y = kAll && a.dyz ? a.y + (begin + i) * a.y_stride + own0 : nullptr;
+  const T* next_h = a.h + (begin + h_row) * a.h_stride + a.rank0 + h_rank;
+
+  const auto copy = [](void* to, const T* from, int n) {
+    if (kWide) copy16_async(to, from, 2 * n);
+    else *static_cast<uint4*>(to) = load_row(from, n, false);
+  };
+  const auto fetch_rows = [&](const T* p, int64_t stride, int row0, uint4* to) {
+#pragma unroll
+    for (int m = 0; m < 2 * kOwn; ++m) {
+      const bool valid = row0 + 8 * (m % 2) + i < rows;
+      copy(to + (2 * half + m) * S::kSlots, p + m % 2 * 8 * stride + 32 * (m / 2), valid ? inside[m / 2] : 0);
     }
   };
-  auto fetch = [&](int step) {
-    if (step < steps) {
-      uint4* to = reinterpret_cast<uint4*>(stage_of(step));
-      fetch_rows(a.dy, a.dy_stride, a.wide_dy, step, to + slot);
-      if (kSums == 2 && a.dyz) fetch_rows(a.y, a.y_stride, a.wide_y, step, to + 2 * G * S::kSlots + slot);
-      if (a.dB && thread < 2 * S::kRanks) {  // 8 ranks of one row each
-        const int r = thread / (S::kRanks / 8), rank = thread % (S::kRanks / 8) * 8;
-        const int64_t row = begin + 16 * int64_t{step} + r;
-        const int n = row < end ? min_of(max_of(a.ranks - rank, 0), 8) : 0;
-        const T* source = a.h + row * a.h_stride + a.rank0 + rank;
-        T* piece = reinterpret_cast<T*>(to + S::kReads * S::kSlots) + r * S::kPitch + rank;
-        if (a.wide_h) copy16_async(piece, n > 0 ? source : a.h, 2 * n);
-        else *reinterpret_cast<uint4*>(piece) = load_row(source, n, false);
+  const auto fetch = [&](int step, int put) {  // the next step, into stage `put`
+    if (16 * step < rows) {
+      uint4* to = reinterpret_cast<uint4*>(queue + put * S::kStage);
+      fetch_rows(next_dy, a.dy_stride, 16 * step, to + slot);
+      next_dy += 16 * a.dy_stride;
+      if (kAll && a.dyz) {
+        fetch_rows(next_y, a.y_stride, 16 * step, to + 2 * G * S::kSlots + slot);
+        next_y += 16 * a.y_stride;
+      }
+      if (a.dB && thread < 2 * S::kRanks) {
+        T* piece = reinterpret_cast<T*>(to + S::kReads * S::kSlots) + h_row * S::kPitch + h_rank;
+        copy(piece, next_h, 16 * step + h_row < rows ? min_of(max_of(a.ranks - h_rank, 0), 8) : 0);
+        next_h += 16 * a.h_stride;
       }
     }
     copy_commit();
   };
 #pragma unroll 1
-  for (int step = 0; step < S::kStages - 1; ++step) fetch(step);
+  for (int n = 0; n < S::kStages - 1; ++n) fetch(n, n);
 
   for (int c = thread; c < S::kColumns; c += S::kBlock) {
-    const bool inside = block0 + c < a.columns;
-    g_of[c] = a.g && inside ? load_any<float>(a.g, block0 + c, a.g_dtype) : 1.f;
-    if (kSums == 2) bias_of[c] = a.bias && inside ? load_any<float>(a.bias, block0 + c, a.bias_dtype) : 0.f;
+    const bool valid = block0 + c < a.columns;
+    g_of[c] = a.g && valid ? load_any<float>(a.g, block0 + c, a.g_dtype) : 1.f;
+    if (kAll) bias_of[c] = a.bias && valid ? load_any<float>(a.bias, block0 + c, a.bias_dtype) : 0.f;
   }
   __syncthreads();
 
@@ -117,32 +143,49 @@ __global__ void __launch_bounds__(Shape<kTiles, kHalves, kSums>::kBlock, 1) back
         }
       }
   float dB[G][2][kTiles][4] = {};  // [16 columns, 8 ranks] each
-  float db[S::kOwn][2][4] = {};                // [16 columns, 8 equal sums] each: dyᵀ times ones
-  const uint32_t ones[2] = {pair_of<T>(1.f, 1.f), pair_of<T>(1.f, 1.f)};
-  float dyz[S::kOwn][8] = {};
+  float db[4] = {};                // [16 columns, 8]: column k for the 16 columns of product k
+  float dyz[kOwn][8] = {};
+  T* next_gdy = kAll && a.gdy ? a.gdy + (begin + i) * a.columns + own0 : nullptr;
 
-  auto add_up = [&](int step) {  // the sum of u over the column warps
-    const float* buffer = shared_u + step % 2 * (S::kSharedU / 4);
-    for (int n = thread; n < 8 * S::kRanks; n += S::kBlock) {
-      const int r = n / (S::kRanks / 2), rank = n % (S::kRanks / 2) * 2;
-      float2 sum = make_float2(0.f, 0.f);
+  constexpr int V = S::kSum;
+  const int u_row = thread / (S::kRanks / V), u_rank = thread % (S::kRanks / V) * V;
+  const int u_inside = a.u && u_row < 16 ? a.ranks - u_rank : 0;
+  float* next_u = a.u + (at.chunk * a.rows + begin + u_row) * a.ranks + u_rank;
+  const auto add_up = [&](int step) {  // the sum of u over the column warps
+    if (u_inside <= 0) return;
+    const float* from = shared_u + (step & 1) * (S::kSharedU / 4) + u_row * S::kPitch + u_rank;
+    float sum[V] = {};
 #pragma unroll
-      for (int w = 0; w < S::kColumnWarps; ++w) {
-        const float2 part = *reinterpret_cast<const float2*>(buffer + (w * 16 + r) * S::kPitch + rank);
-        sum.x += part.x, sum.y += part.y;
-      }
-      const int64_t row = begin + 16 * int64_t{step} + r;
-      if (row < end) store_pair(a.u + (chunk * a.rows + row) * a.ranks + rank, a.ranks - rank, a.ranks % 2 == 0, sum.x, sum.y);
+    for (int w = 0; w < S::kColumnWarps; ++w) {
+      Floats<V> part = *reinterpret_cast<const Floats<V>*>(from + w * 16 * S::kPitch);
+#pragma unroll
+      for (int e = 0; e < V; ++e) sum[e] += part.v[e];
     }
+    if (16 * step + u_row < rows) {
+      if (kWide) {
+        Floats<V> whole;
+#pragma unroll
+        for (int e = 0; e < V; ++e) whole.v[e] = sum[e];
+        *reinterpret_cast<Floats<V>*>(next_u) = whole;
+      } else {
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          if (e < u_inside) next_u[e] = sum[e];
+      }
+    }
+    next_u += 16 * a.ranks;
   };
 
+  int get = 0;  // the stage of this step
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; 16 * step < rows; ++step) {
     copy_wait<S::kStages - 2>();
     __syncthreads();
-    fetch(step + S::kStages - 1);  // into the stage that the previous step has used up
-    if (a.u && step > 0) add_up(step - 1);
-    const uint4* from = reinterpret_cast<const uint4*>(stage_of(step)) + slot;
+    fetch(step + S::kStages - 1, get > 0 ? get - 1 : S::kStages - 1);  // where the previous step was
+    if (step > 0) add_up(step - 1);
+    const uint4* from = reinterpret_cast<const uint4*>(queue + get * S::kStage) + slot;
+    const T* shared_h = reinterpret_cast<const T*>(queue + get * S::kStage + 16 * S::kReads * S::kSlots);
+    get = get + 1 < S::kStages ? get + 1 : 0;
     uint4 raw[G][2];
 #pragma unroll
     for (int m = 0; m < 2 * G; ++m) raw[m / 2][m % 2] = from[m * S::kSlots];
@@ -152,29 +195,33 @@ __global__ void __launch_bounds__(Shape<kTiles, kHalves, kSums>::kBlock, 1) back
     };
 
     if (a.u) {
-      float u[kTiles][4] = {};
-      uint32_t rows16[4];
+      float* mine = shared_u + (step & 1) * (S::kSharedU / 4) + (warp * 16 + i) * S::kPitch + half_rank0 + 2 * q;
 #pragma unroll
-      for (int k = 0; k < 2 * G; ++k) {
-        rows16_of(k / 2, k % 2, rows16);
+      for (int t0 = 0; t0 < kTiles; t0 += 2) {  // two at a time: registers
+        float u[2][4] = {};
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) mma<T>(u[t], rows16, gB[k / 2][k % 2][t]);
-      }
-      float* mine = shared_u + step % 2 * (S::kSharedU / 4) + (warp * 16 + i) * S::kPitch + half_rank0 + 2 * q;
+        for (int k = 0; k < 2 * G; ++k) {
+          uint32_t rows16[4];
+          rows16_of(k / 2, k % 2, rows16);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        *reinterpret_cast<float2*>(mine + 8 * t) = make_float2(u[t][0], u[t][1]);
-        *reinterpret_cast<float2*>(mine + 8 * S::kPitch + 8 * t) = make_float2(u[t][2], u[t][3]);
+          for (int t = 0; t < 2; ++t) mma<T>(u[t], rows16, gB[k / 2][k % 2][t0 + t]);
+        }
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          *reinterpret_cast<float2*>(mine + 8 * (t0 + t)) = make_float2(u[t][0], u[t][1]);
+          *reinterpret_cast<float2*>(mine + 8 * S::kPitch + 8 * (t0 + t)) = make_float2(u[t][2], u[t][3]);
+        }
       }
     }
-    if (a.dB || kSums > 0) {
-      uint32_t h[kTiles][2];  // fragments of h, [16 rows, 8 ranks] each
-      const T* shared_h = reinterpret_cast<const T*>(stage_of(step) + 16 * S::kReads * S::kSlots);
+    if (a.dB || (S::kBias && a.db)) {
+      uint32_t h[kTiles][2] = {};  // fragments of h, [16 rows, 8 ranks] each
+      if (a.dB) {
 #pragma unroll
-      for (int t = 0; t < kTiles; t += 2) {
-        uint32_t four[4];
-        if (a.dB) load_transposed(four, shared_h + lane % 16 * S::kPitch + half_rank0 + 8 * (t + lane / 16));
-        h[t][0] = four[0], h[t][1] = four[1], h[t + 1][0] = four[2], h[t + 1][1] = four[3];
+        for (int t = 0; t < kTiles; t += 2) {
+          uint32_t four[4];
+          load_transposed(four, shared_h + lane % 16 * S::kPitch + half_rank0 + 8 * (t + lane / 16));
+          h[t][0] = four[0], h[t][1] = four[1], h[t + 1][0] = four[2], h[t + 1][1] = four[3];
+        }
       }
 #pragma unroll
       for (int group = 0; group < G; ++group)
@@ -187,36 +234,46 @@ __global__ void __launch_bounds__(Shape<kTiles, kHalves, kSums>::kBlock, 1) back
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) mma<T>(dB[group][s][t], columns16, h[t]);
           }
-          if (kSums > 0 && (kHalves == 1 || group == half)) mma<T>(db[group % S::kOwn][s], columns16, ones);
+          if (S::kBias && a.db) {
+            const uint32_t one = i == 2 * group + s ? pair_of<T>(1.f, 1.f) : 0, ones[2] = {one, one};
+            mma<T>(db, columns16, ones);
+          }
         }
     }
+    if constexpr (kAll) {
 #pragma unroll
-    for (int group = 0; group < G; ++group) {
-      if (((kSums == 2 && a.dyz) || a.gdy) && (kHalves == 1 || group == half)) {
+      for (int own = 0; own < kOwn; ++own) {
+        const int group = half + own;
+        float shift[8], g[8];
+        load_floats(bias_of + local0 + 32 * group + 8 * q, shift);
+        load_floats(g_of + local0 + 32 * group + 8 * q, g);
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const int c = 32 * group + 8 * q;
           float v[8];
-          unpack<T>(raw[group][m], v);
-          if (kSums == 2 && a.dyz) {
+          unpack<T>(kHalves == 1 ? raw[own][m] : from[(2 * half + m) * S::kSlots], v);
+          if (a.dyz) {
             float z[8];
             unpack<T>(from[(2 * (G + group) + m) * S::kSlots], z);
 #pragma unroll
-            for (int e = 0; e < 8; ++e) dyz[group % S::kOwn][e] += v[e] * (z[e] - bias_of[local0 + c + e]);
+            for (int e = 0; e < 8; ++e) dyz[own][e] += v[e] * (z[e] - shift[e]);
           }
-          const int64_t row = begin + 16 * int64_t{step} + 8 * m + i;
-          if (a.gdy && row < end) {
+          if (a.gdy && 16 * step + 8 * m + i < rows) {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) v[e] *= g_of[local0 + c + e];
-            store_row(a.gdy + row * a.columns + column0 + c, a.columns - column0 - c, a.wide_gdy, v);
+            for (int e = 0; e < 8; ++e) v[e] *= g[e];
+            T* to = next_gdy + m * 8 * int64_t{a.columns} + 32 * own;
+            if (!kWide) store_row(to, inside[own], false, v);
+            else if (inside[own] > 0) store16(to, pack<T>(v));
           }
         }
       }
+      next_gdy += 16 * int64_t{a.columns};
     }
   }
   __syncthreads();
-  if (a.u && steps > 0) add_up(steps - 1);
+  if (rows > 0) add_up((rows - 1) / 16);
 
+  const Place<S> end(thread_index(), block_index(), a.chunks);
+  const int64_t first = end.split * a.columns;  // of the split's sums
   if (a.dB) {
 #pragma unroll
     for (int group = 0; group < G; ++group)
@@ -224,29 +281,30 @@ __global__ void __launch_bounds__(Shape<kTiles, kHalves, kSums>::kBlock, 1) back
       for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-          const int column = column0 + 32 * group + 8 * (i / 2) + 4 * s + 2 * w + i % 2, rank = half_rank0 + 2 * q;
-          float* to = a.dB + (split * a.columns + column) * a.ranks + rank;
+          const int column = end.column0 + 32 * group + 8 * (end.i / 2) + 4 * s + 2 * w + end.i % 2;
+          const int rank = 8 * kTiles * end.half + 2 * end.q;
+          float* to = a.dB + (first + column) * a.ranks + rank;
 #pragma unroll
           for (int t = 0; t < kTiles; ++t)
             if (column < a.columns)
               store_pair(to + 8 * t, a.ranks - rank - 8 * t, a.ranks % 2 == 0, dB[group][s][t][2 * w], dB[group][s][t][2 * w + 1]);
         }
   }
-  if (kSums > 0 && a.db && q == 0) {
+  if (S::kBias && a.db && end.half == 0 && end.q < G) {
 #pragma unroll
-    for (int n = 0; n < 4 * S::kOwn; ++n) {
-      const int column = column0 + 32 * (half + n / 4) + 8 * (i / 2) + 4 * (n / 2 % 2) + 2 * (n % 2) + i % 2;
-      if (column < a.columns) a.db[split * a.columns + column] = db[n / 4][n / 2 % 2][2 * (n % 2)];
+    for (int e = 0; e < 4; ++e) {
+      const int column = end.column0 + 32 * end.q + 8 * (end.i / 2) + 4 * (e % 2) + 2 * (e / 2) + end.i % 2;
+      if (column < a.columns) a.db[first + column] = db[e];
     }
   }
-  if (kSums == 2 && a.dyz) {
+  if (kAll && a.dyz) {
 #pragma unroll
-    for (int n = 0; n < 8 * S::kOwn; ++n) {
+    for (int n = 0; n < 8 * kOwn; ++n) {
       float sum = dyz[n / 8][n % 8];
 #pragma unroll
       for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-      const int column = column0 + 32 * (half + n / 8) + 8 * q + n % 8;
-      if (i == 0 && column < a.columns) a.dyz[split * a.columns + column] = sum;
+      const int column = end.column0 + 32 * (end.half + n / 8) + 8 * end.q + n % 8;
+      if (end.i == 0 && column < a.columns) a.dyz[first + column] = sum;
     }
   }
 }
@@ -376,25 +434,22 @@ template <class T> __global__ void __launch_bounds__(kThreads) reduce(Reduction<
   else if (n - in_db < in_dyz) a.dyz_out[n - in_db] = sum_of(a.dyz + (n - in_db), a.splits, a.columns);
 }
 
-template <class T, int kTiles, int kHalves>
-cudaError_t enqueue_mma(const Backward<T>& a, const BackwardPlan& plan, cudaStream_t stream) {
-  const auto run = [&](auto kernel, auto shape) {
-    using S = decltype(shape);
-    if (plan.tile_columns != S::kColumns) return cudaErrorInvalidValue;
-    return enqueue(kernel, plan.chunks * plan.splits, S::kBlock, S::kShared, stream, a);
-  };
-  if (plan.sums == 2) return run(backward_mma<T, kTiles, kHalves, 2>, Shape<kTiles, kHalves, 2>{});
-  if (plan.sums == 1) return run(backward_mma<T, kTiles, kHalves, 1>, Shape<kTiles, kHalves, 1>{});
-  return run(backward_mma<T, kTiles, kHalves, 0>, Shape<kTiles, kHalves, 0>{});
+template <class T, int kTiles, int kHalves, bool kAll>
+cudaError_t enqueue_mma(const Backward<T>& a, const BackwardPlan& plan, bool wide, cudaStream_t stream) {
+  using S = Shape<kTiles, kHalves, kAll>;
+  if (plan.tile_columns != S::kColumns) return cudaErrorInvalidValue;
+  const auto kernel = wide ? backward_mma<T, kTiles, kHalves, kAll, true> : backward_mma<T, kTiles, kHalves, kAll, false>;
+  return enqueue(kernel, plan.chunks * plan.splits, S::kBlock, S::kShared, stream, a);
 }
 
-template <class T> cudaError_t enqueue_backward(const Backward<T>& a, const BackwardPlan& plan, cudaStream_t stream) {
-  const int64_t grid = plan.chunks * plan.splits;
+template <class T> cudaError_t enqueue_backward(const Backward<T>& a, const BackwardPlan& plan, bool wide, cudaStream_t stream) {
   if constexpr (kMatrixUnits<T>) {
-    if (plan.ranks <= 16) return enqueue_mma<T, 2, 1>(a, plan, stream);
-    if (plan.ranks <= 32) return enqueue_mma<T, 4, 1>(a, plan, stream);
-    return enqueue_mma<T, 4, 2>(a, plan, stream);
+    const auto run = [&](auto narrow, auto all) { return plan.all ? all(a, plan, wide, stream) : narrow(a, plan, wide, stream); };
+    if (plan.ranks <= 16) return run(enqueue_mma<T, 2, 1, false>, enqueue_mma<T, 2, 1, true>);
+    if (plan.ranks <= 32) return run(enqueue_mma<T, 4, 1, false>, enqueue_mma<T, 4, 1, true>);
+    return run(enqueue_mma<T, 4, 2, false>, enqueue_mma<T, 4, 2, true>);
   } else {
+    const int64_t grid = plan.chunks * plan.splits;
     if (plan.ranks <= 16) return enqueue(backward_fma<T, 16>, grid, kThreads, PlainShape<T, 16>::kShared, stream, a);
     return enqueue(backward_fma<T, 32>, grid, kThreads, PlainShape<T, 32>::kShared, stream, a);
   }
@@ -410,10 +465,9 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
   a.dy_stride = from.dy_stride, a.h_stride = from.h_stride, a.B_stride = from.B_stride, a.y_stride = from.y_stride;
   a.columns = static_cast<int>(from.columns), a.chunks = static_cast<int>(plan.chunks);
   a.g = from.g, a.g_dtype = from.g_dtype, a.bias = from.bias, a.bias_dtype = from.bias_dtype;
-  a.wide_dy = aligned_rows(from.dy, from.dy_stride, sizeof(T));
-  a.wide_y = aligned_rows(from.y, from.y_stride, sizeof(T));
-  a.wide_gdy = aligned_rows(from.gdy, from.columns, sizeof(T));
-  a.wide_h = aligned_rows(from.h, from.h_stride, sizeof(T));
+  const auto aligned = [](const void* p, int64_t stride) { return aligned_rows(p, stride, sizeof(T)); };
+  const bool wide = aligned(from.dy, from.dy_stride) && aligned(from.h, from.h_stride) && aligned(from.y, from.y_stride) &&
+                    aligned(from.gdy, from.columns) && from.columns % 8 == 0 && from.r % 4 == 0;
   a.paired_B = aligned_pairs(from.B, from.B_stride);
   for (int64_t rank0 = 0; rank0 == 0 || rank0 < from.r; rank0 += plan.ranks) {
     const bool first = rank0 == 0;  // the sums and gdy need one pass
@@ -425,7 +479,7 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
     a.dyz = from.dyz && first ? workspace + plan.dyz_at : nullptr;
     a.y = a.dyz ? static_cast<const T*>(from.y) : nullptr;
     a.gdy = first ? static_cast<T*>(from.gdy) : nullptr;
-    cudaError_t error = enqueue_backward(a, plan, stream);
+    cudaError_t error = enqueue_backward(a, plan, wide, stream);
     if (error != cudaSuccess) return error;
     const Reduction<T> sums{a.u, a.dB, a.db, a.dyz, static_cast<T*>(from.u), static_cast<A*>(from.dB),
                             static_cast<A*>(from.db), static_cast<A*>(from.dyz), from.g, static_cast<A>(from.scale),

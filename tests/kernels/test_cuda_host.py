@@ -499,7 +499,7 @@ def test_backward_plan_covers_every_row_and_column_once(emulated, dtype):
         for d in (1, 128, 512, 513, 4096, 14336, 100_000):
             for r in (1, 8, 16, 17, 64, 65, 256):
                 ranks, tile, chunks, split, splits, dB, db, dyz, total = plan(
-                    emulated.plans.backward_plan_of, T, d, r, CODES[dtype], 1, 1, 1, 1
+                    emulated.plans.backward_plan_of, T, d, r, CODES[dtype], 1, 1, 1, 1, 1
                 )
                 assert (chunks - 1) * tile < d <= chunks * tile
                 assert T == 0 or (splits - 1) * split < T <= splits * split
@@ -511,7 +511,7 @@ def test_backward_plan_covers_every_row_and_column_once(emulated, dtype):
 
 def test_backward_partial_sums_stay_far_below_dy(emulated):
     for d in (4096, 14336):
-        *_, total = plan(emulated.plans.backward_plan_of, 8192, d, 16, CODES[torch.bfloat16], 1, 1, 0, 0)
+        *_, total = plan(emulated.plans.backward_plan_of, 8192, d, 16, CODES[torch.bfloat16], 1, 1, 0, 0, 0)
         assert total < 0.2 * 8192 * d * 2, total
 
 

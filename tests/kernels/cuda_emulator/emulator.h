@@ -255,6 +255,9 @@ inline uint32_t transposed(uint32_t pair) {
   return result;
 }
 
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline unsigned block_index() { return blockIdx.x; }
+
 inline void load_transposed(uint32_t (&out)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("unaligned rows of a matrix");
   const auto* all = emulator::exchange(&row, sizeof row);
