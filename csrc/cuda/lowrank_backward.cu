@@ -19,7 +19,7 @@ template <class T> struct Backward {
 };
 
 // The shape of a block of backward_mma for 8 kTiles kHalves ranks: kColumnWarps warps own 32 kGroups columns and 8 kTiles ranks
-// each, and as many again the other half of the ranks. kAll: y is read, gdy is written, or what else registers have no room for.
+// each, and as many again the other half of the ranks. kAll: y is read, gdy is written, or db is summed beside more than 32 ranks.
 template <int kTiles, int kHalves, bool kAll> struct Shape {
   static constexpr int kRanks = 8 * kTiles * kHalves;
   static constexpr int kGroups = kAll && kHalves == 1 ? 1 : 2;
@@ -34,8 +34,8 @@ template <int kTiles, int kHalves, bool kAll> struct Shape {
   static constexpr int kVectors = (kAll ? 2 : 1) * 4 * kColumns;         // bytes of g and bias
   static constexpr int kFit = (99 * 1024 - 2 * kSharedU - kVectors) / kStage, kStages = kFit < 4 ? kFit : 4;
   static constexpr int kShared = kStages * kStage + 2 * kSharedU + kVectors;
-  static constexpr bool kBias = kAll || kHalves == 1;  // db is summed where it is wanted
-  static constexpr int kSum = kRanks == 64 ? 4 : 2;  // ranks of u that a thread adds up
+  static constexpr bool kBias = kAll || kHalves == 1;  // db can be summed: elsewhere it would take registers that are not there
+  static constexpr int kSum = kRanks == 64 ? 4 : 2;    // ranks of u that a thread adds up
   static_assert(kStages >= 3, "two steps are under way while one is worked on");
   static_assert(16 * kRanks / kSum <= kBlock && 2 * kRanks <= kBlock, "one turn for u and for h");
 };
@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_floats(const float* p, float (&out)[8]) {
 }
 
 // A block sweeps over rows, 16 in a step, which pass through a queue in shared memory. In a step's only barrier the copies of
-// its rows and the shares of u of the step before become visible. u is summed over the warps one step late.
+// its rows and the shares of u of the step before become visible: u is summed over the warps one step late.
 // Column k of the 16 in product s of a group is column 8 (k % 8 / 2) + 4 s + 2 (k / 8) + k % 2 of its 32: so the 16 bytes that
 // a lane copied are its fragments. kWide: all rows are aligned to 16 bytes and ranks are a multiple of 4.
 template <class T, int kTiles, int kHalves, bool kAll, bool kWide>
@@ -466,8 +466,8 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
   a.columns = static_cast<int>(from.columns), a.chunks = static_cast<int>(plan.chunks);
   a.g = from.g, a.g_dtype = from.g_dtype, a.bias = from.bias, a.bias_dtype = from.bias_dtype;
   const auto aligned = [](const void* p, int64_t stride) { return aligned_rows(p, stride, sizeof(T)); };
-  const bool wide = aligned(from.dy, from.dy_stride) && aligned(from.h, from.h_stride) && aligned(from.y, from.y_stride) &&
-                    aligned(from.gdy, from.columns) && from.columns % 8 == 0 && from.r % 4 == 0;
+  const bool wide = aligned(from.dy, from.dy_stride) && aligned(from.y, from.y_stride) && aligned(from.gdy, from.columns) &&
+                    from.columns % 8 == 0 && (!from.u || from.r % 4 == 0) && (!from.dB || aligned(from.h, from.h_stride));
   a.paired_B = aligned_pairs(from.B, from.B_stride);
   for (int64_t rank0 = 0; rank0 == 0 || rank0 < from.r; rank0 += plan.ranks) {
     const bool first = rank0 == 0;  // the sums and gdy need one pass
