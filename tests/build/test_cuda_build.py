@@ -29,6 +29,7 @@ INSTRUCTIONS = {  # as they show in SASS
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
     "LDG": r"\bLDG\.E",
     "STG": r"\bSTG\.E",
+    "LDSM": r"\bLDSM\.",  # 8x8 matrices from shared memory
     "LDG128": r"\bLDG\.E\S*\.128\b",
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
@@ -159,8 +160,8 @@ def test_no_local_memory_and_no_atomics(kernels):
     "stem, kernel, instructions",
     [
         ("lowrank", "update_mma", ("HMMA", "LDG128", "STG128")),
-        ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDGSTS128", "LDS128", "STG128")),
         ("dora", "norm_mma", ("HMMA", "LDG128", "LDGSTS128", "LDS128")),
+        ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDSM", "LDS128")),
         ("bat", "weight_mma", ("HMMA", "LDS128")),
         ("bat", "contract_mma", ("HMMA", "MOVM")),
     ],
@@ -200,6 +201,27 @@ def test_slabs_move_16_bytes_at_a_time(kernels, kernel, arguments, loads, shared
     for symbol, counts in of(kernels, "csr", kernel, arguments).items():
         assert counts["LDG128"] >= loads and counts["LDS128"] >= shared, (symbol, counts)
         assert counts["LDS narrow"] == counts["SHFL apart"] == 0, (symbol, counts)
+
+
+def test_lowrank_backward_of_aligned_rows_is_lean(nvcc_build, kernels):
+    """Its loop copies 16 bytes at a time, asks for nothing else from memory, and is as short as the estimates take it to be."""
+    wide = of(kernels, "lowrank", "backward_mma", HALF + r"Li\d+ELi\d+ELb[01]ELb1E")
+    for symbol, counts in wide.items():
+        assert counts["LDGSTS128"] > 0 and ("Lb0ELb1E" in symbol or counts["STG128"] > 0), symbol
+    codes = sass.kernels(nvcc_build / "cuda" / "lowrank_backward.o")
+    for arguments, registers, length in (
+        ("2, 1, false", 128, 270),
+        ("4, 1, false", 192, 310),
+        ("4, 2, false", 168, 260),
+        ("2, 1, true", 128, 370),
+        ("4, 1, true", 160, 390),
+        ("4, 2, true", 208, 460),
+    ):
+        for T in ("__half", "__nv_bfloat16"):
+            code = codes[f"backward_mma<{T}, {arguments}, true>"]
+            loop = code.loop("HMMA")
+            assert code.registers <= registers and len(loop) <= length, (T, arguments, code.registers, len(loop))
+            assert not any(op.startswith("LDG.") for op in loop), (T, arguments)
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,24 @@ inline uint32_t transposed(uint32_t pair) {
   return result;
 }
 
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline unsigned block_index() { return blockIdx.x; }
+
+inline void load_transposed(uint32_t (&out)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("unaligned rows of a matrix");
+  const auto* all = emulator::exchange(&row, sizeof row);
+  const int lane = emulator::current->index % 32, i = lane / 4, q = lane % 4;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {  // [2q + e, i] of matrix m
+      const uint16_t* from;
+      std::memcpy(&from, all[8 * m + 2 * q + e], sizeof from);
+      pair[e] = from[i];
+    }
+    std::memcpy(&out[m], pair, sizeof pair);
+  }
+}
+
 inline void copy16_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("unaligned copy");
   if (bytes < 0 || bytes > 16) emulator::fail("a copy of more than 16 bytes");
