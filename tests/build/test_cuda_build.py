@@ -204,7 +204,7 @@ def test_slabs_move_16_bytes_at_a_time(kernels, kernel, arguments, loads, shared
 
 
 def test_lowrank_backward_of_aligned_rows_is_lean(nvcc_build, kernels):
-    """Its loop copies 16 bytes at a time, asks for nothing else from memory, and is as short as the estimates take it to be."""
+    """Its loop copies 16 bytes at a time, asks memory for nothing else, and is as short as the estimates take it."""
     wide = of(kernels, "lowrank", "backward_mma", HALF + r"Li\d+ELi\d+ELb[01]ELb1E")
     for symbol, counts in wide.items():
         assert counts["LDGSTS128"] > 0 and ("Lb0ELb1E" in symbol or counts["STG128"] > 0), symbol
