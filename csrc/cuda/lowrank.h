@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ops/lowrank.h"
+#include "lowrank_wgmma.h"
 
 namespace spectral_ops::cuda {
 
@@ -51,6 +52,10 @@ inline BackwardPlan backward_plan(const LowRankBackward& a) {
   return backward_plan(a.rows, a.columns, a.r, a.dtype, a.u, a.dB, a.db, a.dyz, a.gdy);
 }
 
-inline int64_t workspace_bytes(const LowRankBackward& a) { return backward_plan(a).bytes; }
+// Enough for either form: which one runs depends on the GPU.
+inline int64_t workspace_bytes(const LowRankBackward& a) {
+  const int64_t bytes = backward_plan(a).bytes, wgmma = wgmma_takes(a) ? wgmma_plan(a.rows, a.columns, a.r).bytes : 0;
+  return bytes > wgmma ? bytes : wgmma;
+}
 
 }  // namespace spectral_ops::cuda

@@ -1,5 +1,6 @@
 // lowrank_backward (METHODS 1.1): one pass over dy for u, dB, db, dyz and gdy.
 #include "lowrank.cuh"
+#include "lowrank_wgmma.h"
 
 namespace spectral_ops::cuda {
 
@@ -497,6 +498,7 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
 // rows or columns may be 0: the outputs are then sums of nothing, written as zeros by the second stage.
 cudaError_t lowrank_backward(const LowRankBackward& a, cudaStream_t stream) {
   if (a.columns > kMaxColumns || a.r > kMaxColumns) return cudaErrorInvalidValue;
+  if (wgmma_takes(a) && wgmma_runs(a.dtype)) return lowrank_backward_wgmma(a, stream);
   return for_dtype(a.dtype, [&](auto* t) { return launch_backward<std::remove_pointer_t<decltype(t)>>(a, stream); });
 }
 

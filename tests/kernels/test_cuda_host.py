@@ -16,6 +16,7 @@ from instruments import results
 from samples import layer_samples
 from tensors import DTYPES, HALF, accumulate
 
+from benchmarks.estimates import launches
 from spectral_ops._library import LAYERS, OPERATORS
 from spectral_ops.functional import CSR
 
@@ -253,6 +254,34 @@ def test_lowrank_backward(emulated, dtype, wanted):
 def test_lowrank_backward_16_bytes_at_a_time(emulated, dtype, wanted):
     for T, d, r, h_stride in ALIGNED:
         backward_case(emulated, dtype, T, d, r, None, wanted, h_stride)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_lowrank_backward_on_hopper(emulated, monkeypatch, dtype):
+    """33 to 64 ranks take the form for Hopper there, and elsewhere the one that every GPU has."""
+    for hopper in ("1", "0"):
+        monkeypatch.setenv("EMULATOR_HOPPER", hopper)
+        plain, everything = WANTED[:2]
+        for T, d, r, wanted in (
+            (40, 64, 62, plain),
+            (300, 72, 46, plain),
+            (70, 520, 38, plain),
+            (70, 96, 30, plain),
+            (70, 96, 62, everything),
+        ):
+            backward_case(emulated, dtype, T, d, r, None, wanted)
+            args = (
+                matrix(T, d, dtype),
+                matrix(T, r, dtype, r + 2),
+                matrix(d, r, dtype),
+                1.0,
+                None,
+                None,
+                None,
+                *wanted[3:],
+            )
+            first = launches.recorded("lowrank_backward", args)[0].kernel
+            assert ("wgmma" in first) == (hopper == "1" and r > 32 and wanted is plain), (r, first)
 
 
 @pytest.mark.parametrize("r", [16, 32, 64])
@@ -643,7 +672,9 @@ def products_case(emulated, dtype, T, case, values_dtype, padding):
     got = emulated.csr_sddmm(dy, x, p.row_offsets, p.columns)
     wanted = reference("csr_sddmm")(dy.double(), x.double(), p.row_offsets, p.columns)
     assert_near(got, wanted.to(got.dtype), 1e-12 if dtype == torch.float64 else 2e-6, f"sddmm {T, case, padding}")
-    empty = [torch.ones(n, dtype=torch.bool).index_fill_(0, at.long(), False) for n, at in ((k, p.columns), (d, p.rows))]
+    empty = [
+        torch.ones(n, dtype=torch.bool).index_fill_(0, at.long(), False) for n, at in ((k, p.columns), (d, p.rows))
+    ]
     values = torch.randn(p.columns.numel()).to(values_dtype)
     straight, turned = (p.row_offsets, p.columns, None), (p.column_offsets, p.rows, p.permutation)
     for n, source, arguments, unread in ((d, x, straight, empty[0]), (k, dy, turned, empty[1])):
