@@ -146,7 +146,7 @@ def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
 
 
 def test_lowrank_backward_of_aligned_rows_is_lean(nvcc_build, kernels):
-    """Its loop copies 16 bytes at a time, asks for nothing else from memory, and is as short as the estimates take it to be."""
+    """Its loop copies 16 bytes at a time, loads nothing else, and is as short as the estimates take it to be."""
     wide = of(kernels, "lowrank", "backward_mma", HALF + r"Li\d+ELi\d+ELb[01]ELb1E")
     for symbol, counts in wide.items():
         assert counts["LDGSTS128"] > 0 and ("Lb0ELb1E" in symbol or counts["STG128"] > 0), symbol
