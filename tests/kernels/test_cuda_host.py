@@ -209,14 +209,14 @@ BACKWARDS = [  # T, d, r, row stride
     (9, 24, 0, None),
     (9, 0, 4, None),
 ]
-ALIGNED = [  # T, d, r, row stride of h: every row starts at a multiple of 16 bytes
-    (70, 1032, 16, 16),  # a chunk of eight columns
-    (37, 520, 32, 32),
-    (133, 784, 64, 64),
-    (70, 264, 12, 16),  # fewer ranks than are copied at a time
-    (50, 72, 20, 24),
-    (20, 400, 52, 56),
-    (40, 8, 76, 80),  # two passes, the second with few ranks
+ALIGNED = [  # T, d, r, row strides of dy and h: every row starts at a multiple of 16 bytes
+    (70, 1032, 16, None, 16),  # a chunk of eight columns
+    (37, 520, 32, None, 32),
+    (133, 784, 64, None, 64),
+    (70, 264, 12, None, 16),  # fewer ranks than are copied at a time
+    (50, 75, 20, 80, 24),  # and fewer columns
+    (9, 400, 52, None, 56),
+    (40, 8, 76, None, 80),  # two passes, the second with few ranks
 ]
 WANTED = [  # g, y, bias; need u, dB, db, gdy
     (False, False, False, True, True, False, False),  # LoRA
@@ -252,8 +252,8 @@ def test_lowrank_backward(emulated, dtype, wanted):
 @pytest.mark.parametrize("wanted", WANTED, ids=["lora", "dora", "no dB", "no u", "bias", "only db"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_lowrank_backward_16_bytes_at_a_time(emulated, dtype, wanted):
-    for T, d, r, h_stride in ALIGNED:
-        backward_case(emulated, dtype, T, d, r, None, wanted, h_stride)
+    for T, d, r, stride, h_stride in ALIGNED:
+        backward_case(emulated, dtype, T, d, r, stride, wanted, h_stride)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
