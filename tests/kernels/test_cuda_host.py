@@ -317,6 +317,8 @@ BLOCKS = [  # d, k, r
     (96, 288, 96),  # tiles of 32
     (32, 96, 32),
     (64, 64, 64),
+    (192, 640, 64),  # thread blocks that take a part of a block and then the next
+    (32, 272, 16),  # shares that end where a block does
     (128, 384, 128),  # two tiles of columns
     (48, 240, 48),
     (12, 20, 4),
@@ -535,14 +537,42 @@ def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
 def test_contract_plan_covers_every_row_once(emulated, dtype, aligned):
     for r in (1, 7, 16, 48, 64, 75, 96, 128, 256):
         for blocks in (0, 1, 32, 500):
-            for k in (0, r, 5 * r, 64 * r):
-                units, tile, tiles, split, splits, total = plan(
+            for k in (0, r, 5 * r, 17 * r, 64 * r):
+                units, tile, tiles, steps, share, grid, splits, total = plan(
                     emulated.plans.contract_plan_of, blocks * r, k, r, CODES[dtype], aligned
                 )
                 assert units == (dtype in HALF and aligned and r % 16 == 0)
-                assert tiles == (-(-r // tile)) ** 2 and (not units or r % tile == 0)
-                assert split % 16 == 0 and (splits - 1) * split < k <= splits * split
-                assert total == splits * blocks * r * r * accumulate(dtype).itemsize
+                assert tiles == blocks * (-(-r // tile)) ** 2 and (not units or r % tile == 0)
+                assert (steps - 1) * 16 < k <= steps * 16 and share >= 16
+                assert (grid - 1) * share < tiles * steps <= grid * share
+                starts = range(0, tiles * steps, steps or 1)  # of the tiles
+                met = [(at + steps - 1) // share - at // share + 1 for at in starts]
+                assert not met or max(met) <= splits <= max(met) + 1
+                assert total == splits * tiles * tile**2 * accumulate(dtype).itemsize
+
+
+def test_contract_fills_an_h100(emulated):
+    for d, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
+        for r in (16, 32, 64, 128):
+            _, tile, tiles, steps, share, grid, *_ = plan(
+                emulated.plans.contract_plan_of, d, k, r, CODES[torch.bfloat16], 1
+            )
+            slots = 132 if tile == 64 else 264
+            assert 0.94 * slots <= grid <= slots and tiles * steps > 0.94 * slots * share, (d, k, r)
+    *_, splits, _ = plan(emulated.plans.contract_plan_of, 4096, 4096, 64, CODES[torch.bfloat16], 1)
+    assert splits == 2  # a share of 128 steps, not 125, ends where a tile does
+
+
+def test_weight_fills_an_h100(emulated):
+    for blocks, others, r in ((64, 64, 64), (224, 64, 64), (64, 224, 64), (32, 32, 128), (128, 128, 32), (256, 250, 16)):
+        units, tile, panels, groups, items, parts, shared = plan(emulated.plans.weight_plan_of, blocks, others, r, 2)
+        assert units and panels * tile == r and shared == 4 * r * tile
+        assert items == blocks * r // 16 * groups and (groups - 1) * 64 // tile < others <= groups * 64 // tile
+        assert panels * parts == 264
+    units, *_, parts, shared = plan(emulated.plans.weight_plan_of, 1, 1, 64, 2)
+    assert units and parts == 1  # too small to be shared
+    for r, parts in ((40, 2), (512, 2), (384, 3)):
+        assert not plan(emulated.plans.weight_plan_of, 2, 2, r, parts)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

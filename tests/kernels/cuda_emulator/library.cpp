@@ -68,7 +68,15 @@ extern "C" __attribute__((visibility("default"))) int norm_plan_of(int64_t rows,
 extern "C" __attribute__((visibility("default"))) int contract_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
                                                                         int64_t aligned, int64_t* out) {
   const auto p = spectral_ops::cuda::contract_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), aligned);
-  const int64_t values[] = {p.matrix_units, p.tile, p.tiles, p.split_rows, p.splits, p.bytes};
+  const int64_t values[] = {p.matrix_units, p.tile, p.tiles, p.steps, p.share, p.grid, p.splits, p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
+
+extern "C" __attribute__((visibility("default"))) int weight_plan_of(int64_t blocks, int64_t others, int64_t r, int64_t bat_parts,
+                                                                      int64_t* out) {
+  const auto p = spectral_ops::cuda::weight_plan(blocks, others, r, bat_parts);
+  const int64_t values[] = {p.matrix_units, p.tile, p.panels, p.groups, p.items, p.parts, p.shared};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
 }
