@@ -604,6 +604,30 @@ def test_sampled_product_fills_an_h100(emulated):
         assert 132 <= blocks * parts * splits <= 264, T
 
 
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_the_shared_memory_of_a_kernel_is_set_once_for_all_sizes(emulated):
+    """The emulator refuses another maximum for a kernel than the first: a thread must not lower what one launches with."""
+    state = emulated.plans.shared_memory_of
+    for r in (320, 256):  # 80 and 64 KB
+        before, *_ = plan(state, 0)
+        weight_case(emulated, torch.bfloat16, r, r, r, torch.float32, False)
+        calls, value, _, pending = plan(state, 0)
+        assert calls > before and value == 99 * 1024 and pending == 0
+
+
+def test_a_refused_launch_reports_its_error_and_leaves_none_behind(emulated):
+    W, bat = matrix(256, 256, torch.bfloat16), torch.zeros(1, 256, 256)
+    state, out = emulated.plans.shared_memory_of, torch.empty_like(W)
+    plan(state, 98)
+    with pytest.raises(RuntimeError, match="error 98"):
+        emulated.bat_weight_(out, W, bat, False, False)
+    assert plan(state, 0)[2:] == [0, 0]
+    emulated.bat_weight_(out, W, bat, False, False)
+    assert torch.equal(out, W)
+
+
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 

@@ -172,6 +172,7 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), int64_t grid, int size, int64_t dynamic_shared, const A&... arguments) {
+  ++emulator_launches;
   if (grid > INT32_MAX || size > 1024 || size % 32) return cudaErrorInvalidConfiguration;
   if (dynamic_shared > 99 * 1024) return cudaErrorInvalidConfiguration;  // what the smallest GPU of interest has
   block.size = static_cast<unsigned>(size);
@@ -259,13 +260,6 @@ template <int N> void copy_wait() {
       std::memset(copy.to, 0, 16);
       std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     }
-}
-
-template <class... P, class... A>
-cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t shared, cudaStream_t, const A&... arguments) {
-  if (grid <= 0) return cudaSuccess;
-  ++emulator_launches;
-  return emulator::launch(kernel, grid, block, shared, arguments...);
 }
 
 }  // namespace spectral_ops::cuda
