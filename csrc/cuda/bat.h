@@ -18,8 +18,8 @@ constexpr int64_t kBatSlots = 132;  // multiprocessors of an H100
 constexpr int kWeightWarps = 6;
 constexpr int64_t kMostItems = 1 << 30;  // that are counted in 32 bits
 
-// bat_weight_ on the tensor cores: `parts` thread blocks share the items of all blocks of bat, for each panel of tile columns. All
-// of them run at once, two on a multiprocessor.
+// bat_weight_ on the tensor cores: `parts` thread blocks share the items of all blocks of bat, for each panel of tile columns.
+// All of them run at once, two on a multiprocessor.
 struct WeightPlan {
   bool matrix_units;
   int64_t tile, panels;
@@ -33,7 +33,8 @@ inline WeightPlan weight_plan(int64_t blocks, int64_t others, int64_t r, int64_t
   const auto ceil = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   plan.tile = block_tile_of(r), plan.panels = r / plan.tile;
   plan.groups = ceil(others, 64 / plan.tile), plan.items = blocks * (r / 16) * plan.groups;
-  const int64_t slots = 2 * kBatSlots / plan.panels, most = ceil(plan.items, 2 * kWeightWarps);  // two turns of each warp, at least
+  const int64_t slots = 2 * kBatSlots / plan.panels;
+  const int64_t most = ceil(plan.items, 2 * kWeightWarps);  // two turns of each warp, at least
   plan.parts = slots < 1 ? 1 : slots < most ? slots : most;
   plan.shared = r * plan.tile * 2 * bat_parts;
   plan.matrix_units = plan.shared <= 96 * 1024 && plan.items <= kMostItems;
@@ -65,7 +66,8 @@ inline ContractPlan contract_plan(int64_t rows, int64_t columns, int64_t r, DTyp
   if (plan.share < 16) plan.share = 16;  // two turns of each of eight warps, at least
   if (plan.steps > 0) {
     // A share that ends where a tile does saves partial sums: taken if it is hardly larger.
-    const int64_t cut = plan.share < plan.steps ? ceil(plan.steps, plan.steps / plan.share) : ceil(plan.share, plan.steps) * plan.steps;
+    const int64_t cut = plan.share < plan.steps ? ceil(plan.steps, plan.steps / plan.share)
+                                                : ceil(plan.share, plan.steps) * plan.steps;
     if (16 * cut <= 17 * plan.share) plan.share = cut;
     plan.splits = plan.share % plan.steps == 0 ? 1 : ceil(plan.steps, plan.share) + (plan.steps % plan.share != 0);
   }

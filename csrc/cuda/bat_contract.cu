@@ -1,4 +1,4 @@
-// bat_contract_ (METHODS 1.4). d = k = 4096, r = 64, bf16, at 3.3 TB/s: dB moves 100 MB, 30 us, with G in float32, for 6 GFLOP.
+// bat_contract_ (METHODS 1.4). d = k = 4096, r = 64, bf16, at 3.0 TB/s: dB moves 101 MB, 38 us, with G in float32, for 6 GFLOP.
 // Predicted, not measured.
 #include "bat.cuh"
 
@@ -75,7 +75,9 @@ template <class T, class S, int K> __global__ void __launch_bounds__(kThreads, K
           uint32_t w[2][kParts<T>];
           W[h][g].words(w);
 #pragma unroll
-          for (int p = 0; p < kParts<T>; ++p) left[g][p][2 * h] = transposed(w[0][p]), left[g][p][2 * h + 1] = transposed(w[1][p]);
+          for (int p = 0; p < kParts<T>; ++p)
+#pragma unroll
+            for (int n = 0; n < 2; ++n) left[g][p][2 * h + n] = transposed(w[n][p]);
         }
         if (more && !kLate) load_W(g);
       }
@@ -103,7 +105,8 @@ template <class T, class S, int K> __global__ void __launch_bounds__(kThreads, K
         if (more && kLate) load_W(g);
     }
     const int t = warp % (2 * K);  // a warp adds up a fragment at a time
-    float* to = partial_of(a, tile, kTile) + (16 * (warp / (2 * K)) + 4 * (i / 2) + i % 2) * kTile + 16 * (t / 2) + 4 * q + 2 * (t % 2);
+    float* to = partial_of(a, tile, kTile) + (16 * (warp / (2 * K)) + 4 * (i / 2) + i % 2) * kTile +
+                16 * (t / 2) + 4 * q + 2 * (t % 2);
 #pragma unroll
     for (int f0 = 0; f0 < kFragments; f0 += kAtOnce, to += kAtOnce / (2 * K) * 16 * kTile) {
       __syncthreads();  // the previous fragments have been added
@@ -146,7 +149,8 @@ template <class T, class S, int N> __global__ void __launch_bounds__(kThreads) c
         const int line = static_cast<int>(m / a.others), c = at.c0 + n % N, e = at.e0 + n % N;
         const int64_t row = at.block * a.r + line, column = m % a.others * a.r;
         const bool c_inside = m < rows && c < a.r, e_inside = m < rows && e < a.r;
-        W[n / N][n % N] = c_inside ? value(a.weight[row * a.weight_row + (column + c) * a.weight_column]) + (c == line ? A(1) : A(0)) : A(0);
+        const A unit = c == line ? A(1) : A(0);
+        W[n / N][n % N] = c_inside ? unit + value(a.weight[row * a.weight_row + (column + c) * a.weight_column]) : A(0);
         G[n / N][n % N] = e_inside ? static_cast<A>(value(a.G[row * a.G_row + column + e])) : A(0);
       }
       __syncthreads();
@@ -168,7 +172,8 @@ template <class T, class S, int N> __global__ void __launch_bounds__(kThreads) c
 // A thread adds four neighbours of a tile. size: of tiles, a power of two.
 template <class T, class S> __global__ void __launch_bounds__(kThreads) contract_finish(Contract<T, S> a, int size) {
   using A = acc_t<T>;
-  const int pieces = max_of(size * size / (4 * kThreads), 1), n = static_cast<int>(blockIdx.x) % pieces * 4 * kThreads + 4 * threadIdx.x;
+  const int pieces = max_of(size * size / (4 * kThreads), 1);
+  const int n = 4 * (static_cast<int>(blockIdx.x) % pieces * kThreads + threadIdx.x);
   const int64_t tile = blockIdx.x / pieces;
   const int met = a.steps > 0 ? static_cast<int>(((tile + 1) * a.steps - 1) / a.share - tile * a.steps / a.share) + 1 : 0;
   const A* from = a.partial + tile * size * size + n;

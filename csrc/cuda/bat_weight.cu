@@ -1,4 +1,4 @@
-// bat_weight_ (METHODS 1.4). d = k = 4096, r = 64, bf16, at 3.3 TB/s: W' moves 67 MB, 20 us, for 4 GFLOP. Predicted, not
+// bat_weight_ (METHODS 1.4). d = k = 4096, r = 64, bf16, at 3.0 TB/s: W' moves 68 MB, 24 us, for 4 GFLOP. Predicted, not
 // measured.
 #include "bat.cuh"
 
@@ -21,7 +21,7 @@ template <class T, class O> struct Weight {
   const void* bat;
   O* out;
   int64_t weight_row, weight_column, out_row;
-  int64_t block_in, other_in, block_out, other_out;  // from one block of bat to the next, and between the blocks of W that it meets
+  int64_t block_in, other_in, block_out, other_out;  // from a block of bat, or of those of W that it meets, to the next
   int r;
   int others;  // blocks of W that meet one block of bat
   int groups;  // of them, in weight_mma
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kWeightThreads, kParts<T> + kWeightParts<O> ==
 #pragma unroll
   for (int n = 0; n < 4; ++n) left[0][n] = unit_at(i + 8 * (n % 2), 4 * q + 2 * (n / 2));
 #pragma unroll
-  for (int n = 0; n < 4; ++n) right[n / 2][n % 2] = a.delta ? 0 : unit_at(4 * (i / 2) + 2 * (n / 2) + i % 2, 4 * q + 2 * (n % 2));
+  for (int n = 0; n < 4; ++n) right[n / 2][n % 2] = unit_at(4 * (i / 2) + 2 * (n / 2) + i % 2, 4 * q + 2 * (n % 2));
 
   Four<T> W[M][2][G];
   const T* from[M];  // of the next loads
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kWeightThreads, kParts<T> + kWeightParts<O> ==
 #pragma unroll
             for (int m = 0; m < M; ++m) multiply(c[m][t], rows16[m], b);
           }
-          if (turn == panel)
+          if (turn == panel && !a.delta)
 #pragma unroll
             for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -230,7 +230,8 @@ template <class T, class O> cudaError_t launch_weight(const BatWeight& from, cud
   Weight<T, O> a{};
   a.weight = static_cast<const T*>(from.weight), a.bat = from.bat, a.out = static_cast<O*>(from.out);
   a.weight_row = from.weight_strides[0], a.weight_column = from.weight_strides[1], a.out_row = from.out_stride;
-  a.block_in = from.r * a.weight_row, a.other_in = from.r * a.weight_column, a.block_out = from.r * a.out_row, a.other_out = from.r;
+  a.block_in = from.r * a.weight_row, a.other_in = from.r * a.weight_column;
+  a.block_out = from.r * a.out_row, a.other_out = from.r;
   if (from.by_column) std::swap(a.block_in, a.other_in), std::swap(a.block_out, a.other_out);
   a.r = static_cast<int>(from.r), a.bat_dtype = from.bat_dtype, a.delta = from.delta;
   a.others = static_cast<int>((from.by_column ? from.rows : from.columns) / from.r);

@@ -21,10 +21,12 @@ ARCHS = ("8.0", "9.0a", "10.0a")
 INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
+    "LDG64": r"\bLDG\.E\S*\.64\b",
     "LDG128": r"\bLDG\.E\S*\.128\b",
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
     "LDS128": r"\bLDS\.128\b",
+    "F2F": r"\bF2F\b",  # conversion of one value
     "local": r"\b(?:LDL|STL)\b",
     "atomic": r"\b(?:RED|ATOM|ATOMS|ATOMG)\b",
 }
@@ -140,6 +142,23 @@ def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
     for symbol, counts in chosen.items():
         for instruction in instructions:
             assert counts[instruction] > 0, (symbol, instruction, counts)
+
+
+def test_bat_loads_ahead_and_converts_in_pairs(kernels):
+    """A warp's 16 reads of W and G are there twice: before the loop, and in it for the next step; as are its 8 of W."""
+    for symbol, counts in of(kernels, "bat", "contract_mma", f"{HALF}.*Li4E").items():
+        assert counts["LDG64"] + counts["LDG128"] >= 2 * 16, (symbol, counts)
+    for symbol, counts in of(kernels, "bat", "contract_mma", HALF).items():
+        assert counts["F2F"] == 0, (symbol, counts)
+    for symbol, counts in of(kernels, "bat", "weight_mma", HALF).items():
+        assert counts["LDG64"] >= 2 * 8 + 16, (symbol, counts)  # 16 of a float64 bat
+
+
+def test_kernels_have_static_or_dynamic_shared_memory():
+    """Not both: the maximum of the dynamic one, in common.cuh, is all that a block can have."""
+    for source in SOURCES.glob("*.cu"):
+        for kernel in source.read_text().split("__global__")[1:]:
+            assert not ("__shared__" in kernel and "dynamic_shared()" in kernel), (source.name, kernel[:80])
 
 
 @pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])

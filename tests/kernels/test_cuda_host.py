@@ -8,6 +8,7 @@ is left to `pytest -m gpu`.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 
 import pytest
@@ -387,10 +388,35 @@ def test_bat_reads_transposed_weights(emulated):
     assert_near(got, wanted, 1e-6)
 
 
+def before_a_hole(t):
+    """A copy that ends where memory does: reading on is a segmentation fault."""
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    memory = mmap.mmap(-1, (-(-size // page) + 1) * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + len(memory) - page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), page, 0) == 0
+    held = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=len(memory) - page - size)
+    return held.view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bat_reads_nothing_beyond_its_tensors(emulated, dtype):
+    for d, k, r, row in ((32, 80, 16, False), (80, 32, 16, True), (64, 96, 32, False), (64, 192, 64, False)):
+        W, G = before_a_hole(matrix(d, k, dtype)), before_a_hole(matrix(d, k, torch.float32))
+        bat, out = before_a_hole(torch.zeros((k if row else d) // r, r, r)), torch.empty(d, k, dtype=dtype)
+        emulated.bat_weight_(out, W, bat, row, False)
+        assert torch.equal(out, W)
+        dB, wanted = (torch.empty(d // r, r, r) for _ in range(2))
+        emulated.bat_contract_(dB, W, G)
+        reference("bat_contract_")(wanted, W, G)
+        assert_near(dB, wanted, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_bat_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
     weight_case(emulated, dtype, 64, 128, 32, torch.float32, False)
     contract_case(emulated, dtype, 32, 1056, 32, torch.float32)
+    weight_case(emulated, dtype, 128, 448, 64, torch.float32, False)  # from a part of a block on to the next
+    contract_case(emulated, dtype, 128, 384, 64, torch.float32)
 
 
 # --- CSR -------------------------------------------------------------------------------------------------------------
@@ -564,7 +590,7 @@ def test_contract_fills_an_h100(emulated):
 
 
 def test_weight_fills_an_h100(emulated):
-    for blocks, others, r in ((64, 64, 64), (224, 64, 64), (64, 224, 64), (32, 32, 128), (128, 128, 32), (256, 250, 16)):
+    for blocks, others, r in ((64, 64, 64), (224, 64, 64), (64, 224, 64), (32, 32, 128), (128, 128, 32), (9, 2502, 16)):
         units, tile, panels, groups, items, parts, shared = plan(emulated.plans.weight_plan_of, blocks, others, r, 2)
         assert units and panels * tile == r and shared == 4 * r * tile
         assert items == blocks * r // 16 * groups and (groups - 1) * 64 // tile < others <= groups * 64 // tile
@@ -608,7 +634,7 @@ def test_sampled_product_fills_an_h100(emulated):
 
 
 def test_the_shared_memory_of_a_kernel_is_set_once_for_all_sizes(emulated):
-    """The emulator refuses another maximum for a kernel than the first: a thread must not lower what one launches with."""
+    """The emulator refuses a kernel another maximum than its first: no thread may lower what another launches with."""
     state = emulated.plans.shared_memory_of
     for r in (320, 256):  # 80 and 64 KB
         before, *_ = plan(state, 0)
