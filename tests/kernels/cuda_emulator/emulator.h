@@ -38,9 +38,20 @@
 
 extern "C" {
 extern int64_t emulator_launches;  // of kernels and of the library's products, since the program started
+extern int64_t emulator_dry;       // nothing is executed: launches are only written down
+extern int64_t emulator_log[256];  // of each: the kernel, blocks, threads, dynamic bytes; of a product: 0 and its three sizes
+extern int64_t emulator_logged;    // launches written down
 }
 
 namespace emulator {
+
+// Writes a launch down where nothing is to be executed.
+inline bool dry(const void* kernel, int64_t a, int64_t b, int64_t c) {
+  if (!emulator_dry) return false;
+  const int64_t words[] = {reinterpret_cast<int64_t>(kernel), a, b, c};
+  if (emulator_logged < 64) std::memcpy(emulator_log + 4 * emulator_logged++, words, sizeof words);
+  return true;
+}
 
 struct Copy { void* to; const void* from; int bytes; };
 
@@ -173,6 +184,7 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), int64_t grid, int size, int64_t dynamic_shared, const A&... arguments) {
   ++emulator_launches;
+  if (dry(reinterpret_cast<const void*>(kernel), grid, size, dynamic_shared)) return cudaSuccess;
   if (grid > INT32_MAX || size > 1024 || size % 32) return cudaErrorInvalidConfiguration;
   if (dynamic_shared > 99 * 1024) return cudaErrorInvalidConfiguration;  // what the smallest GPU of interest has
   block.size = static_cast<unsigned>(size);

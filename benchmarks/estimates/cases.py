@@ -1,0 +1,104 @@
+"""What is estimated and measured: operators at a layer's real sizes, T tokens, W [d, k], bfloat16, usual ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+TOKENS = (8192, 2048, 512)
+SHAPES = ((4096, 4096), (14336, 4096))  # W [d, k]
+DENSITY = 0.006
+
+
+@dataclass
+class Make:
+    """Tensors of a size on a device: normal numbers, or whatever memory holds where nothing reads them."""
+
+    T: int
+    d: int
+    k: int
+    device: str = "cpu"
+    filled: bool = False
+    made: dict = field(default_factory=dict)
+
+    def __call__(self, *sizes: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
+        if not self.filled:
+            return torch.empty(*sizes, dtype=dtype, device=self.device)
+        return (scale * torch.randn(*sizes, device=self.device)).to(dtype)
+
+    def wide(self, *sizes: int, scale: float = 1.0) -> torch.Tensor:
+        return self(*sizes, dtype=torch.float32, scale=scale)
+
+    def about_one(self, n: int) -> torch.Tensor:
+        """A float32 vector, some ten per cent about 1."""
+        return 1 + 0.1 * torch.randn(n, device=self.device)
+
+    def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 row offsets and columns of a random pattern of RoSA's usual density, each row with as many entries."""
+        each = max(1, round(DENSITY * self.k))
+        columns = torch.rand(self.d, self.k, device=self.device).topk(each, dim=1).indices.sort(1).values
+        offsets = torch.arange(0, self.d * each + 1, each, device=self.device)
+        return offsets.to(torch.int32), columns.flatten().to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator on one kind of arguments. label: which; tokens: whether they depend on T."""
+
+    operator: str
+    label: str
+    arguments: Callable[[Make], tuple]
+    tokens: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator}, {self.label}" if self.label else self.operator
+
+
+def _backward(r: int, dora: bool = False) -> Callable[[Make], tuple]:
+    def arguments(m: Make) -> tuple:
+        g, y = (m.about_one(m.d), m(m.T, m.d)) if dora else (None, None)
+        return m(m.T, m.d), m(m.T, r), m(m.d, r, scale=0.3), 1.0, g, y, None, True, True, False, dora
+
+    return arguments
+
+
+def _norm(r: int, **kind) -> Callable[[Make], tuple]:
+    return lambda m: (m(m.d, m.k, scale=m.k**-0.5), m.wide(r, m.k, scale=m.k**-0.5), m.wide(m.d, r, scale=0.3), 1.0)
+
+
+def _magnitude(m: Make) -> tuple:
+    r = 16
+    W, B = m(m.d, m.k, scale=m.k**-0.5), m(m.d, r, scale=0.3)
+    return (m.wide(m.d), m(m.T, m.d), m(m.T, m.k), m(m.T, r), W, B, 1.0, m.about_one(m.d), m.about_one(m.d), None)
+
+
+def _spmm(m: Make) -> tuple:
+    offsets, columns = m.pattern()
+    return m(m.T, m.d), m(m.T, m.k), m.wide(len(columns)), offsets, columns, None
+
+
+def _sddmm(m: Make) -> tuple:
+    return m(m.T, m.d), m(m.T, m.k), *m.pattern()
+
+
+CASES = (
+    Case("column_norm", "r 16", _norm(16), tokens=False),
+    Case("column_norm", "r 64", _norm(64), tokens=False),
+    Case("magnitude_grad", "none vanishes", _magnitude),
+    Case("lowrank_backward", "r 16", _backward(16)),
+    Case("lowrank_backward", "r 16 with y and gdy", _backward(16, dora=True)),
+    Case("lowrank_backward", "r 64", _backward(64)),
+    Case("lowrank_update_", "r 16", lambda m: (m(m.T, m.d), m(m.T, 16), m(m.d, 16, scale=0.3), 1.0, None, None)),
+    Case("lowrank_update_", "r 64", lambda m: (m(m.T, m.d), m(m.T, 64), m(m.d, 64, scale=0.3), 1.0, None, None)),
+    Case("block_sum", "r 64", lambda m: (m(m.T, m.d), 64, None, None, 0.0)),
+    Case("block_tile_", "r 64", lambda m: (m(m.T, m.d), m(m.T, 64), None, None, 0.0, True)),
+    Case("bat_weight_", "r 64", lambda m: (m(m.d, m.k), m(m.d, m.k, scale=m.k**-0.5),
+                                           m.wide(m.d // 64, 64, 64, scale=0.01), False, False), tokens=False),
+    Case("bat_contract_", "r 64", lambda m: (m.wide(m.d // 64, 64, 64), m(m.d, m.k, scale=m.k**-0.5), m.wide(m.d, m.k)),
+         tokens=False),
+    Case("csr_spmm_", "0.6 %", _spmm),
+    Case("csr_sddmm", "0.6 %", _sddmm),
+)  # fmt: skip
