@@ -256,7 +256,7 @@ cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t share
   const cudaError_t error = allow_shared<kMost>(reinterpret_cast<const void*>(kernel), shared);
   if (error != cudaSuccess) return error;
 #ifdef SPECTRAL_OPS_EMULATE
-  return emulator::launch(kernel, grid, block, shared, arguments...);
+  return emulator::launch(kernel, grid, 1, block, shared, arguments...);
 #else
   kernel<<<static_cast<unsigned>(grid), block, shared, stream>>>(arguments...);
   return cudaGetLastError();

@@ -23,6 +23,9 @@ SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = ("8.0", "9.0a", "10.0a")
 INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
+    "HGMMA by rows": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspB",  # a warpgroup's; A as it is stored,
+    "HGMMA by columns": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspA\.tnspB",  # or transposed
+    "cluster barrier": r"\bUCGABAR_ARV\b",
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
     "LDG": r"\bLDG\.E",
     "STG": r"\bSTG\.E",
@@ -179,11 +182,30 @@ def test_bat_loads_ahead_and_converts_in_pairs(kernels):
         assert counts["LDG64"] >= 2 * 8 + 16, (symbol, counts)  # 16 of a float64 bat
 
 
+def test_one_place_sets_the_shared_memory_of_kernels():
+    text = "".join(path.read_text() for path in SOURCES.iterdir())
+    assert text.count("cudaFuncSetAttribute(") == 1 and "MaxDynamicSharedMemorySize, kMost)" in text
+
+
 def test_kernels_have_static_or_dynamic_shared_memory():
     """Not both: the maximum of the dynamic one, in common.cuh, is all that a block can have."""
     for source in SOURCES.glob("*.cu"):
         for function in source.read_text().split("\n}\n"):
             assert not ("__shared__" in function and "dynamic_shared()" in function), (source.name, function[:200])
+
+
+def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):
+    chosen = of(kernels, "lowrank", "backward_wgmma", HALF)
+    assert len(chosen) == 2
+    for symbol, counts in chosen.items():
+        # a step: four to a tile of 64 columns for u, eight to the 128 columns of a warpgroup for dB
+        assert counts["HGMMA by rows"] == 4 and counts["HGMMA by columns"] == 8, (symbol, counts)
+        assert counts["LDGSTS128"] > 0 and counts["cluster barrier"] > 0, (symbol, counts)
+    text = (nvcc_build / "cuda" / "lowrank_backward_wgmma.o.log").read_text()
+    assert not re.search(r"\(C75\d\d\)", text), text  # ptxas has serialized them
+    used = re.findall(r"entry function '\S*\dbackward_wgmmaI\S*' for 'sm_90a'.*?Used (\d+) registers", text, re.DOTALL)
+    assert len(used) == 2, text
+    assert all(64 <= int(n) <= 96 for n in used), used  # has_body() wants as many; 640 threads leave no more
 
 
 @pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])

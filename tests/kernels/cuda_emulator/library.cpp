@@ -3,42 +3,22 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/common.cuh"
 #include "cuda/workspace.h"
 #include "cuda_plans.h"  // generated
 #include "stems.h"       // generated
 
-#include <cuda_runtime_api.h>
-
 #include <cstring>
-#include <map>
 
 extern "C" {
 __attribute__((visibility("default"))) int64_t emulator_launches = 0, emulator_dry = 0, emulator_logged = 0, emulator_log[256];
 }
 
-// The shared memory that kernels may have: their maximum must not change, which another thread could do before a launch.
-static struct { int64_t calls, value, refused, pending; } shared_memory;
-
-extern "C" cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  static std::map<const void*, int> maximum;
-  ++shared_memory.calls, shared_memory.value = value;
-  const bool changed = maximum.emplace(kernel, value).first->second != value;
-  shared_memory.pending = changed ? cudaErrorInvalidValue : shared_memory.refused;
-  shared_memory.refused = 0;
-  return static_cast<cudaError_t>(shared_memory.pending);
-}
-
-extern "C" cudaError_t cudaGetLastError() {
-  const auto error = static_cast<cudaError_t>(shared_memory.pending);
-  shared_memory.pending = 0;
-  return error;
-}
-
 // For tests: the next attribute is refused with this error.
 extern "C" __attribute__((visibility("default"))) int shared_memory_of(int64_t refused, int64_t* out) {
-  shared_memory.refused = refused;
-  std::memcpy(out, &shared_memory, sizeof shared_memory);
-  return sizeof shared_memory / sizeof *out;
+  emulator::shared_memory.refused = refused;
+  std::memcpy(out, &emulator::shared_memory, sizeof emulator::shared_memory);
+  return sizeof emulator::shared_memory / sizeof *out;
 }
 
 namespace spectral_ops {
