@@ -118,8 +118,7 @@ cudaError_t enqueue_clusters(void (*kernel)(P...), int64_t grid, int cluster, in
                              const A&... arguments) {
   if (grid <= 0) return cudaSuccess;
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  const cudaError_t error = allow_shared<227 * 1024>(reinterpret_cast<const void*>(kernel), shared);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

@@ -29,11 +29,13 @@ INSTRUCTIONS = {  # as they show in SASS
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
     "LDG": r"\bLDG\.E",
     "STG": r"\bSTG\.E",
+    "LDG64": r"\bLDG\.E\S*\.64\b",
     "LDSM": r"\bLDSM\.",  # 8x8 matrices from shared memory
     "LDG128": r"\bLDG\.E\S*\.128\b",
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
     "LDS128": r"\bLDS\.128\b",
+    "F2F": r"\bF2F\b",  # conversion of one value
     "LDS narrow": r"\bLDS\b(?!\.128)",
     "SHFL apart": r"\bENDCOLLECTIVE\b",  # once more for warps whose lanes have parted
     "local": r"\b(?:LDL|STL)\b",
@@ -171,6 +173,21 @@ def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
     for symbol, counts in chosen.items():
         for instruction in instructions:
             assert counts[instruction] > 0, (symbol, instruction, counts)
+
+
+def test_bat_loads_ahead_and_converts_in_pairs(kernels):
+    """A warp's 16 reads of W and G are there twice: before the loop, and in it for the next step; as are its 8 of W."""
+    for symbol, counts in of(kernels, "bat", "contract_mma", f"{HALF}.*Li4E").items():
+        assert counts["LDG64"] + counts["LDG128"] >= 2 * 16, (symbol, counts)
+    for symbol, counts in of(kernels, "bat", "contract_mma", HALF).items():
+        assert counts["F2F"] == 0, (symbol, counts)
+    for symbol, counts in of(kernels, "bat", "weight_mma", HALF).items():
+        assert counts["LDG64"] >= 2 * 8 + 16, (symbol, counts)  # 16 of a float64 bat
+
+
+def test_one_place_sets_the_shared_memory_of_kernels():
+    text = "".join(path.read_text() for path in SOURCES.iterdir())
+    assert text.count("cudaFuncSetAttribute(") == 1 and "MaxDynamicSharedMemorySize, kMost)" in text
 
 
 def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):

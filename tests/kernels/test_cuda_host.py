@@ -8,6 +8,7 @@ is left to `pytest -m gpu`.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 
 import pytest
@@ -543,6 +544,8 @@ BLOCKS = [  # d, k, r
     (96, 288, 96),  # tiles of 32
     (32, 96, 32),
     (64, 64, 64),
+    (192, 640, 64),  # thread blocks that take a part of a block and then the next
+    (32, 272, 16),  # shares that end where a block does
     (128, 384, 128),  # two tiles of columns
     (48, 240, 48),
     (12, 20, 4),
@@ -611,10 +614,35 @@ def test_bat_reads_transposed_weights(emulated):
     assert_near(got, wanted, 1e-6)
 
 
+def before_a_hole(t):
+    """A copy that ends where memory does: reading on is a segmentation fault."""
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    memory = mmap.mmap(-1, (-(-size // page) + 1) * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + len(memory) - page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), page, 0) == 0
+    held = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=len(memory) - page - size)
+    return held.view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bat_reads_nothing_beyond_its_tensors(emulated, dtype):
+    for d, k, r, row in ((32, 80, 16, False), (80, 32, 16, True), (64, 96, 32, False), (64, 192, 64, False)):
+        W, G = before_a_hole(matrix(d, k, dtype)), before_a_hole(matrix(d, k, torch.float32))
+        bat, out = before_a_hole(torch.zeros((k if row else d) // r, r, r)), torch.empty(d, k, dtype=dtype)
+        emulated.bat_weight_(out, W, bat, row, False)
+        assert torch.equal(out, W)
+        dB, wanted = (torch.empty(d // r, r, r) for _ in range(2))
+        emulated.bat_contract_(dB, W, G)
+        reference("bat_contract_")(wanted, W, G)
+        assert_near(dB, wanted, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_bat_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
     weight_case(emulated, dtype, 64, 128, 32, torch.float32, False)
     contract_case(emulated, dtype, 32, 1056, 32, torch.float32)
+    weight_case(emulated, dtype, 128, 448, 64, torch.float32, False)  # from a part of a block on to the next
+    contract_case(emulated, dtype, 128, 384, 64, torch.float32)
 
 
 # --- CSR -------------------------------------------------------------------------------------------------------------
@@ -796,14 +824,42 @@ def test_norm_fills_an_h100_in_whole_waves(emulated):
 def test_contract_plan_covers_every_row_once(emulated, dtype, aligned):
     for r in (1, 7, 16, 48, 64, 75, 96, 128, 256):
         for blocks in (0, 1, 32, 500):
-            for k in (0, r, 5 * r, 64 * r):
-                units, tile, tiles, split, splits, total = plan(
+            for k in (0, r, 5 * r, 17 * r, 64 * r):
+                units, tile, tiles, steps, share, grid, splits, total = plan(
                     emulated.plans.contract_plan_of, blocks * r, k, r, CODES[dtype], aligned
                 )
                 assert units == (dtype in HALF and aligned and r % 16 == 0)
-                assert tiles == (-(-r // tile)) ** 2 and (not units or r % tile == 0)
-                assert split % 16 == 0 and (splits - 1) * split < k <= splits * split
-                assert total == splits * blocks * r * r * accumulate(dtype).itemsize
+                assert tiles == blocks * (-(-r // tile)) ** 2 and (not units or r % tile == 0)
+                assert (steps - 1) * 16 < k <= steps * 16 and share >= 16
+                assert (grid - 1) * share < tiles * steps <= grid * share
+                starts = range(0, tiles * steps, steps or 1)  # of the tiles
+                met = [(at + steps - 1) // share - at // share + 1 for at in starts]
+                assert not met or max(met) <= splits <= max(met) + 1
+                assert total == splits * tiles * tile**2 * accumulate(dtype).itemsize
+
+
+def test_contract_fills_an_h100(emulated):
+    for d, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
+        for r in (16, 32, 64, 128):
+            _, tile, tiles, steps, share, grid, *_ = plan(
+                emulated.plans.contract_plan_of, d, k, r, CODES[torch.bfloat16], 1
+            )
+            slots = 132 if tile == 64 else 264
+            assert 0.94 * slots <= grid <= slots and tiles * steps > 0.94 * slots * share, (d, k, r)
+    *_, splits, _ = plan(emulated.plans.contract_plan_of, 4096, 4096, 64, CODES[torch.bfloat16], 1)
+    assert splits == 2  # a share of 128 steps, not 125, ends where a tile does
+
+
+def test_weight_fills_an_h100(emulated):
+    for blocks, others, r in ((64, 64, 64), (224, 64, 64), (64, 224, 64), (32, 32, 128), (128, 128, 32), (9, 2502, 16)):
+        units, tile, panels, groups, items, parts, shared = plan(emulated.plans.weight_plan_of, blocks, others, r, 2)
+        assert units and panels * tile == r and shared == 4 * r * tile
+        assert items == blocks * r // 16 * groups and (groups - 1) * 64 // tile < others <= groups * 64 // tile
+        assert panels * parts == 264
+    units, *_, parts, shared = plan(emulated.plans.weight_plan_of, 1, 1, 64, 2)
+    assert units and parts == 1  # too small to be shared
+    for r, parts in ((40, 2), (512, 2), (384, 3)):
+        assert not plan(emulated.plans.weight_plan_of, 2, 2, r, parts)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -857,6 +913,30 @@ def test_product_plan_covers_every_row_and_column_once(emulated, dtype, aligned)
                     assert rows == (2 if not whole or slabs * -(-d // 128) <= 132 else 6)
                     assert sections == nnz * (16 if dtype == torch.float64 else 8)
                     assert total == sections + 8 * 64 * (chunks * blocks + 2)
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_the_shared_memory_of_a_kernel_is_set_once_for_all_sizes(emulated):
+    """The emulator refuses a kernel another maximum than its first: no thread may lower what another launches with."""
+    state = emulated.plans.shared_memory_of
+    for r in (320, 256):  # 80 and 64 KB
+        before, *_ = plan(state, 0)
+        weight_case(emulated, torch.bfloat16, r, r, r, torch.float32, False)
+        calls, value, _, pending = plan(state, 0)
+        assert calls > before and value == 99 * 1024 and pending == 0
+
+
+def test_a_refused_launch_reports_its_error_and_leaves_none_behind(emulated):
+    W, bat = matrix(256, 256, torch.bfloat16), torch.zeros(1, 256, 256)
+    state, out = emulated.plans.shared_memory_of, torch.empty_like(W)
+    plan(state, 98)
+    with pytest.raises(RuntimeError, match="error 98"):
+        emulated.bat_weight_(out, W, bat, False, False)
+    assert plan(state, 0)[2:] == [0, 0]
+    emulated.bat_weight_(out, W, bat, False, False)
+    assert torch.equal(out, W)
 
 
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------

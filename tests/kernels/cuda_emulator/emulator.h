@@ -22,6 +22,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -31,6 +32,8 @@
 #include <vector_functions.h>
 #include <vector_types.h>
 
+#define cudaFuncSetAttribute emulator::set_attribute
+#define cudaGetLastError emulator::last_error
 #undef __shared__
 #define __shared__ static
 #ifndef __launch_bounds__
@@ -56,6 +59,26 @@ inline bool dry(const void* kernel, int64_t a, int64_t b, int64_t c) {
   const int64_t words[] = {reinterpret_cast<int64_t>(kernel), a, b, c};
   if (emulator_logged < 64) std::memcpy(emulator_log + 4 * emulator_logged++, words, sizeof words);
   return true;
+}
+
+// The dynamic shared memory that kernels may have. A kernel's maximum must not change: another thread could change it back
+// before the launch.
+struct SharedMemory { int64_t calls, value, refused, pending; };  // refused: the error that the next call meets
+inline SharedMemory shared_memory;
+
+inline cudaError_t set_attribute(const void* kernel, cudaFuncAttribute, int value) {
+  static std::map<const void*, int> maximum;
+  ++shared_memory.calls, shared_memory.value = value;
+  const bool changed = maximum.emplace(kernel, value).first->second != value;
+  shared_memory.pending = changed ? cudaErrorInvalidValue : shared_memory.refused;
+  shared_memory.refused = 0;
+  return static_cast<cudaError_t>(shared_memory.pending);
+}
+
+inline cudaError_t last_error() {
+  const auto error = static_cast<cudaError_t>(shared_memory.pending);
+  shared_memory.pending = 0;
+  return error;
 }
 
 struct Copy { void* to; const void* from; int bytes; };
@@ -222,6 +245,8 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), int64_t grid, int cluster, int size, int64_t dynamic_shared, const A&... arguments) {
+  ++emulator_launches;
+  if (dry(reinterpret_cast<const void*>(kernel), grid, size, dynamic_shared)) return cudaSuccess;
   if (grid > INT32_MAX || size > 1024 || size % 32) return cudaErrorInvalidConfiguration;
   if (cluster < 1 || cluster > static_cast<int>(kMaxCluster) || grid % cluster) return cudaErrorInvalidConfiguration;
   block.cluster = static_cast<unsigned>(cluster);
@@ -449,15 +474,6 @@ template <int N> void copy_wait() {
     }
 }
 
-template <class... P, class... A>
-cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t shared, cudaStream_t, const A&... arguments) {
-  if (grid <= 0) return cudaSuccess;
-  if (shared > 99 * 1024) return cudaErrorInvalidConfiguration;  // what the smallest GPU of interest has
-  ++emulator_launches;
-  if (emulator::dry(reinterpret_cast<const void*>(kernel), grid, block, shared)) return cudaSuccess;
-  return emulator::launch(kernel, grid, 1, block, shared, arguments...);
-}
-
 // --- what only Hopper has: csrc/cuda/wgmma.cuh ---
 
 inline uint32_t shared_address(const void* p) {
@@ -512,8 +528,6 @@ cudaError_t enqueue_clusters(void (*kernel)(P...), int64_t grid, int cluster, in
                              const A&... arguments) {
   if (grid <= 0) return cudaSuccess;
   if (shared > 227 * 1024) return cudaErrorInvalidConfiguration;
-  ++emulator_launches;
-  if (emulator::dry(reinterpret_cast<const void*>(kernel), grid, block, shared)) return cudaSuccess;
   return emulator::launch(kernel, grid, cluster, block, shared, arguments...);
 }
 

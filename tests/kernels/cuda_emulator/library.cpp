@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/common.cuh"
 #include "cuda/workspace.h"
 #include "cuda_plans.h"  // generated
 #include "stems.h"       // generated
@@ -11,6 +12,13 @@
 
 extern "C" {
 __attribute__((visibility("default"))) int64_t emulator_launches = 0, emulator_dry = 0, emulator_logged = 0, emulator_log[256];
+}
+
+// For tests: the next attribute is refused with this error.
+extern "C" __attribute__((visibility("default"))) int shared_memory_of(int64_t refused, int64_t* out) {
+  emulator::shared_memory.refused = refused;
+  std::memcpy(out, &emulator::shared_memory, sizeof emulator::shared_memory);
+  return sizeof emulator::shared_memory / sizeof *out;
 }
 
 namespace spectral_ops {
@@ -82,7 +90,15 @@ extern "C" __attribute__((visibility("default"))) int norm_plan_of(int64_t rows,
 extern "C" __attribute__((visibility("default"))) int contract_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
                                                                         int64_t aligned, int64_t* out) {
   const auto p = spectral_ops::cuda::contract_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), aligned);
-  const int64_t values[] = {p.matrix_units, p.tile, p.tiles, p.split_rows, p.splits, p.bytes};
+  const int64_t values[] = {p.matrix_units, p.tile, p.tiles, p.steps, p.share, p.grid, p.splits, p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
+
+extern "C" __attribute__((visibility("default"))) int weight_plan_of(int64_t blocks, int64_t others, int64_t r, int64_t bat_parts,
+                                                                      int64_t* out) {
+  const auto p = spectral_ops::cuda::weight_plan(blocks, others, r, bat_parts);
+  const int64_t values[] = {p.matrix_units, p.tile, p.panels, p.groups, p.items, p.parts, p.shared};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
 }
