@@ -45,12 +45,14 @@ class Make:
 
 @dataclass(frozen=True)
 class Case:
-    """An operator on one kind of arguments. label: which; tokens: whether they depend on T."""
+    """An operator on one kind of arguments. label: which; tokens: whether they depend on T; least: the least bytes
+    where the values decide what is to be moved, else they are the operator's."""
 
     operator: str
     label: str
     arguments: Callable[[Make], tuple]
     tokens: bool = True
+    least: Callable[[tuple], int] | None = None
 
     @property
     def name(self) -> str:
@@ -65,14 +67,22 @@ def _backward(r: int, dora: bool = False) -> Callable[[Make], tuple]:
     return arguments
 
 
-def _norm(r: int, **kind) -> Callable[[Make], tuple]:
+def _norm(r: int) -> Callable[[Make], tuple]:
     return lambda m: (m(m.d, m.k, scale=m.k**-0.5), m.wide(r, m.k, scale=m.k**-0.5), m.wide(m.d, r, scale=0.3), 1.0)
 
 
-def _magnitude(m: Make) -> tuple:
-    r = 16
-    W, B = m(m.d, m.k, scale=m.k**-0.5), m(m.d, r, scale=0.3)
-    return (m.wide(m.d), m(m.T, m.d), m(m.T, m.k), m(m.T, r), W, B, 1.0, m.about_one(m.d), m.about_one(m.d), None)
+def _cached(m: Make) -> tuple:
+    norm, stamp = m.wide(m.d), torch.zeros(2, dtype=torch.int64, device=m.device)
+    return norm, stamp, *_norm(16)(m), False
+
+
+def _magnitude(vanishing: int) -> Callable[[Make], tuple]:
+    def arguments(m: Make) -> tuple:
+        W, B, g = m(m.d, m.k, scale=m.k**-0.5), m(m.d, 16, scale=0.3), m.about_one(m.d)
+        g[:vanishing] = 0
+        return m.wide(m.d), m(m.T, m.d), m(m.T, m.k), m(m.T, 16), W, B, 1.0, g, m.about_one(m.d), None
+
+    return arguments
 
 
 def _spmm(m: Make) -> tuple:
@@ -87,10 +97,15 @@ def _sddmm(m: Make) -> tuple:
 CASES = (
     Case("column_norm", "r 16", _norm(16), tokens=False),
     Case("column_norm", "r 64", _norm(64), tokens=False),
-    Case("magnitude_grad", "none vanishes", _magnitude),
+    Case("column_norm_cached_", "r 16, unchanged", _cached, tokens=False,
+         least=lambda args: sum(4 * t.numel() for t in args[3:5])),
+    Case("magnitude_grad", "none vanishes", _magnitude(0)),
+    Case("magnitude_grad", "a column vanishes", _magnitude(1),
+         least=lambda args: args[2].numel() * 2 + args[1].shape[0] * 32),
     Case("lowrank_backward", "r 16", _backward(16)),
     Case("lowrank_backward", "r 16 with y and gdy", _backward(16, dora=True)),
     Case("lowrank_backward", "r 64", _backward(64)),
+    Case("lowrank_backward", "r 64 with y and gdy", _backward(64, dora=True)),
     Case("lowrank_update_", "r 16", lambda m: (m(m.T, m.d), m(m.T, 16), m(m.d, 16, scale=0.3), 1.0, None, None)),
     Case("lowrank_update_", "r 64", lambda m: (m(m.T, m.d), m(m.T, 64), m(m.d, 64, scale=0.3), 1.0, None, None)),
     Case("block_sum", "r 64", lambda m: (m(m.T, m.d), 64, None, None, 0.0)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ def _names(library: Path) -> dict[int, str]:
     return {int(at, 16): plain(name) for at, _, name in split if at.strip()}
 
 
+def plan(name: str, *sizes: int) -> list[int]:
+    """What a plan of csrc/cuda/<stem>.h says for these sizes; tests/kernels/cuda_emulator/library.cpp has the order."""
+    out = (ctypes.c_int64 * 16)()
+    count = getattr(build_emulator().plans, f"{name}_of")(*map(ctypes.c_int64, sizes), out)
+    return list(out[:count])
+
+
 def recorded(name: str, args: tuple) -> list[Launch]:
     """The launches of operator ``name`` on CPU tensors, whose values nothing reads."""
     operators = build_emulator()
@@ -46,10 +54,14 @@ def recorded(name: str, args: tuple) -> list[Launch]:
     base = here - next(at for at, symbol in names.items() if symbol == "emulator_launches")
     dry, count = word(library, "emulator_dry"), word(library, "emulator_logged")
     dry.value, count.value = 1, 0
+    chosen = os.environ.get("EMULATOR_HOPPER")
+    os.environ["EMULATOR_HOPPER"] = chosen or "1"  # an H100's launches, unless the caller wants others
     try:
         getattr(operators, name)(*args)
     finally:
         dry.value = 0
+        if chosen is None:
+            del os.environ["EMULATOR_HOPPER"]
     log = (ctypes.c_int64 * 256).in_dll(library, "emulator_log")
     rows = [log[4 * i : 4 * i + 4] for i in range(count.value)]
     return [Launch(names[kernel - base], *sizes) if kernel else Launch("library", product=tuple(sizes))

@@ -41,12 +41,13 @@ class Code:
     shared: int
     loops: list[list[str]]  # of each loop, innermost or not, its opcodes with their modifiers
 
-    def loop(self, marker: str) -> list[str]:
-        """The smallest loop among those with the most instructions that start with ``marker``."""
+    def loop(self, marker: str, inner: bool = False) -> list[str]:
+        """The smallest loop among those with the most instructions that start with ``marker``; inner: with any."""
         counts = [sum(op.startswith(marker) for op in loop) for loop in self.loops]
         if not counts or not max(counts):
             raise LookupError(f"no loop with {marker}")
-        return min((loop for loop, n in zip(self.loops, counts, strict=True) if n == max(counts)), key=len)
+        most = 1 if inner else max(counts)
+        return min((loop for loop, n in zip(self.loops, counts, strict=True) if n >= most), key=len)
 
 
 @dataclass
@@ -54,7 +55,9 @@ class Work:
     """What a launch does in all, from the shape.
 
     loops: marker -> how many warp instructions that start with it all warps execute in their loop. It tells how often
-    the loop around it runs, whatever was unrolled. in_flight: bytes of a block's loads under way at any time.
+    the loop around it runs, whatever was unrolled. inner: the same of innermost loops, besides.
+    in_flight: bytes of a block's loads under way at any time.
+    slots: issue slots of all warps besides their loops, counted by hand. tail: seconds after the last loop.
     flops: of wgmma, whose instructions are asynchronous, so that they count as arithmetic alone.
     """
 
@@ -64,6 +67,9 @@ class Work:
     read: float | None = None  # of dram, what is loaded; None: all
     l2: float = 0.0  # what crosses L2 besides dram
     flops: float = 0.0
+    slots: float = 0.0
+    tail: float = 0.0
+    inner: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -112,8 +118,10 @@ def estimate(code: Code, work: Work, blocks: int, threads: int, dynamic: int) ->
     whole = math.ceil(waves) / waves if waves > 1 else 1.0
     busiest = whole if waves > 1 else math.ceil(blocks / PROCESSORS) / (blocks / PROCESSORS)
     cycles: Counter[str] = Counter()
-    for marker, executed in work.loops.items():
-        loop = code.loop(marker)
+    cycles["issue"] += work.slots
+    marked = [*((m, n, False) for m, n in work.loops.items()), *((m, n, True) for m, n in work.inner.items())]
+    for marker, executed, inner in marked:
+        loop = code.loop(marker, inner)
         passes = executed / sum(op.startswith(marker) for op in loop)
         for unit, each in units(loop).items():
             cycles[unit] += passes * each
@@ -126,4 +134,4 @@ def estimate(code: Code, work: Work, blocks: int, threads: int, dynamic: int) ->
     if work.flops:
         limits["wgmma"] = busiest * work.flops / FLOPS
     bound = max(limits, key=limits.get)
-    return Time(limits[bound], bound, limits, fit, waves)
+    return Time(limits[bound] + work.tail, bound, limits, fit, waves)
