@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ VARIANTS: dict[str, tuple[int, Callable[[int], int]]] = {
     "shallow": (-1, lambda n: n - 1),
     "deep": (-1, lambda n: n + 1),
 }
+DESCRIPTORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # older ones were not looked into
 INTERPRETED_PROCESSORS = 4  # what the interpreter pretends to have, so that small tests split their work too
 
 
@@ -105,6 +107,22 @@ def aligned(*tensors: torch.Tensor) -> bool:
     return all(
         t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
     )
+
+
+def described(*tensors: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for each: aligned rows that do not overlap, and something in them."""
+    return DESCRIPTORS and aligned(*tensors) and all(t.numel() and t.stride(0) >= t.shape[1] for t in tensors)
+
+
+def with_workspace(device: torch.device, launch: Callable[[], object]) -> None:
+    """Launch a kernel that asks for global memory, as descriptors made on the device do. It comes from torch, in stream
+    order, so that graphs can be captured; the caller's own allocator stays set."""
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        launch()
+
+    contextvars.copy_context().run(run)
 
 
 def cdiv(a: int, b: int) -> int:

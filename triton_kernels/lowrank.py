@@ -10,10 +10,24 @@ Bytes moved, for elements of s bytes:
   d = 4096, r = 16 in bfloat16 on 132 processors: 67 MB of dy from memory (22 us at 3 TB/s), and 10.5 MB of partial sums
   each way for 32 blocks by 4 ranges. Ranks above 128 (64 with y or gdy) read dy again.
 * ``lowrank_matmul``: x and W as any product does; h and B add r / k to it.
+
+Where rows can be described to the copy engine (``described``), ``lowrank_matmul`` of 16-bit elements reads its tiles
+through tensor descriptors, with a warpgroup or warps of its own for the copies. What Triton 3.6 compiles decides its
+form:
+
+* sm_90: the loop over tiles is specialised whole, so the next tile's copies run under this one's end. It takes
+  num_warps = 4, which become a producer (40 registers) and two consumers of half a tile each (232). With 8 warps the
+  request is passed over. Descriptors are made on the device: one that comes from the host keeps the whole tile's box
+  where a consumer waits for half of it. 256 x 128 outputs fit; 128 x 256 spill. The ranks come 16 at a time, since
+  their tiles are as many stages deep as those of x and W.
+* sm_100: the loop over inputs alone. Specialising the outer loop fails in the compiler (NVWSInsertAref), and with the
+  loops flattened it compiles to a kernel that stores nothing.
+* Clusters (num_ctas = 2), which would halve what crosses L2, fail in both: "remote CTA is not supported yet".
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -24,6 +38,7 @@ from spectral_ops.triton_kernels.common import (
     aligned,
     arch,
     cdiv,
+    described,
     dot,
     narrow,
     on_device,
@@ -35,6 +50,7 @@ from spectral_ops.triton_kernels.common import (
     sum_partials,
     tile,
     varied,
+    with_workspace,
 )  # fmt: skip
 
 # element size, or (architecture, that): tokens, outputs, inputs per step, tiles of tokens per group, warps, stages
@@ -45,6 +61,8 @@ MATMUL = {
     4: (64, 64, 16, 8, 8, 2),
 }
 MATMUL_UNALIGNED = (64, 64, 32, 8, 8, 2)
+# of 2-byte elements, by architecture: tokens, outputs, inputs and ranks per step, tiles per group, warps, stages
+MATMUL_DESCRIBED = {90: (256, 128, 64, 16, 8, 4, 3), 100: (128, 128, 64, 64, 8, 8, 4)}
 # element size, or (architecture, element size): tokens, outputs, greatest rank per step, warps
 UPDATE = {2: (64, 128, 64, 8), 4: (64, 64, 16, 8)}
 UPDATE_UNALIGNED = (32, 64, 32, 8)
@@ -57,19 +75,27 @@ BACKWARD = {
 BACKWARD_UNALIGNED = {2: (64, 32, 8, 1), 4: (32, 32, 8, 1)}
 
 
+@triton.jit
+def _tile_at(index, T, d, BT: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr):
+    """The first token and output of tile ``index``: in groups of GROUP along the tokens, so that the tiles in flight
+    share x and W in L2."""
+    tiles_t, tiles_d = tl.cdiv(T, BT), tl.cdiv(d, BD)
+    group = index // (GROUP * tiles_d)
+    height = tl.minimum(tiles_t - group * GROUP, GROUP)
+    within = index % (GROUP * tiles_d)
+    return (group * GROUP + within % height) * BT, (within // height) * BD
+
+
 @triton.jit(do_not_specialize=["T"])
 def matmul_kernel(
     x, w, h, B, out, g, bias, scale, T, d, k, r, x_t, x_i, w_o, w_i, h_t, h_p, B_o, B_p,
     BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles in groups of GROUP along the tokens, so that the tiles in flight share x and W in L2."""
-    tiles_t, tiles_d = tl.cdiv(T, BT), tl.cdiv(d, BD)
-    for index in range(tl.program_id(0), tiles_t * tiles_d, tl.num_programs(0)):
-        group = index // (GROUP * tiles_d)
-        height = tl.minimum(tiles_t - group * GROUP, GROUP)
-        within = index % (GROUP * tiles_d)
-        t = ((group * GROUP + within % height).to(tl.int64)) * BT + tl.arange(0, BT)
-        o = (within // height) * BD + tl.arange(0, BD)
+    tiles = tl.cdiv(T, BT) * tl.cdiv(d, BD)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        t0, o0 = _tile_at(index, T, d, BT, BD, GROUP)
+        t = t0.to(tl.int64) + tl.arange(0, BT)
+        o = o0 + tl.arange(0, BD)
         t_in = tl.where(t < T, t, 0)  # rows past the end read row 0: no masks in the loop, and none of it is stored
         o_in = tl.where(o < d, o, 0).to(tl.int64)
         total = tl.zeros([BT, BD], tl.float32)
@@ -100,12 +126,53 @@ def matmul_kernel(
         tl.store(target, narrow(total, out.dtype.element_ty), mask=(t < T)[:, None] & (o < d)[None, :])
 
 
+@triton.jit(do_not_specialize=["T"])
+def described_matmul_kernel(
+    x, w, h, B, out, g, bias, scale, T, d, k, r, x_t, w_o, h_t, B_o,
+    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """matmul_kernel through tensor descriptors: past the ends they give zeros. OUTER: which loop is specialised."""
+    x_tiles = tl.make_tensor_descriptor(x, [T, k], [x_t, 1], [BT, BK])
+    w_tiles = tl.make_tensor_descriptor(w, [d, k], [w_o, 1], [BD, BK])
+    h_tiles = tl.make_tensor_descriptor(h, [T, r], [h_t, 1], [BT, R])
+    B_tiles = tl.make_tensor_descriptor(B, [d, r], [B_o, 1], [BD, R])
+    tiles = tl.cdiv(T, BT) * tl.cdiv(d, BD)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=OUTER):
+        t0, o0 = _tile_at(index, T, d, BT, BD, GROUP)
+        total = tl.zeros([BT, BD], tl.float32)
+        for p0 in range(0, r, R):
+            total = dot(h_tiles.load([t0, p0]), tl.trans(B_tiles.load([o0, p0])), total, "ieee")
+        total *= scale
+        for i0 in tl.range(0, k, BK, warp_specialize=not OUTER):
+            total = dot(x_tiles.load([t0, i0]), tl.trans(w_tiles.load([o0, i0])), total, "ieee")
+        t = t0.to(tl.int64) + tl.arange(0, BT)
+        o = o0 + tl.arange(0, BD)
+        if g is not None:
+            total *= tl.load(g + o, mask=o < d, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            total += tl.load(bias + o, mask=o < d, other=0.0).to(tl.float32)[None, :]
+        target = out + t[:, None] * d + o[None, :]
+        tl.store(target, narrow(total, out.dtype.element_ty), mask=(t < T)[:, None] & (o < d)[None, :])
+
+
 def lowrank_matmul(x, weight, h, B, scale: float, g, bias, tiles: Literal["", "shallow", "deep"] = ""):
     if x.dtype == torch.float64:
         return reference("lowrank_matmul")(x, weight, h, B, scale, g, bias)
     (T, k), (d, r) = x.shape, B.shape
     y = x.new_empty(T, d)
     if y.numel() == 0:
+        return y
+    own = MATMUL_DESCRIBED.get(arch(x)) if x.element_size() == 2 else None
+    if own and not tiles and described(x, weight, h, B):  # the tuner's other tiles are of the kernel without them
+        BT, BD, BK, R, group, warps, stages = own
+        programs = min(cdiv(T, BT) * cdiv(d, BD), processors(x))
+        launch = functools.partial(
+            described_matmul_kernel[(programs,)],
+            x, weight, h, B, y, g, bias, scale, T, d, k, r, x.stride(0), weight.stride(0), h.stride(0), B.stride(0),
+            BT=BT, BD=BD, BK=BK, R=R, GROUP=group, OUTER=arch(x) == 90, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        with on_device(x):
+            with_workspace(x.device, launch)
         return y
     BT, BD, BK, group, warps, stages = tile(MATMUL, x, tiles)
     even = k % BK == 0

@@ -269,7 +269,7 @@ TABLES = [
     if isinstance(table, dict) and any(key in (2, 4) or isinstance(key, tuple) and key[0] in ARCHS for key in table)
 ]
 PRODUCTS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
-WITH_PRODUCTS = ("matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel",
+WITH_PRODUCTS = ("matmul_kernel", "described_matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel",
                  "weight_kernel", "contract_kernel", "mix_kernel", "mix_backward_kernel")  # fmt: skip
 
 
@@ -304,7 +304,7 @@ def test_fits_the_processor(dtype, case, arch):
         half_product = b.name in WITH_PRODUCTS or (b.name == "norm_kernel" and case.startswith("column_norm"))
         if dtype == torch.bfloat16 and half_product:
             assert b.product in PRODUCTS[arch], (b.name, b.product)
-        if (b.name, arch, dtype) == ("matmul_kernel", 90, torch.bfloat16) and case.startswith("lowrank"):
+        if arch == 90 and dtype == torch.bfloat16 and case.startswith("lowrank_matmul"):
             assert b.product == "HGMMA" and "mma.sync" not in b.ptx
 
 
@@ -353,8 +353,20 @@ def test_blocks_of_64_use_warpgroups(case):
 def test_long_passes_are_pipelined(arch):
     """Where rows are aligned, the loops over x, W and dy copy ahead into shared memory, 16 bytes at a time."""
     for case in ("lowrank_matmul r16", "lowrank_backward r16", "lowrank_backward dora r16"):
-        kernel = builds(arch, *samples(torch.bfloat16)[case])[0]
+        tiles = {"tiles": "shallow"} if "matmul" in case else {}  # of the matmul without descriptors
+        kernel = builds(arch, *samples(torch.bfloat16)[case], **tiles)[0]
         assert kernel.count(r"LDGSTS\.E\.(?:\w+\.)*128") >= 6, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", (90, 100))
+def test_products_have_warps_of_their_own_for_copies(arch):
+    """lowrank_matmul copies tiles through descriptors, in warps that hold few registers; the whole tile is stored."""
+    kernel = builds(arch, *samples(torch.bfloat16)["lowrank_matmul g b"])[0]
+    assert kernel.name == "described_matmul_kernel"
+    assert kernel.count("UTMALDG") >= 6 and not kernel.count(r"LDGSTS\b") and kernel.count("USETMAXREG") >= 4
+    warps, outputs = {90: (4, 256 * 128), 100: (8, 128 * 128)}[arch]  # of a consumer, each with code of its own
+    assert 16 * 32 * warps * kernel.count(r"STG\.E\.128") == 2 * outputs
 
 
 @pytest.mark.slow
