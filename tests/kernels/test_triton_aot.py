@@ -196,6 +196,7 @@ class Build:
     registers: int
     spills: int  # bytes of a thread's stack frame, which is where registers spill to
     shared: int
+    threads: int
     ptx: str
     cubin: bytes
 
@@ -249,8 +250,9 @@ def build(arch: int, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict
         assert found, report
         registers, stack, local = map(int, found.groups())
         _builds[key] = Build(
-            kernel.__name__, arch, grid, registers, stack + local, compiled.metadata.shared, ptx, cubin
-        )
+            kernel.__name__, arch, grid, registers, stack + local, compiled.metadata.shared,
+            32 * compiled.metadata.num_warps, ptx, cubin,
+        )  # fmt: skip
     return _builds[key]
 
 
@@ -269,8 +271,9 @@ TABLES = [
     if isinstance(table, dict) and any(key in (2, 4) or isinstance(key, tuple) and key[0] in ARCHS for key in table)
 ]
 PRODUCTS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
-WITH_PRODUCTS = ("matmul_kernel", "described_matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel",
-                 "weight_kernel", "contract_kernel", "mix_kernel", "mix_backward_kernel")  # fmt: skip
+WITH_PRODUCTS = ("matmul_kernel", "described_matmul_kernel", "update_kernel", "backward_kernel", "project_kernel",
+                 "outer_kernel", "lift_kernel", "weight_kernel", "contract_kernel", "mix_kernel",
+                 "mix_backward_kernel")  # fmt: skip
 
 
 def matrix() -> Iterator[tuple[torch.dtype, str, int]]:

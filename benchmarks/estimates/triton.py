@@ -1,0 +1,472 @@
+"""The Triton kernels' rows: compiled ahead of time for sm_90, as their launchers ask for them.
+
+A row per case of :mod:`.cases` and of ``MORE``. A kernel's hot loop is the innermost one with its products, or its
+loads; ``WORKS`` says for each kernel how often that runs and what it moves. Instructions outside every loop run once for
+each warp. What lies in an outer loop alone is left out, and so is the time between a loop's end and the next one's first
+loads, which a kernel without persistent copies spends once a tile.
+
+    python -m benchmarks.estimates.triton [WORD...]     registers, shared memory, loads in flight and shares of the roofline
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.estimates import table
+from benchmarks.estimates.cases import CASES, Case, Make
+from benchmarks.estimates.model import NEXT, PROCESSORS, RAMP, Code, Time, Work, estimate
+from spectral_ops._library import OPERATORS
+from spectral_ops._table import table as text
+from tests.kernels import test_triton_aot as aot
+
+ARCH = 90
+L2_HOLDS = 25e6  # bytes of partial sums that are taken to stay in L2 until the next launch reads them
+ADAPTERS = 32  # of a segmented batch, with as many rows each
+
+
+def _segments(m: Make) -> tuple[torch.Tensor, torch.Tensor]:
+    return m(m.T, dtype=torch.int64), m(ADAPTERS + 1, dtype=torch.int64)
+
+
+def _dropout(operator: str, r: int) -> Case:
+    def arguments(m: Make) -> tuple:
+        x, A, u, seed = m(m.T, m.d), m(r, m.d), m(m.T, r), m(1, dtype=torch.int64)
+        return {"dropout_project": (x, A, seed, 0.1), "dropout_outer": (u, x, seed, 0.1),
+                "dropout_lift_": (x, u, A, seed, 0.1)}[operator]  # fmt: skip
+
+    return Case(operator, f"r {r}", arguments)
+
+
+def _matmul(r: int) -> Case:
+    return Case("lowrank_matmul", f"r {r}", lambda m: (m(m.T, m.k), m(m.d, m.k), m(m.T, r), m(m.d, r), 1.0, None, None))
+
+
+def _csr(operator: str) -> Case:
+    def arguments(m: Make) -> tuple:
+        offsets, columns = m.pattern()
+        W, values = m(m.d, m.k), m.wide(len(columns))
+        return {"csr_scatter_": (W, values, offsets, columns, True),
+                "csr_gather_": (values, W, offsets, columns)}[operator]  # fmt: skip
+
+    return Case(operator, "0.6 %", arguments, tokens=False)
+
+
+def _layers(m: Make) -> tuple:
+    params = [t for _ in range(16) for t in (m(16, m.k), m(m.d, 16), m(16, 1))]
+    n = sum(t.numel() for t in params)
+    return m.wide(n), m.wide(n), params, params, [], 0.85, 0.85, True
+
+
+# what the CUDA kernels' cases do not hold
+MORE = (
+    _matmul(16),
+    _matmul(64),
+    *(_dropout(f"dropout_{name}", r) for name in ("project", "outer", "lift_") for r in (16, 64)),
+    Case("seeded_dropout", "", lambda m: (m(m.T, m.d), m(1, dtype=torch.int64), 0.1)),
+    Case("block_sum", "r 64, dropout", lambda m: (m(m.T, m.d), 64, None, m(1, dtype=torch.int64), 0.1)),
+    Case("block_tile_", "r 64, dropout",
+         lambda m: (m(m.T, m.d), m(m.T, 64), None, m(1, dtype=torch.int64), 0.1, True)),
+    Case("bat_matmul", "r 64", lambda m: (m(32, m.k), m(m.d, m.k), m.wide(m.d // 64, 64, 64), False), tokens=False),
+    Case("bat_mix", "r 64", lambda m: (m(m.T, m.k), m(m.k // 64, 64, 64))),
+    Case("bat_mix_backward_", "r 64",
+         lambda m: (m(m.T, m.k), m(m.T, 64), m(m.T, m.k), m(m.k // 64, 64, 64), True, True)),
+    Case("segment_project", "r 16", lambda m: (m(m.T, m.k), m(ADAPTERS, 16, m.k), *_segments(m))),
+    Case("segment_lift_", "r 16", lambda m: (m(m.T, m.d), m(m.T, 16), m(ADAPTERS, m.d, 16), *_segments(m))),
+    Case("segment_outer", "r 16", lambda m: (m(m.T, 16), m(m.T, m.k), *_segments(m))),
+    _csr("csr_scatter_"),
+    _csr("csr_gather_"),
+    Case("target_logprob", "128256 logits",
+         lambda m: (m(1024, 128_256), m(1024, dtype=torch.int64), 1.0, -100), tokens=False),
+    Case("softmax_gradient_", "128256 logits",
+         lambda m: (m(1024, 128_256), m(1024, dtype=torch.int64), m.wide(1024), m.wide(1024), 1.0, -100), tokens=False),
+    Case("cayley_forward", "r 16", lambda m: (m.wide(64 * m.d // 4096, 16, 16),), tokens=False),
+    Case("cayley_backward", "r 16", lambda m: (m.wide(64 * m.d // 4096, 16, 16),) * 2, tokens=False),
+    Case("importance_update_", "16 layers, r 16", _layers, tokens=False),
+)  # fmt: skip
+
+# Before the tiles and forms that this file now finds: seconds by (operator, label, T, d, k).
+BEFORE: dict[tuple, float] = {}
+
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?PT?\w*\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_TARGET = re.compile(r"0x([0-9a-f]+)")
+
+
+@dataclass
+class Loop:
+    blocks: frozenset[int]
+    opcodes: list[str]
+
+    def count(self, prefix: str) -> int:
+        return sum(op.startswith(prefix) for op in self.opcodes)
+
+
+def natural_loops(sass: str) -> tuple[list[Loop], list[str]]:
+    """Every loop, and the opcodes outside all loops. A loop is what can reach a jump back to a place that dominates the
+    jump: waits whose spinning was moved to the end of the kernel stay inside."""
+    listing = [(int(at, 16), bool(when), opcode, rest) for at, when, opcode, rest in _LINE.findall(sass)]
+    index = {at: i for i, (at, *_) in enumerate(listing)}
+    jumps: dict[int, list[int]] = {}
+    for i, (_, predicated, opcode, rest) in enumerate(listing):
+        name, target = opcode.split(".")[0], _TARGET.search(rest)
+        if name == "BRA" and target and int(target[1], 16) in index:
+            always = not predicated and not re.match(r"\s*!?U?P\d", rest)
+            jumps[i] = [index[int(target[1], 16)], *([] if always else [i + 1])]
+        elif name in ("EXIT", "RET") and not predicated:
+            jumps[i] = []
+        elif name == "BRX":  # a warp's role is looked up in a table: every place after it may come next
+            jumps[i] = list(range(i + 1, len(listing)))
+    starts = sorted({0} | {t for i, to in jumps.items() if listing[i][2] != "BRX" for t in (*to, i + 1)})
+    starts = [i for i in starts if i < len(listing)]
+    block_of, blocks = {}, []
+    for n, (first, end) in enumerate(zip(starts, [*starts[1:], len(listing)], strict=True)):
+        blocks.append((first, end))
+        block_of |= dict.fromkeys(range(first, end), n)
+    after: list[list[int]] = []
+    for first, end in blocks:
+        to = jumps.get(end - 1, [end])
+        after.append(sorted({block_of[t] for t in to if t < len(listing)}))
+    before: list[list[int]] = [[] for _ in blocks]
+    for n, to in enumerate(after):
+        for t in to:
+            before[t].append(n)
+    roots = {0} | {n for n, come in enumerate(before) if not come}
+    everything = (1 << len(blocks)) - 1
+    dominators = [1 << n if n in roots else everything for n in range(len(blocks))]
+    changed = True
+    while changed:
+        changed = False
+        for n, come in enumerate(before):
+            if n in roots:
+                continue
+            mine = everything
+            for c in come:
+                mine &= dominators[c]
+            mine |= 1 << n
+            changed, dominators[n] = changed or mine != dominators[n], mine
+    members: dict[int, set[int]] = {}
+    for n, to in enumerate(after):
+        for header in to:
+            if dominators[n] >> header & 1:
+                inside, waiting = members.setdefault(header, {header}), [n]
+                while waiting:
+                    block = waiting.pop()
+                    if block not in inside:
+                        inside.add(block)
+                        waiting += before[block]
+
+    def opcodes(chosen) -> list[str]:
+        return [listing[i][2] for n in sorted(chosen) for i in range(*blocks[n])]
+
+    looped = set().union(*members.values()) if members else set()
+    return [Loop(frozenset(each), opcodes(each)) for each in members.values()], opcodes(set(range(len(blocks))) - looped)
+
+
+def width(opcode: str) -> int:
+    """Bytes of each thread that a load or store moves."""
+    found = re.search(r"\.U?(128|64|16|8)\b", opcode)
+    return int(found[1]) // 8 if found else 4
+
+
+def wgmma_flops(opcodes: list[str]) -> float:
+    """Floating-point operations of a warp's share in the wgmma instructions."""
+    shapes = [re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode) for opcode in opcodes]
+    return sum(2.0 * math.prod(map(int, shape.groups())) / 4 for shape in shapes if shape)
+
+
+PRODUCTS = ("HGMMA", "HMMA", "FFMA")
+
+
+class Launch:
+    """A recorded launch with what it compiles to; ``launch.BT`` is an argument."""
+
+    def __init__(self, kernel, grid: tuple, args: tuple, kwargs: dict) -> None:
+        self.build = aot.build(ARCH, kernel, grid, args, kwargs)
+        self.values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        self.kernel, self.stem = kernel.__name__, kernel.fn.__module__.rsplit(".", 1)[1]
+        self.programs, self.threads = math.prod(grid), self.build.threads
+        self.warps = self.threads // 32
+        self.loops, self.outside = natural_loops(self.build.sass)
+
+    def __getattr__(self, name: str):
+        return self.values[name]
+
+    def hot(self, prefix: str) -> list[str]:
+        """The innermost loop with most instructions that start with ``prefix``."""
+        found = [loop for loop in self.loops if loop.count(prefix)]
+        inner = [loop for loop in found if not any(other.blocks < loop.blocks for other in found)]
+        return max(inner, key=lambda loop: loop.count(prefix)).opcodes if inner else []
+
+    def work(self, dram: float, in_flight: float, l2: float = 0.0, *, trips: float = 0.0, moved: float = 0.0,
+             prefix: str = "", warps: int = 0, uneven: float = 1.0) -> tuple[Code, Work]:  # fmt: skip
+        """trips: of all programs' loops; or moved: bytes by the widest instructions with ``prefix`` in the hot loop.
+        warps: of a program in it, if not all. uneven: the busiest processor's share of tiles over the mean."""
+        prefix = prefix or next((p for p in PRODUCTS if any(loop.count(p) for loop in self.loops)), "")
+        loop = self.hot(prefix) if trips or moved else []
+        passes = trips * (warps or self.warps)
+        if moved and loop:
+            widths = [width(op) for op in loop if op.startswith(prefix)]
+            passes = moved / (32 * max(widths) * widths.count(max(widths)))
+        each = self.programs * self.warps
+        flops = uneven * (passes * wgmma_flops(loop) + each * wgmma_flops(self.outside))
+        self.mix = loop
+        code = Code(self.build.registers, self.build.shared, [["HOT", *loop], ["BODY", *self.outside]])
+        return code, Work({"HOT": uneven * passes, "BODY": each}, uneven * dram, in_flight, uneven * l2, flops)
+
+
+def nbytes(*tensors: torch.Tensor | None) -> float:
+    return float(sum(t.numel() * t.element_size() for t in tensors if t is not None))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _matmul_work(l: Launch):
+    tiles = cdiv(l.T, l.BT) * cdiv(l.d, l.BD)
+    l2 = tiles * (l.BT + l.BD) * (l.k + l.r) * 2 - nbytes(l.x, l.w)
+    busiest = cdiv(tiles, l.programs) * l.programs / tiles
+    ahead = (l.num_stages if l.kernel == "described_matmul_kernel" else l.num_stages - 1) * (l.BT + l.BD) * l.BK * 2
+    return l.work(nbytes(l.x, l.w, l.h, l.B, l.out), ahead, l2, trips=tiles * cdiv(l.k, l.BK), warps=8, uneven=busiest)
+
+
+def _update(l: Launch):
+    l2 = l.programs * (l.BT + l.BD) * l.r * 2
+    return l.work(2 * nbytes(l.out) + nbytes(l.h, l.B), l.BT * l.BD * 2, l2, trips=l.programs * cdiv(l.r, l.R))
+
+
+def _partials(*outs: torch.Tensor | None) -> tuple[float, float]:
+    """(dram, l2) bytes that writing results takes: partial sums stay in L2 where they fit."""
+    parts = nbytes(*(t for t in outs if t is not None and t.dtype == torch.float32))
+    wholes = nbytes(*outs) - parts
+    return (wholes, parts) if parts <= L2_HOLDS else (wholes + parts, 0.0)
+
+
+def _backward(l: Launch):
+    blocks, chunks = cdiv(l.T, l.BT), cdiv(l.r, l.R)
+    dram, l2 = _partials(l.u, l.dB, l.db, l.dyz)
+    dram += nbytes(l.dy) * chunks + nbytes(l.y if l.dyz is not None else None, l.gdy, l.h, l.B)
+    ahead = (l.num_stages - 1) * l.BT * l.BD * 2
+    return l.work(dram, ahead, l2 + blocks * nbytes(l.B), trips=blocks * chunks * cdiv(l.d, l.BD))
+
+
+def _sums(l: Launch):
+    partials = [l.values[f"p{i}"] for i in range(4)]
+    outs = [l.values[f"o{i}"] for i in range(4)]
+    parts = nbytes(*partials)
+    dram, l2 = (nbytes(*outs), parts) if parts <= L2_HOLDS else (nbytes(*outs) + parts, 0.0)
+    return l.work(dram, l.SPLITS * l.BLOCK * 4, l2, moved=parts, prefix="LDG")
+
+
+def _norm(l: Launch):
+    A = l.A.element_size()
+    return l.work(nbytes(l.w, l.A, l.B), l.BM * l.BK * 2, cdiv(l.d, l.BM) * l.k * l.r * A,
+                  trips=cdiv(l.d, l.BM) * cdiv(l.k, l.BK))  # fmt: skip
+
+
+def _project(l: Launch):
+    blocks, chunks = cdiv(l.T, l.BT), cdiv(l.r, l.R)
+    dram, l2 = _partials(l.h)
+    return l.work(dram + nbytes(l.x) * chunks, 2 * l.BT * l.BK * 2, l2 + blocks * nbytes(l.A),
+                  trips=blocks * chunks * cdiv(l.k, l.BK))  # fmt: skip
+
+
+def _outer(l: Launch):
+    blocks, chunks = cdiv(l.k, l.BK), cdiv(l.r, l.R)
+    dram, l2 = _partials(l.dA)
+    return l.work(dram + nbytes(l.x) * chunks, 2 * l.BT * l.BK * 2, l2 + blocks * nbytes(l.u),
+                  trips=blocks * chunks * cdiv(l.T, l.BT))  # fmt: skip
+
+
+def _lift(l: Launch):
+    return l.work(2 * nbytes(l.out) + nbytes(l.u, l.A), l.BT * l.BK * 2, l.programs * (l.BT + l.BK) * l.r * 2,
+                  trips=l.programs * cdiv(l.r, l.R))  # fmt: skip
+
+
+def _segment_project(l: Launch):
+    blocks = cdiv(l.T, l.BT)
+    return l.work(nbytes(l.x, l.A, l.out), (l.num_stages - 1) * l.BT * l.BK * 2, blocks * l.k * l.r * 2,
+                  trips=blocks * cdiv(l.k, l.BK) * cdiv(l.r, l.R))  # fmt: skip
+
+
+def _segment_outer(l: Launch):
+    n = l.offsets.numel() - 1
+    steps = n * cdiv(l.x.shape[0] // n, l.BT) * cdiv(l.k, l.BK)
+    return l.work(nbytes(l.u, l.x, l.out), (l.num_stages - 1) * l.BT * l.BK * 2, trips=steps)
+
+
+def _block_sum(l: Launch):
+    return l.work(nbytes(l.x, l.h), l.BT * l.TURNS * l.R * 2, moved=nbytes(l.x), prefix="LDG")
+
+
+def _block_tile(l: Launch):
+    reads = 1 + bool(l.ACCUMULATE)
+    return l.work(reads * nbytes(l.out) + nbytes(l.s), l.BT * l.TURNS * l.R * 2, moved=nbytes(l.out), prefix="STG")
+
+
+def _weight(l: Launch):
+    return l.work(nbytes(l.w, l.out, l.B), (l.num_stages - 1) * l.BM * l.BC * 2, trips=l.n * l.tiles)
+
+
+def _contract(l: Launch):
+    steps = l.n * cdiv(l.turns, l.BM // l.BC) * l.CHUNKS * cdiv(l.r, l.BC) * cdiv(l.r, l.BE)
+    ahead = (l.num_stages - 1) * l.BM * (l.BC * 2 + l.BE * l.G.element_size())
+    dram, l2 = _partials(l.dB)
+    return l.work(nbytes(l.w, l.G) + dram, ahead, l2, trips=steps)
+
+
+def _few(l: Launch):
+    owners = l.width // l.r
+    steps = owners * l.CHUNKS**3 * cdiv(l.T, l.BT) * l.blocks
+    dram, l2 = _partials(l.out)
+    return l.work(nbytes(l.w, l.B, l.x) + dram, (l.num_stages - 1) * l.BC * l.BC * 2, l2 + steps * l.BC * l.BC * 4,
+                  trips=steps)  # fmt: skip
+
+
+def _mix(l: Launch):
+    dram, l2 = _partials(l.s)
+    return l.work(nbytes(l.x, l.z, l.C) + dram, (l.num_stages - 1) * l.BT * l.BC * 2, l2 + cdiv(l.T, l.BT) * nbytes(l.C),
+                  trips=cdiv(l.T, l.BT) * cdiv(l.r, l.BE) * l.turns * l.CHUNKS)  # fmt: skip
+
+
+def _mix_backward(l: Launch):
+    dram, l2 = _partials(l.dC)
+    moved = nbytes(l.g) * (1 + (l.C is not None)) + (nbytes(l.x) if l.dC is not None else 0.0)
+    return l.work(dram + moved + nbytes(l.q), 2 * l.BT * l.BC * 2, l2 + l.n * nbytes(l.q), trips=l.n * cdiv(l.T, l.BT))
+
+
+def _spmm(l: Launch):
+    nnz, n = l.columns.numel(), l.row_offsets.numel() - 1
+    steps = n * cdiv(l.T, l.BT) * cdiv(nnz // n, l.BE)
+    return l.work(nbytes(l.x, l.columns, l.values["values"]) + 2 * nbytes(l.out), l.BT * l.BE * 2, nnz * l.T * 32.0,
+                  trips=steps, prefix="LDG")  # fmt: skip
+
+
+def _sddmm(l: Launch):
+    return l.work(nbytes(l.x, l.dy, l.columns, l.out), l.BT * l.BE * 4, l.nnz * l.T * 32.0,
+                  trips=cdiv(l.nnz, l.BE) * cdiv(l.T, l.BT), prefix="LDG")  # fmt: skip
+
+
+def _sectors(l: Launch, target: torch.Tensor, each: int):
+    """Entries that touch a sector each, after a binary search."""
+    return l.work(each * 32.0 * l.nnz + nbytes(l.columns), l.BE * 36, trips=l.programs * l.STEPS, prefix="LDG")
+
+
+def _moments(l: Launch):
+    n = l.exp_avg.numel()
+    return l.work(20.0 * n, l.BLOCK * 12, moved=8.0 * n, prefix="STG")
+
+
+WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
+    "lowrank.matmul_kernel": _matmul_work,
+    "lowrank.described_matmul_kernel": _matmul_work,
+    "lowrank.update_kernel": _update,
+    "lowrank.backward_kernel": _backward,
+    "common.sum_partials_kernel": _sums,
+    "dora.norm_kernel": _norm,
+    "dora.finish_kernel": lambda l: l.work(nbytes(l.out), l.BLOCK * l.RANGES * 4, nbytes(l.partial)),
+    "dora.magnitude_kernel": lambda l: l.work(nbytes(l.dyz, l.g, l.norm, l.bias, l.dm), l.BLOCK * 16),
+    "dropout.project_kernel": _project,
+    "dropout.outer_kernel": _outer,
+    "dropout.lift_kernel": _lift,
+    "dropout.dropout_kernel": lambda l: l.work(nbytes(l.x, l.out), l.BT * l.BK * 2),
+    "segments.project_kernel": _segment_project,
+    "segments.lift_kernel": lambda l: l.work(2 * nbytes(l.out) + nbytes(l.h, l.B), l.BT * l.BD * 2, 0.0,
+                                             trips=l.programs * cdiv(l.r, l.R)),
+    "segments.outer_kernel": _segment_outer,
+    "blocksum.block_sum_kernel": _block_sum,
+    "blocksum.block_tile_kernel": _block_tile,
+    "bat.weight_kernel": _weight,
+    "bat.contract_kernel": _contract,
+    "bat.matmul_kernel": _few,
+    "bat.mix_kernel": _mix,
+    "bat.mix_backward_kernel": _mix_backward,
+    "csr.scatter_kernel": lambda l: _sectors(l, l.out, 2),
+    "csr.gather_kernel": lambda l: _sectors(l, l.dense, 1),
+    "csr.spmm_kernel": _spmm,
+    "csr.sddmm_kernel": _sddmm,
+    "policy.logprob_kernel": lambda l: l.work(nbytes(l.logits), l.BLOCK * 2, moved=nbytes(l.logits), prefix="LDG"),
+    "policy.gradient_kernel": lambda l: l.work(2 * nbytes(l.logits), l.BLOCK * 2),
+    "cayley.cayley_kernel": lambda l: l.work(2 * nbytes(l.X), l.R * l.R * 4, trips=l.programs * l.r, prefix="SHFL"),
+    "cayley.cayley_backward_kernel": lambda l: l.work(3 * nbytes(l.Q), l.STEP * l.R * 8,
+                                                      trips=l.programs * 2 * cdiv(l.r, l.STEP)),
+    "importance.moments_kernel": _moments,
+    "importance.score_kernel": lambda l: l.work(0.0, 0.0, 8.0 * l.exp_avg.numel(), moved=8.0 * l.exp_avg.numel(),
+                                                prefix="LDG"),
+}  # fmt: skip
+
+
+@dataclass
+class Line:
+    """A launch of the table."""
+
+    launch: Launch
+    time: Time
+    work: Work
+
+    def cells(self) -> list[str]:
+        l, kinds = self.launch, Counter(op.split(".")[0] for op in self.launch.mix)
+        wide = sum(op.startswith(("LDG.", "LDGSTS")) and ".128" in op for op in l.mix)
+        under_way = min(self.time.resident, cdiv(l.programs, PROCESSORS)) * self.work.in_flight
+        mix = " ".join(f"{n} {name}" for name, n in kinds.most_common(5))
+        return [f"{l.stem}.{l.kernel}", str(l.programs), str(l.threads), str(l.build.registers),
+                f"{l.build.shared / 1024:.0f}", str(self.time.resident), f"{under_way / 1024:.0f}", l.build.product,
+                str(len(l.mix) or len(l.outside)), str(wide), mix, self.time.bound,
+                f"{1e6 * self.time.seconds:.1f}"]  # fmt: skip
+
+
+def lines(operator: str, args: tuple) -> list[Line]:
+    with aot.recorded(ARCH) as launches:
+        aot.launcher(OPERATORS[operator].stem, operator)(*args)
+    found = []
+    for recorded in launches:
+        launch = Launch(*recorded)
+        code, work = WORKS[f"{launch.stem}.{launch.kernel}"](launch)
+        found.append(Line(launch, estimate(code, work, launch.programs, launch.threads, 0), work))
+    return found
+
+
+def row(case: Case, T: int, d: int, k: int) -> tuple[table.Row, list[Line]]:
+    args = case.arguments(Make(T, d, k, "meta"))
+    found = lines(case.operator, args)
+    kernels = [table.Kernel(f"{e.launch.stem}.{e.launch.kernel}", e.launch.build.registers, e.launch.build.shared,
+                            e.launch.programs, e.launch.threads, e.time.resident, e.time.waves, e.time.bound,
+                            e.time.seconds) for e in found]  # fmt: skip
+    seconds = RAMP + NEXT * (len(found) - 1) + sum(kernel.seconds for kernel in kernels)
+    before = BEFORE.get((case.operator, case.label, T, d, k))
+    return table.Row("triton", case.operator, case.label, T, d, k, seconds, table.floor(case, args), kernels, before), found
+
+
+def compiled() -> Iterator[table.Row]:
+    """A row for each case and size."""
+    for case in (*CASES, *MORE):
+        for T, d, k in table.sizes(case):
+            yield row(case, T, d, k)[0]
+
+
+HEAD = ("case", "W", "us", "%", "kernel", "blocks", "threads", "regs", "KiB", "fit", "KiB/SM", "product", "loop", "16 B",
+        "its most", "bound", "us alone")  # fmt: skip
+
+
+def main(words: list[str]) -> None:
+    """The table at the most tokens, a line for each launch; words filter the cases."""
+    shown = []
+    for case in (*CASES, *MORE):
+        for T, d, k in table.sizes(case):
+            if T != table.TOKENS[0] or not all(word in f"{case.name} {d}x{k}" for word in words):
+                continue
+            made, found = row(case, T, d, k)
+            for i, line in enumerate(found):
+                own = [case.name, f"{d}x{k}", f"{1e6 * made.seconds:.1f}", f"{100 * made.share:.0f}"]
+                shown.append([*(own if i == 0 else [""] * 4), *line.cells()])
+    print(text(HEAD, shown))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
