@@ -353,6 +353,20 @@ def _sddmm(l: Launch):
                   trips=cdiv(l.nnz, l.BE) * cdiv(l.T, l.BT), prefix="LDG")  # fmt: skip
 
 
+def _turned_spmm(l: Launch):
+    nnz, n, turned = l.columns.numel(), l.row_offsets.numel() - 1, nbytes(l.turned)
+    steps = l.programs * cdiv(nnz, n)
+    l2 = nnz * l.length * l.turned.element_size() + l.programs * l.BO * nnz / n * 8
+    return l.work(2 * nbytes(l.out), l.BT * l.BO * 2, l2 + turned, trips=steps, prefix="FFMA")
+
+
+def _turned_sddmm(l: Launch):
+    """Entries of a row read it from L1 after the first, as they run side by side."""
+    each = l.length * l.x.element_size()
+    l2 = l.nnz * each + l.programs * 2 * each
+    return l.work(nbytes(l.columns, l.out), 2 * l.BT * l.BE * 2, l2, trips=l.programs * l.length / l.BT, prefix="FFMA")
+
+
 def _sectors(l: Launch, target: torch.Tensor, each: int):
     """Entries that touch a sector each, after a binary search."""
     return l.work(each * 32.0 * l.nnz + nbytes(l.columns), l.BE * 36, trips=l.programs * l.STEPS, prefix="LDG")
@@ -391,6 +405,9 @@ WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
     "csr.gather_kernel": lambda l: _sectors(l, l.dense, 1),
     "csr.spmm_kernel": _spmm,
     "csr.sddmm_kernel": _sddmm,
+    "csr.turn_kernel": lambda l: l.work(nbytes(l.x), l.BT * l.BK * 2, nbytes(l.turned)),
+    "csr.turned_spmm_kernel": _turned_spmm,
+    "csr.turned_sddmm_kernel": _turned_sddmm,
     "policy.logprob_kernel": lambda l: l.work(nbytes(l.logits), l.BLOCK * 2, moved=nbytes(l.logits), prefix="LDG"),
     "policy.gradient_kernel": lambda l: l.work(2 * nbytes(l.logits), l.BLOCK * 2),
     "cayley.cayley_kernel": lambda l: l.work(2 * nbytes(l.X), l.R * l.R * 4, trips=l.programs * l.r, prefix="SHFL"),

@@ -150,6 +150,7 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "csr_spmm_ few": ("csr", "csr_spmm_", (y[few], x[few], values, *indices, None)),
         "csr_spmm_ permuted": ("csr", "csr_spmm_", (y, x, values, *indices, indices[1])),
         "csr_sddmm": ("csr", "csr_sddmm", (dy, x, *indices)),
+        "csr_sddmm few": ("csr", "csr_sddmm", (dy[few], x[few], *indices)),
         "csr_sddmm odd": ("csr", "csr_sddmm", (dy, odd, *indices)),
     }
     token, row = make(512, dtype=torch.int64), make(512, dtype=wide)
@@ -370,6 +371,21 @@ def test_products_have_warps_of_their_own_for_copies(arch):
     assert kernel.count("UTMALDG") >= 6 and not kernel.count(r"LDGSTS\b") and kernel.count("USETMAXREG") >= 4
     warps, outputs = {90: (4, 256 * 128), 100: (8, 128 * 128)}[arch]  # of a consumer, each with code of its own
     assert 16 * 32 * warps * kernel.count(r"STG\.E\.128") == 2 * outputs
+
+
+@pytest.mark.slow
+def test_sparse_products_read_turned_rows_16_bytes_at_a_time():
+    for case in ("csr_spmm_ permuted", "csr_sddmm odd"):
+        kernel = builds(90, *samples(torch.bfloat16)[case])[-1]
+        assert kernel.name.startswith("turned") and kernel.count(r"LDG\.E\.128") >= 2, case
+        assert not kernel.count(r"LDG\.E\.U16") or case.startswith("csr_spmm_")  # out, whose strides are anyone's
+
+
+@pytest.mark.slow
+def test_masks_multiply_once():
+    """A round of Philox is two wide products; two halves each would be four. 4 per thread draw 16 bytes twice."""
+    kernel = builds(90, *samples(torch.bfloat16)["block_sum r64 dropout"])[0]
+    assert kernel.count(r"IMAD\.HI") == 0 and 140 <= kernel.count(r"IMAD\.WIDE") <= 180
 
 
 @pytest.mark.slow

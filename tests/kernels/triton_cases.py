@@ -148,6 +148,23 @@ def every_operator_is_listed():
         assert triton_kernels.has(operator.stem, name) == callable(getattr(module, name, None)), name
 
 
+@case
+def sparse_products_in_several_chunks_of_tokens():
+    """Whole chunks, and one that is cut; and the most tokens that are read as they are."""
+    from spectral_ops.triton_kernels import csr
+
+    whole = csr.CHUNK
+    csr.CHUNK = 128
+    try:
+        for T in (csr.FEW - 1, 256, 300):
+            for name in ("csr_spmm_", "csr_sddmm"):
+                for args in samples_of(name, dtype=torch.bfloat16, T=T, d=19, k=40, r=1):
+                    with poisoned():
+                        check_operator(_library.OPERATORS[name], triton_op(name), args)
+    finally:
+        csr.CHUNK = whole
+
+
 @contextlib.contextmanager
 def seen_as(stem: str, arch: int):
     """The kernels of a module as another architecture gets them; yields the names of those that run."""
