@@ -8,7 +8,8 @@ Bytes moved, for elements of s bytes:
   the finished dB [BD, r] of its tokens for each step. Partial sums are float32: T r per range of features and d r per
   block of tokens, written and read once and meanwhile in L2 if it holds them. With T = 8192,
   d = 4096, r = 16 in bfloat16 on 132 processors: 67 MB of dy from memory (22 us at 3 TB/s), and 10.5 MB of partial sums
-  each way for 32 blocks by 4 ranges. Ranks above 128 (64 with y or gdy) read dy again.
+  each way for 32 blocks by 4 ranges. Ranks above 128 (64 with y or gdy) read dy again. Where dB's partial sums would
+  move more than dy, a second pass makes it: a program owns outputs there, and walks the tokens.
 * ``lowrank_matmul``: x and W as any product does; h and B add r / k to it.
 
 Where rows can be described to the copy engine (``described``), ``lowrank_matmul`` of 16-bit elements reads its tiles
@@ -73,6 +74,10 @@ BACKWARD = {
     (80, 2): {16: (256, 32, 8, 3), 32: (256, 32, 8, 3), 64: (128, 32, 8, 3), 128: (64, 32, 8, 3)},
     4: {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
 }
+# element size, or (architecture, that): tokens per step, outputs, greatest rank, warps, stages
+OUTER = {2: (64, 128, 128, 8, 3), (80, 2): (64, 64, 64, 4, 3), 4: (32, 32, 32, 4, 2)}
+OUTER_UNALIGNED = (32, 32, 32, 4, 1)
+HELD = 1 << 25  # bytes of partial sums that L2 may hold: for more of them, dy is read twice where that is less
 BACKWARD_UNALIGNED = {2: (64, 32, 8, 1), 4: (32, 32, 8, 1)}
 
 
@@ -292,6 +297,31 @@ def backward_kernel(
         tl.store(target, narrow(lifted * scale, u.dtype.element_ty), mask=(t < T)[:, None] & (p < r)[None, :])
 
 
+@triton.jit(do_not_specialize=["T"])
+def outer_kernel(
+    dy, h, g, dB, scale, T, d, r, span, dy_t, dy_o, h_t, h_p,
+    BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB [ranges, d, r] alone: a program owns its outputs over ``span`` tokens."""
+    o = tl.program_id(0) * BD + tl.arange(0, BD)
+    part = tl.program_id(1)
+    p = tl.program_id(2) * R + tl.arange(0, R)
+    last = tl.minimum((part + 1) * span, T)
+    total = tl.zeros([BD, R], tl.float32)
+    for t0 in tl.range(part * span, last, BT, num_stages=STAGES):
+        t = (t0 + tl.arange(0, BT)).to(tl.int64)
+        step = tl.load(dy + t[:, None] * dy_t + o[None, :].to(tl.int64) * dy_o,
+                       mask=(t < last)[:, None] & (o < d)[None, :], other=0.0)  # fmt: skip
+        tokens = tl.load(h + t[:, None] * h_t + p[None, :].to(tl.int64) * h_p,
+                         mask=(t < last)[:, None] & (p < r)[None, :], other=0.0)  # fmt: skip
+        total = dot(tl.trans(step), tokens, total, "ieee")
+    total *= scale
+    if g is not None:
+        total *= tl.load(g + o, mask=o < d, other=0.0).to(tl.float32)[:, None]
+    target = dB + (part * d + o[:, None]).to(tl.int64) * r + p[None, :]
+    tl.store(target, total, mask=(o < d)[:, None] & (p < r)[None, :])
+
+
 def lowrank_backward(
     dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_db, need_gdy, tiles: Literal["", "short", "narrow"] = ""
 ):
@@ -316,6 +346,8 @@ def lowrank_backward(
         (BT, BD, warps, stages), R = BACKWARD_UNALIGNED[dy.element_size()], min(R, 32)
     blocks = cdiv(T, BT)
     ranges, steps = split(cdiv(d, BD), blocks * cdiv(max(r, 1), R), processors(dy) * (1 + heavy))
+    sums = 4 * blocks * dB.numel()  # bytes that one pass writes and reads again
+    twice = sums > HELD and 2 * sums >= dy.numel() * dy.element_size()
     jobs = []
 
     def partial(out: torch.Tensor, wanted: bool, parts: int) -> torch.Tensor | None:
@@ -328,13 +360,23 @@ def lowrank_backward(
         return jobs[-1][0]
 
     with on_device(dy):
-        backward_kernel[(blocks, ranges, cdiv(r, R) or 1)](
-            dy, h, B, g, y, bias,
-            partial(u, need_u, ranges), partial(dB, need_dB, blocks), partial(db, need_db, blocks),
-            partial(dyz, y is not None, blocks), gdy if need_gdy else None,
-            scale, T, d, r, steps * BD, *dy.stride(), *h.stride(), *B.stride(), *strides(y),
-            BT=BT, BD=BD, R=R, STAGES=stages, FLIP=arch(dy) < 90, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        if not twice or u.numel() or need_db or need_gdy or y is not None:
+            backward_kernel[(blocks, ranges, cdiv(r, R) or 1)](
+                dy, h, B, g, y, bias,
+                partial(u, need_u, ranges), partial(dB, need_dB and not twice, blocks), partial(db, need_db, blocks),
+                partial(dyz, y is not None, blocks), gdy if need_gdy else None,
+                scale, T, d, r, steps * BD, *dy.stride(), *h.stride(), *B.stride(), *strides(y),
+                BT=BT, BD=BD, R=R, STAGES=stages, FLIP=arch(dy) < 90, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        if twice:
+            BT, BD, R, warps, stages = tile(OUTER, dy) if aligned(dy, h) else OUTER_UNALIGNED
+            R = power_of_2(r, 16, R)
+            columns = cdiv(d, BD), cdiv(r, R)
+            ranges, steps = split(cdiv(T, BT), columns[0] * columns[1], 2 * processors(dy))
+            outer_kernel[(columns[0], ranges, columns[1])](
+                dy, h, g, partial(dB, True, ranges), scale, T, d, r, steps * BT, *dy.stride(), *h.stride(),
+                BT=BT, BD=BD, R=R, STAGES=stages, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
         if jobs:
             sum_partials(jobs)
     return u, dB, db, dyz, gdy

@@ -248,6 +248,13 @@ def _partials(*outs: torch.Tensor | None) -> tuple[float, float]:
     return (wholes, parts) if parts <= L2_HOLDS else (wholes + parts, 0.0)
 
 
+def _lowrank_outer(l: Launch):
+    blocks, chunks = cdiv(l.d, l.BD), cdiv(l.r, l.R)
+    dram, l2 = _partials(l.dB)
+    ahead = (l.num_stages - 1) * l.BT * l.BD * 2
+    return l.work(dram + nbytes(l.dy) * chunks, ahead, l2 + blocks * nbytes(l.h), trips=blocks * chunks * cdiv(l.T, l.BT))
+
+
 def _backward(l: Launch):
     blocks, chunks = cdiv(l.T, l.BT), cdiv(l.r, l.R)
     dram, l2 = _partials(l.u, l.dB, l.db, l.dyz)
@@ -382,6 +389,7 @@ WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
     "lowrank.described_matmul_kernel": _matmul_work,
     "lowrank.update_kernel": _update,
     "lowrank.backward_kernel": _backward,
+    "lowrank.outer_kernel": _lowrank_outer,
     "common.sum_partials_kernel": _sums,
     "dora.norm_kernel": _norm,
     "dora.finish_kernel": lambda l: l.work(nbytes(l.out), l.BLOCK * l.RANGES * 4, nbytes(l.partial)),

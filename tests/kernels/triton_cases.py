@@ -149,6 +149,27 @@ def every_operator_is_listed():
 
 
 @case
+def gradients_that_read_dy_twice():
+    """With g, biases and y; one range of tokens and several; rows that are not aligned; dB and nothing else."""
+    from spectral_ops.triton_kernels import lowrank
+
+    held, operator, backward = lowrank.HELD, _library.OPERATORS["lowrank_backward"], triton_op("lowrank_backward")
+    lowrank.HELD = 0
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            for size in ((300, 8, 72, 40), (67, 8, 57, 130)):
+                for args in samples("lowrank_backward", dtype, size):
+                    only = (*args[:5], None, None, False, True, False, False)
+                    for each in (args, only):
+                        with seen_as("lowrank", 90) as names, poisoned():
+                            check_operator(operator, backward, each)
+                        assert ("outer_kernel" in names) == each[8]
+                        assert ("backward_kernel" in names) == (each[5] is not None or each[7] or any(each[9:]))
+    finally:
+        lowrank.HELD = held
+
+
+@case
 def sparse_products_in_several_chunks_of_tokens():
     """Whole chunks, and one that is cut; and the most tokens that are read as they are."""
     from spectral_ops.triton_kernels import csr
