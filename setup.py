@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -24,12 +25,21 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def tool(name: str) -> str:
+def tool(name: str) -> str | None:
     """A build tool: the one installed beside this Python, or the one on PATH."""
-    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    if path is None:
-        raise SystemExit(f"spectral_ops: {name} was not found (pip install {name}); SPECTRAL_OPS_SKIP_BUILD=1 skips it")
-    return path
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def check_tools(compiles: bool) -> None:
+    """Says in one command what this environment lacks; pip would tell the first of it, in its own words."""
+    packs = {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv)
+    old = tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1)  # newer ones pack wheels by themselves
+    lacking = [name for name in ("cmake", "ninja") if compiles and tool(name) is None]
+    lacking += ["wheel"] if packs and old and importlib.util.find_spec("wheel") is None else []
+    if lacking:
+        names = " and ".join(lacking)
+        skip = "; SPECTRAL_OPS_SKIP_BUILD=1 builds without a compiler" if lacking != ["wheel"] else ""
+        raise SystemExit(f"spectral_ops: {names} not found; run: pip install {' '.join(lacking)}{skip}")
 
 
 def torch_folder() -> Path:
@@ -102,9 +112,16 @@ extensions = []
 if not flag("SPECTRAL_OPS_SKIP_BUILD"):
     extensions = [Extension(f"spectral_ops.{n}", [], py_limited_api=True) for n in ("_C", *["_C_cuda"] * want_cuda())]
 
+if {"build_ext", "bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
+    check_tools(compiles=bool(extensions))
+
 packages = {*find_packages(include=["spectral_ops", "spectral_ops.*"]), "spectral_ops.triton_kernels"}
 
+# PEP 639's expression, or for setuptools < 77 the plain text
+license_field = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
+
 setup(
+    **{license_field: "Apache-2.0"},
     packages=sorted(packages),
     ext_modules=extensions,
     cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy},

@@ -71,6 +71,53 @@ def pure_wheel(tmp_path_factory):
     return build_wheel(tmp_path_factory.mktemp("pure"), SPECTRAL_OPS_SKIP_BUILD="1")
 
 
+# --- setuptools: any from 64 ---
+
+
+@pytest.fixture(scope="module")
+def old_setuptools(tmp_path_factory) -> Path:
+    """A folder with the setuptools that this Python's venv would bring, which is older than 77 up to Python 3.11."""
+    import ensurepip
+
+    wheels = sorted((Path(ensurepip.__file__).parent / "_bundled").glob("setuptools-*.whl"))
+    if not wheels:
+        pytest.skip("this Python brings no setuptools")
+    folder = tmp_path_factory.mktemp("setuptools")
+    zipfile.ZipFile(wheels[0]).extractall(folder)
+    (folder / "torch").symlink_to(Path(torch.__file__).parent)
+    return folder
+
+
+def old_python(setuptools: Path, folder: Path, *command: str, check: bool = True, path: str = "") -> str:
+    """``setup.py command`` by the bare interpreter, which then sees no package but this setuptools and torch."""
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "spectral_ops", "triton_kernels"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    env = {"PYTHONPATH": str(setuptools), "PATH": path, "SETUPTOOLS_USE_DISTUTILS": "local"}
+    if check:
+        env["SPECTRAL_OPS_SKIP_BUILD"] = "1"
+    bare = (sys._base_executable, "-S", "-W", "ignore", "setup.py", "-q", *command)
+    done = run(*bare, cwd=folder, check=check, **env)
+    assert check or done.returncode == 1
+    return done.stdout + done.stderr
+
+
+def test_metadata_by_an_old_setuptools(old_setuptools, tmp_path):
+    old_python(old_setuptools, tmp_path, "egg_info", "-e", str(tmp_path))
+    text = (tmp_path / "spectral_ops.egg-info" / "PKG-INFO").read_text()
+    assert f"Version: {spectral_ops.__version__}" in text
+    assert re.search(r"^License(-Expression)?: Apache-2.0$", text, re.M)
+
+
+def test_what_the_build_lacks_is_named_with_the_command(old_setuptools, tmp_path):
+    text = old_python(old_setuptools, tmp_path, "bdist_wheel", check=False)
+    assert re.search(
+        r"^spectral_ops: cmake and ninja\b.* not found; run: pip install cmake ninja( wheel)?; ", text, re.M
+    )
+    alone = old_python(old_setuptools, tmp_path, "build_ext", check=False)
+    assert "run: pip install cmake ninja;" in alone  # wheel packs, it does not compile
+
+
 # --- wheels ---
 
 

@@ -4,7 +4,7 @@ tensor-core or 16-byte instructions is. What the kernels compute is tested in te
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -14,13 +14,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.estimates import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = ("8.0", "9.0a", "10.0a")
 INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
+    "HGMMA by rows": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspB",  # a warpgroup's; A as it is stored,
+    "HGMMA by columns": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspA\.tnspB",  # or transposed
+    "cluster barrier": r"\bUCGABAR_ARV\b",
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
+    "LDG": r"\bLDG\.E",
+    "STG": r"\bSTG\.E",
     "LDG128": r"\bLDG\.E\S*\.128\b",
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
@@ -40,17 +48,6 @@ def run(*command) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def disassembler() -> str | None:
-    """cuobjdump of the CUDA toolkit, or the one that Triton brings."""
-    if path := shutil.which("cuobjdump"):
-        return path
-    spec = importlib.util.find_spec("triton")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
-    return str(path) if path.exists() else None
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +85,41 @@ def test_extension_links(nvcc_build):
     assert "spectral_ops::" not in symbols, "a launch function is declared but not defined"
 
 
+LOAD = """
+import ctypes, importlib.util, sys
+import torch
+from spectral_ops import _library
+if torch.version.cuda is None:
+    ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_LOCAL)  # in whose place a torch with CUDA has loaded the real one
+spec = importlib.util.spec_from_file_location("spectral_ops._C_cuda", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+module.register()
+assert module.schema_hash == _library.schema_hash()
+registered = torch._C._dispatch_has_kernel_for_dispatch_key
+print(sum(registered(f"spectral_ops::{name}", "CUDA") for name in module.operators), len(module.operators))
+"""
+
+
+@pytest.mark.parametrize("python", ["this", "SPECTRAL_OPS_CUDA_PYTHON"])
+def test_extension_loads(nvcc_build, python):
+    """torch loads its libraries with local scope, so what _C_cuda takes from libtorch_cuda is found by its name alone.
+
+    Without CUDA in torch an empty libtorch_cuda stands in; SPECTRAL_OPS_CUDA_PYTHON names a Python whose torch has it.
+    """
+    stub = nvcc_build / "stub" / "libtorch_cuda.so"
+    if python == "this" and torch.version.cuda is None and not stub.exists():
+        pytest.skip("the build found a libtorch_cuda, which this torch has not")
+    interpreter = sys.executable if python == "this" else os.environ.get(python)
+    if not interpreter:
+        pytest.skip(f"{python} names no Python whose torch has CUDA")
+    registered, operators = run(interpreter, "-c", LOAD, nvcc_build / "_C_cuda.abi3.so", stub).split()
+    assert registered == operators and int(operators) >= 37
+
+
 @pytest.fixture(scope="module")
 def kernels(nvcc_build):
     """How often each of INSTRUCTIONS occurs in each kernel on sm_90a: {name with template arguments: Counter}."""
-    cuobjdump = disassembler()
+    cuobjdump = sass.disassembler()
     if cuobjdump is None:
         pytest.skip("cuobjdump is neither on PATH nor part of an installed Triton")
     found = {}
@@ -142,6 +170,20 @@ def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
             assert counts[instruction] > 0, (symbol, instruction, counts)
 
 
+def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):
+    chosen = of(kernels, "lowrank", "backward_wgmma", HALF)
+    assert len(chosen) == 2
+    for symbol, counts in chosen.items():
+        # a step: four to a tile of 64 columns for u, eight to the 128 columns of a warpgroup for dB
+        assert counts["HGMMA by rows"] == 4 and counts["HGMMA by columns"] == 8, (symbol, counts)
+        assert counts["LDGSTS128"] > 0 and counts["cluster barrier"] > 0, (symbol, counts)
+    text = (nvcc_build / "cuda" / "lowrank_backward_wgmma.o.log").read_text()
+    assert not re.search(r"\(C75\d\d\)", text), text  # ptxas has serialized them
+    used = re.findall(r"entry function '\S*\dbackward_wgmmaI\S*' for 'sm_90a'.*?Used (\d+) registers", text, re.DOTALL)
+    assert len(used) == 2, text
+    assert all(64 <= int(n) <= 96 for n in used), used  # has_body() wants as many; 640 threads leave no more
+
+
 @pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])
 def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
     for symbol, counts in of(kernels, "csr", kernel).items():
@@ -165,8 +207,24 @@ def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
 
 def test_streams_are_16_bytes_wide(kernels):
     wide = r"(?:6__halfLi8E|13__nv_bfloat16Li8E|fLi4E|dLi2E)"
-    for symbol, counts in of(kernels, "blocksum", "cyclic_sum", wide).items():
-        assert counts["LDG128"] >= (5 if "Lb0E" in symbol else 1), symbol  # four under way, and one for the rest
+    for kernel, plain, dropout in (("cyclic_sum", 8, 2), ("run_sum", 4, 2)):
+        for symbol, counts in of(kernels, "blocksum", kernel, wide).items():
+            assert counts["LDG128"] >= (plain if "Lb0E" in symbol else dropout), symbol  # under way at once
     for symbol, counts in of(kernels, "blocksum", "tile").items():
         if not re.search(r"Li1E", symbol):
-            assert counts["LDG128"] > 0 and counts["STG128"] > 0, symbol
+            assert counts["LDGSTS128"] >= 5 and counts["STG128"] > 0, symbol  # four under way, and the next
+
+
+def test_whole_tiles_move_only_16_bytes(kernels):
+    for symbol, counts in of(kernels, "blocksum", "tile", r"\S+Li[248]ELb1E").items():
+        assert counts["STG"] == counts["STG128"] == 1 and counts["LDG"] - counts["LDG128"] <= 1, symbol  # the seed
+
+
+def test_whole_updates_move_only_16_bytes(kernels):
+    for chunks in (0, 1, 2):
+        chosen = of(kernels, "lowrank", "update_mma", rf"{HALF}Li{chunks}ELi8E")
+        for symbol, counts in chosen.items():
+            assert counts["LDG"] - counts["LDG128"] <= 2, symbol  # g and shift
+            assert counts["STG"] == counts["STG128"] == 4, symbol  # no loop was unrolled: 32 rows at a time
+            # out of the first rows and of the next, h, and B where it stays in registers
+            assert counts["LDG128"] >= 4 + 4 + 4 * max(chunks, 1) + 4 * max(chunks, 1), symbol

@@ -71,6 +71,8 @@ SUMS = [  # T, k, r, row stride
     (3, 64, 64, 80),
     (1, 8, 1, None),
     (0, 16, 4, None),
+    (2, 4424, 24, None),  # many loads at once, several times, and a last time with fewer
+    (2, 2091, 40, 2096),  # 16-byte loads and a rest
 ]
 
 
@@ -82,11 +84,16 @@ def test_block_sum(emulated, dtype, dropout):
         x = matrix(T, k, dtype, stride)
         got, wanted = (f(x, r, None, seed, p) for f in (emulated.block_sum, reference("block_sum")))
         assert_near(got, wanted, 2 * ROUNDED[dtype], f"{T, k, r, stride}")
-    for offsets, stride in (((0, 3, 3, 50, 77, 100), 104), ((0, 100), None), ((0, 33, 66, 100), 101)):
-        offsets, x = torch.tensor(offsets, dtype=torch.int32), matrix(3, 100, dtype, stride)
+    for offsets, stride, T in (
+        ((0, 3, 3, 50, 77, 100), 104, 3),
+        ((0, 100), None, 9),  # three times several rows, the last of them fewer
+        ((0, 33, 66, 100), 101, 6),
+        ((0, 90, 100), 112, 4),
+    ):
+        offsets, x = torch.tensor(offsets, dtype=torch.int32), matrix(T, 100, dtype, stride)
         r = len(offsets) - 1
         got, wanted = (f(x, r, offsets, seed, p) for f in (emulated.block_sum, reference("block_sum")))
-        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{offsets}")
+        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{T, offsets}")
 
 
 def test_dropout_keeps_the_very_elements_of_the_reference(emulated):
@@ -102,13 +109,23 @@ def test_block_sum_of_expanded_rows(emulated):
     assert_near(emulated.block_sum(x, 8, None, None, 0.0), reference("block_sum")(x, 8, None, None, 0.0), 1e-6)
 
 
+TILES = [  # T, n, r, row stride
+    (5, 256, 64, None),
+    (3, 100, 7, None),
+    (9, 40, 12, 48),
+    (3, 43, 5, 48),
+    (2, 8728, 24, None),  # more 16-byte accesses of a row than are under way at once
+    (2, 700, 3, None),
+    (0, 8, 2, None),
+]
+
+
 @pytest.mark.parametrize("accumulate_", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_block_tile(emulated, dtype, accumulate_):
-    cases = [
-        (*c, None) for c in ((5, 256, 64, None), (3, 100, 7, None), (9, 40, 12, 48), (2, 700, 3, None), (0, 8, 2, None))
-    ]
-    cases.append((3, 100, 5, 103, torch.tensor([0, 3, 3, 50, 77, 100], dtype=torch.int32)))
+    cases = [(*c, None) for c in TILES]
+    runs = torch.tensor([0, 3, 3, 50, 77, 100], dtype=torch.int32)
+    cases += [(3, 100, 5, 103, runs), (3, 100, 5, 112, runs)]
     for T, n, r, stride, offsets in cases:
         for seed in (None, SEED):
             for s_dtype in {dtype, torch.float32 if dtype in HALF else dtype}:
@@ -130,6 +147,13 @@ UPDATES = [  # T, d, r, row stride
     (40, 300, 70, None),
     (1, 8, 1, None),
     (17, 37, 16, None),
+    (150, 264, 8, None),  # two tiles of rows and of columns
+    (70, 72, 32, None),
+    (90, 80, 40, 88),
+    (40, 296, 64, None),
+    (70, 80, 136, None),
+    (33, 64, 12, None),
+    (9, 64, 50, None),
     (6, 24, 0, None),
     (0, 8, 4, None),
 ]
@@ -146,6 +170,30 @@ def test_lowrank_update(emulated, dtype, scaled):
         emulated.lowrank_update_(out, h, B, 0.7, g, shift)
         assert_near(out, wanted, ROUNDED[dtype], f"{T, d, r, stride}")
         assert_untouched(out, T, stride)
+
+
+@pytest.mark.parametrize("r", [8, 12, 16, 56, 72])
+def test_lowrank_update_of_factors_of_any_stride(emulated, r):
+    """16-byte loads, pairs and single elements; what lies beyond the ranks is NaN."""
+    T, d, dtype = 40, 72, torch.bfloat16
+    for h_more, B_more, first in ((8, 16, 0), (4, 4, 0), (8, 2, 0), (3, 8, 0), (8, 5, 0), (8, 8, 1), (8, 8, 8)):
+        h, B = matrix(T, r, dtype, r + h_more), matrix(d, r, dtype, r + B_more)
+        out = matrix(T, d + 8, dtype)[:, first : first + d]
+        wanted = out.clone()
+        reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
+        emulated.lowrank_update_(out, h, B, 0.7, None, None)
+        assert_near(out, wanted, ROUNDED[dtype], f"{r, h_more, B_more, first}")
+
+
+@pytest.mark.parametrize("T, d, r", [(70, 16904, 8), (97, 256 * 44, 40), (193, 256 * 65 + 8, 72)])
+def test_lowrank_update_of_several_rows_in_a_block(emulated, T, d, r):
+    """So many columns that a block sweeps over 64, 32 and 128 rows, and the last block over fewer."""
+    dtype = torch.bfloat16
+    out, h, B = matrix(T, d, dtype), matrix(T, r, dtype), matrix(d, r, dtype)
+    wanted = out.clone()
+    reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
+    emulated.lowrank_update_(out, h, B, 0.7, None, None)
+    assert_near(out, wanted, ROUNDED[dtype])
 
 
 BACKWARDS = [  # T, d, r, row stride
