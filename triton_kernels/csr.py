@@ -1,11 +1,11 @@
 """A sparse matrix in CSR: its pattern written and read, the sparse product, and the sampled product (METHODS 1.5).
 
 Work is cut by entries, so that one dense row and 128,000 rows are alike; an entry's row is found by binary search in
-the offsets, which stay in cache. Bytes moved: csr_scatter_ and csr_gather_ touch a sector (32 bytes) per entry. An entry
-of csr_spmm_ or csr_sddmm meets one column of x, whose elements lie a token apart: read as they are, each costs a sector
-of L2 traffic. So x (and dy) are first turned, CHUNK tokens at a time, which L2 holds: nnz T elements then cross L2 once,
-in rows of whole sectors. Few tokens are read as they are. The product with slabs in shared memory is
-csrc/cuda/csr_spmm.cu's and csr_sddmm.cu's.
+the offsets, which stay in cache. Only csr_spmm_ walks rows, some side by side. Bytes moved: csr_scatter_ and
+csr_gather_ touch a sector (32 bytes) per entry. An entry of csr_spmm_ or csr_sddmm meets one column of x, whose
+elements lie a token apart: read as they are, each costs a sector of L2 traffic. So x (and dy) are first turned, CHUNK
+tokens at a time, which L2 holds: nnz T elements then cross L2 once, in whole sectors. Few tokens are read as they are.
+The product with slabs in shared memory is csrc/cuda/csr_spmm.cu's and csr_sddmm.cu's.
 """
 
 from __future__ import annotations
@@ -186,9 +186,7 @@ def _turned(x: torch.Tensor, length: int) -> torch.Tensor:
     """xᵀ [k, length], zeros from x's last token on."""
     (T, k), (BT, BK, warps) = x.shape, TURN
     turned = x.new_empty(k, length)
-    turn_kernel[(cdiv(length, BT), cdiv(k, BK))](
-        x, turned, T, k, length, *x.stride(), BT=BT, BK=BK, num_warps=warps
-    )
+    turn_kernel[(cdiv(length, BT), cdiv(k, BK))](x, turned, T, k, length, *x.stride(), BT=BT, BK=BK, num_warps=warps)
     return turned
 
 

@@ -1,11 +1,11 @@
 """The Triton kernels' rows: compiled ahead of time for sm_90, as their launchers ask for them.
 
 A row per case of :mod:`.cases` and of ``MORE``. A kernel's hot loop is the innermost one with its products, or its
-loads; ``WORKS`` says for each kernel how often that runs and what it moves. Instructions outside every loop run once for
-each warp. What lies in an outer loop alone is left out, and so is the time between a loop's end and the next one's first
-loads, which a kernel without persistent copies spends once a tile.
+loads; ``WORKS`` says for each kernel how often that runs and what it moves. Instructions outside every loop run once
+for each warp. What lies in an outer loop alone is left out, and so is the time between a loop's end and the next one's
+first loads, which a kernel without warps for its copies spends once a tile. Every byte of memory counts as a load.
 
-    python -m benchmarks.estimates.triton [WORD...]     registers, shared memory, loads in flight and shares of the roofline
+    python -m benchmarks.estimates.triton [WORD...]    registers, shared memory, loads in flight, shares of the roofline
 """
 
 from __future__ import annotations
@@ -91,8 +91,21 @@ MORE = (
     Case("importance_update_", "16 layers, r 16", _layers, tokens=False),
 )  # fmt: skip
 
-# Before the tiles and forms that this file now finds: seconds by (operator, label, T, d, k).
-BEFORE: dict[tuple, float] = {}
+BEFORE = {  # shares over both layers, and the 4096x4096 one's time: this estimate of the kernels at ddce979
+    ("column_norm", "r 16"): "54–55 %, 21 µs",
+    ("column_norm", "r 64"): "37–40 %, 30 µs",
+    ("lowrank_backward", "r 64"): "32 %, 74 µs",
+    ("csr_spmm_", "0.6 %"): "1 %, 4919 µs",
+    ("csr_sddmm", "0.6 %"): "1 %, 6476 µs",
+    ("dropout_project", "r 16"): "68–70 %, 33 µs",
+    ("dropout_project", "r 64"): "56–57 %, 41 µs",
+    ("dropout_outer", "r 16"): "59–62 %, 36 µs",
+    ("dropout_outer", "r 64"): "58–60 %, 38 µs",
+    ("dropout_lift_", "r 64"): "91–94 %, 50 µs",
+    ("block_sum", "r 64, dropout"): "45–47 %, 51 µs",
+    ("block_tile_", "r 64, dropout"): "54–55 %, 83 µs",
+    ("bat_matmul", "r 64"): "44 %, 27 µs",
+}
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?PT?\w*\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
@@ -129,7 +142,7 @@ def natural_loops(sass: str) -> tuple[list[Loop], list[str]]:
         blocks.append((first, end))
         block_of |= dict.fromkeys(range(first, end), n)
     after: list[list[int]] = []
-    for first, end in blocks:
+    for _, end in blocks:
         to = jumps.get(end - 1, [end])
         after.append(sorted({block_of[t] for t in to if t < len(listing)}))
     before: list[list[int]] = [[] for _ in blocks]
@@ -165,7 +178,9 @@ def natural_loops(sass: str) -> tuple[list[Loop], list[str]]:
         return [listing[i][2] for n in sorted(chosen) for i in range(*blocks[n])]
 
     looped = set().union(*members.values()) if members else set()
-    return [Loop(frozenset(each), opcodes(each)) for each in members.values()], opcodes(set(range(len(blocks))) - looped)
+    return [Loop(frozenset(each), opcodes(each)) for each in members.values()], opcodes(
+        set(range(len(blocks))) - looped
+    )
 
 
 def width(opcode: str) -> int:
@@ -217,7 +232,10 @@ class Launch:
         flops = uneven * (passes * wgmma_flops(loop) + each * wgmma_flops(self.outside))
         self.mix = loop
         code = Code(self.build.registers, self.build.shared, [["HOT", *loop], ["BODY", *self.outside]])
-        return code, Work({"HOT": uneven * passes, "BODY": each}, uneven * dram, in_flight, uneven * l2, flops)
+        return code, Work(
+            loops={"HOT": uneven * passes, "BODY": each}, dram=uneven * dram, in_flight=in_flight, l2=uneven * l2,
+            flops=flops,
+        )  # fmt: skip
 
 
 def nbytes(*tensors: torch.Tensor | None) -> float:
@@ -228,17 +246,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _matmul_work(l: Launch):
-    tiles = cdiv(l.T, l.BT) * cdiv(l.d, l.BD)
-    l2 = tiles * (l.BT + l.BD) * (l.k + l.r) * 2 - nbytes(l.x, l.w)
-    busiest = cdiv(tiles, l.programs) * l.programs / tiles
-    ahead = (l.num_stages if l.kernel == "described_matmul_kernel" else l.num_stages - 1) * (l.BT + l.BD) * l.BK * 2
-    return l.work(nbytes(l.x, l.w, l.h, l.B, l.out), ahead, l2, trips=tiles * cdiv(l.k, l.BK), warps=8, uneven=busiest)
+def _matmul_work(p: Launch):
+    tiles = cdiv(p.T, p.BT) * cdiv(p.d, p.BD)
+    l2 = tiles * (p.BT + p.BD) * (p.k + p.r) * 2 - nbytes(p.x, p.w)
+    busiest = cdiv(tiles, p.programs) * p.programs / tiles
+    ahead = (p.num_stages if p.kernel == "described_matmul_kernel" else p.num_stages - 1) * (p.BT + p.BD) * p.BK * 2
+    return p.work(nbytes(p.x, p.w, p.h, p.B, p.out), ahead, l2, trips=tiles * cdiv(p.k, p.BK), warps=8, uneven=busiest)
 
 
-def _update(l: Launch):
-    l2 = l.programs * (l.BT + l.BD) * l.r * 2
-    return l.work(2 * nbytes(l.out) + nbytes(l.h, l.B), l.BT * l.BD * 2, l2, trips=l.programs * cdiv(l.r, l.R))
+def _update(p: Launch):
+    l2 = p.programs * (p.BT + p.BD) * p.r * 2
+    return p.work(2 * nbytes(p.out) + nbytes(p.h, p.B), p.BT * p.BD * 2, l2, trips=p.programs * cdiv(p.r, p.R))
 
 
 def _partials(*outs: torch.Tensor | None) -> tuple[float, float]:
@@ -248,140 +266,144 @@ def _partials(*outs: torch.Tensor | None) -> tuple[float, float]:
     return (wholes, parts) if parts <= L2_HOLDS else (wholes + parts, 0.0)
 
 
-def _lowrank_outer(l: Launch):
-    blocks, chunks = cdiv(l.d, l.BD), cdiv(l.r, l.R)
-    dram, l2 = _partials(l.dB)
-    ahead = (l.num_stages - 1) * l.BT * l.BD * 2
-    return l.work(dram + nbytes(l.dy) * chunks, ahead, l2 + blocks * nbytes(l.h), trips=blocks * chunks * cdiv(l.T, l.BT))
+def _lowrank_outer(p: Launch):
+    blocks, chunks = cdiv(p.d, p.BD), cdiv(p.r, p.R)
+    dram, l2 = _partials(p.dB)
+    ahead = (p.num_stages - 1) * p.BT * p.BD * 2
+    return p.work(
+        dram + nbytes(p.dy) * chunks, ahead, l2 + blocks * nbytes(p.h), trips=blocks * chunks * cdiv(p.T, p.BT)
+    )
 
 
-def _backward(l: Launch):
-    blocks, chunks = cdiv(l.T, l.BT), cdiv(l.r, l.R)
-    dram, l2 = _partials(l.u, l.dB, l.db, l.dyz)
-    dram += nbytes(l.dy) * chunks + nbytes(l.y if l.dyz is not None else None, l.gdy, l.h, l.B)
-    ahead = (l.num_stages - 1) * l.BT * l.BD * 2
-    return l.work(dram, ahead, l2 + blocks * nbytes(l.B), trips=blocks * chunks * cdiv(l.d, l.BD))
+def _backward(p: Launch):
+    blocks, chunks = cdiv(p.T, p.BT), cdiv(p.r, p.R)
+    dram, l2 = _partials(p.u, p.dB, p.db, p.dyz)
+    dram += nbytes(p.dy) * chunks + nbytes(p.y if p.dyz is not None else None, p.gdy, p.h, p.B)
+    ahead = (p.num_stages - 1) * p.BT * p.BD * 2
+    return p.work(dram, ahead, l2 + blocks * nbytes(p.B), trips=blocks * chunks * cdiv(p.d, p.BD))
 
 
-def _sums(l: Launch):
-    partials = [l.values[f"p{i}"] for i in range(4)]
-    outs = [l.values[f"o{i}"] for i in range(4)]
+def _sums(p: Launch):
+    partials = [p.values[f"p{i}"] for i in range(4)]
+    outs = [p.values[f"o{i}"] for i in range(4)]
     parts = nbytes(*partials)
     dram, l2 = (nbytes(*outs), parts) if parts <= L2_HOLDS else (nbytes(*outs) + parts, 0.0)
-    return l.work(dram, l.SPLITS * l.BLOCK * 4, l2, moved=parts, prefix="LDG")
+    return p.work(dram, p.SPLITS * p.BLOCK * 4, l2, moved=parts, prefix="LDG")
 
 
-def _norm(l: Launch):
-    A = l.A.element_size()
-    return l.work(nbytes(l.w, l.A, l.B), l.BM * l.BK * 2, cdiv(l.d, l.BM) * l.k * l.r * A,
-                  trips=cdiv(l.d, l.BM) * cdiv(l.k, l.BK))  # fmt: skip
+def _norm(p: Launch):
+    A = p.A.element_size()
+    return p.work(nbytes(p.w, p.A, p.B), p.BM * p.BK * 2, cdiv(p.d, p.BM) * p.k * p.r * A,
+                  trips=cdiv(p.d, p.BM) * cdiv(p.k, p.BK))  # fmt: skip
 
 
-def _project(l: Launch):
-    blocks, chunks = cdiv(l.T, l.BT), cdiv(l.r, l.R)
-    dram, l2 = _partials(l.h)
-    return l.work(dram + nbytes(l.x) * chunks, 2 * l.BT * l.BK * 2, l2 + blocks * nbytes(l.A),
-                  trips=blocks * chunks * cdiv(l.k, l.BK))  # fmt: skip
+def _project(p: Launch):
+    blocks, chunks = cdiv(p.T, p.BT), cdiv(p.r, p.R)
+    dram, l2 = _partials(p.h)
+    return p.work(dram + nbytes(p.x) * chunks, 2 * p.BT * p.BK * 2, l2 + blocks * nbytes(p.A),
+                  trips=blocks * chunks * cdiv(p.k, p.BK))  # fmt: skip
 
 
-def _outer(l: Launch):
-    blocks, chunks = cdiv(l.k, l.BK), cdiv(l.r, l.R)
-    dram, l2 = _partials(l.dA)
-    return l.work(dram + nbytes(l.x) * chunks, 2 * l.BT * l.BK * 2, l2 + blocks * nbytes(l.u),
-                  trips=blocks * chunks * cdiv(l.T, l.BT))  # fmt: skip
+def _outer(p: Launch):
+    blocks, chunks = cdiv(p.k, p.BK), cdiv(p.r, p.R)
+    dram, l2 = _partials(p.dA)
+    return p.work(dram + nbytes(p.x) * chunks, 2 * p.BT * p.BK * 2, l2 + blocks * nbytes(p.u),
+                  trips=blocks * chunks * cdiv(p.T, p.BT))  # fmt: skip
 
 
-def _lift(l: Launch):
-    return l.work(2 * nbytes(l.out) + nbytes(l.u, l.A), l.BT * l.BK * 2, l.programs * (l.BT + l.BK) * l.r * 2,
-                  trips=l.programs * cdiv(l.r, l.R))  # fmt: skip
+def _lift(p: Launch):
+    return p.work(2 * nbytes(p.out) + nbytes(p.u, p.A), p.BT * p.BK * 2, p.programs * (p.BT + p.BK) * p.r * 2,
+                  trips=p.programs * cdiv(p.r, p.R))  # fmt: skip
 
 
-def _segment_project(l: Launch):
-    blocks = cdiv(l.T, l.BT)
-    return l.work(nbytes(l.x, l.A, l.out), (l.num_stages - 1) * l.BT * l.BK * 2, blocks * l.k * l.r * 2,
-                  trips=blocks * cdiv(l.k, l.BK) * cdiv(l.r, l.R))  # fmt: skip
+def _segment_project(p: Launch):
+    blocks = cdiv(p.T, p.BT)
+    return p.work(nbytes(p.x, p.A, p.out), (p.num_stages - 1) * p.BT * p.BK * 2, blocks * p.k * p.r * 2,
+                  trips=blocks * cdiv(p.k, p.BK) * cdiv(p.r, p.R))  # fmt: skip
 
 
-def _segment_outer(l: Launch):
-    n = l.offsets.numel() - 1
-    steps = n * cdiv(l.x.shape[0] // n, l.BT) * cdiv(l.k, l.BK)
-    return l.work(nbytes(l.u, l.x, l.out), (l.num_stages - 1) * l.BT * l.BK * 2, trips=steps)
+def _segment_outer(p: Launch):
+    n = p.offsets.numel() - 1
+    steps = n * cdiv(p.x.shape[0] // n, p.BT) * cdiv(p.k, p.BK)
+    return p.work(nbytes(p.u, p.x, p.out), (p.num_stages - 1) * p.BT * p.BK * 2, trips=steps)
 
 
-def _block_sum(l: Launch):
-    return l.work(nbytes(l.x, l.h), l.BT * l.TURNS * l.R * 2, moved=nbytes(l.x), prefix="LDG")
+def _block_sum(p: Launch):
+    return p.work(nbytes(p.x, p.h), p.BT * p.TURNS * p.R * 2, moved=nbytes(p.x), prefix="LDG")
 
 
-def _block_tile(l: Launch):
-    reads = 1 + bool(l.ACCUMULATE)
-    return l.work(reads * nbytes(l.out) + nbytes(l.s), l.BT * l.TURNS * l.R * 2, moved=nbytes(l.out), prefix="STG")
+def _block_tile(p: Launch):
+    reads = 1 + bool(p.ACCUMULATE)
+    return p.work(reads * nbytes(p.out) + nbytes(p.s), p.BT * p.TURNS * p.R * 2, moved=nbytes(p.out), prefix="STG")
 
 
-def _weight(l: Launch):
-    return l.work(nbytes(l.w, l.out, l.B), (l.num_stages - 1) * l.BM * l.BC * 2, trips=l.n * l.tiles)
+def _weight(p: Launch):
+    return p.work(nbytes(p.w, p.out, p.B), (p.num_stages - 1) * p.BM * p.BC * 2, trips=p.n * p.tiles)
 
 
-def _contract(l: Launch):
-    steps = l.n * cdiv(l.turns, l.BM // l.BC) * l.CHUNKS * cdiv(l.r, l.BC) * cdiv(l.r, l.BE)
-    ahead = (l.num_stages - 1) * l.BM * (l.BC * 2 + l.BE * l.G.element_size())
-    dram, l2 = _partials(l.dB)
-    return l.work(nbytes(l.w, l.G) + dram, ahead, l2, trips=steps)
+def _contract(p: Launch):
+    steps = p.n * cdiv(p.turns, p.BM // p.BC) * p.CHUNKS * cdiv(p.r, p.BC) * cdiv(p.r, p.BE)
+    ahead = (p.num_stages - 1) * p.BM * (p.BC * 2 + p.BE * p.G.element_size())
+    dram, l2 = _partials(p.dB)
+    return p.work(nbytes(p.w, p.G) + dram, ahead, l2, trips=steps)
 
 
-def _few(l: Launch):
-    owners = l.width // l.r
-    steps = owners * l.CHUNKS**3 * cdiv(l.T, l.BT) * l.blocks
-    dram, l2 = _partials(l.out)
-    return l.work(nbytes(l.w, l.B, l.x) + dram, (l.num_stages - 1) * l.BC * l.BC * 2, l2 + (owners if l.CHUNKS == 1 and not l.TRANSPOSE else steps) * l.BC * l.BC * 4,
+def _few(p: Launch):
+    owners = p.width // p.r
+    steps = owners * p.CHUNKS**3 * cdiv(p.T, p.BT) * p.blocks
+    dram, l2 = _partials(p.out)
+    blocks = owners if p.CHUNKS == 1 and not p.TRANSPOSE else steps  # read: one is held where it serves the loop
+    return p.work(nbytes(p.w, p.B, p.x) + dram, (p.num_stages - 1) * p.BC * p.BC * 2, l2 + blocks * p.BC * p.BC * 4,
                   trips=steps)  # fmt: skip
 
 
-def _mix(l: Launch):
-    dram, l2 = _partials(l.s)
-    return l.work(nbytes(l.x, l.z, l.C) + dram, (l.num_stages - 1) * l.BT * l.BC * 2, l2 + cdiv(l.T, l.BT) * nbytes(l.C),
-                  trips=cdiv(l.T, l.BT) * cdiv(l.r, l.BE) * l.turns * l.CHUNKS)  # fmt: skip
+def _mix(p: Launch):
+    dram, l2 = _partials(p.s)
+    l2 += cdiv(p.T, p.BT) * nbytes(p.C)
+    return p.work(nbytes(p.x, p.z, p.C) + dram, (p.num_stages - 1) * p.BT * p.BC * 2, l2,
+                  trips=cdiv(p.T, p.BT) * cdiv(p.r, p.BE) * p.turns * p.CHUNKS)  # fmt: skip
 
 
-def _mix_backward(l: Launch):
-    dram, l2 = _partials(l.dC)
-    moved = nbytes(l.g) * (1 + (l.C is not None)) + (nbytes(l.x) if l.dC is not None else 0.0)
-    return l.work(dram + moved + nbytes(l.q), 2 * l.BT * l.BC * 2, l2 + l.n * nbytes(l.q), trips=l.n * cdiv(l.T, l.BT))
+def _mix_backward(p: Launch):
+    dram, l2 = _partials(p.dC)
+    moved = nbytes(p.g) * (1 + (p.C is not None)) + (nbytes(p.x) if p.dC is not None else 0.0)
+    return p.work(dram + moved + nbytes(p.q), 2 * p.BT * p.BC * 2, l2 + p.n * nbytes(p.q), trips=p.n * cdiv(p.T, p.BT))
 
 
-def _spmm(l: Launch):
-    nnz, n = l.columns.numel(), l.row_offsets.numel() - 1
-    steps = n * cdiv(l.T, l.BT) * cdiv(nnz // n, l.BE)
-    return l.work(nbytes(l.x, l.columns, l.values["values"]) + 2 * nbytes(l.out), l.BT * l.BE * 2, nnz * l.T * 32.0,
+def _spmm(p: Launch):
+    nnz, n = p.columns.numel(), p.row_offsets.numel() - 1
+    steps = n * cdiv(p.T, p.BT) * cdiv(nnz // n, p.BE)
+    return p.work(nbytes(p.x, p.columns, p.values["values"]) + 2 * nbytes(p.out), p.BT * p.BE * 2, nnz * p.T * 32.0,
                   trips=steps, prefix="LDG")  # fmt: skip
 
 
-def _sddmm(l: Launch):
-    return l.work(nbytes(l.x, l.dy, l.columns, l.out), l.BT * l.BE * 4, l.nnz * l.T * 32.0,
-                  trips=cdiv(l.nnz, l.BE) * cdiv(l.T, l.BT), prefix="LDG")  # fmt: skip
+def _sddmm(p: Launch):
+    return p.work(nbytes(p.x, p.dy, p.columns, p.out), p.BT * p.BE * 4, p.nnz * p.T * 32.0,
+                  trips=cdiv(p.nnz, p.BE) * cdiv(p.T, p.BT), prefix="LDG")  # fmt: skip
 
 
-def _turned_spmm(l: Launch):
-    nnz, n, turned = l.columns.numel(), l.row_offsets.numel() - 1, nbytes(l.turned)
-    steps = l.programs * cdiv(nnz, n)
-    l2 = nnz * l.length * l.turned.element_size() + l.programs * l.BO * nnz / n * 8
-    return l.work(2 * nbytes(l.out), l.BT * l.BO * 2, l2 + turned, trips=steps, prefix="FFMA")
+def _turned_spmm(p: Launch):
+    nnz, n, turned = p.columns.numel(), p.row_offsets.numel() - 1, nbytes(p.turned)
+    steps = p.programs * cdiv(nnz, n)
+    l2 = nnz * p.length * p.turned.element_size() + p.programs * p.BO * nnz / n * 8
+    return p.work(2 * nbytes(p.out), p.BT * p.BO * 2, l2 + turned, trips=steps, prefix="FFMA")
 
 
-def _turned_sddmm(l: Launch):
+def _turned_sddmm(p: Launch):
     """Entries of a row read it from L1 after the first, as they run side by side."""
-    each = l.length * l.x.element_size()
-    l2 = l.nnz * each + l.programs * 2 * each
-    return l.work(nbytes(l.columns, l.out), 2 * l.BT * l.BE * 2, l2, trips=l.programs * l.length / l.BT, prefix="FFMA")
+    each = p.length * p.x.element_size()
+    l2 = p.nnz * each + p.programs * 2 * each
+    return p.work(nbytes(p.columns, p.out), 2 * p.BT * p.BE * 2, l2, trips=p.programs * p.length / p.BT, prefix="FFMA")
 
 
-def _sectors(l: Launch, target: torch.Tensor, each: int):
+def _sectors(p: Launch, target: torch.Tensor, each: int):
     """Entries that touch a sector each, after a binary search."""
-    return l.work(each * 32.0 * l.nnz + nbytes(l.columns), l.BE * 36, trips=l.programs * l.STEPS, prefix="LDG")
+    return p.work(each * 32.0 * p.nnz + nbytes(p.columns), p.BE * 36, trips=p.programs * p.STEPS, prefix="LDG")
 
 
-def _moments(l: Launch):
-    n = l.exp_avg.numel()
-    return l.work(20.0 * n, l.BLOCK * 12, moved=8.0 * n, prefix="STG")
+def _moments(p: Launch):
+    n = p.exp_avg.numel()
+    return p.work(20.0 * n, p.BLOCK * 12, moved=8.0 * n, prefix="STG")
 
 
 WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
@@ -392,15 +414,15 @@ WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
     "lowrank.outer_kernel": _lowrank_outer,
     "common.sum_partials_kernel": _sums,
     "dora.norm_kernel": _norm,
-    "dora.finish_kernel": lambda l: l.work(nbytes(l.out), l.BLOCK * l.RANGES * 4, nbytes(l.partial)),
-    "dora.magnitude_kernel": lambda l: l.work(nbytes(l.dyz, l.g, l.norm, l.bias, l.dm), l.BLOCK * 16),
+    "dora.finish_kernel": lambda p: p.work(nbytes(p.out), p.BLOCK * p.RANGES * 4, nbytes(p.partial)),
+    "dora.magnitude_kernel": lambda p: p.work(nbytes(p.dyz, p.g, p.norm, p.bias, p.dm), p.BLOCK * 16),
     "dropout.project_kernel": _project,
     "dropout.outer_kernel": _outer,
     "dropout.lift_kernel": _lift,
-    "dropout.dropout_kernel": lambda l: l.work(nbytes(l.x, l.out), l.BT * l.BK * 2),
+    "dropout.dropout_kernel": lambda p: p.work(nbytes(p.x, p.out), p.BT * p.BK * 2),
     "segments.project_kernel": _segment_project,
-    "segments.lift_kernel": lambda l: l.work(2 * nbytes(l.out) + nbytes(l.h, l.B), l.BT * l.BD * 2, 0.0,
-                                             trips=l.programs * cdiv(l.r, l.R)),
+    "segments.lift_kernel": lambda p: p.work(2 * nbytes(p.out) + nbytes(p.h, p.B), p.BT * p.BD * 2, 0.0,
+                                             trips=p.programs * cdiv(p.r, p.R)),
     "segments.outer_kernel": _segment_outer,
     "blocksum.block_sum_kernel": _block_sum,
     "blocksum.block_tile_kernel": _block_tile,
@@ -409,20 +431,20 @@ WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
     "bat.matmul_kernel": _few,
     "bat.mix_kernel": _mix,
     "bat.mix_backward_kernel": _mix_backward,
-    "csr.scatter_kernel": lambda l: _sectors(l, l.out, 2),
-    "csr.gather_kernel": lambda l: _sectors(l, l.dense, 1),
+    "csr.scatter_kernel": lambda p: _sectors(p, p.out, 2),
+    "csr.gather_kernel": lambda p: _sectors(p, p.dense, 1),
     "csr.spmm_kernel": _spmm,
     "csr.sddmm_kernel": _sddmm,
-    "csr.turn_kernel": lambda l: l.work(nbytes(l.x), l.BT * l.BK * 2, nbytes(l.turned)),
+    "csr.turn_kernel": lambda p: p.work(nbytes(p.x), p.BT * p.BK * 2, nbytes(p.turned)),
     "csr.turned_spmm_kernel": _turned_spmm,
     "csr.turned_sddmm_kernel": _turned_sddmm,
-    "policy.logprob_kernel": lambda l: l.work(nbytes(l.logits), l.BLOCK * 2, moved=nbytes(l.logits), prefix="LDG"),
-    "policy.gradient_kernel": lambda l: l.work(2 * nbytes(l.logits), l.BLOCK * 2),
-    "cayley.cayley_kernel": lambda l: l.work(2 * nbytes(l.X), l.R * l.R * 4, trips=l.programs * l.r, prefix="SHFL"),
-    "cayley.cayley_backward_kernel": lambda l: l.work(3 * nbytes(l.Q), l.STEP * l.R * 8,
-                                                      trips=l.programs * 2 * cdiv(l.r, l.STEP)),
+    "policy.logprob_kernel": lambda p: p.work(nbytes(p.logits), p.BLOCK * 2, moved=nbytes(p.logits), prefix="LDG"),
+    "policy.gradient_kernel": lambda p: p.work(2 * nbytes(p.logits), p.BLOCK * 2),
+    "cayley.cayley_kernel": lambda p: p.work(2 * nbytes(p.X), p.R * p.R * 4, trips=p.programs * p.r, prefix="SHFL"),
+    "cayley.cayley_backward_kernel": lambda p: p.work(3 * nbytes(p.Q), p.STEP * p.R * 8,
+                                                      trips=p.programs * 2 * cdiv(p.r, p.STEP)),
     "importance.moments_kernel": _moments,
-    "importance.score_kernel": lambda l: l.work(0.0, 0.0, 8.0 * l.exp_avg.numel(), moved=8.0 * l.exp_avg.numel(),
+    "importance.score_kernel": lambda p: p.work(0.0, 0.0, 8.0 * p.exp_avg.numel(), moved=8.0 * p.exp_avg.numel(),
                                                 prefix="LDG"),
 }  # fmt: skip
 
@@ -436,13 +458,13 @@ class Line:
     work: Work
 
     def cells(self) -> list[str]:
-        l, kinds = self.launch, Counter(op.split(".")[0] for op in self.launch.mix)
-        wide = sum(op.startswith(("LDG.", "LDGSTS")) and ".128" in op for op in l.mix)
-        under_way = min(self.time.resident, cdiv(l.programs, PROCESSORS)) * self.work.in_flight
+        p, kinds = self.launch, Counter(op.split(".")[0] for op in self.launch.mix)
+        wide = sum(op.startswith(("LDG.", "LDGSTS")) and ".128" in op for op in p.mix)
+        under_way = min(self.time.resident, cdiv(p.programs, PROCESSORS)) * self.work.in_flight
         mix = " ".join(f"{n} {name}" for name, n in kinds.most_common(5))
-        return [f"{l.stem}.{l.kernel}", str(l.programs), str(l.threads), str(l.build.registers),
-                f"{l.build.shared / 1024:.0f}", str(self.time.resident), f"{under_way / 1024:.0f}", l.build.product,
-                str(len(l.mix) or len(l.outside)), str(wide), mix, self.time.bound,
+        return [f"{p.stem}.{p.kernel}", str(p.programs), str(p.threads), str(p.build.registers),
+                f"{p.build.shared / 1024:.0f}", str(self.time.resident), f"{under_way / 1024:.0f}", p.build.product,
+                str(len(p.mix) or len(p.outside)), str(wide), mix, self.time.bound,
                 f"{1e6 * self.time.seconds:.1f}"]  # fmt: skip
 
 
@@ -464,8 +486,10 @@ def row(case: Case, T: int, d: int, k: int) -> tuple[table.Row, list[Line]]:
                             e.launch.programs, e.launch.threads, e.time.resident, e.time.waves, e.time.bound,
                             e.time.seconds) for e in found]  # fmt: skip
     seconds = RAMP + NEXT * (len(found) - 1) + sum(kernel.seconds for kernel in kernels)
-    before = BEFORE.get((case.operator, case.label, T, d, k))
-    return table.Row("triton", case.operator, case.label, T, d, k, seconds, table.floor(case, args), kernels, before), found
+    before = BEFORE.get((case.operator, case.label), "")
+    return table.Row(
+        "triton", case.operator, case.label, T, d, k, seconds, table.floor(case, args), kernels, before
+    ), found
 
 
 def compiled() -> Iterator[table.Row]:
@@ -475,8 +499,8 @@ def compiled() -> Iterator[table.Row]:
             yield row(case, T, d, k)[0]
 
 
-HEAD = ("case", "W", "us", "%", "kernel", "blocks", "threads", "regs", "KiB", "fit", "KiB/SM", "product", "loop", "16 B",
-        "its most", "bound", "us alone")  # fmt: skip
+HEAD = ("case", "W", "us", "%", "kernel", "blocks", "threads", "regs", "KiB", "fit", "KiB/SM", "product", "loop",
+        "16 B", "its most", "bound", "us alone")  # fmt: skip
 
 
 def main(words: list[str]) -> None:

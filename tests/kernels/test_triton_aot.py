@@ -384,6 +384,20 @@ def test_sparse_products_read_turned_rows_16_bytes_at_a_time():
 
 
 @pytest.mark.slow
+def test_estimates_stay_below_the_roofline():
+    """A share above one says that the model was handed the wrong numbers; the rows hold every kind of kernel."""
+    from benchmarks.estimates import triton as estimates
+
+    shares = {}
+    for case in (*estimates.CASES, *estimates.MORE):
+        row, found = estimates.row(case, 8192, 4096, 4096)
+        shares[case.name] = row.share
+        assert all(line.time.seconds > 0 for line in found), case.name
+    assert {name: share for name, share in shares.items() if not 0 < share <= 1} == {}
+    assert shares["lowrank_matmul, r 16"] > 0.5 and shares["column_norm, r 64"] > 0.6
+
+
+@pytest.mark.slow
 def test_masks_multiply_once():
     """A round of Philox is two wide products, not four halves: eight counters of ten rounds."""
     kernel = builds(90, *samples(torch.bfloat16)["block_sum r64 dropout"])[0]
