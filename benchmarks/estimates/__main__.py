@@ -20,8 +20,8 @@ def cells(row: table.Row) -> list[str]:
         name,
         str(row.tokens),
         f"{row.d}x{row.k}",
+        row.before or "-",
         f"{1e6 * row.seconds:.1f}",
-        before,
         f"{100 * row.share:.0f}",
         bound,
     ]

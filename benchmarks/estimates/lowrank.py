@@ -15,7 +15,7 @@ def work(launch: Launch, case: Case, args: tuple) -> Work:
 
 
 def _update(launch: Launch, args: tuple) -> Work:
-    """A warp has 32 rows by 32 columns of out at a time: 16 products for every 32 ranks. Its block shares the rows of h."""
+    """A warp has 32 rows by 32 columns of out at a time: 16 products for every 32 ranks. A block shares rows of h."""
     (T, d), r = args[0].shape, args[2].shape[1]
     out, h = 2 * T * d, 2 * T * r
     products = 16 * ceil(r / 32) * ceil(T / 32) * ceil(d / 32)

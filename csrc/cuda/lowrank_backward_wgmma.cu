@@ -234,7 +234,7 @@ template <class T> cudaError_t launch_wgmma(const LowRankBackward& from, cudaStr
 }  // namespace
 
 bool wgmma_runs(DType dtype) {
-  return dtype == DType::bfloat16 ? has_body(backward_wgmma<bfloat16>) : has_body(backward_wgmma<float16>);
+  return dtype == DType::bfloat16 ? has_body<backward_wgmma<bfloat16>>() : has_body<backward_wgmma<float16>>();
 }
 
 cudaError_t lowrank_backward_wgmma(const LowRankBackward& a, cudaStream_t stream) {

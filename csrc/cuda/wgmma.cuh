@@ -2,6 +2,8 @@
 // Operands lie in tiles of 64 rows of 64 16-bit elements: 8 KB, at a multiple of 1024 bytes, in the 128-byte swizzle.
 #pragma once
 
+#include <atomic>
+
 #include "common.cuh"
 
 namespace spectral_ops::cuda {
@@ -95,10 +97,19 @@ __device__ __forceinline__ void store_in_cluster(uint32_t address, float a, floa
 #endif
 
 // Whether the image of a kernel that the current device would run has a body. One compiled for another architecture needs
-// next to no registers.
-template <class... P> bool has_body(void (*kernel)(P...)) {
-  cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess && attributes.numRegs >= 64;
+// next to no registers. The driver is asked once for each device.
+template <auto kernel> bool has_body() {
+  static std::atomic<signed char> known[64];  // 0: not asked yet
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+  signed char answer = known[device].load(std::memory_order_relaxed);
+  if (answer == 0) {
+    cudaFuncAttributes attributes{};
+    const bool found = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
+    if (!found) cudaGetLastError();  // else the next launch would report it
+    known[device].store(answer = found && attributes.numRegs >= 64 ? 1 : -1, std::memory_order_relaxed);
+  }
+  return answer > 0;
 }
 
 // Enqueues clusters of `cluster` blocks; grid is a multiple.

@@ -29,10 +29,13 @@ INSTRUCTIONS = {  # as they show in SASS
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
     "LDG": r"\bLDG\.E",
     "STG": r"\bSTG\.E",
+    "LDSM": r"\bLDSM\.",  # 8x8 matrices from shared memory
     "LDG128": r"\bLDG\.E\S*\.128\b",
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
     "LDS128": r"\bLDS\.128\b",
+    "LDS narrow": r"\bLDS\b(?!\.128)",
+    "SHFL apart": r"\bENDCOLLECTIVE\b",  # once more for warps whose lanes have parted
     "local": r"\b(?:LDL|STL)\b",
     "atomic": r"\b(?:RED|ATOM|ATOMS|ATOMG)\b",
 }
@@ -157,8 +160,8 @@ def test_no_local_memory_and_no_atomics(kernels):
     "stem, kernel, instructions",
     [
         ("lowrank", "update_mma", ("HMMA", "LDG128", "STG128")),
-        ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDGSTS128", "LDS128", "STG128")),
-        ("dora", "norm_mma", ("HMMA", "LDG128", "LDS128")),
+        ("dora", "norm_mma", ("HMMA", "LDG128", "LDGSTS128", "LDS128")),
+        ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDSM", "LDS128")),
         ("bat", "weight_mma", ("HMMA", "LDS128")),
         ("bat", "contract_mma", ("HMMA", "MOVM")),
     ],
@@ -184,10 +187,41 @@ def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):
     assert all(64 <= int(n) <= 96 for n in used), used  # has_body() wants as many; 640 threads leave no more
 
 
-@pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])
-def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
-    for symbol, counts in of(kernels, "csr", kernel).items():
-        assert counts["LDG128"] > 0 and counts["LDS128"] > 0, symbol
+@pytest.mark.parametrize(
+    "kernel, arguments, loads, shared",
+    [
+        ("spmm_slab", r"\w+Li6ELb1E", 8 + 6, 6 * 8),  # a slab, and out at six rows; eight entries of six rows
+        ("spmm_slab", r"\w+Li2ELb1E", 8 + 2, 2 * 8),
+        ("spmm_slab", r"\w+Li2ELb0E", 0, 2 * 8),
+        ("sampled_product", r"\w+EndsE1E", 16, 2 * 8),  # slabs of x and dy; eight entries of both
+        ("sampled_product", r"\w+EndsE0E", 16, 2 * 8),
+    ],
+)
+def test_slabs_move_16_bytes_at_a_time(kernels, kernel, arguments, loads, shared):
+    for symbol, counts in of(kernels, "csr", kernel, arguments).items():
+        assert counts["LDG128"] >= loads and counts["LDS128"] >= shared, (symbol, counts)
+        assert counts["LDS narrow"] == counts["SHFL apart"] == 0, (symbol, counts)
+
+
+def test_lowrank_backward_of_aligned_rows_is_lean(nvcc_build, kernels):
+    """Its loop copies 16 bytes at a time, asks memory for nothing else, and is as short as the estimates take it."""
+    wide = of(kernels, "lowrank", "backward_mma", HALF + r"Li\d+ELi\d+ELb[01]ELb1E")
+    for symbol, counts in wide.items():
+        assert counts["LDGSTS128"] > 0 and ("Lb0ELb1E" in symbol or counts["STG128"] > 0), symbol
+    codes = sass.kernels(nvcc_build / "cuda" / "lowrank_backward.o")
+    for arguments, registers, length in (
+        ("2, 1, false", 128, 270),
+        ("4, 1, false", 192, 310),
+        ("4, 2, false", 168, 260),
+        ("2, 1, true", 128, 370),
+        ("4, 1, true", 160, 390),
+        ("4, 2, true", 208, 460),
+    ):
+        for T in ("__half", "__nv_bfloat16"):
+            code = codes[f"backward_mma<{T}, {arguments}, true>"]
+            loop = code.loop("HMMA")
+            assert code.registers <= registers and len(loop) <= length, (T, arguments, code.registers, len(loop))
+            assert not any(op.startswith("LDG.") for op in loop), (T, arguments)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +237,17 @@ def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
 def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
     for symbol, counts in of(kernels, stem, kernel).items():
         assert counts["HMMA"] == 0, symbol
+
+
+def test_dora_keeps_loads_under_way(kernels):
+    for symbol, counts in of(kernels, "dora", "norm_mma").items():
+        assert counts["LDG128"] >= 16, symbol  # two steps of four rows of W before the loop, two in it
+    for symbol, counts in of(kernels, "dora", "prepare").items():
+        assert counts["LDG128"] >= 12, symbol  # the fingerprint's, of three element sizes
+    for symbol, counts in of(kernels, "dora", "norm_finish", rf"(?:{HALF}|f)E").items():
+        assert counts["LDG128"] >= 8 + 4 and counts["LDS128"] >= 4, symbol  # four splits of two rows; A Aᵀ
+    for symbol, counts in of(kernels, "dora", "magnitude_sums", r"\w+Lb1E").items():
+        assert counts["LDG128"] >= 4 + 4 + 8, symbol  # x ahead of the loop and in it, eight rows of W
 
 
 def test_streams_are_16_bytes_wide(kernels):

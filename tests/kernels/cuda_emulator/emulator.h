@@ -368,8 +368,11 @@ inline void __syncwarp(unsigned = 0xffffffffu) { uint32_t none = 0; emulator::ex
 template <class T> T __shfl_xor_sync(unsigned, T v, int lanes) {
   return emulator::shuffled(v, static_cast<int>(emulator::current->index % 32) ^ lanes);
 }
-template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator::shuffled(v, lane); }
+template <class T> T __shfl_sync(unsigned, T v, int lane, int width = 32) {
+  return emulator::shuffled(v, (static_cast<int>(emulator::current->index % 32) & -width) + lane % width);
+}
 template <class T> T __ldg(const T* p) { return *p; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 namespace spectral_ops::cuda {
 
@@ -406,6 +409,24 @@ inline uint32_t transposed(uint32_t pair) {
     result |= (i % 2 ? word >> 16 : word & 0xffff) << (16 * e);
   }
   return result;
+}
+
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline unsigned block_index() { return blockIdx.x; }
+
+inline void load_transposed(uint32_t (&out)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("unaligned rows of a matrix");
+  const auto* all = emulator::exchange(&row, sizeof row);
+  const int lane = emulator::current->index % 32, i = lane / 4, q = lane % 4;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {  // [2q + e, i] of matrix m
+      const uint16_t* from;
+      std::memcpy(&from, all[8 * m + 2 * q + e], sizeof from);
+      pair[e] = from[i];
+    }
+    std::memcpy(&out[m], pair, sizeof pair);
+  }
 }
 
 inline void copy16_async(void* to, const void* from, int bytes) {
@@ -481,7 +502,7 @@ inline void store_in_cluster(uint32_t address, float a, float b) {
 }
 
 // EMULATOR_HOPPER=1 asks the operators for their forms for Hopper.
-template <class... P> bool has_body(void (*)(P...)) {
+template <auto kernel> bool has_body() {
   const char* text = std::getenv("EMULATOR_HOPPER");
   return text && std::atoi(text);
 }
