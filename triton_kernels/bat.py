@@ -58,6 +58,7 @@ CONTRACT = {
 # greatest number of tokens, features per step, warps, stages
 MATMUL = {
     2: {16: (64, 16, 4, 3), 32: (64, 32, 4, 3), 64: (64, 64, 8, 3)},
+    (90, 2): {16: (64, 16, 4, 3), 32: (64, 32, 4, 3), 64: (32, 64, 2, 3)},
     (80, 2): {16: (64, 16, 4, 3), 32: (64, 32, 4, 3), 64: (32, 64, 4, 2)},
     4: {16: (32, 16, 4, 2), 32: (32, 32, 4, 2)},
     (100, 4): {16: (32, 16, 4, 2), 32: (32, 32, 8, 2)},
@@ -248,6 +249,10 @@ def matmul_kernel(
     rows = x + t[:, None] * x_t
     t_in = (t < T)[:, None]
     total = tl.zeros([BT, BC], tl.float32)
+    HELD: tl.constexpr = CHUNKS == 1 and not TRANSPOSE  # one block serves the whole loop
+    if HELD:
+        block = tl.load(B + owner * B_n + lane[:, None] * B_e + lane[None, :] * B_c,
+                        mask=(lane < r)[:, None] & (lane < r)[None, :], other=0.0)  # fmt: skip
     for other in range(part * span, tl.minimum((part + 1) * span, blocks)):
         o, j = (other, owner) if TRANSPOSE else (owner, other)
         tokens = rows + tl.cast(other, tl.int64) * r * x_i
@@ -260,7 +265,9 @@ def matmul_kernel(
                 s = s0 + lane
                 a = tl.load(tokens + s[None, :] * x_i, mask=t_in & (s < r)[None, :], other=0.0)
                 inside = (s < r)[:, None] & (c < r)[None, :]
-                if TRANSPOSE:
+                if HELD:
+                    left = block
+                elif TRANSPOSE:
                     left = tl.load(W + s[:, None] * w_o + c[None, :] * w_i, mask=inside, other=0.0)
                 else:
                     left = tl.load(blocks_o + s[:, None] * B_e + c[None, :] * B_c, mask=inside, other=0.0)

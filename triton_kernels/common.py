@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ VARIANTS: dict[str, tuple[int, Callable[[int], int]]] = {
     "shallow": (-1, lambda n: n - 1),
     "deep": (-1, lambda n: n + 1),
 }
+DESCRIPTORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # older ones were not looked into
 INTERPRETED_PROCESSORS = 4  # what the interpreter pretends to have, so that small tests split their work too
 
 
@@ -105,6 +107,22 @@ def aligned(*tensors: torch.Tensor) -> bool:
     return all(
         t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
     )
+
+
+def described(*tensors: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for each: aligned rows that do not overlap, and something in them."""
+    return DESCRIPTORS and aligned(*tensors) and all(t.numel() and t.stride(0) >= t.shape[1] for t in tensors)
+
+
+def with_workspace(device: torch.device, launch: Callable[[], object]) -> None:
+    """Launch a kernel that asks for global memory, as descriptors made on the device do. It comes from torch, in stream
+    order, so that graphs can be captured; the caller's own allocator stays set."""
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        launch()
+
+    contextvars.copy_context().run(run)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -195,17 +213,31 @@ def kept(seed, start, column, threshold, COLUMNS: tl.constexpr, ALIGNED: tl.cons
     if ALIGNED and COLUMNS >= 4:
         first = (start + column) >> 2
         counter = first + _last_range(first, COLUMNS // 4)
-        w0, w1, w2, w3 = tl.randint4x(seed, counter)
-        k0, k1 = ((w0 >> 8) >= limit).to(tl.int8), ((w1 >> 8) >= limit).to(tl.int8)
-        k2, k3 = ((w2 >> 8) >= limit).to(tl.int8), ((w3 >> 8) >= limit).to(tl.int8)
-        return tl.interleave(tl.interleave(k0, k2), tl.interleave(k1, k3)) != 0
+        w0, w1, w2, w3 = _philox(seed, counter)
+        return (tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)) >> 8) >= limit
     else:
         e = start + column
         e += _last_range(e, COLUMNS)
-        w0, w1, w2, w3 = tl.randint4x(seed, e >> 2)
+        w0, w1, w2, w3 = _philox(seed, e >> 2)
         word = e & 3
         low, high = tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)
         return (tl.where(word < 2, low, high) >> 8) >= limit
+
+
+@triton.jit
+def _philox(seed, counter):
+    """Philox4x32-10, as tl.randint4x(seed, counter) of int64 numbers is; its high and low products are one instruction
+    here, and two there."""
+    key, place = seed.to(tl.uint64, bitcast=True), counter.to(tl.uint64, bitcast=True)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    c0, c1 = place.to(tl.uint32), (place >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
+    for _ in tl.static_range(10):
+        a, b = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (b >> 32).to(tl.uint32) ^ c1 ^ k0, (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
 
 
 @triton.jit

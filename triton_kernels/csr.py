@@ -1,10 +1,11 @@
 """A sparse matrix in CSR: its pattern written and read, the sparse product, and the sampled product (METHODS 1.5).
 
 Work is cut by entries, so that one dense row and 128,000 rows are alike; an entry's row is found by binary search in
-the offsets, which stay in cache. Bytes moved: csr_scatter_ and csr_gather_ touch a sector (32 bytes) per entry. In
-csr_spmm_ and csr_sddmm neighbouring entries of a row read x at ascending columns of the same token, so that each
-element costs up to a sector of L2 traffic: nnz T 32 bytes at low density, which is what bounds both. The product with
-slabs in shared memory is csrc/cuda/csr_spmm.cu's and csr_sddmm.cu's.
+the offsets, which stay in cache. Only csr_spmm_ walks rows, some side by side. Bytes moved: csr_scatter_ and
+csr_gather_ touch a sector (32 bytes) per entry. An entry of csr_spmm_ or csr_sddmm meets one column of x, whose
+elements lie a token apart: read as they are, each costs a sector of L2 traffic. So x (and dy) are first turned, CHUNK
+tokens at a time, which L2 holds: nnz T elements then cross L2 once, in whole sectors. Few tokens are read as they are.
+The product with slabs in shared memory is csrc/cuda/csr_spmm.cu's and csr_sddmm.cu's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ from spectral_ops.triton_kernels.common import (
 )
 
 ENTRIES = 256  # per program of csr_scatter_ and csr_gather_
-SPMM = (32, 64, 4)  # greatest number of tokens, entries per step, warps
-SDDMM = (16, 128, 4)  # tokens per step, entries, warps
+SPMM = (32, 64, 4)  # greatest number of tokens, entries per step, warps: of few tokens
+SDDMM = (16, 128, 4)  # tokens per step, entries, warps: of few tokens
+FEW = 64  # tokens below which x is read as it is
+CHUNK = 2048  # tokens turned at a time: of 4096 columns in bfloat16, 17 MB
+TURN = (64, 64, 4)  # tokens, columns, warps
+TURNED_SPMM = (16, 128, 4)  # rows, tokens, warps
+TURNED_SDDMM = (16, 128, 4)  # entries, tokens per step, warps
 
 
 @triton.jit
@@ -117,6 +123,73 @@ def sddmm_kernel(
     tl.store(out + part.to(tl.int64) * nnz + p, total, mask=p < nnz)
 
 
+@triton.jit(do_not_specialize=["T"])
+def turn_kernel(x, turned, T, k, length, x_t, x_i, BT: tl.constexpr, BK: tl.constexpr):
+    """turned [k, length] = xᵀ, with zeros for the tokens from T on: nothing that reads it asks where they end."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    i = tl.program_id(1).to(tl.int64) * BK + tl.arange(0, BK)
+    a = tl.load(x + t[:, None] * x_t + i[None, :] * x_i, mask=(t < T)[:, None] & (i < k)[None, :], other=0.0)
+    tl.store(turned + i[:, None] * length + t[None, :], tl.trans(a), mask=(i < k)[:, None] & (t < length)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "n"])
+def turned_spmm_kernel(
+    out, turned, values, row_offsets, columns, permutation, T, n, length, out_t, out_o,
+    BO: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """out [T, d] at BO rows of S, which walk their entries side by side."""
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    begin = tl.load(row_offsets + o, mask=o < n, other=0)
+    end = tl.load(row_offsets + o + 1, mask=o < n, other=0)
+    total = tl.zeros([BO, BT], tl.float32)
+    for e in range(0, tl.max(end - begin, 0)):
+        p = begin + e
+        inside = p < end
+        i = tl.load(columns + p, mask=inside, other=0).to(tl.int64)
+        place = p
+        if permutation is not None:
+            place = tl.load(permutation + p, mask=inside, other=0)
+        value = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(turned + i[:, None] * length + t[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        total += a * value[:, None]
+    target = out + t[:, None] * out_t + o[None, :].to(tl.int64) * out_o
+    live = (t < T)[:, None] & (o < n)[None, :]
+    value = tl.load(target, mask=live, other=0.0).to(tl.float32) + tl.trans(total)
+    tl.store(target, narrow(value, out.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["nnz", "n"])
+def turned_sddmm_kernel(
+    out, dy, x, row_offsets, columns, nnz, n, length,
+    ADD: tl.constexpr, STEPS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BE + tl.arange(0, BE)
+    o, inside = _row_of(p, row_offsets, n, STEPS)
+    live = inside & (p < nnz)
+    i = tl.load(columns + p, mask=live, other=0).to(tl.int64)
+    t = tl.arange(0, BT)
+    left = dy + o[:, None] * length + t[None, :]
+    right = x + i[:, None] * length + t[None, :]
+    total = tl.zeros([BE, BT], tl.float32)
+    for t0 in range(0, length, BT):
+        a = tl.load(left + t0, mask=live[:, None], other=0.0).to(tl.float32)
+        b = tl.load(right + t0, mask=live[:, None], other=0.0).to(tl.float32)
+        total += a * b
+    value = tl.sum(total, 1)
+    if ADD:
+        value += tl.load(out + p, mask=p < nnz, other=0.0)
+    tl.store(out + p, value, mask=p < nnz)
+
+
+def _turned(x: torch.Tensor, length: int) -> torch.Tensor:
+    """xᵀ [k, length], zeros from x's last token on."""
+    (T, k), (BT, BK, warps) = x.shape, TURN
+    turned = x.new_empty(k, length)
+    turn_kernel[(cdiv(length, BT), cdiv(k, BK))](x, turned, T, k, length, *x.stride(), BT=BT, BK=BK, num_warps=warps)
+    return turned
+
+
 def csr_scatter_(out, values, row_offsets, columns, accumulate: bool) -> None:
     if torch.float64 in (out.dtype, values.dtype):
         return reference("csr_scatter_")(out, values, row_offsets, columns, accumulate)
@@ -147,7 +220,18 @@ def csr_spmm_(out, x, values, row_offsets, columns, permutation) -> None:
     if torch.float64 in (x.dtype, values.dtype):
         return reference("csr_spmm_")(out, x, values, row_offsets, columns, permutation)
     T, n = x.shape[0], row_offsets.numel() - 1
-    if T and n and columns.numel():
+    if T >= FEW and n and columns.numel():
+        BO, BT, warps = TURNED_SPMM
+        with on_device(x):
+            for start in range(0, T, CHUNK):
+                part, place = x[start : start + CHUNK], out[start : start + CHUNK]
+                tokens = part.shape[0]
+                length = cdiv(tokens, BT) * BT
+                turned_spmm_kernel[(cdiv(n, BO), length // BT)](
+                    place, _turned(part, length), values, row_offsets, columns, permutation, tokens, n, length,
+                    *place.stride(), BO=BO, BT=BT, num_warps=warps,
+                )  # fmt: skip
+    elif T and n and columns.numel():
         most, BE, warps = SPMM
         BT = power_of_2(T, 1, most)
         with on_device(x):
@@ -165,6 +249,17 @@ def csr_sddmm(dy, x, row_offsets, columns):
     out = x.new_empty(nnz, dtype=torch.float32)
     if nnz == 0 or T == 0 or n == 0:
         return out.zero_()
+    if T >= FEW:
+        BE, BT, warps = TURNED_SDDMM
+        with on_device(x):
+            for start in range(0, T, CHUNK):
+                part = x[start : start + CHUNK]
+                length = cdiv(part.shape[0], BT) * BT
+                turned_sddmm_kernel[(cdiv(nnz, BE),)](
+                    out, _turned(dy[start : start + CHUNK], length), _turned(part, length), row_offsets, columns,
+                    nnz, n, length, ADD=start > 0, STEPS=n.bit_length(), BE=BE, BT=BT, num_warps=warps,
+                )  # fmt: skip
+        return out
     BT, BE, warps = SDDMM
     programs = cdiv(nnz, BE)
     ranges, steps = split(cdiv(T, BT), programs, 8 * processors(x))

@@ -29,7 +29,8 @@ from spectral_ops.triton_kernels.common import (
 VANISHING = tl.constexpr(2.0**-14)  # functional/dora.py's, which says why
 MOST_PRINTS = 128  # programs per fingerprinted tensor, at most
 
-# inputs and ranks per step are halved where A is float32 or rows are not aligned
+# inputs and ranks per step are halved where A is float32 or rows are not aligned; rows are doubled for TF32 products,
+# whose A is split anew for every block of rows
 # element size of W, or (architecture, that): rows, inputs per step, greatest rank per step, warps
 NORM = {2: (64, 128, 64, 8), (80, 2): (64, 128, 32, 8), 4: (32, 64, 32, 4)}
 
@@ -161,6 +162,7 @@ def _norms(out, weight, A, B, scale, stamp=None, force=False, tiles="") -> None:
     if A.dtype != B.dtype or A.dtype == torch.float32:
         precision = "ieee" if weight.dtype == torch.float32 or torch.version.hip else "tf32x3"
         greatest, BK = greatest // 2, BK // 2
+        BM = 2 * BM if precision == "tf32x3" and aligned(weight, A, B) else BM
     elif not aligned(weight, A, B):
         greatest, BK = greatest // 2, BK // 2
     R = power_of_2(r, 16, greatest)

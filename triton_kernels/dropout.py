@@ -31,7 +31,7 @@ from spectral_ops.triton_kernels.common import (
 )  # fmt: skip
 
 # element size, or (architecture, element size): tokens, inputs per step, greatest rank per step, warps
-PROJECT = {2: (32, 128, 64, 4), 4: (32, 32, 16, 4)}
+PROJECT = {2: (64, 64, 64, 4), 4: (32, 32, 16, 4)}
 # element size, or (architecture, element size): tokens per step, inputs, greatest rank per step, warps
 OUTER = {2: (64, 64, 64, 4), 4: (32, 32, 16, 4)}
 # element size, or (architecture, element size): tokens, inputs, greatest rank per step, warps

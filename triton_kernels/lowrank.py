@@ -8,12 +8,27 @@ Bytes moved, for elements of s bytes:
   the finished dB [BD, r] of its tokens for each step. Partial sums are float32: T r per range of features and d r per
   block of tokens, written and read once and meanwhile in L2 if it holds them. With T = 8192,
   d = 4096, r = 16 in bfloat16 on 132 processors: 67 MB of dy from memory (22 us at 3 TB/s), and 10.5 MB of partial sums
-  each way for 32 blocks by 4 ranges. Ranks above 128 (64 with y or gdy) read dy again.
+  each way for 32 blocks by 4 ranges. Ranks above 128 (64 with y or gdy) read dy again. Where dB's partial sums would
+  move more than dy, a second pass makes it: a program owns outputs there, and walks the tokens.
 * ``lowrank_matmul``: x and W as any product does; h and B add r / k to it.
+
+Where rows can be described to the copy engine (``described``), ``lowrank_matmul`` of 16-bit elements reads its tiles
+through tensor descriptors, with a warpgroup or warps of its own for the copies. What Triton 3.6 compiles decides its
+form:
+
+* sm_90: the loop over tiles is specialised whole, so the next tile's copies run under this one's end. It takes
+  num_warps = 4, which become a producer (40 registers) and two consumers of half a tile each (232). With 8 warps the
+  request is passed over. Descriptors are made on the device: one that comes from the host keeps the whole tile's box
+  where a consumer waits for half of it. 256 x 128 outputs fit; 128 x 256 spill. The ranks come 16 at a time, since
+  their tiles are as many stages deep as those of x and W.
+* sm_100: the loop over inputs alone. Specialising the outer loop fails in the compiler (NVWSInsertAref), and with the
+  loops flattened it compiles to a kernel that stores nothing.
+* Clusters (num_ctas = 2), which would halve what crosses L2, fail in both: "remote CTA is not supported yet".
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -24,6 +39,7 @@ from spectral_ops.triton_kernels.common import (
     aligned,
     arch,
     cdiv,
+    described,
     dot,
     narrow,
     on_device,
@@ -35,6 +51,7 @@ from spectral_ops.triton_kernels.common import (
     sum_partials,
     tile,
     varied,
+    with_workspace,
 )  # fmt: skip
 
 # element size, or (architecture, that): tokens, outputs, inputs per step, tiles of tokens per group, warps, stages
@@ -45,16 +62,34 @@ MATMUL = {
     4: (64, 64, 16, 8, 8, 2),
 }
 MATMUL_UNALIGNED = (64, 64, 32, 8, 8, 2)
+# of 2-byte elements, by architecture: tokens, outputs, inputs and ranks per step, tiles per group, warps, stages
+MATMUL_DESCRIBED = {90: (256, 128, 64, 16, 8, 4, 3), 100: (128, 128, 64, 64, 8, 8, 4)}
 # element size, or (architecture, element size): tokens, outputs, greatest rank per step, warps
 UPDATE = {2: (64, 128, 64, 8), 4: (64, 64, 16, 8)}
 UPDATE_UNALIGNED = (32, 64, 32, 8)
 # element size, or (architecture, element size): for each padded rank, tokens, outputs per step, warps, stages
 BACKWARD = {
     2: {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
+    (90, 2): {16: (256, 64, 8, 3), 32: (256, 64, 8, 3), 64: (256, 64, 8, 3), 128: (128, 64, 8, 3)},
     (80, 2): {16: (256, 32, 8, 3), 32: (256, 32, 8, 3), 64: (128, 32, 8, 3), 128: (64, 32, 8, 3)},
-    4: {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 32, 8, 2), 128: (32, 32, 8, 2)},
+    4: {16: (64, 32, 8, 2), 32: (64, 32, 8, 2), 64: (32, 16, 8, 2), 128: (32, 32, 8, 2)},
 }
+# element size, or (architecture, that): tokens per step, outputs, greatest rank, warps, stages
+OUTER = {2: (64, 128, 128, 8, 3), (80, 2): (64, 64, 64, 4, 3), 4: (32, 32, 32, 4, 2)}
+OUTER_UNALIGNED = (32, 32, 32, 4, 1)
+HELD = 1 << 25  # bytes of partial sums that L2 may hold: for more of them, dy is read twice where that is less
 BACKWARD_UNALIGNED = {2: (64, 32, 8, 1), 4: (32, 32, 8, 1)}
+
+
+@triton.jit
+def _tile_at(index, T, d, BT: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr):
+    """The first token and output of tile ``index``: in groups of GROUP along the tokens, so that the tiles in flight
+    share x and W in L2."""
+    tiles_t, tiles_d = tl.cdiv(T, BT), tl.cdiv(d, BD)
+    group = index // (GROUP * tiles_d)
+    height = tl.minimum(tiles_t - group * GROUP, GROUP)
+    within = index % (GROUP * tiles_d)
+    return (group * GROUP + within % height) * BT, (within // height) * BD
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -62,14 +97,11 @@ def matmul_kernel(
     x, w, h, B, out, g, bias, scale, T, d, k, r, x_t, x_i, w_o, w_i, h_t, h_p, B_o, B_p,
     BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles in groups of GROUP along the tokens, so that the tiles in flight share x and W in L2."""
-    tiles_t, tiles_d = tl.cdiv(T, BT), tl.cdiv(d, BD)
-    for index in range(tl.program_id(0), tiles_t * tiles_d, tl.num_programs(0)):
-        group = index // (GROUP * tiles_d)
-        height = tl.minimum(tiles_t - group * GROUP, GROUP)
-        within = index % (GROUP * tiles_d)
-        t = ((group * GROUP + within % height).to(tl.int64)) * BT + tl.arange(0, BT)
-        o = (within // height) * BD + tl.arange(0, BD)
+    tiles = tl.cdiv(T, BT) * tl.cdiv(d, BD)
+    for index in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        t0, o0 = _tile_at(index, T, d, BT, BD, GROUP)
+        t = t0.to(tl.int64) + tl.arange(0, BT)
+        o = o0 + tl.arange(0, BD)
         t_in = tl.where(t < T, t, 0)  # rows past the end read row 0: no masks in the loop, and none of it is stored
         o_in = tl.where(o < d, o, 0).to(tl.int64)
         total = tl.zeros([BT, BD], tl.float32)
@@ -100,12 +132,53 @@ def matmul_kernel(
         tl.store(target, narrow(total, out.dtype.element_ty), mask=(t < T)[:, None] & (o < d)[None, :])
 
 
+@triton.jit(do_not_specialize=["T"])
+def described_matmul_kernel(
+    x, w, h, B, out, g, bias, scale, T, d, k, r, x_t, w_o, h_t, B_o,
+    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """matmul_kernel through tensor descriptors: past the ends they give zeros. OUTER: which loop is specialised."""
+    x_tiles = tl.make_tensor_descriptor(x, [T, k], [x_t, 1], [BT, BK])
+    w_tiles = tl.make_tensor_descriptor(w, [d, k], [w_o, 1], [BD, BK])
+    h_tiles = tl.make_tensor_descriptor(h, [T, r], [h_t, 1], [BT, R])
+    B_tiles = tl.make_tensor_descriptor(B, [d, r], [B_o, 1], [BD, R])
+    tiles = tl.cdiv(T, BT) * tl.cdiv(d, BD)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=OUTER):
+        t0, o0 = _tile_at(index, T, d, BT, BD, GROUP)
+        total = tl.zeros([BT, BD], tl.float32)
+        for p0 in range(0, r, R):
+            total = dot(h_tiles.load([t0, p0]), tl.trans(B_tiles.load([o0, p0])), total, "ieee")
+        total *= scale
+        for i0 in tl.range(0, k, BK, warp_specialize=not OUTER):
+            total = dot(x_tiles.load([t0, i0]), tl.trans(w_tiles.load([o0, i0])), total, "ieee")
+        t = t0.to(tl.int64) + tl.arange(0, BT)
+        o = o0 + tl.arange(0, BD)
+        if g is not None:
+            total *= tl.load(g + o, mask=o < d, other=0.0).to(tl.float32)[None, :]
+        if bias is not None:
+            total += tl.load(bias + o, mask=o < d, other=0.0).to(tl.float32)[None, :]
+        target = out + t[:, None] * d + o[None, :]
+        tl.store(target, narrow(total, out.dtype.element_ty), mask=(t < T)[:, None] & (o < d)[None, :])
+
+
 def lowrank_matmul(x, weight, h, B, scale: float, g, bias, tiles: Literal["", "shallow", "deep"] = ""):
     if x.dtype == torch.float64:
         return reference("lowrank_matmul")(x, weight, h, B, scale, g, bias)
     (T, k), (d, r) = x.shape, B.shape
     y = x.new_empty(T, d)
     if y.numel() == 0:
+        return y
+    own = MATMUL_DESCRIBED.get(arch(x)) if x.element_size() == 2 else None
+    if own and not tiles and described(x, weight, h, B):  # the tuner's other tiles are of the kernel without them
+        BT, BD, BK, R, group, warps, stages = own
+        programs = min(cdiv(T, BT) * cdiv(d, BD), processors(x))
+        launch = functools.partial(
+            described_matmul_kernel[(programs,)],
+            x, weight, h, B, y, g, bias, scale, T, d, k, r, x.stride(0), weight.stride(0), h.stride(0), B.stride(0),
+            BT=BT, BD=BD, BK=BK, R=R, GROUP=group, OUTER=arch(x) == 90, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        with on_device(x):
+            with_workspace(x.device, launch)
         return y
     BT, BD, BK, group, warps, stages = tile(MATMUL, x, tiles)
     even = k % BK == 0
@@ -224,6 +297,31 @@ def backward_kernel(
         tl.store(target, narrow(lifted * scale, u.dtype.element_ty), mask=(t < T)[:, None] & (p < r)[None, :])
 
 
+@triton.jit(do_not_specialize=["T"])
+def outer_kernel(
+    dy, h, g, dB, scale, T, d, r, span, dy_t, dy_o, h_t, h_p,
+    BT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB [ranges, d, r] alone: a program owns its outputs over ``span`` tokens."""
+    o = tl.program_id(0) * BD + tl.arange(0, BD)
+    part = tl.program_id(1)
+    p = tl.program_id(2) * R + tl.arange(0, R)
+    last = tl.minimum((part + 1) * span, T)
+    total = tl.zeros([BD, R], tl.float32)
+    for t0 in tl.range(part * span, last, BT, num_stages=STAGES):
+        t = (t0 + tl.arange(0, BT)).to(tl.int64)
+        step = tl.load(dy + t[:, None] * dy_t + o[None, :].to(tl.int64) * dy_o,
+                       mask=(t < last)[:, None] & (o < d)[None, :], other=0.0)  # fmt: skip
+        tokens = tl.load(h + t[:, None] * h_t + p[None, :].to(tl.int64) * h_p,
+                         mask=(t < last)[:, None] & (p < r)[None, :], other=0.0)  # fmt: skip
+        total = dot(tl.trans(step), tokens, total, "ieee")
+    total *= scale
+    if g is not None:
+        total *= tl.load(g + o, mask=o < d, other=0.0).to(tl.float32)[:, None]
+    target = dB + (part * d + o[:, None]).to(tl.int64) * r + p[None, :]
+    tl.store(target, total, mask=(o < d)[:, None] & (p < r)[None, :])
+
+
 def lowrank_backward(
     dy, h, B, scale: float, g, y, bias, need_u, need_dB, need_db, need_gdy, tiles: Literal["", "short", "narrow"] = ""
 ):
@@ -248,6 +346,8 @@ def lowrank_backward(
         (BT, BD, warps, stages), R = BACKWARD_UNALIGNED[dy.element_size()], min(R, 32)
     blocks = cdiv(T, BT)
     ranges, steps = split(cdiv(d, BD), blocks * cdiv(max(r, 1), R), processors(dy) * (1 + heavy))
+    sums = 4 * blocks * dB.numel()  # bytes that one pass writes and reads again
+    twice = sums > HELD and 2 * sums >= dy.numel() * dy.element_size()
     jobs = []
 
     def partial(out: torch.Tensor, wanted: bool, parts: int) -> torch.Tensor | None:
@@ -260,13 +360,23 @@ def lowrank_backward(
         return jobs[-1][0]
 
     with on_device(dy):
-        backward_kernel[(blocks, ranges, cdiv(r, R) or 1)](
-            dy, h, B, g, y, bias,
-            partial(u, need_u, ranges), partial(dB, need_dB, blocks), partial(db, need_db, blocks),
-            partial(dyz, y is not None, blocks), gdy if need_gdy else None,
-            scale, T, d, r, steps * BD, *dy.stride(), *h.stride(), *B.stride(), *strides(y),
-            BT=BT, BD=BD, R=R, STAGES=stages, FLIP=arch(dy) < 90, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        if not twice or u.numel() or need_db or need_gdy or y is not None:
+            backward_kernel[(blocks, ranges, cdiv(r, R) or 1)](
+                dy, h, B, g, y, bias,
+                partial(u, need_u, ranges), partial(dB, need_dB and not twice, blocks), partial(db, need_db, blocks),
+                partial(dyz, y is not None, blocks), gdy if need_gdy else None,
+                scale, T, d, r, steps * BD, *dy.stride(), *h.stride(), *B.stride(), *strides(y),
+                BT=BT, BD=BD, R=R, STAGES=stages, FLIP=arch(dy) < 90, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        if twice:
+            BT, BD, R, warps, stages = tile(OUTER, dy) if aligned(dy, h) else OUTER_UNALIGNED
+            R = power_of_2(r, 16, R)
+            columns = cdiv(d, BD), cdiv(r, R)
+            ranges, steps = split(cdiv(T, BT), columns[0] * columns[1], 2 * processors(dy))
+            outer_kernel[(columns[0], ranges, columns[1])](
+                dy, h, g, partial(dB, True, ranges), scale, T, d, r, steps * BT, *dy.stride(), *h.stride(),
+                BT=BT, BD=BD, R=R, STAGES=stages, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
         if jobs:
             sum_partials(jobs)
     return u, dB, db, dyz, gdy

@@ -30,6 +30,7 @@ def cells(row: table.Row) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.estimates", description=__doc__)
     made.add_argument("--objects", type=Path, default=ROOT / "build" / "nvcc" / "cuda", help="of a build for sm_90a")
+    made.add_argument("--triton", action="store_true", help="the Triton kernels' rows too, which are compiled for it")
     made.add_argument("--write", action="store_true", help="h100.json and docs/PERFORMANCE.md")
     made.add_argument("--measure", action="store_true", help="time the operators on this device, beside h100.json")
     made.add_argument("--device", default="cuda")
@@ -47,6 +48,10 @@ def main(arguments: argparse.Namespace) -> int:
 
         return measure.run(arguments)
     rows = list(table.compiled(arguments.objects))
+    if arguments.triton:
+        from benchmarks.estimates import triton
+
+        rows += triton.compiled()
     print(text(HEAD, [cells(row) for row in rows]))
     if arguments.write:
         from benchmarks import publish

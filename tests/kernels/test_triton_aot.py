@@ -66,7 +66,9 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         cases |= {
             f"lowrank_backward r{r}": ("lowrank", "lowrank_backward", lora),
             f"lowrank_backward dora r{r}": ("lowrank", "lowrank_backward", dora),
-        }
+            f"lowrank_backward dora short r{r}": (
+                "lowrank", "lowrank_backward", (dy[:2048], h[:2048], B, 0.5, g, y[:2048], *dora[6:])),
+        }  # fmt: skip
         if r == 256 or (r == 64 and dtype == torch.float32):
             continue  # the other kernels walk large ranks in steps of the sizes already seen
         cases |= {
@@ -150,6 +152,7 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "csr_spmm_ few": ("csr", "csr_spmm_", (y[few], x[few], values, *indices, None)),
         "csr_spmm_ permuted": ("csr", "csr_spmm_", (y, x, values, *indices, indices[1])),
         "csr_sddmm": ("csr", "csr_sddmm", (dy, x, *indices)),
+        "csr_sddmm few": ("csr", "csr_sddmm", (dy[few], x[few], *indices)),
         "csr_sddmm odd": ("csr", "csr_sddmm", (dy, odd, *indices)),
     }
     token, row = make(512, dtype=torch.int64), make(512, dtype=wide)
@@ -196,6 +199,7 @@ class Build:
     registers: int
     spills: int  # bytes of a thread's stack frame, which is where registers spill to
     shared: int
+    threads: int
     ptx: str
     cubin: bytes
 
@@ -249,8 +253,9 @@ def build(arch: int, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict
         assert found, report
         registers, stack, local = map(int, found.groups())
         _builds[key] = Build(
-            kernel.__name__, arch, grid, registers, stack + local, compiled.metadata.shared, ptx, cubin
-        )
+            kernel.__name__, arch, grid, registers, stack + local, compiled.metadata.shared,
+            32 * compiled.metadata.num_warps, ptx, cubin,
+        )  # fmt: skip
     return _builds[key]
 
 
@@ -269,8 +274,9 @@ TABLES = [
     if isinstance(table, dict) and any(key in (2, 4) or isinstance(key, tuple) and key[0] in ARCHS for key in table)
 ]
 PRODUCTS = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
-WITH_PRODUCTS = ("matmul_kernel", "update_kernel", "backward_kernel", "project_kernel", "outer_kernel", "lift_kernel",
-                 "weight_kernel", "contract_kernel", "mix_kernel", "mix_backward_kernel")  # fmt: skip
+WITH_PRODUCTS = ("matmul_kernel", "described_matmul_kernel", "update_kernel", "backward_kernel", "project_kernel",
+                 "outer_kernel", "lift_kernel", "weight_kernel", "contract_kernel", "mix_kernel",
+                 "mix_backward_kernel")  # fmt: skip
 
 
 def matrix() -> Iterator[tuple[torch.dtype, str, int]]:
@@ -304,7 +310,7 @@ def test_fits_the_processor(dtype, case, arch):
         half_product = b.name in WITH_PRODUCTS or (b.name == "norm_kernel" and case.startswith("column_norm"))
         if dtype == torch.bfloat16 and half_product:
             assert b.product in PRODUCTS[arch], (b.name, b.product)
-        if (b.name, arch, dtype) == ("matmul_kernel", 90, torch.bfloat16) and case.startswith("lowrank"):
+        if arch == 90 and dtype == torch.bfloat16 and case.startswith("lowrank_matmul"):
             assert b.product == "HGMMA" and "mma.sync" not in b.ptx
 
 
@@ -353,8 +359,49 @@ def test_blocks_of_64_use_warpgroups(case):
 def test_long_passes_are_pipelined(arch):
     """Where rows are aligned, the loops over x, W and dy copy ahead into shared memory, 16 bytes at a time."""
     for case in ("lowrank_matmul r16", "lowrank_backward r16", "lowrank_backward dora r16"):
-        kernel = builds(arch, *samples(torch.bfloat16)[case])[0]
+        tiles = {"tiles": "shallow"} if "matmul" in case else {}  # of the matmul without descriptors
+        kernel = builds(arch, *samples(torch.bfloat16)[case], **tiles)[0]
         assert kernel.count(r"LDGSTS\.E\.(?:\w+\.)*128") >= 6, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", (90, 100))
+def test_products_have_warps_of_their_own_for_copies(arch):
+    """lowrank_matmul copies tiles through descriptors, in warps that hold few registers; the whole tile is stored."""
+    kernel = builds(arch, *samples(torch.bfloat16)["lowrank_matmul g b"])[0]
+    assert kernel.name == "described_matmul_kernel"
+    assert kernel.count("UTMALDG") >= 6 and not kernel.count(r"LDGSTS\b") and kernel.count("USETMAXREG") >= 4
+    warps, outputs = {90: (4, 256 * 128), 100: (8, 128 * 128)}[arch]  # of a consumer, each with code of its own
+    assert 16 * 32 * warps * kernel.count(r"STG\.E\.128") == 2 * outputs
+
+
+@pytest.mark.slow
+def test_sparse_products_read_turned_rows_16_bytes_at_a_time():
+    for case in ("csr_spmm_ permuted", "csr_sddmm odd"):
+        kernel = builds(90, *samples(torch.bfloat16)[case])[-1]
+        assert kernel.name.startswith("turned") and kernel.count(r"LDG\.E\.128") >= 2, case
+        assert not kernel.count(r"LDG\.E\.U16") or case.startswith("csr_spmm_")  # out, whose strides are anyone's
+
+
+@pytest.mark.slow
+def test_estimates_stay_below_the_roofline():
+    """A share above one says that the model was handed the wrong numbers; the rows hold every kind of kernel."""
+    from benchmarks.estimates import triton as estimates
+
+    shares = {}
+    for case in (*estimates.CASES, *estimates.MORE):
+        row, found = estimates.row(case, 8192, 4096, 4096)
+        shares[case.name] = row.share
+        assert all(line.time.seconds > 0 for line in found), case.name
+    assert {name: share for name, share in shares.items() if not 0 < share <= 1} == {}
+    assert shares["lowrank_matmul, r 16"] > 0.5 and shares["column_norm, r 64"] > 0.6
+
+
+@pytest.mark.slow
+def test_masks_multiply_once():
+    """A round of Philox is two wide products, not four halves: eight counters of ten rounds."""
+    kernel = builds(90, *samples(torch.bfloat16)["block_sum r64 dropout"])[0]
+    assert kernel.count(r"IMAD\.HI") == 0 and 140 <= kernel.count(r"IMAD\.WIDE") <= 180
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ answers each with one line of JSON: null, or the traceback. ``python tests/kerne
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -145,6 +146,91 @@ def every_operator_is_listed():
         assert triton_kernels.has(operator.stem, name), f"{name} has lost its Triton kernel"
         module = importlib.import_module(f"spectral_ops.triton_kernels.{operator.stem}")
         assert triton_kernels.has(operator.stem, name) == callable(getattr(module, name, None)), name
+
+
+@case
+def gradients_that_read_dy_twice():
+    """With g, biases and y; one range of tokens and several; rows that are not aligned; dB and nothing else."""
+    from spectral_ops.triton_kernels import lowrank
+
+    held, operator, backward = lowrank.HELD, _library.OPERATORS["lowrank_backward"], triton_op("lowrank_backward")
+    lowrank.HELD = 0
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            for size in ((300, 8, 72, 40), (67, 8, 57, 130)):
+                for args in samples("lowrank_backward", dtype, size):
+                    only = (*args[:5], None, None, False, True, False, False)
+                    for each in (args, only):
+                        with seen_as("lowrank", 90) as names, poisoned():
+                            check_operator(operator, backward, each)
+                        assert ("outer_kernel" in names) == each[8]
+                        assert ("backward_kernel" in names) == (each[5] is not None or each[7] or any(each[9:]))
+    finally:
+        lowrank.HELD = held
+
+
+@case
+def sparse_products_in_several_chunks_of_tokens():
+    """Whole chunks, and one that is cut; and the most tokens that are read as they are."""
+    from spectral_ops.triton_kernels import csr
+
+    whole = csr.CHUNK
+    csr.CHUNK = 128
+    try:
+        for T in (csr.FEW - 1, 256, 300):
+            for name in ("csr_spmm_", "csr_sddmm"):
+                for args in samples_of(name, dtype=torch.bfloat16, T=T, d=19, k=40, r=1):
+                    with poisoned():
+                        check_operator(_library.OPERATORS[name], triton_op(name), args)
+    finally:
+        csr.CHUNK = whole
+
+
+@contextlib.contextmanager
+def seen_as(stem: str, arch: int):
+    """The kernels of a module as another architecture gets them; yields the names of those that run."""
+    module = importlib.import_module(f"spectral_ops.triton_kernels.{stem}")
+    names, real = [], {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return real[self.name][grid]
+
+    own = module.arch
+    try:
+        vars(module).update({"arch": lambda x: arch} | {name: Named(name) for name in real})
+        yield names
+    finally:
+        vars(module).update({"arch": own} | real)
+
+
+@case
+def products_through_descriptors():
+    """Tails of every size, no and several steps, and what no descriptor can stand for."""
+    matmul, operator = triton_op("lowrank_matmul"), _library.OPERATORS["lowrank_matmul"]
+    for dtype, arch in ((torch.bfloat16, 90), (torch.float16, 90), (torch.bfloat16, 100)):
+        for T, k, d, r in ((70, 64, 136, 64), (300, 200, 130, 24), (1, 8, 1, 8), (3, 72, 264, 16)):
+            x, W, h, B = (torch.randn(shape).to(dtype) for shape in ((T, k), (d, k), (T, r), (d, r)))
+            wide = torch.randn(T, k + 8).to(dtype)[:, :k]
+            g, bias = torch.randn(d), torch.randn(d).to(dtype)
+            for args in ((x, W, h, B, 0.7, None, None), (wide, W, h, B, 0.7, g, bias)):
+                with seen_as("lowrank", arch) as names, poisoned():
+                    check_operator(operator, matmul, args)
+                assert set(names) == {"described_matmul_kernel"}, names
+        one_row = torch.randn(1, k).to(dtype).expand(T, k)  # rows that overlap
+        turned = torch.randn(k, T).to(dtype).t()
+        cut = torch.randn(T, k + 1).to(dtype)[:, 1:]
+        for other in (one_row, turned, cut):
+            with seen_as("lowrank", arch) as names, poisoned():
+                check_operator(operator, matmul, (other, W, h, B, 0.7, None, None))
+            assert set(names) == {"matmul_kernel"}, names
+        with seen_as("lowrank", arch) as names, poisoned():
+            check_operator(operator, matmul, (x, W, h[:, :0], B[:, :0], 0.7, None, None))  # no ranks
+        assert set(names) == {"matmul_kernel"}, names
 
 
 @case
