@@ -44,12 +44,14 @@ share() { # what was written so far, to $OUT
   for file in "$made"/{gpu.log,tests.txt,failures.txt,tuned.json} "$stem"{,-training,-kernels}.json; do
     [ ! -s "$file" ] || cp "$file" "$OUT"
   done
-  pictures=$(cd "$(dirname "$stem")" && compgen -G "$(basename "$stem")-*.png") && tar -cf "$OUT/pictures.tar" -C "$(dirname "$stem")" $pictures
+  pictures=$(cd "${stem%/*}" && compgen -G "${stem##*/}-*.png") || return 0
+  tar -cf "$OUT/pictures.tar" -C "${stem%/*}" $pictures
 }
 
 counted() { # passed, failed and skipped of the tests that the last pytest collected, as far as it came
   awk '/^==/ { total = $2; split("", n) } /^(passed|failed|skipped) / { n[$1]++ }
-    END { printf "%d passed, %d failed, %d skipped of %s tests", n["passed"], n["failed"], n["skipped"], total }' "$made/tests.txt"
+    END { printf "%d passed, %d failed, %d skipped of %s tests", n["passed"], n["failed"], n["skipped"], total }' \
+    "$made/tests.txt"
 }
 
 step() { # section, seconds, command...
@@ -68,7 +70,7 @@ step() { # section, seconds, command...
   ! declare -F "$1" >/dev/null || function=(bash -c '"$@"' bash) # timeout takes commands only
   timeout --kill-after=10 "$limit" "${function[@]}" "$@" 2>&1 | tee "$made/last" | tee -a "$made/gpu.log"
   status=${PIPESTATUS[0]}
-  last=$(grep -v '^ *$' "$made/last" | tail -1 | cut -c1-100)
+  last=$({ ((status)) && grep -E 'RED:|Error' "$made/last" || grep -v '^ *$' "$made/last"; } | tail -1 | cut -c1-100)
   case $status in
     0) ;;
     124 | 137) verdict="CUT OFF" failed=1 ;;
@@ -85,7 +87,8 @@ build() { # what this checkout compiled itself may be older than its sources; wh
   if [[ -n $dry ]]; then
     "$python" -m benchmarks.prebuilt cpu
     nvcc -std=c++17 -arch=sm_90a -c csrc/cuda/blocksum.cu -o "$made/blocksum.o"
-  elif [[ -d build/cmake && $(cat build/cmake/sources 2>/dev/null) != "$(sources)" ]] || ! "$python" -m benchmarks.prebuilt cuda; then
+  elif [[ -d build/cmake && $(cat build/cmake/sources 2>/dev/null) != "$(sources)" ]] ||
+    ! "$python" -m benchmarks.prebuilt cuda; then
     "$python" setup.py build_ext --inplace && sources >build/cmake/sources
   fi
 }
@@ -93,7 +96,7 @@ build() { # what this checkout compiled itself may be older than its sources; wh
 shards() { # command...: `check`'s operators in processes of a few, so that Triton's compiler has every core, and one
   # operator that loses the GPU does not take the others with it
   "$python" -c 'from spectral_ops._library import OPERATORS; print(*OPERATORS)' | tr ' ' '\n' |
-    xargs -P "$(nproc)" -n 3 "$@" --operators
+    OMP_NUM_THREADS=1 xargs -P "$(nproc)" -n 3 "$@" --operators
 }
 
 report() { # python, results file, directory of the pictures, pages
@@ -121,17 +124,21 @@ if [ -n "$dry" ]; then
   step memcheck 120 "$python" -m spectral_ops check --operators csr_sddmm
   step racecheck 120 "$python" -m spectral_ops check --operators lowrank_backward
   step test 300 "${pytest[@]}" tests/kernels/test_triton.py tests/kernels/test_triton_aot.py -k magnitude_grad
-  step kernels 60 "$python" -m benchmarks.estimates --measure --device cpu --shrink 32 --tokens 16 --repeats 2 --json "$stem-kernels.json"
+  step kernels 60 "$python" -m benchmarks.estimates --measure --device cpu --shrink 32 --tokens 16 --repeats 2 \
+    --json "$stem-kernels.json"
   able host peft && step host 60 "$python" -m benchmarks.bench_host --device cpu --turns 1 --calls 2 lora bat
   step bench 120 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$stem.json"
-  able training "peft, transformers" && step training 120 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 \
-    --rank 8 --device cpu --dtype float32 --checkpointing --repeats 2 --json "$stem-training.json"
+  able training "peft, transformers" &&
+    step training 120 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
+      --dtype float32 --checkpointing --repeats 2 --json "$stem-training.json"
   cp README.md docs/PERFORMANCE.md "$made"
   step report 90 report "$python" "$stem.json" "$made" "$made/README.md" "$made/PERFORMANCE.md"
   step tune 60 "$python" -m spectral_ops tune "${small[@]}"
 else
-  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || { echo "gpu: no CUDA device in $python's torch"; exit 1; }
-  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
+  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') ||
+    { echo "gpu: no CUDA device in $python's torch"; exit 1; }
+  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability()
+print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
   export TORCH_CUDA_ARCH_LIST FORCE_CUDA=1
   results=benchmarks/results/${device// /-}
   stem=$results/$(date -u +%F)-$(git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
@@ -142,7 +149,7 @@ else
   ! has pytest_timeout || pytest+=(--timeout 100 --timeout-method thread) # ends a process whose kernel hangs
   sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all)
   step build 150 build
-  step info 20 "$python" -m spectral_ops info
+  step info 40 "$python" -m spectral_ops info
   step check 75 shards "$python" -m spectral_ops check
   step verdict 120 "${pytest[@]}" -m gpu tests/kernels/test_gpu.py -k "$first"
   step memcheck 75 shards "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check --samples 2
@@ -155,8 +162,9 @@ else
   # what there is no time for is named and left out, here and in training: the targets' length first, growth last
   step bench 190 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --shapes llama3-8b --tokens 8192 2048 512 \
     --methods dora bat rosa lora bone --ops all --overhead --growth --seconds 165 --json "$stem.json" "${peers[@]}"
-  able training "peft, transformers" && step training 110 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 \
-    --length 4096 --device cuda --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
+  able training "peft, transformers" &&
+    step training 110 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 \
+      --device cuda --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
   step report 60 report "$python" "$stem.json" "$results" README.md docs/PERFORMANCE.md
   step tune 150 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 512 8192 \
     --shape 4096 4096 --rank 16 --repeats 9 --seconds 120 --write

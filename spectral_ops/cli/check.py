@@ -39,7 +39,8 @@ def run(parsed: argparse.Namespace) -> int:
                             worst[dtype] = max(relative_error(operator, args, "cpu") for args in samples)
                     except RuntimeError as error:  # a kernel that does not start, or that lost the GPU
                         worst[dtype] = float("nan")
-                        print(f"{operator.name} raised on {device}, {backend}: {str(error).splitlines()[0]}", flush=True)
+                        message = str(error).partition("\n")[0]
+                        print(f"{operator.name} raised on {device}, {backend}: {message}", flush=True)
                 failed = [dtype for dtype, error in worst.items() if wrong(error, BOUNDS[dtype])]
                 red += bool(failed)
                 cells = [f"{worst[dtype]:.1e}" + ("!" if dtype in failed else "") for dtype in BOUNDS]

@@ -90,7 +90,7 @@ def test_every_benchmark_has_options_that_exist():
     assert sum(parser.parse_args(given).device == "cuda" for given in words) >= 2
 
 
-# --- the script as it runs on a chip, in a folder of its own, with a Python that only writes down what it is asked ------
+# --- the script as it runs on a chip, in a folder of its own, with a Python that only writes down what it is asked ----
 
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
@@ -121,7 +121,8 @@ def test_operator_against_float64(what):
 def chip(tmp_path):
     """Runs sections in a copy of the script's surroundings; its ``calls`` are what Python was asked."""
     folder = tmp_path / "checkout"
-    for name in ("benchmarks/gpu.sh", "tests/__init__.py", "tests/support/outcomes.py", "pyproject.toml", "CMakeLists.txt"):
+    copied = ["benchmarks/gpu.sh", "tests/__init__.py", "tests/support/outcomes.py", "pyproject.toml", "CMakeLists.txt"]
+    for name in copied:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (folder / "csrc").mkdir()
@@ -192,7 +193,7 @@ def test_what_a_whole_run_returns(chip):
     assert "--tokens 8192 2048 512 " in asked
 
 
-# --- what the script stands on ------------------------------------------------------------------------------------------
+# --- what the script stands on ----------------------------------------------------------------------------------------
 
 
 def test_a_library_with_other_schemas_does_not_serve(monkeypatch):
@@ -225,15 +226,18 @@ def outcomes(tmp_path, text: str, *options: str) -> tuple[subprocess.CompletedPr
 LOSES = """
 from tests.support import outcomes
 
+gone = []
+
 def test_before():
     pass
 
 def test_loses_the_gpu():
     outcomes.lost = lambda: True
+    gone.append(1)
     assert False, "an illegal memory access"
 
 def test_after():
-    pass
+    assert not gone, "in the same process"
 
 def test_last():
     pass

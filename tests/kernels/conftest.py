@@ -1,5 +1,5 @@
-"""The CUDA operators without a GPU: csrc/cuda compiled by the C++ compiler and loaded on cuda_emulator/; and the order of
-test_gpu.py's tests."""
+"""The CUDA operators without a GPU: csrc/cuda compiled by the C++ compiler and loaded on cuda_emulator/. And the order
+of test_gpu.py's tests."""
 
 from __future__ import annotations
 

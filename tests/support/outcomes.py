@@ -2,8 +2,8 @@
 
     pytest -p tests.support.outcomes --outcomes FOLDER
 
-tests.txt gets a line per test, failures.txt each failure's traceback. A process that lost the GPU would fail every later
-test as well: it ends, and pytest-xdist puts another in its place.
+tests.txt gets a line per test, failures.txt each failure's traceback. A process that lost the GPU would fail every
+later test as well: it ends, and pytest-xdist puts another in its place.
 """
 
 from __future__ import annotations
