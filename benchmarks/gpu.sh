@@ -24,7 +24,7 @@ for name in $sections; do
   [[ " $truth $figures tune " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
 done
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-failed=0 summary=()
+failed=0 summary=() cores=$(env -u OMP_NUM_THREADS nproc) # which would answer that variable
 made=$([ -n "$dry" ] && mktemp -d || echo build/gpu) # logs, and the tests' outcomes
 stem=$made/results                                   # of the results files
 rm -rf "$made" && mkdir -p "$made" || exit 1
@@ -96,7 +96,7 @@ build() { # what this checkout compiled itself may be older than its sources; wh
 shards() { # command...: `check`'s operators in processes of a few, so that Triton's compiler has every core, and one
   # operator that loses the GPU does not take the others with it
   "$python" -c 'from spectral_ops._library import OPERATORS; print(*OPERATORS)' | tr ' ' '\n' |
-    OMP_NUM_THREADS=1 xargs -P "$(nproc)" -n 3 "$@" --operators
+    OMP_NUM_THREADS=1 xargs -P "$cores" -n 3 "$@" --operators
 }
 
 report() { # python, results file, directory of the pictures, pages
@@ -108,7 +108,7 @@ report() { # python, results file, directory of the pictures, pages
     "$1" -m benchmarks.publish results "$2" "${@:4}"
 }
 export -f build has report shards sources
-export dry made python
+export dry made python cores
 
 # --- the sections -----------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,6 @@ print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
   stem=$results/$(date -u +%F)-$(git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
   mkdir -p "$results"
   # thousands of small cases, most of them waiting for Triton's compiler: several processes share the GPU, in the tests' order
-  cores=$(nproc)
   ! has xdist || pytest+=(-n $((cores < 12 ? cores : 12)) --dist load --maxschedchunk 1 --max-worker-restart 100)
   ! has pytest_timeout || pytest+=(--timeout 100 --timeout-method thread) # ends a process whose kernel hangs
   sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all)
