@@ -31,16 +31,14 @@ def tool(name: str) -> str | None:
 
 
 def check_tools(compiles: bool) -> None:
-    """Says at once, and in one command, what this environment lacks; pip would tell the first of it in its own words."""
+    """Says in one command what this environment lacks; pip would tell the first of it, in its own words."""
     packs = {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv)
     old = tuple(map(int, setuptools.__version__.split(".")[:2])) < (70, 1)  # newer ones pack wheels by themselves
     lacking = [name for name in ("cmake", "ninja") if compiles and tool(name) is None]
     lacking += ["wheel"] if packs and old and importlib.util.find_spec("wheel") is None else []
     if lacking:
         names = " and ".join(lacking)
-        skip = (
-            "; SPECTRAL_OPS_SKIP_BUILD=1 builds without a compiler" if "cmake" in lacking or "ninja" in lacking else ""
-        )
+        skip = "; SPECTRAL_OPS_SKIP_BUILD=1 builds without a compiler" if lacking != ["wheel"] else ""
         raise SystemExit(f"spectral_ops: {names} not found; run: pip install {' '.join(lacking)}{skip}")
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.publish results FILE.json [PAGE...]   a run's tables into each page; without one, printed
     python -m benchmarks.publish costs [docs/methods]          the tables of costs below ``<!-- cost: name -->``
+    python -m benchmarks.publish estimates [PAGE]              what GPU kernels should take, from benchmarks/estimates
 
 A run has two tables. Each ends at ``<!-- end -->``.
 
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.estimates import table
+from benchmarks.estimates.cases import TOKENS
 from spectral_ops.bench.counting import CEILINGS, cost
 from spectral_ops.bench.methods import BLOCKS
 from spectral_ops.bench.results import Layer, Results, read
@@ -187,17 +190,59 @@ def write(results: Results, path: str | Path) -> list[str]:
     place, path = place_of(results), Path(path)
     text, written = path.read_text(), []
     for name, make in SECTIONS.items():
-        marker = f"<!-- {name}: {place} -->"
-        section = rf"^{re.escape(marker)}\n.*?^<!-- end -->$"
-        text, found = re.subn(
-            section, lambda match, m=marker, f=make: f"{m}\n{f(results)}\n<!-- end -->", text, flags=re.M | re.S
-        )
+        text, found = _between(text, f"<!-- {name}: {place} -->", make(results))
         written += [name] * found
     if not written:
         wanted = " or ".join(f"<!-- {name}: {place} -->" for name in SECTIONS)
         raise ValueError(f"{path}: got no section that starts with {wanted} and ends with <!-- end -->, wanted one")
     path.write_text(text)
     return written
+
+
+def _between(text: str, marker: str, content: str) -> tuple[str, int]:
+    """``text`` with ``content`` in each section from ``marker`` on, and how many there are."""
+    section = rf"^{re.escape(marker)}\n.*?^<!-- end -->$"
+    return re.subn(section, lambda match: f"{marker}\n{content}\n<!-- end -->", text, flags=re.M | re.S)
+
+
+def estimates_table(rows: list[table.Row]) -> str:
+    """A line per case and shape of W, of a backend's rows; the number of tokens is the largest."""
+    before = any(row.before is not None for row in rows)
+    lines = [
+        [
+            "operator",
+            "W",
+            *["before, µs"] * before,
+            "µs",
+            "% of roofline",
+            "kernel: registers, blocks a processor, bound",
+        ]
+    ]
+    for row in rows:
+        kernels = "; ".join(
+            f"`{k.kernel.split('<')[0]}` {k.registers}, {k.resident}, {k.bound}" if k.registers else k.kernel
+            for k in row.kernels
+        )
+        old = [] if not before else ["–" if row.before is None else f"{1e6 * row.before:.0f}"]
+        name = f"`{row.operator}`{', ' * bool(row.label)}{row.label}"
+        lines.append([name, f"{row.d}×{row.k}", *old, f"{1e6 * row.seconds:.1f}", f"{100 * row.share:.0f}", kernels])
+    return _markdown(lines)
+
+
+def write_estimates(page: Path, write: bool = True) -> bool:
+    """Renew the tables ``<!-- estimates: backend -->`` from the file beside the estimates; whether any changed."""
+    rows, text = table.read(), page.read_text()
+    new = text
+    for backend in sorted({row.backend for row in rows}):
+        chosen = [row for row in rows if row.backend == backend and row.tokens == TOKENS[0]]
+        new, found = _between(new, f"<!-- estimates: {backend} -->", estimates_table(chosen))
+        if not found:
+            raise ValueError(
+                f"{page}: got no section <!-- estimates: {backend} --> that ends with <!-- end -->, wanted one"
+            )
+    if write and new != text:
+        page.write_text(new)
+    return new != text
 
 
 def costs_table(name: str) -> str:
@@ -235,7 +280,12 @@ def main(argv: list[str] | None = None) -> int:
     measured.add_argument("pages", type=Path, nargs="*", metavar="PAGE.md")
     counted = commands.add_parser("costs", help="the tables of costs")
     counted.add_argument("directory", type=Path, nargs="?", default=Path("docs/methods"))
+    estimated = commands.add_parser("estimates", help="the tables of what GPU kernels should take")
+    estimated.add_argument("page", type=Path, nargs="?", default=Path("docs/PERFORMANCE.md"))
     arguments = parser.parse_args(argv)
+    if arguments.command == "estimates":
+        print(f"{arguments.page} changed" if write_estimates(arguments.page) else "nothing changed")
+        return 0
     if arguments.command == "costs":
         print("\n".join(write_costs(arguments.directory)) or "nothing changed")
         return 0

@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
         from benchmarks import publish
 
         table.write(rows)
-        publish.estimates(rows, [ROOT / "docs" / "PERFORMANCE.md"])
+        publish.write_estimates(ROOT / "docs" / "PERFORMANCE.md")
     return 0
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,10 +100,26 @@ def compiled(objects: Path) -> Iterator[Row]:
 LIBRARY = 0.8  # of memory's rate, what the library's products with one short side are taken to reach
 
 
+def compilers() -> dict[str, str]:
+    """The versions that the machine code is of."""
+    found = {}
+    if nvcc := shutil.which("nvcc"):
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        found["nvcc"] = re.search(r"V([\d.]+)", text)[1]
+    if importlib.util.find_spec("triton"):
+        found["triton"] = importlib.metadata.version("triton")
+    return found
+
+
 def write(rows: list[Row], path: Path = FILE) -> None:
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    kept = {"compilers": compilers(), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def written_by(path: Path = FILE) -> dict[str, str]:
+    return json.loads(path.read_text())["compilers"]
 
 
 def read(path: Path = FILE) -> list[Row]:
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text())["rows"]
     return [Row(**row | {"kernels": [Kernel(**kernel) for kernel in row["kernels"]]}) for row in rows]

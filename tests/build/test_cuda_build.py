@@ -4,7 +4,7 @@ tensor-core or 16-byte instructions is. What the kernels compute is tested in te
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.estimates import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -40,17 +43,6 @@ def run(*command) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def disassembler() -> str | None:
-    """cuobjdump of the CUDA toolkit, or the one that Triton brings."""
-    if path := shutil.which("cuobjdump"):
-        return path
-    spec = importlib.util.find_spec("triton")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    path = Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
-    return str(path) if path.exists() else None
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +80,41 @@ def test_extension_links(nvcc_build):
     assert "spectral_ops::" not in symbols, "a launch function is declared but not defined"
 
 
+LOAD = """
+import ctypes, importlib.util, sys
+import torch
+from spectral_ops import _library
+if torch.version.cuda is None:
+    ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_LOCAL)  # in whose place a torch with CUDA has loaded the real one
+spec = importlib.util.spec_from_file_location("spectral_ops._C_cuda", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+module.register()
+assert module.schema_hash == _library.schema_hash()
+registered = torch._C._dispatch_has_kernel_for_dispatch_key
+print(sum(registered(f"spectral_ops::{name}", "CUDA") for name in module.operators), len(module.operators))
+"""
+
+
+@pytest.mark.parametrize("python", ["this", "SPECTRAL_OPS_CUDA_PYTHON"])
+def test_extension_loads(nvcc_build, python):
+    """torch loads its libraries with local scope, so what _C_cuda takes from libtorch_cuda is found by its name alone.
+
+    Without CUDA in torch an empty libtorch_cuda stands in; SPECTRAL_OPS_CUDA_PYTHON names a Python whose torch has it.
+    """
+    stub = nvcc_build / "stub" / "libtorch_cuda.so"
+    if python == "this" and torch.version.cuda is None and not stub.exists():
+        pytest.skip("the build found a libtorch_cuda, which this torch has not")
+    interpreter = sys.executable if python == "this" else os.environ.get(python)
+    if not interpreter:
+        pytest.skip(f"{python} names no Python whose torch has CUDA")
+    registered, operators = run(interpreter, "-c", LOAD, nvcc_build / "_C_cuda.abi3.so", stub).split()
+    assert registered == operators and int(operators) >= 37
+
+
 @pytest.fixture(scope="module")
 def kernels(nvcc_build):
     """How often each of INSTRUCTIONS occurs in each kernel on sm_90a: {name with template arguments: Counter}."""
-    cuobjdump = disassembler()
+    cuobjdump = sass.disassembler()
     if cuobjdump is None:
         pytest.skip("cuobjdump is neither on PATH nor part of an installed Triton")
     found = {}
