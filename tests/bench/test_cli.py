@@ -93,7 +93,7 @@ def test_absent_packages_are_named_and_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     status, found = run("--methods", "lora", "--dtype", "float32", file=tmp_path / "r.json")
     assert status == 0
-    assert "not installed: peft, unsloth, axolotl, Liger, spops" in capsys.readouterr().out
+    assert "not installed: peft, unsloth, axolotl, LyCORIS, Liger, spops" in capsys.readouterr().out
     assert [row.implementation for row in found.layers] == ["frozen", peers.OURS, "autograd"]
 
 
@@ -340,6 +340,15 @@ def test_lycoris_computes_the_method(method, adapters):
     subject = peers.Subject(method, torch.randn(32, 48).bfloat16(), 4, adapters)
     error = judge.largest_error(layers.step(subject.lycoris(), x, dy), layers._in_wider(subject, x, dy))
     assert error < judge.LAYER[torch.bfloat16] / 4
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "bone"])
+def test_lycoris_stands_beside_lora_on_a_gpu(method, monkeypatch):
+    monkeypatch.setattr(peers, "missing", lambda: [name for name in peers.PACKAGES if name != "LyCORIS"])
+    subject = peers.Subject(method, torch.randn(32, 48), 4)
+    assert "LyCORIS" not in subject.peers()
+    subject.weight = SimpleNamespace(is_cuda=True)
+    assert ("LyCORIS" in subject.peers()) == (method in peers.LYCORIS)
 
 
 def test_an_old_lycoris_has_no_kernels(monkeypatch):
