@@ -5,7 +5,7 @@
 #   SECTIONS=figures   build kernels host bench training report: how fast is it?
 # SECTIONS also takes the names of sections, `tune` among them; without it both halves run. Each section runs whether or not the
 # one before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. LIMIT seconds
-# bound the run (540, without SECTIONS 1200): a section gets what is left of them, and is cut off there. A failed test is
+# bound the run (540, without SECTIONS or a chip 1200): a section gets what is left of them, and is cut off there. A failed test is
 # written to build/gpu/failures.txt as it happens, each test's outcome to build/gpu/tests.txt.
 # `build` compiles nothing where compiled extensions came along, load, have this package's schemas and run on this chip.
 # `report` turns what `bench` wrote at this commit today into pictures and the tables in README and docs. Whatever the run
@@ -17,7 +17,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} dry=${DRY:-}
 truth="build info check verdict memcheck racecheck test" figures="kernels host bench training report"
-LIMIT=${LIMIT:-$([ -n "${SECTIONS:-}" ] && echo 540 || echo 1200)}
+LIMIT=${LIMIT:-$([ -n "${SECTIONS:-}" ] && [ -z "$dry" ] && echo 540 || echo 1200)}
 sections=${SECTIONS:-truth figures${dry:+ tune}}
 sections=${sections/truth/$truth} sections=" ${sections/figures/build $figures} "
 for name in $sections; do
@@ -117,23 +117,23 @@ first="test_operator_against_float64 and (bfloat16 or float32)" rest=()
 [[ $sections != *" verdict "* ]] || rest=(-k "not ($first)")
 if [ -n "$dry" ]; then
   small=(--device cpu --dtype float32 bfloat16 --tokens 16 --shape 64 48 --repeats 2)
-  step build 120 build
-  step info 60 "$python" -m spectral_ops info
-  step check 120 shards "$python" -m spectral_ops check --samples 2
-  step verdict 60 "${pytest[@]}" -m gpu tests/kernels/test_gpu.py -k "$first" --collect-only
-  step memcheck 120 "$python" -m spectral_ops check --operators csr_sddmm
-  step racecheck 120 "$python" -m spectral_ops check --operators lowrank_backward
+  step build 240 build
+  step info 240 "$python" -m spectral_ops info
+  step check 240 shards "$python" -m spectral_ops check --samples 2
+  step verdict 240 "${pytest[@]}" -m gpu tests/kernels/test_gpu.py -k "$first" --collect-only
+  step memcheck 240 "$python" -m spectral_ops check --operators csr_sddmm
+  step racecheck 240 "$python" -m spectral_ops check --operators lowrank_backward
   step test 300 "${pytest[@]}" tests/kernels/test_triton.py tests/kernels/test_triton_aot.py -k magnitude_grad
-  step kernels 60 "$python" -m benchmarks.estimates --measure --device cpu --shrink 32 --tokens 16 --repeats 2 \
+  step kernels 240 "$python" -m benchmarks.estimates --measure --device cpu --shrink 32 --tokens 16 --repeats 2 \
     --json "$stem-kernels.json"
-  able host peft && step host 60 "$python" -m benchmarks.bench_host --device cpu --turns 1 --calls 2 lora bat
-  step bench 120 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$stem.json"
+  able host peft && step host 240 "$python" -m benchmarks.bench_host --device cpu --turns 1 --calls 2 lora
+  step bench 240 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$stem.json"
   able training "peft, transformers" &&
-    step training 120 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
+    step training 240 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
       --dtype float32 --checkpointing --repeats 2 --json "$stem-training.json"
   cp README.md docs/PERFORMANCE.md "$made"
-  step report 90 report "$python" "$stem.json" "$made" "$made/README.md" "$made/PERFORMANCE.md"
-  step tune 60 "$python" -m spectral_ops tune "${small[@]}"
+  step report 240 report "$python" "$stem.json" "$made" "$made/README.md" "$made/PERFORMANCE.md"
+  step tune 240 "$python" -m spectral_ops tune "${small[@]}"
 else
   device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') ||
     { echo "gpu: no CUDA device in $python's torch"; exit 1; }
