@@ -40,12 +40,11 @@ able() { # section, packages that it needs
 
 share() { # what was written so far, to $OUT
   [[ -n ${OUT:-} ]] || return 0
-  local file pictures
+  local file
   for file in "$made"/{gpu.log,tests.txt,failures.txt,tuned.json} "$stem"{,-training,-kernels}.json; do
     [ ! -s "$file" ] || cp "$file" "$OUT"
   done
-  pictures=$(cd "${stem%/*}" && compgen -G "${stem##*/}-*.png") || return 0
-  tar -cf "$OUT/pictures.tar" -C "${stem%/*}" $pictures
+  [ ! -d "$made/pictures" ] || tar -cf "$OUT/pictures.tar" -C "$made" pictures
 }
 
 counted() { # passed, failed and skipped of the tests that the last pytest collected, as far as it came
@@ -101,7 +100,8 @@ shards() { # command...: `check`'s operators in processes of a few, so that Trit
 
 report() { # python, results file, directory of the pictures, pages
   if has matplotlib; then
-    "$1" -m spectral_ops bench --draw "$2" --png "$3"
+    mkdir -p "$made/pictures" && "$1" -m spectral_ops bench --draw "$2" --png "$made/pictures"
+    cp "$made"/pictures/*.png "$3"
   else
     echo "gpu: no matplotlib, so no pictures"
   fi &&
