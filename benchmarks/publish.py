@@ -207,12 +207,12 @@ def _between(text: str, marker: str, content: str) -> tuple[str, int]:
 
 def estimates_table(rows: list[table.Row]) -> str:
     """A line per case and shape of W, of a backend's rows; the number of tokens is the largest."""
-    before = any(row.before is not None for row in rows)
+    before = any(row.before for row in rows)
     lines = [
         [
             "operator",
             "W",
-            *["before, µs"] * before,
+            *["before"] * before,
             "µs",
             "% of roofline",
             "kernel: registers, blocks a processor, bound",
@@ -223,7 +223,7 @@ def estimates_table(rows: list[table.Row]) -> str:
             f"`{k.kernel.split('<')[0]}` {k.registers}, {k.resident}, {k.bound}" if k.registers else k.kernel
             for k in row.kernels
         )
-        old = [] if not before else ["–" if row.before is None else f"{1e6 * row.before:.0f}"]
+        old = [row.before or "–"] if before else []
         name = f"`{row.operator}`{', ' * bool(row.label)}{row.label}"
         lines.append([name, f"{row.d}×{row.k}", *old, f"{1e6 * row.seconds:.1f}", f"{100 * row.share:.0f}", kernels])
     return _markdown(lines)

@@ -61,6 +61,7 @@ class Work:
     loops: dict[str, float]
     dram: float
     in_flight: float
+    read: float | None = None  # of dram, what is loaded; None: all
     l2: float = 0.0  # what crosses L2 besides dram
     flops: float = 0.0
 
@@ -120,7 +121,8 @@ def estimate(code: Code, work: Work, blocks: int, threads: int, dynamic: int) ->
     limits["dram"] = whole * work.dram / DRAM
     limits["L2"] = whole * (work.dram + work.l2) / L2
     under_way = min(blocks, PROCESSORS * fit) * work.in_flight
-    limits["latency"] = whole * work.dram * LATENCY / under_way if work.dram else 0.0
+    read = work.dram if work.read is None else work.read
+    limits["latency"] = whole * read * LATENCY / under_way if read else 0.0
     if work.flops:
         limits["wgmma"] = busiest * work.flops / FLOPS
     bound = max(limits, key=limits.get)

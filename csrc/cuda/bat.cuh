@@ -16,12 +16,18 @@ constexpr int64_t kMaxBlock = 46340;  // r * r is counted in 32 bits
 
 template <class T> constexpr int kParts = std::is_same_v<T, bfloat16> ? 1 : sizeof(T) == 2 ? 2 : 3;
 
-// Two values as pairs of bf16 that add up to them.
+__device__ __forceinline__ float float_of(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// Two values as pairs of bf16 that add up to them. A bf16 is the upper half of a float32.
 template <int P> __device__ __forceinline__ void split(float low, float high, uint32_t (&parts)[P]) {
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     parts[p] = pair_of<bfloat16>(low, high);
-    low -= value(rounded<bfloat16>(low)), high -= value(rounded<bfloat16>(high));
+    low -= float_of(parts[p] << 16), high -= float_of(parts[p] & 0xffff0000u);
   }
 }
 
@@ -30,22 +36,21 @@ template <class T> struct Four {
   std::conditional_t<sizeof(T) == 2, uint2, float4> raw;
 
   __device__ __forceinline__ void load(const T* p) { raw = *reinterpret_cast<const decltype(raw)*>(p); }
-  __device__ __forceinline__ void values(float (&v)[4]) const {
-    const T* from = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = value(from[e]);
-  }
   __device__ __forceinline__ void words(uint32_t (&w)[2][kParts<T>]) const {
     if constexpr (std::is_same_v<T, bfloat16>) {
       w[0][0] = raw.x, w[1][0] = raw.y;
     } else {
-      float v[4];
-      values(v);
-      split(v[0], v[1], w[0]);
-      split(v[2], v[3], w[1]);
+      const T* v = reinterpret_cast<const T*>(&raw);
+      split(value(v[0]), value(v[1]), w[0]);
+      split(value(v[2]), value(v[3]), w[1]);
     }
   }
 };
+
+// A lane's pair of the unit matrix, in bf16: at a row, from a column on.
+__device__ __forceinline__ uint32_t unit_at(int row, int column) {
+  return (row == column ? 0x3f80u : 0u) | (row == column + 1 ? 0x3f800000u : 0u);
+}
 
 // c += a b of parts, without the products of parts that are below what float32 holds.
 template <int P, int Q> __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[P][4], const uint32_t (&b)[Q][2]) {

@@ -1,6 +1,8 @@
-// bat_weight_ (METHODS 1.4). d = k = 4096, r = 64, bf16, at 3.3 TB/s: W' moves 67 MB, 20 us, for 4 GFLOP. Predicted, not
+// bat_weight_ (METHODS 1.4). d = k = 4096, r = 64, bf16, at 3.0 TB/s: W' moves 68 MB, 24 us, for 4 GFLOP. Predicted, not
 // measured.
 #include "bat.cuh"
+
+#include <utility>
 
 namespace spectral_ops::cuda {
 
@@ -11,112 +13,165 @@ template <class O> __device__ __forceinline__ void store_four(O* p, const float 
   else *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
 }
 
+constexpr int kWeightThreads = 32 * kWeightWarps;  // of weight_mma: what its registers leave room for twice
 template <class O> constexpr int kWeightParts = sizeof(O) == 2 ? 2 : 3;  // of bat
 
 template <class T, class O> struct Weight {
   const T* weight;
   const void* bat;
   O* out;
-  int64_t weight_row, weight_column, out_stride;
+  int64_t weight_row, weight_column, out_row;
+  int64_t block_in, other_in, block_out, other_out;  // from a block of bat, or of those of W that it meets, to the next
   int r;
   int others;  // blocks of W that meet one block of bat
-  int share;   // items of a thread block; an item is 16 rows of two of them
-  int parts;   // thread blocks that share the items
+  int groups;  // of them, in weight_mma
+  int items;   // of all blocks of bat, in weight_mma
+  int parts;   // thread blocks that share the items, or the rows that meet one block of bat
   DType bat_dtype;
-  bool by_column, delta;
-
-  // Of the `other`-th block of W that meets block `block` of bat: where its row i lies in W, and its first column.
-  __device__ __forceinline__ int64_t row(int block, int other, int i) const { return int64_t{by_column ? other : block} * r + i; }
-  __device__ __forceinline__ int64_t column(int block, int other) const { return int64_t{by_column ? block : other} * r; }
+  bool delta;
 };
 
-// A thread block keeps r x 16 G of a block of bat as fragments. A warp takes 16 rows of two blocks of W at a time. It reads the
-// columns of W that it also adds last. G: how many times 16 columns.
-template <class T, class O, int G> __global__ void __launch_bounds__(kThreads, G * kParts<T> >= 2 ? 1 : 2) weight_mma(Weight<T, O> a) {
-  constexpr int Q = kWeightParts<O>;
-  const int fragments = a.r / 16 * 2 * G * 32;
-  uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());   // [r / 16, 2 G, 32]: two parts of a lane's fragment
-  uint2* third = reinterpret_cast<uint2*>(shared + fragments);  // the third, where there is one
-  const int lane = threadIdx.x % 32, i = lane / 4, q = lane % 4, panels = a.r / (16 * G);
-  const int panel = static_cast<int>(blockIdx.x) % panels, part = static_cast<int>(blockIdx.x) / panels % a.parts;
-  const int block = static_cast<int>(blockIdx.x) / panels / a.parts, column0 = panel * 16 * G;
-  const int64_t bat0 = int64_t{block} * a.r * a.r;
-  for (int n = threadIdx.x; n < fragments; n += kThreads) {
-    const int l = n % 32, t = n / 32 % (2 * G), s = n / (64 * G);
-    const int c = 16 * s + 4 * (l % 4), e = column0 + 16 * (t / 2) + 4 * (l / 8) + 2 * (t % 2) + l / 4 % 2;
-    float v[4];
-#pragma unroll
-    for (int m = 0; m < 4; ++m) v[m] = load_any<float>(a.bat, bat0 + int64_t{c + m} * a.r + e, a.bat_dtype);
-    uint32_t first[Q], second[Q];
-    split(v[0], v[1], first);
-    split(v[2], v[3], second);
-    shared[n] = make_uint4(first[0], second[0], first[1], second[1]);
-    if constexpr (Q == 3) third[n] = make_uint2(first[2], second[2]);
+template <class F> __device__ __forceinline__ void with_type(const void* p, DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::float64: return f(static_cast<const double*>(p));
+    case DType::float32: return f(static_cast<const float*>(p));
+    case DType::bfloat16: return f(static_cast<const bfloat16*>(p));
+    default: return f(static_cast<const float16*>(p));
   }
-  __syncthreads();  // the only barrier: from here on each warp is on its own
-  const int pairs = (a.others + 1) / 2, items = a.r / 16 * pairs, last = min_of((part + 1) * a.share, items);
-  for (int item = part * a.share + threadIdx.x / 32; item < last; item += kWarps) {
-    const int row0 = item / pairs * 16, other0 = item % pairs * 2;
-    const bool two = other0 + 1 < a.others;
-    float c[2][2 * G][4];
+}
+
+// A thread block keeps r x 16 G of a block of bat as fragments, of one block after another. A warp's item is 16 rows of M blocks
+// of W: 2 KB where G columns are in one panel. Each piece of W gives way to the next item's as soon as it is a fragment.
+template <class T, class O, int G>
+__global__ void __launch_bounds__(kWeightThreads, kParts<T> + kWeightParts<O> == 5 && G == 1 ? 1 : 2) weight_mma(Weight<T, O> a) {
+  constexpr int P = kParts<T>, Q = kWeightParts<O>, M = 4 / G;
+  const int lane = threadIdx.x % 32, i = lane / 4, q = lane % 4, panels = a.r / (16 * G);
+  const unsigned groups = a.groups, items = a.r / 16 * groups;
+  uint4* shared = reinterpret_cast<uint4*>(dynamic_shared());         // [r / 16, 2 G, 32]: two parts of a lane's fragment
+  uint2* third = reinterpret_cast<uint2*>(shared + a.r / 16 * G * 64);  // the third, where there is one
+  const int panel = static_cast<int>(blockIdx.x) % panels, part = static_cast<int>(blockIdx.x) / panels, column0 = panel * 16 * G;
+  const int first = static_cast<int>(int64_t{part} * a.items / a.parts);
+  const int last = static_cast<int>(int64_t{part + 1} * a.items / a.parts);
+  uint32_t left[1][4], right[2][2];  // the unit matrix, as either factor: adds bat itself, and W
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+  for (int n = 0; n < 4; ++n) left[0][n] = unit_at(i + 8 * (n % 2), 4 * q + 2 * (n / 2));
 #pragma unroll
-      for (int g = 0; g < G; ++g)
+  for (int n = 0; n < 4; ++n) right[n / 2][n % 2] = unit_at(4 * (i / 2) + 2 * (n / 2) + i % 2, 4 * q + 2 * (n % 2));
+
+  Four<T> W[M][2][G];
+  const T* from[M];  // of the next loads
+  const auto seek = [&](unsigned item) {
+    const unsigned rest = item % items, other = rest % groups * M;
+    const T* p = a.weight + item / items * a.block_in + other * a.other_in + (rest / groups * 16 + i) * a.weight_row + 4 * q;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int64_t at = bat0 + int64_t{row0 + 8 * h + i} * a.r + column0 + 16 * g + 4 * q + e;
-          c[0][2 * g + e / 2][2 * h + e % 2] = c[1][2 * g + e / 2][2 * h + e % 2] = load_any<float>(a.bat, at, a.bat_dtype);
-        }
-    Four<T> W[2][2][G];
-    for (int turn = 1; turn <= panels; ++turn) {
-      const int from = (panel + turn) % panels;
+    for (int m = 0; m < M; ++m) from[m] = p + (other + m < static_cast<unsigned>(a.others) ? m : 0) * a.other_in;
+  };
+  const auto load = [&](int g) {
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int other = other0 + (two ? m : 0);
-          const T* p = a.weight + a.row(block, other, row0 + 8 * h + i) * a.weight_row + a.column(block, other) + from * 16 * G + 4 * q;
+      for (int h = 0; h < 2; ++h) W[m][h][g].load(from[m] + 8 * h * a.weight_row + 16 * g);
+  };
+  int item = first + threadIdx.x / 32;
+  if (item < last) {
+    seek(item);
 #pragma unroll
-          for (int g = 0; g < G; ++g) W[m][h][g].load(p + 16 * g);
-        }
+    for (int g = 0; g < G; ++g) load(g);
+  }
+  for (int block = first / items; int64_t{block} * items < last; ++block) {
+    __syncthreads();  // the previous fragments have been used
+    for (int n = threadIdx.x; n < a.r * G; n += kWeightThreads) {
+      const int line = n % 4, four = n / 4 % (4 * G), s = n / (16 * G);
+      const int64_t at = (int64_t{block} * a.r + 16 * s + 4 * line) * a.r + column0 + 4 * four;
+      float v[4][4];
+      with_type(a.bat, a.bat_dtype, [&](const auto* bat) {
 #pragma unroll
-      for (int g = 0; g < G; ++g) {
-        uint32_t rows16[2][kParts<T>][4];
+        for (int m = 0; m < 4; ++m)
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+          for (int e = 0; e < 4; ++e) v[m][e] = static_cast<float>(value(bat[at + m * a.r + e]));
+      });
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            uint32_t w[2][kParts<T>];
-            W[m][h][g].words(w);
-#pragma unroll
-            for (int p = 0; p < kParts<T>; ++p) rows16[m][p][h] = w[0][p], rows16[m][p][2 + h] = w[1][p];
-          }
-#pragma unroll
-        for (int t = 0; t < 2 * G; ++t) {
-          const int at = ((from * G + g) * 2 * G + t) * 32 + lane;
-          const uint4 raw = shared[at];
-          uint32_t b[Q][2] = {{raw.x, raw.y}, {raw.z, raw.w}};
-          if constexpr (Q == 3) b[2][0] = third[at].x, b[2][1] = third[at].y;
-          multiply(c[0][t], rows16[0], b);
-          multiply(c[1][t], rows16[1], b);
-        }
+      for (int e = 0; e < 4; ++e) {
+        const int to = (s * 2 * G + four / 4 * 2 + e / 2) * 32 + four % 4 * 8 + e % 2 * 4 + line;
+        uint32_t low[Q], high[Q];
+        split(v[0][e], v[1][e], low);
+        split(v[2][e], v[3][e], high);
+        shared[to] = make_uint4(low[0], high[0], low[1], high[1]);
+        if constexpr (Q == 3) third[to] = make_uint2(low[2], high[2]);
       }
     }
+    __syncthreads();
+    const auto fragment = [&](int s, int t, uint32_t (&b)[Q][2]) {
+      const int at = (s * 2 * G + t) * 32 + lane;
+      const uint4 raw = shared[at];
+      b[0][0] = raw.x, b[0][1] = raw.y, b[1][0] = raw.z, b[1][1] = raw.w;
+      if constexpr (Q == 3) b[2][0] = third[at].x, b[2][1] = third[at].y;
+    };
+    const int end = static_cast<int>(min_of(int64_t{block + 1} * items, int64_t{last}));
+    for (; item < end; item += kWeightWarps) {
+      const int sixteen = (item - block * items) / groups, other = (item - block * items) % groups * M;
+      float c[M][2 * G][4] = {};
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (m == 1 && !two) break;
+      for (int t = 0; t < 2 * G; ++t) {
+        uint32_t b[Q][2];
+        fragment(sixteen, t, b);
+        multiply(c[0][t], left, b);
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
+        for (int m = 1; m < M; ++m)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) c[m][t][e] = c[0][t][e];
+      }
+      for (int turn = 0; turn < panels; ++turn) {
+        const bool more = turn + 1 < panels || item + kWeightWarps < last;
+        if (turn + 1 < panels) {
+#pragma unroll
+          for (int m = 0; m < M; ++m) from[m] += 16 * G;
+        } else if (more) {
+          seek(item + kWeightWarps);
+        }
 #pragma unroll
         for (int g = 0; g < G; ++g) {
-          float v[4], w[4];
-          W[m][h][g].values(w);
+          uint32_t rows16[M][P][4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) v[e] = c[m][2 * g + e / 2][2 * h + e % 2] + (a.delta ? 0.f : w[e]);
-          const int64_t row = a.row(block, other0 + m, row0 + 8 * h + i);
-          store_four(a.out + row * a.out_stride + a.column(block, other0 + m) + column0 + 16 * g + 4 * q, v);
+          for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              uint32_t w[2][P];
+              W[m][h][g].words(w);
+#pragma unroll
+              for (int p = 0; p < P; ++p) rows16[m][p][h] = w[0][p], rows16[m][p][2 + h] = w[1][p];
+            }
+          if (more) load(g);
+#pragma unroll
+          for (int t = 0; t < 2 * G; ++t) {
+            uint32_t b[Q][2];
+            fragment(turn * G + g, t, b);
+#pragma unroll
+            for (int m = 0; m < M; ++m) multiply(c[m][t], rows16[m], b);
+          }
+          if (turn == panel && !a.delta)
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+              for (int t = 0; t < 2; ++t)
+#pragma unroll
+                for (int p = 0; p < P; ++p) mma<bfloat16>(c[m][2 * g + t], rows16[m][p], right[t]);
         }
+      }
+      O* to = a.out + block * a.block_out + other * a.other_out + (sixteen * 16 + i) * a.out_row + column0 + 4 * q;
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        if (other + m >= a.others) break;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int g = 0; g < G; ++g) {
+            float v[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) v[e] = c[m][2 * g + e / 2][2 * h + e % 2];
+            store_four(to + m * a.other_out + 8 * h * a.out_row + 16 * g, v);
+          }
+      }
     }
   }
 }
@@ -133,7 +188,7 @@ template <class T, class O, int N> __global__ void __launch_bounds__(kThreads, 2
   const int64_t rows = int64_t{a.r} * a.others, row0 = int64_t{part} * kRows, bat0 = int64_t{block} * a.r * a.r;
   const auto element = [&](int64_t n, int column) {  // of row n = i * others + other
     const int row = static_cast<int>(n / a.others), other = static_cast<int>(n % a.others);
-    return value(a.weight[a.row(block, other, row) * a.weight_row + (a.column(block, other) + column) * a.weight_column]);
+    return value(a.weight[block * a.block_in + other * a.other_in + row * a.weight_row + column * a.weight_column]);
   };
   A c[4][4] = {};
   for (int c0 = 0; c0 < a.r; c0 += kDeep) {
@@ -160,7 +215,7 @@ template <class T, class O, int N> __global__ void __launch_bounds__(kThreads, 2
     const int64_t n = row0 + my_row + m;
     if (n >= rows) break;
     const int row = static_cast<int>(n / a.others), other = static_cast<int>(n % a.others);
-    O* to = a.out + a.row(block, other, row) * a.out_stride + a.column(block, other);
+    O* to = a.out + block * a.block_out + other * a.other_out + row * a.out_row;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int column = column0 + my_column + e;
@@ -174,20 +229,20 @@ template <class T, class O, int N> __global__ void __launch_bounds__(kThreads, 2
 template <class T, class O> cudaError_t launch_weight(const BatWeight& from, cudaStream_t stream) {
   Weight<T, O> a{};
   a.weight = static_cast<const T*>(from.weight), a.bat = from.bat, a.out = static_cast<O*>(from.out);
-  a.weight_row = from.weight_strides[0], a.weight_column = from.weight_strides[1], a.out_stride = from.out_stride;
-  a.r = static_cast<int>(from.r), a.bat_dtype = from.bat_dtype, a.by_column = from.by_column, a.delta = from.delta;
+  a.weight_row = from.weight_strides[0], a.weight_column = from.weight_strides[1], a.out_row = from.out_stride;
+  a.block_in = from.r * a.weight_row, a.other_in = from.r * a.weight_column;
+  a.block_out = from.r * a.out_row, a.other_out = from.r;
+  if (from.by_column) std::swap(a.block_in, a.other_in), std::swap(a.block_out, a.other_out);
+  a.r = static_cast<int>(from.r), a.bat_dtype = from.bat_dtype, a.delta = from.delta;
   a.others = static_cast<int>((from.by_column ? from.rows : from.columns) / from.r);
   const int64_t blocks = (from.by_column ? from.columns : from.rows) / from.r;
   if constexpr (kMatrixUnits<T>) {
     const bool aligned_out = reinterpret_cast<uintptr_t>(from.out) % (4 * sizeof(O)) == 0 && from.out_stride % 4 == 0;
-    const int64_t tile = block_tile_of(from.r), shared = from.r * tile * 2 * kWeightParts<O>;
-    if (from.r % 16 == 0 && shared <= 96 * 1024 && aligned_fours(from.weight, from.weight_strides, sizeof(T)) && aligned_out) {
-      const int64_t panels = from.r / tile, items = from.r / 16 * ceil_div(a.others, 2);
-      const int64_t most = ceil_div(items, 2 * kWarps);  // two turns of each warp at least, for what it costs to keep bat
-      a.parts = static_cast<int>(min_of(ceil_div(264, blocks * panels), most));
-      a.share = static_cast<int>(ceil_div(items, a.parts));
-      const auto kernel = tile == 64 ? weight_mma<T, O, 4> : tile == 32 ? weight_mma<T, O, 2> : weight_mma<T, O, 1>;
-      return enqueue(kernel, blocks * panels * a.parts, kThreads, shared, stream, a);
+    const WeightPlan plan = weight_plan(blocks, a.others, from.r, kWeightParts<O>);
+    if (plan.matrix_units && aligned_fours(from.weight, from.weight_strides, sizeof(T)) && aligned_out) {
+      a.groups = static_cast<int>(plan.groups), a.items = static_cast<int>(plan.items), a.parts = static_cast<int>(plan.parts);
+      const auto kernel = plan.tile == 64 ? weight_mma<T, O, 4> : plan.tile == 32 ? weight_mma<T, O, 2> : weight_mma<T, O, 1>;
+      return enqueue(kernel, plan.panels * plan.parts, kWeightThreads, plan.shared, stream, a);
     }
   }
   const bool narrow = from.r <= 16;

@@ -3,6 +3,8 @@
 // Cyclic sum: a team of threads reads a row 16 bytes at a time, and walks it in steps that are a multiple of r, so that
 // a thread always meets the same residues and sums them in registers; the team then folds its copies of the period
 // through shared memory. The team is a warp, or the block where r is long.
+//
+// All of them wait for memory and little else, so each thread has several accesses under way.
 #include "../ops/blocksum.h"
 #include "common.cuh"
 
@@ -29,33 +31,37 @@ cyclic_sum(const T* __restrict__ x, T* __restrict__ h, const int64_t* __restrict
   const int lane = threadIdx.x % team, teams = kThreads / team;
   A* mine = partial + (threadIdx.x - lane) * V;  // [active * V] of this team
   const int step = active * V;
+  constexpr int kAhead = kDropout ? 2 : 8;  // loads that a thread has under way
+  const int whole = V > 1 ? columns / V * V : 0;  // columns that 16-byte loads cover
+  const int rest = whole + (lane * V - whole % step + step) % step;  // this thread's first beyond them
   const uint64_t key = kDropout ? static_cast<uint64_t>(*seed) : 0;
   // a team is a whole block or a whole warp, so its loop and its barriers are uniform
   for (int64_t row = int64_t{blockIdx.x} * teams + threadIdx.x / team; row < rows; row += int64_t{gridDim.x} * teams) {
     A sum[V] = {};
     const T* in = x + row * x_stride;
-    int i = lane < active ? lane * V : columns;
-    if constexpr (!kDropout && V > 1) {
-      for (; i + 3 * step + V <= columns; i += 4 * step) {  // four loads under way before the first is used
-        uint4 raw[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) raw[j] = load16(in + i + j * step);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          A v[V];
-          unpack<T>(raw[j], v);
-#pragma unroll
-          for (int e = 0; e < V; ++e) sum[e] += v[e];
-        }
-      }
-    }
-    for (; i < columns; i += step) {
-      A v[V];
-      load_part<T, V>(in + i, columns - i, v);
+    auto add = [&](int i, const A (&v)[V]) {
       const uint32_t keep = kDropout ? keep_bits<V>(static_cast<uint64_t>(row) * columns + i, key, threshold) : ~0u;
 #pragma unroll
       for (int e = 0; e < V; ++e)
         if (keep >> e & 1) sum[e] += v[e];
+    };
+    for (int i = lane * V; lane < active && i < whole; i += kAhead * step) {
+      uint4 raw[kAhead];
+      const T* from = in + i;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j, from += step) raw[j] = i + j * step < whole ? load16(from) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (kDropout && i + j * step >= whole) break;
+        A v[V];
+        if constexpr (V > 1) unpack<T>(raw[j], v);
+        add(i + j * step, v);
+      }
+    }
+    for (int i = rest; lane < active && i < columns; i += step) {
+      A v[V];
+      load_part<T, V>(in + i, columns - i, v);
+      add(i, v);
     }
     if (lane < active)
 #pragma unroll
@@ -88,56 +94,115 @@ long_cyclic_sum(const T* __restrict__ x, T* __restrict__ h, const int64_t* __res
   }
 }
 
-// Sums over the runs of `offsets`: `team` lanes (a power of two <= 32) for each h[t, p]; 16-byte reads reach over both
-// ends of a run, and what lies outside is not added.
-template <class T, int V>
+// Sums over the runs of `offsets`: `team` lanes (a power of two <= 32) for each h[t, p], of several rows at once. 16-byte
+// reads reach over both ends of a run, and what lies outside is not added.
+constexpr int run_rows(bool dropout) { return dropout ? 2 : 4; }
+
+template <class T, int V, bool kDropout>
 __global__ void __launch_bounds__(kThreads, 4)
 run_sum(const T* __restrict__ x, T* __restrict__ h, const int32_t* __restrict__ offsets, const int64_t* __restrict__ seed,
         uint32_t threshold, acc_t<T> scale, int64_t rows, int columns, int r, int64_t x_stride, int64_t h_stride, int team) {
   using A = acc_t<T>;
+  constexpr int kRows = run_rows(kDropout);
   const int lane = threadIdx.x % team, teams = kThreads / team;
-  const int64_t total = rows * r;
-  const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
+  const int64_t total = ceil_div(rows, kRows) * r;
+  const uint64_t key = kDropout ? static_cast<uint64_t>(*seed) : 0;
   for (int64_t first = int64_t{blockIdx.x} * teams; first < total; first += int64_t{gridDim.x} * teams) {
     const int64_t n = first + threadIdx.x / team;
-    A sum = 0;
-    int64_t row = 0;
+    A sum[kRows] = {};
+    int64_t row0 = rows;
     int p = 0;
     if (n < total) {
-      row = n / r;
-      p = static_cast<int>(n - row * r);
+      row0 = n / r;
+      p = static_cast<int>(n - row0 * r);
+      row0 *= kRows;
       const int begin = max_of(offsets[p], 0), end = min_of(offsets[p + 1], columns);
       for (int i = begin / V * V + lane * V; i < end; i += team * V) {
-        A v[V];
-        load_part<T, V>(x + row * x_stride + i, columns - i, v);
-        const uint32_t keep = seed ? keep_bits<V>(static_cast<uint64_t>(row) * columns + i, key, threshold) : ~0u;
+        uint4 raw[kRows];
+        A one[kRows];
 #pragma unroll
-        for (int e = 0; e < V; ++e)
-          if (i + e >= begin && i + e < end && (keep >> e & 1)) sum += v[e];
+        for (int k = 0; k < kRows; ++k) {
+          const T* from = x + (row0 + k) * x_stride + i;
+          if constexpr (V > 1) raw[k] = load_row(from, row0 + k < rows ? columns - i : 0, true);
+          else one[k] = row0 + k < rows ? value(*from) : A(0);
+        }
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          A v[V];
+          if constexpr (V > 1) unpack<T>(raw[k], v);
+          else v[0] = one[k];
+          const uint32_t keep = kDropout ? keep_bits<V>(static_cast<uint64_t>(row0 + k) * columns + i, key, threshold) : ~0u;
+#pragma unroll
+          for (int e = 0; e < V; ++e)
+            if (i + e >= begin && i + e < end && (keep >> e & 1)) sum[k] += v[e];
+        }
       }
     }
-    for (int lanes = team / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    if (n < total && lane == 0) h[row * h_stride + p] = rounded<T>(sum * scale);
+    for (int lanes = team / 2; lanes > 0; lanes /= 2)
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], lanes);
+#pragma unroll
+    for (int k = 0; k < kRows; ++k)
+      if (lane == 0 && row0 + k < rows) h[(row0 + k) * h_stride + p] = rounded<T>(sum[k] * scale);
   }
 }
 
-// out gets, or is increased by, mask * s[:, shard(i)]: `team` threads a row, V elements each at a time.
-template <class T, class S, int V>
-__global__ void __launch_bounds__(kThreads, 4)
+// V of s from p on, aligned to 16 bytes.
+template <class S, int V, class A> __device__ __forceinline__ void load_whole(const S* p, A (&v)[V]) {
+  constexpr int L = kLanes<S>;
+#pragma unroll
+  for (int e0 = 0; e0 < V; e0 += L) {
+    acc_t<S> part[L];
+    unpack<S>(load16(p + e0), part);
+#pragma unroll
+    for (int e = 0; e < L; ++e) v[e0 + e] = static_cast<A>(part[e]);
+  }
+}
+
+constexpr int kTileAhead = 4;  // accesses of out that a thread has under way
+
+// out gets, or is increased by, mask * s[:, shard(i)]: `team` threads a row, V elements each at a time. out's old values
+// come through shared memory, where each thread reads but what it copied itself. kWhole: the map is cyclic, columns and
+// r are multiples of V, and s is aligned. kDropout: there may be dropout.
+template <class T, class S, int V, bool kWhole, bool kDropout>
+__global__ void __launch_bounds__(kThreads, kDropout ? 3 : 4)
 tile(T* __restrict__ out, const S* __restrict__ s, const int32_t* __restrict__ offsets, const int64_t* __restrict__ seed,
      uint32_t threshold, acc_t<T> scale, int64_t rows, int columns, int r, int64_t out_stride, int64_t s_stride,
-     bool accumulate, bool whole, int team) {
+     bool accumulate, int team) {
   using A = acc_t<T>;
-  const int lane = threadIdx.x % team, teams = kThreads / team;
-  const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
+  constexpr bool kCopies = V > 1;
+  __shared__ uint4 under_way[kCopies ? kTileAhead : 1][kThreads];
+  const int lane = threadIdx.x % team, teams = kThreads / team, step = team * V;
+  const int p0 = lane * V % r, step_p = step % r;
+  const uint64_t key = kDropout && seed ? static_cast<uint64_t>(*seed) : 0;
   for (int64_t row = int64_t{blockIdx.x} * teams + threadIdx.x / team; row < rows; row += int64_t{gridDim.x} * teams) {
     const S* from = s + row * s_stride;
     T* to = out + row * out_stride;
-    for (int i = lane * V; i < columns; i += team * V) {
+    auto start = [&](int i, int slot) {
+      if (!kCopies || !accumulate) return;
+      const int n = kWhole ? V : min_of(columns - i, V);
+      if (i < columns) copy16_async(&under_way[slot][threadIdx.x], to + i, n * static_cast<int>(sizeof(T)));
+      copy_commit();
+    };
+#pragma unroll
+    for (int j = 0; j < kTileAhead; ++j) start(lane * V + j * step, j);
+    int slot = 0, shard = p0;
+#pragma unroll 1
+    for (int i = lane * V; i < columns; i += step) {
       const int n = columns - i;
       A v[V], old[V] = {};
-      if (accumulate) load_part<T, V>(to + i, n, old);
-      if (offsets) {
+      if (accumulate) {
+        if constexpr (kCopies) {
+          copy_wait<kTileAhead - 1>();
+          const uint4 raw = under_way[slot][threadIdx.x];
+          unpack<T>(raw, old);
+        } else {
+          load_part<T, V>(to + i, n, old);
+        }
+      }
+      if constexpr (kWhole) {
+        load_whole<S, V>(from + shard, v);
+      } else if (offsets) {
         int low = 0, high = r - 1;  // the number of runs that end at or before i
         while (low < high) {
           const int middle = (low + high) / 2;
@@ -150,21 +215,25 @@ tile(T* __restrict__ out, const S* __restrict__ s, const int32_t* __restrict__ o
           v[e] = static_cast<A>(value(from[low]));
         }
       } else {
-        int p = i % r;
-        if constexpr (std::is_same_v<T, S>) {
-          if (whole) load_part<T, V>(from + p, V, v);  // r is a multiple of V and s is aligned
-        }
-        if (!whole || !std::is_same_v<T, S>)
+        int p = shard;
 #pragma unroll
-          for (int e = 0; e < V; ++e) {
-            v[e] = static_cast<A>(value(from[p]));
-            if (++p == r) p = 0;
-          }
+        for (int e = 0; e < V; ++e) {
+          v[e] = static_cast<A>(value(from[p]));
+          if (++p == r) p = 0;
+        }
       }
-      const uint32_t keep = seed ? keep_bits<V>(static_cast<uint64_t>(row) * columns + i, key, threshold) : ~0u;
+      const uint32_t keep = kDropout && seed ? keep_bits<V>(static_cast<uint64_t>(row) * columns + i, key, threshold) : ~0u;
 #pragma unroll
       for (int e = 0; e < V; ++e) v[e] = (keep >> e & 1 ? v[e] * scale : A(0)) + old[e];
-      store_part<T, V>(to + i, n, v);
+      const bool all = kCopies && (kWhole || n >= V);
+      if constexpr (kCopies) {
+        if (all) reinterpret_cast<uint4*>(to)[i / V] = pack<T>(v);  // the compiler would split store16(to + i, ...)
+      }
+      if (!all) store_part<T, V>(to + i, n, v);
+      start(i + kTileAhead * step, slot);  // what the slot held has been used
+      slot = (slot + 1) % kTileAhead;
+      shard += step_p;
+      if (shard >= r) shard -= r;
     }
   }
 }
@@ -184,9 +253,10 @@ template <class T> cudaError_t launch_sum(const BlockSum& a, cudaStream_t stream
   const bool wide = aligned_rows(a.x, a.x_stride, sizeof(T));
   const int lanes = wide ? kLanes<T> : 1;
   if (a.offsets) {
-    const int team = power_of_two_below(ceil_div(ceil_div(a.columns, a.r), lanes) + 1, 32);
-    const int64_t grid = min_of(ceil_div(a.rows * a.r, kThreads / team), kMaxGrid);
-    const auto kernel = wide ? run_sum<T, kLanes<T>> : run_sum<T, 1>;
+    const int team = power_of_two_below(ceil_div(ceil_div(a.columns, a.r), lanes), 32);
+    const int64_t grid = min_of(ceil_div(ceil_div(a.rows, run_rows(a.seed)) * a.r, kThreads / team), kMaxGrid);
+    const auto kernel = wide ? (a.seed ? run_sum<T, kLanes<T>, true> : run_sum<T, kLanes<T>, false>)
+                             : (a.seed ? run_sum<T, 1, true> : run_sum<T, 1, false>);
     return enqueue(kernel, grid, kThreads, 0, stream, x, h, a.offsets, a.seed, dropout.threshold, scale, a.rows, columns, r,
                    a.x_stride, a.h_stride, team);
   }
@@ -207,13 +277,18 @@ template <class T, class S> cudaError_t launch_tile(const BlockTile& a, cudaStre
   const Dropout dropout(a.seed, a.p);
   const bool wide = aligned_rows(a.out, a.out_stride, sizeof(T));
   const int lanes = wide ? kLanes<T> : 1;
-  const bool whole = wide && a.r % lanes == 0 && std::is_same_v<T, S> && aligned_rows(a.s, a.s_stride, sizeof(S));
-  const int team = power_of_two_below(ceil_div(a.columns, lanes), kThreads);
+  const bool whole = wide && !a.offsets && a.columns % lanes == 0 && a.r % lanes == 0 &&
+                     aligned_rows(a.s, a.s_stride, sizeof(S));
+  const int64_t accesses = ceil_div(a.columns, lanes);  // of a row; a thread has two or more
+  const int team = power_of_two_below(wide ? max_of(accesses / 2, min_of<int64_t>(accesses, 8)) : accesses, kThreads);
   const int64_t grid = min_of(ceil_div(a.rows, kThreads / team), kMaxGrid);
-  const auto kernel = wide ? tile<T, S, kLanes<T>> : tile<T, S, 1>;
+  constexpr int V = kLanes<T>;
+  const auto kernel = whole  ? (a.seed ? tile<T, S, V, true, true> : tile<T, S, V, true, false>)
+                      : wide ? tile<T, S, V, false, true>
+                             : tile<T, S, 1, false, true>;
   return enqueue(kernel, grid, kThreads, 0, stream, static_cast<T*>(a.out), static_cast<const S*>(a.s), a.offsets, a.seed,
                  dropout.threshold, static_cast<acc_t<T>>(dropout.scale), a.rows, static_cast<int>(a.columns),
-                 static_cast<int>(a.r), a.out_stride, a.s_stride, a.accumulate, whole, team);
+                 static_cast<int>(a.r), a.out_stride, a.s_stride, a.accumulate, team);
 }
 
 }  // namespace

@@ -217,20 +217,6 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 // Waits until at most N of this thread's committed groups are under way.
 template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// Enqueues grid blocks of `block` threads.
-template <class... P, class... A>
-cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t shared, cudaStream_t stream, const A&... arguments) {
-  if (grid <= 0) return cudaSuccess;
-  if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<static_cast<unsigned>(grid), block, shared, stream>>>(arguments...);
-  return cudaGetLastError();
-}
-
 #endif
 
 // The sum over a warp, in every lane.
@@ -246,6 +232,35 @@ template <class T> __device__ __forceinline__ uint32_t pair_of(float low, float 
   uint32_t bits;
   memcpy(&bits, v, sizeof bits);
   return bits;
+}
+
+// --- launching ---
+
+constexpr int kMostShared = 99 * 1024;  // bytes that a block can have on every GPU of sm_80 or later
+
+// Lets the current device's kernel have kMost bytes of dynamic shared memory, where it wants more than the 48 KB of all kernels;
+// it then has no static ones. Always the same number: the device keeps one per kernel, which another thread may set meanwhile.
+template <int kMost> inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  if (bytes > kMost) return cudaErrorInvalidConfiguration;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
+  if (error != cudaSuccess) cudaGetLastError();  // else the next launch would report it
+  return error;
+}
+
+// Enqueues grid blocks of `block` threads. kMost: bytes of dynamic shared memory, the same in every call for one kernel.
+template <int kMost = kMostShared, class... P, class... A>
+cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t shared, cudaStream_t stream, const A&... arguments) {
+  if (grid <= 0) return cudaSuccess;
+  if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const cudaError_t error = allow_shared<kMost>(reinterpret_cast<const void*>(kernel), shared);
+  if (error != cudaSuccess) return error;
+#ifdef SPECTRAL_OPS_EMULATE
+  return emulator::launch(kernel, grid, 1, block, shared, arguments...);
+#else
+  kernel<<<static_cast<unsigned>(grid), block, shared, stream>>>(arguments...);
+  return cudaGetLastError();
+#endif
 }
 
 }  // namespace spectral_ops::cuda

@@ -8,18 +8,18 @@ namespace {
 
 struct Pattern {
   const int32_t *row_offsets, *columns;
-  int64_t rows, nnz;
+  int rows, nnz;
 };
 
 // The row of entry p: -1 before the first of these rows, `rows` after the last.
-__device__ __forceinline__ int64_t row_of(const Pattern& a, int64_t p) {
-  int64_t low = 0, high = a.rows + 1;  // how many offsets are <= p
+__device__ __forceinline__ int row_of(const Pattern& a, int p) {
+  uint32_t low = 0, high = static_cast<uint32_t>(a.rows) + 1;  // how many offsets are <= p
   while (low < high) {
-    const int64_t middle = (low + high) / 2;
+    const uint32_t middle = (low + high) / 2;
     if (a.row_offsets[middle] <= p) low = middle + 1;
     else high = middle;
   }
-  return low - 1;
+  return static_cast<int>(low) - 1;
 }
 
 template <class T>
@@ -27,10 +27,11 @@ __global__ void __launch_bounds__(kThreads) scatter(Pattern a, T* __restrict__ o
                                                     int64_t row_stride, int64_t column_stride, bool accumulate) {
   const int64_t p = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (p >= a.nnz) return;
-  const int64_t row = row_of(a, p);
-  if (row < 0 || row >= a.rows) return;
-  T* to = out + row * row_stride + a.columns[p] * column_stride;
+  const int64_t column = a.columns[p];  // both under way while the row is searched
   const acc_t<T> v = load_any<acc_t<T>>(values, p, values_dtype);
+  const int64_t row = row_of(a, static_cast<int>(p));
+  if (row < 0 || row >= a.rows) return;
+  T* to = out + row * row_stride + column * column_stride;
   *to = rounded<T>(accumulate ? value(*to) + v : v);
 }
 
@@ -39,26 +40,29 @@ __global__ void __launch_bounds__(kThreads) gather(Pattern a, T* __restrict__ ou
                                                    int64_t row_stride, int64_t column_stride) {
   const int64_t p = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (p >= a.nnz) return;
-  const int64_t row = row_of(a, p);
+  const int64_t column = a.columns[p];  // under way while the row is searched
+  const int64_t row = row_of(a, static_cast<int>(p));
   if (row < 0 || row >= a.rows) return;
-  out[p] = rounded<T>(load_any<acc_t<T>>(dense, row * row_stride + a.columns[p] * column_stride, dense_dtype));
+  out[p] = rounded<T>(load_any<acc_t<T>>(dense, row * row_stride + column * column_stride, dense_dtype));
 }
 
 }  // namespace
 
 cudaError_t csr_scatter(const CsrScatter& a, cudaStream_t stream) {
+  if (a.d >= INT32_MAX || a.nnz > INT32_MAX) return cudaErrorInvalidValue;
   return for_dtype(a.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    const Pattern pattern{a.row_offsets, a.columns, a.d, a.nnz};
+    const Pattern pattern{a.row_offsets, a.columns, static_cast<int>(a.d), static_cast<int>(a.nnz)};
     return enqueue(scatter<T>, ceil_div(a.nnz, kThreads), kThreads, 0, stream, pattern, static_cast<T*>(a.out), a.values,
                    a.values_dtype, a.out_strides[0], a.out_strides[1], a.accumulate);
   });
 }
 
 cudaError_t csr_gather(const CsrGather& a, cudaStream_t stream) {
+  if (a.n >= INT32_MAX || a.nnz > INT32_MAX) return cudaErrorInvalidValue;
   return for_dtype(a.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    const Pattern pattern{a.row_offsets, a.columns, a.n, a.nnz};
+    const Pattern pattern{a.row_offsets, a.columns, static_cast<int>(a.n), static_cast<int>(a.nnz)};
     return enqueue(gather<T>, ceil_div(a.nnz, kThreads), kThreads, 0, stream, pattern, static_cast<T*>(a.out), a.dense,
                    a.dense_dtype, a.dense_strides[0], a.dense_strides[1]);
   });

@@ -2,7 +2,8 @@
 //
 // What it costs at T = 8192, d = k = 4096, 0.6 % (nnz = 10^5), bf16. Predicted, not measured:
 // * through L2, (k / 512) T d 2 B + T k 2 B + slabs nnz 12 B = 0.76 GB: 140 us at 5.5 TB/s;
-// * from shared memory, at most nnz T 4 B = 3.3 GB: 115 us at 132 SMs of 128 B a cycle;
+// * from shared memory, nnz T 4 B = 3.3 GB: 115 us at 132 SMs of 128 B a cycle;
+// * instructions, 340 for 32 entries of a slab, and the slabs: 200 us at one a cycle;
 // * the dense product, for comparison, 275 GFLOP: 400 us.
 #include "csr.cuh"
 
@@ -11,66 +12,30 @@ namespace spectral_ops::cuda {
 namespace {
 
 constexpr int kRows = static_cast<int>(kSampledRows);
+constexpr int kGroups = kThreads / 8;  // of eight lanes, each with 16 bytes of the tokens of a slab
 
 template <class T> struct Sampled {
   const T *dy, *x;
   const int32_t *row_offsets, *columns;
   acc_t<T>*partial, *out;      // [splits, nnz] in the order of list; [nnz] in that of S
-  uint32_t* list;              // [nnz], sorted by chunk, block, row, column: row in its chunk << 16 | column in its block
+  uint32_t* list;              // [nnz], sorted by chunk, block, row, column: where in shared memory dy is << 16 | where x is
   int32_t *source, *sections;  // [nnz]: where in S; [chunks, blocks, 2]: begin and end in list
   int64_t T_, nnz, dy_stride, x_stride, slabs, split_slabs;
   int d, k, chunks, blocks, parts, part_chunks, splits;
   bool wide_dy, wide_x;
 };
 
-__device__ __forceinline__ int first_from(const int32_t* columns, int begin, int end, int64_t column) {
-  while (begin < end) {
-    const int middle = begin + (end - begin) / 2;
-    if (columns[middle] < column) begin = middle + 1;
-    else end = middle;
-  }
-  return begin;
-}
-
-// Lists the entries of kRows rows x kColumns columns. First each thread counts the entries of one row. Then every thread
-// copies as many entries as any other.
-template <class T> __global__ void __launch_bounds__(kThreads) arrange(Sampled<T> a) {
-  static_assert(kRows == kThreads);
-  __shared__ int counts[2][kThreads], skipped[2][kThreads], first[kThreads];
+// Lists the entries of kRows rows x kColumns columns.
+template <class T> __global__ void __launch_bounds__(kThreads) sampled_arrange(Sampled<T> a) {
   const int chunk = static_cast<int>(blockIdx.x) / a.blocks, block = static_cast<int>(blockIdx.x) % a.blocks;
-  const int64_t row = int64_t{chunk} * kRows + threadIdx.x;
-  int begin = 0, end = 0;
-  int low = 0, high = 0;
-  if (row < a.d) {
-    begin = a.row_offsets[row], end = a.row_offsets[row + 1];
-    low = first_from(a.columns, begin, end, int64_t{block} * kColumns);
-    high = first_from(a.columns, low, end, int64_t{block + 1} * kColumns);
-  }
-  first[threadIdx.x] = low;
-  counts[0][threadIdx.x] = high - low;
-  skipped[0][threadIdx.x] = low - begin;
-  int now = 0;
-  for (int step = 1; step < kThreads; step *= 2, now ^= 1) {  // inclusive sums; each step reads one buffer, writes the other
-    __syncthreads();
-    const bool add = static_cast<int>(threadIdx.x) >= step;
-    counts[now ^ 1][threadIdx.x] = counts[now][threadIdx.x] + (add ? counts[now][threadIdx.x - step] : 0);
-    skipped[now ^ 1][threadIdx.x] = skipped[now][threadIdx.x] + (add ? skipped[now][threadIdx.x - step] : 0);
-  }
-  __syncthreads();
-  const int* upto = counts[now];
-  const int total = upto[kThreads - 1], base = a.row_offsets[int64_t{chunk} * kRows] + skipped[now][kThreads - 1];
-  if (threadIdx.x == 0) a.sections[2 * blockIdx.x] = base, a.sections[2 * blockIdx.x + 1] = base + total;
-  for (int n = threadIdx.x; n < total; n += kThreads) {
-    int r = 0, last = kThreads - 1;  // the first row with upto > n
-    while (r < last) {
-      const int middle = (r + last) / 2;
-      if (upto[middle] <= n) r = middle + 1;
-      else last = middle;
-    }
-    const int p = first[r] + n - (r > 0 ? upto[r - 1] : 0);
-    a.list[base + n] = static_cast<uint32_t>(r) << 16 | static_cast<uint32_t>(a.columns[p] - block * kColumns);
-    a.source[base + n] = p;
-  }
+  const auto row = [&](int r, int first, int count) {
+    if (r == 0) a.sections[2 * blockIdx.x] = first;
+    if (r == kRows - 1) a.sections[2 * blockIdx.x + 1] = first + count;
+  };
+  arrange<kRows>(a.row_offsets, a.columns, a.d, chunk, block, row, [&](int i, int r, int p) {
+    a.list[i] = static_cast<uint32_t>(place_of<T>(r)) << 16 | static_cast<uint32_t>(place_of<T>(a.columns[p] - block * kColumns));
+    a.source[i] = p;
+  });
 }
 
 // v[e] of eight lanes, summed over the lanes: lane e of the eight gets Σ v[e].
@@ -86,13 +51,24 @@ template <class A> __device__ __forceinline__ A sum_of_eight(A (&v)[8], int j) {
   return v[0];
 }
 
+// Stages kColumns features, in turns of as many as the registers take.
+template <class T, Ends kEnds>
+__device__ __forceinline__ void stage_columns(unsigned char* shared, const T* p, int64_t stride, int tokens, int features, bool wide) {
+#pragma unroll 1
+  for (int f = 0; f < kColumns; f += 32 * kLanes<T>) {
+    Slab<T, 32 * kLanes<T>, kThreads, kEnds> slab;
+    slab.load(p + f, stride, tokens, features - f, wide);
+    slab.store(shared + f * kSlabBytes);
+  }
+}
+
 // A block keeps kColumns columns of a slab of x. It passes over its part of the rows of dy. It adds to its own partial sums.
-template <class T> __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) sampled_product(Sampled<T> a) {
+template <class T, Ends kEnds> __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) sampled_product(Sampled<T> a) {
   using A = acc_t<T>;
   constexpr int L = kLanes<T>;
-  uint4* x = reinterpret_cast<uint4*>(dynamic_shared());  // [kColumns, 8]
-  uint4* dy = x + kColumns * 8;                           // [kRows, 8]
-  const int lane = threadIdx.x % 32, j = lane % 8, group = threadIdx.x / 8;
+  unsigned char* x = dynamic_shared();           // [kColumns, 8] of 16 bytes
+  unsigned char* dy = x + kColumns * kSlabBytes;  // [kRows, 8]
+  const int j = threadIdx.x % 8, group = threadIdx.x / 8;
   const int block = static_cast<int>(blockIdx.x) % a.blocks;
   const int part = static_cast<int>(blockIdx.x) / a.blocks % a.parts, split = static_cast<int>(blockIdx.x) / a.blocks / a.parts;
   const int chunk0 = part * a.part_chunks, chunk1 = min_of(chunk0 + a.part_chunks, a.chunks);
@@ -102,12 +78,12 @@ template <class T> __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 
   for (int64_t slab = slab0; slab < slab1; ++slab) {
     const int64_t token0 = slab * kTokens<T>;
     const int tokens = static_cast<int>(min_of<int64_t>(a.T_ - token0, kTokens<T>));
-    Slab<T, kRows> next;
+    Slab<T, kRows, kThreads, kEnds> next;
     const auto fetch = [&](int chunk) {
       next.load(a.dy + token0 * a.dy_stride + int64_t{chunk} * kRows, a.dy_stride, tokens, a.d - chunk * kRows, a.wide_dy);
     };
     __syncthreads();  // x of the previous slab has been used
-    stage_columns(x, a.x + token0 * a.x_stride + column0, a.x_stride, tokens, a.k - column0, a.wide_x);
+    stage_columns<T, kEnds>(x, a.x + token0 * a.x_stride + column0, a.x_stride, tokens, a.k - column0, a.wide_x);
     fetch(chunk0);
     for (int chunk = chunk0; chunk < chunk1; ++chunk) {
       __syncthreads();  // dy of the previous chunk has been used
@@ -122,20 +98,19 @@ template <class T> __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 
         const uint32_t mine = p < last ? a.list[p] : 0;
         const A before = p < last && slab > slab0 ? partial[p] : A(0);
         A v[8] = {};
-        uint4 of_dy = {};
-        int held = -1;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
+        for (int e = 0; e < 8; e += 2) {
           if (i + e >= share) break;
-          const uint32_t entry = __shfl_sync(0xffffffffu, mine, (lane & 24) + e);
-          const int row = static_cast<int>(entry >> 16);
-          if (row != held) of_dy = chunk_of<T>(dy, row, j);  // neighbours in the list often share a row
-          held = row;
-          A left[L], right[L];
-          unpack<T>(of_dy, left);
-          unpack<T>(chunk_of<T>(x, static_cast<int>(entry & 0xffff), j), right);
 #pragma unroll
-          for (int t = 0; t < L; ++t) v[e] += left[t] * right[t];
+          for (int h = 0; h < 2; ++h) {
+            const int both = __shfl_sync(0xffffffffu, static_cast<int>(mine), e + h, 8);
+            const uint4 of_dy = chunk_at(dy, both >> 16 & 0xffff, j), of_x = chunk_at(x, both & 0xffff, j);
+            A left[L], right[L];
+            widen<T>(of_dy, left);
+            widen<T>(of_x, right);
+#pragma unroll
+            for (int t = 0; t < L; ++t) v[e + h] += left[t] * right[t];
+          }
         }
         const A sum = sum_of_eight(v, j);
         if (p < last) partial[p] = before + sum;
@@ -171,9 +146,11 @@ template <class T> cudaError_t launch_sddmm(const CsrSddmm& from, cudaStream_t s
   a.parts = static_cast<int>(plan.parts), a.part_chunks = static_cast<int>(plan.part_chunks);
   a.splits = static_cast<int>(plan.splits);
   a.wide_dy = aligned_rows(from.dy, from.dy_stride, sizeof(T)), a.wide_x = aligned_rows(from.x, from.x_stride, sizeof(T));
-  cudaError_t error = enqueue(arrange<T>, plan.chunks * plan.blocks, kThreads, 0, stream, a);
+  cudaError_t error = enqueue(sampled_arrange<T>, plan.chunks * plan.blocks, kThreads, 0, stream, a);
   if (error != cudaSuccess) return error;
-  error = enqueue(sampled_product<T>, plan.blocks * plan.parts * plan.splits, kThreads, kSlabBytes * (kColumns + kRows), stream, a);
+  const bool whole = a.wide_dy && a.wide_x && a.d % kLanes<T> == 0 && a.k % kLanes<T> == 0;
+  error = enqueue(whole ? sampled_product<T, Ends::whole> : sampled_product<T, Ends::part>, plan.blocks * plan.parts * plan.splits, kThreads,
+                  kSlabBytes * (kColumns + kRows), stream, a);
   if (error != cudaSuccess) return error;
   return enqueue(sampled_finish<T>, ceil_div(from.nnz, kThreads), kThreads, 0, stream, a);
 }

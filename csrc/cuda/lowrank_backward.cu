@@ -1,5 +1,6 @@
 // lowrank_backward (METHODS 1.1): one pass over dy for u, dB, db, dyz and gdy.
 #include "lowrank.cuh"
+#include "lowrank_wgmma.h"
 
 namespace spectral_ops::cuda {
 
@@ -15,204 +16,296 @@ template <class T> struct Backward {
   int64_t rows, split_rows, dy_stride, h_stride, B_stride, y_stride;
   int columns, chunks, rank0, ranks;  // the ranks [rank0, rank0 + ranks) of h and B
   DType g_dtype, bias_dtype;
-  bool wide_dy, wide_y, wide_gdy, paired_h;
+  bool paired_B;
 };
 
-// The shape of a block of backward_mma for 8 kTiles ranks. kSums: 0 for neither db nor dyz, 1 for db, 2 for both (y is read).
-template <int kTiles, int kSums> struct Shape {
-  static constexpr int kGroups = kTiles <= 4 ? 2 : 1;  // of 32 columns, in a warp
-  static constexpr int kColumns = 32 * kGroups * kWarps;
-  static constexpr int kReads = 2 * kGroups * (kSums == 2 ? 2 : 1);  // 16-byte reads of a thread in a step
-  static constexpr int kStages = kSums == 2 ? (kGroups == 2 ? 2 : 3) : (kTiles == 2 ? 3 : 4);
-  static constexpr int kPitch = 8 * kTiles + 8;               // of a row of u in shared memory: no bank conflicts
-  static constexpr int kBuffers = kTiles == 2 ? 2 : 1;
-  static constexpr int kQueue = 16 * kStages * kReads * kThreads;  // bytes
-  static constexpr int kSharedU = 4 * kWarps * 16 * kPitch;        // bytes of one buffer
-  static constexpr int kShared = kQueue + kBuffers * kSharedU + 2 * 4 * kColumns;
+// The shape of a block of backward_mma for 8 kTiles kHalves ranks: kColumnWarps warps own 32 kGroups columns and 8 kTiles ranks
+// each, and as many again the other half of the ranks. kAll: y is read, gdy is written, or db is summed beside more than 32 ranks.
+template <int kTiles, int kHalves, bool kAll> struct Shape {
+  static constexpr int kRanks = 8 * kTiles * kHalves;
+  static constexpr int kGroups = kAll && kHalves == 1 ? 1 : 2;
+  static constexpr int kOwn = kGroups / kHalves;  // groups of columns that a warp copies, sums and scales
+  static constexpr int kColumnWarps = kHalves == 1 ? 8 : kAll ? 4 : 6;
+  static constexpr int kColumns = 32 * kGroups * kColumnWarps;
+  static constexpr int kSlots = 32 * kColumnWarps, kBlock = kSlots * kHalves;  // threads of one half, and of a block
+  static constexpr int kReads = 2 * kGroups * (kAll ? 2 : 1);                  // 16-byte pieces that a slot has in a stage
+  static constexpr int kPitch = kRanks + 8;  // of a row of h or of u in shared memory: no bank conflicts
+  static constexpr int kStage = 16 * kReads * kSlots + 2 * 16 * kPitch;  // bytes: 16 rows of dy, y and h
+  static constexpr int kSharedU = 4 * kColumnWarps * 16 * kPitch;        // bytes of one of two buffers
+  static constexpr int kVectors = (kAll ? 2 : 1) * 4 * kColumns;         // bytes of g and bias
+  static constexpr int kFit = (99 * 1024 - 2 * kSharedU - kVectors) / kStage, kStages = kFit < 4 ? kFit : 4;
+  static constexpr int kShared = kStages * kStage + 2 * kSharedU + kVectors;
+  static constexpr bool kBias = kAll || kHalves == 1;  // db can be summed: elsewhere it would take registers that are not there
+  static constexpr int kSum = kRanks == 64 ? 4 : 2;    // ranks of u that a thread adds up
+  static_assert(kStages >= 3, "two steps are under way while one is worked on");
+  static_assert(16 * kRanks / kSum <= kBlock && 2 * kRanks <= kBlock, "one turn for u and for h");
 };
 
-// A warp owns 32 kGroups columns and sweeps over rows, 16 at a time. dy passes through a queue in shared memory. A thread reads
-// back only what it copied itself, so only the sum of u over the warps needs a barrier.
-// Column k of the 16 in product s of a group is column 8 (k % 8 / 2) + 4 s + 2 (k / 8) + k % 2 of its 32.
-template <class T, int kTiles, int kSums>
-__global__ void __launch_bounds__(kThreads, kTiles == 2 && kSums == 0 ? 2 : 1) backward_mma(Backward<T> a) {
-  using S = Shape<kTiles, kSums>;
-  constexpr int G = S::kGroups;
-  uint4* queue = reinterpret_cast<uint4*>(dynamic_shared());               // [stage, read, thread]
-  float* shared_u = reinterpret_cast<float*>(dynamic_shared() + S::kQueue);  // [buffer, warp, 16, kPitch]
-  float* g_of = shared_u + S::kBuffers * S::kSharedU / 4;                     // [kColumns]
+// Where a thread is, worked out before a loop and again after it: in the loop it would take registers.
+template <class S> struct Place {
+  const int thread, lane, i, q, half, slot, warp;
+  const int chunk, local0, column0;  // the first of the warp's columns, in the block and in all
+  const int64_t split;
+
+  __device__ __forceinline__ Place(int thread, unsigned block, unsigned chunks)
+      : thread(thread), lane(thread % 32), i(lane / 4), q(lane % 4), half(S::kBlock == S::kSlots ? 0 : thread / S::kSlots),
+        slot(thread - half * S::kSlots), warp(slot / 32), chunk(static_cast<int>(block % chunks)),
+        local0(warp * 32 * S::kGroups), column0(chunk * S::kColumns + local0), split(block / chunks) {}
+};
+
+// Eight floats of shared memory, aligned to 16 bytes.
+__device__ __forceinline__ void load_floats(const float* p, float (&out)[8]) {
+  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
+
+// A block sweeps over rows, 16 in a step, which pass through a queue in shared memory. In a step's only barrier the copies of
+// its rows and the shares of u of the step before become visible: u is summed over the warps one step late.
+// Column k of the 16 in product s of a group is column 8 (k % 8 / 2) + 4 s + 2 (k / 8) + k % 2 of its 32: so the 16 bytes that
+// a lane copied are its fragments. kWide: all rows are aligned to 16 bytes and ranks are a multiple of 4.
+template <class T, int kTiles, int kHalves, bool kAll, bool kWide>
+__global__ void __launch_bounds__(Shape<kTiles, kHalves, kAll>::kBlock, 1) backward_mma(Backward<T> a) {
+  using S = Shape<kTiles, kHalves, kAll>;
+  constexpr int G = S::kGroups, kOwn = S::kOwn;
+  unsigned char* queue = dynamic_shared();  // [stage]: pieces [kReads, kSlots] and h [16, kPitch]
+  float* shared_u = reinterpret_cast<float*>(queue + S::kStages * S::kStage);  // [buffer, column warp, 16, kPitch]
+  float* g_of = shared_u + 2 * S::kSharedU / 4;                                // [kColumns]
   float* bias_of = g_of + S::kColumns;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, i = lane / 4, q = lane % 4;
-  const int chunk = static_cast<int>(blockIdx.x) % a.chunks;
-  const int64_t split = blockIdx.x / static_cast<unsigned>(a.chunks);
-  const int block0 = chunk * S::kColumns, local0 = warp * 32 * G, column0 = block0 + local0;
-  const int64_t begin = split * a.split_rows, end = min_of(begin + a.split_rows, a.rows);
-  const int steps = static_cast<int>(ceil_div(end - begin, 16));
+  const Place<S> at(thread_index(), block_index(), a.chunks);
+  const int thread = at.thread, lane = at.lane, i = at.i, q = at.q, half = at.half, slot = at.slot, warp = at.warp;
+  const int local0 = at.local0, column0 = at.column0, block0 = column0 - local0, half_rank0 = 8 * kTiles * half;
+  const int64_t begin = at.split * a.split_rows;
+  const int rows = static_cast<int>(min_of(a.split_rows, a.rows - begin));
 
-  for (int c = thread; c < S::kColumns; c += kThreads) {
-    const bool inside = block0 + c < a.columns;
-    g_of[c] = a.g && inside ? load_any<float>(a.g, block0 + c, a.g_dtype) : 1.f;
-    if (kSums == 2) bias_of[c] = a.bias && inside ? load_any<float>(a.bias, block0 + c, a.bias_dtype) : 0.f;
+  const int own0 = column0 + 32 * half + 8 * q;  // the columns that this thread copies: 8 of each of its groups
+  int inside[kOwn];                              // how many of them exist
+#pragma unroll
+  for (int own = 0; own < kOwn; ++own) inside[own] = min_of(max_of(a.columns - own0 - 32 * own, 0), 8);
+  const int h_row = thread / (S::kRanks / 8), h_rank = thread % (S::kRanks / 8) * 8;  // and 8 ranks of one row of h
+  const T* next_dy = a.dy + (begin + i) * a.dy_stride + own0;
+  const T* next_y = kAll && a.dyz ? a.y + (begin + i) * a.y_stride + own0 : nullptr;
+  const T* next_h = a.h + (begin + h_row) * a.h_stride + a.rank0 + h_rank;
+
+  const auto copy = [](void* to, const T* from, int n) {
+    if (kWide) copy16_async(to, from, 2 * n);
+    else *static_cast<uint4*>(to) = load_row(from, n, false);
+  };
+  const auto fetch_rows = [&](const T* p, int64_t stride, int row0, uint4* to) {
+#pragma unroll
+    for (int m = 0; m < 2 * kOwn; ++m) {
+      const bool valid = row0 + 8 * (m % 2) + i < rows;
+      copy(to + (2 * half + m) * S::kSlots, p + m % 2 * 8 * stride + 32 * (m / 2), valid ? inside[m / 2] : 0);
+    }
+  };
+  const auto fetch = [&](int step, int put) {  // the next step, into stage `put`
+    if (16 * step < rows) {
+      uint4* to = reinterpret_cast<uint4*>(queue + put * S::kStage);
+      fetch_rows(next_dy, a.dy_stride, 16 * step, to + slot);
+      next_dy += 16 * a.dy_stride;
+      if (kAll && a.dyz) {
+        fetch_rows(next_y, a.y_stride, 16 * step, to + 2 * G * S::kSlots + slot);
+        next_y += 16 * a.y_stride;
+      }
+      if (a.dB && thread < 2 * S::kRanks) {
+        T* piece = reinterpret_cast<T*>(to + S::kReads * S::kSlots) + h_row * S::kPitch + h_rank;
+        copy(piece, next_h, 16 * step + h_row < rows ? min_of(max_of(a.ranks - h_rank, 0), 8) : 0);
+        next_h += 16 * a.h_stride;
+      }
+    }
+    copy_commit();
+  };
+#pragma unroll 1
+  for (int n = 0; n < S::kStages - 1; ++n) fetch(n, n);
+
+  for (int c = thread; c < S::kColumns; c += S::kBlock) {
+    const bool valid = block0 + c < a.columns;
+    g_of[c] = a.g && valid ? load_any<float>(a.g, block0 + c, a.g_dtype) : 1.f;
+    if (kAll) bias_of[c] = a.bias && valid ? load_any<float>(a.bias, block0 + c, a.bias_dtype) : 0.f;
   }
   __syncthreads();
 
-  uint32_t gB[G][2][kTiles][2];  // fragments of g * B, [16 columns, 8 ranks] each
+  uint32_t gB[G][2][kTiles][2];  // fragments of g * B, [16 columns, 8 ranks] each, loaded along the ranks
 #pragma unroll
   for (int group = 0; group < G; ++group)
 #pragma unroll
     for (int s = 0; s < 2; ++s)
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        float v[4];
+      for (int w = 0; w < 2; ++w) {
+        const int c = 32 * group + 8 * (i / 2) + 4 * s + 2 * w + i % 2;
+        const T* p = a.B + int64_t{column0 + c} * a.B_stride + a.rank0 + half_rank0 + 2 * q;
+        const int left = a.u && column0 + c < a.columns ? a.ranks - half_rank0 - 2 * q : 0;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int c = 32 * group + 8 * q + 4 * s + e, rank = 8 * t + i;
-          const bool inside = a.u && column0 + c < a.columns && rank < a.ranks;
-          v[e] = inside ? g_of[local0 + c] * value(a.B[(column0 + c) * a.B_stride + a.rank0 + rank]) : 0.f;
+        for (int t = 0; t < kTiles; ++t) {
+          const uint32_t pair = load_pair(p + 8 * t, left - 8 * t, a.paired_B);
+          T v[2];
+          memcpy(v, &pair, sizeof v);
+          const float g = g_of[local0 + c];
+          gB[group][s][t][w] = transposed(pair_of<T>(g * value(v[0]), g * value(v[1])));
         }
-        gB[group][s][t][0] = pair_of<T>(v[0], v[1]);
-        gB[group][s][t][1] = pair_of<T>(v[2], v[3]);
       }
   float dB[G][2][kTiles][4] = {};  // [16 columns, 8 ranks] each
-  float db[G][8] = {}, dyz[G][8] = {};
+  float db[4] = {};                // [16 columns, 8]: column k for the 16 columns of product k
+  float dyz[kOwn][8] = {};
+  T* next_gdy = kAll && a.gdy ? a.gdy + (begin + i) * a.columns + own0 : nullptr;
 
-  auto fetch_rows = [&](const T* p, int64_t stride, bool wide, int step, uint4* to) {
+  constexpr int V = S::kSum;
+  const int u_row = thread / (S::kRanks / V), u_rank = thread % (S::kRanks / V) * V;
+  const int u_inside = a.u && u_row < 16 ? a.ranks - u_rank : 0;
+  float* next_u = a.u + (at.chunk * a.rows + begin + u_row) * a.ranks + u_rank;
+  const auto add_up = [&](int step) {  // the sum of u over the column warps
+    if (u_inside <= 0) return;
+    const float* from = shared_u + (step & 1) * (S::kSharedU / 4) + u_row * S::kPitch + u_rank;
+    float sum[V] = {};
 #pragma unroll
-    for (int m = 0; m < 2 * G; ++m) {  // row 8 (m % 2) + i, group m / 2
-      const int64_t row = begin + 16 * int64_t{step} + 8 * (m % 2) + i;
-      const int column = column0 + 32 * (m / 2) + 8 * q;
-      const int n = row < end ? min_of(max_of(a.columns - column, 0), 8) : 0;
-      const T* source = p + row * stride + column;
-      if (wide) copy16_async(to + m * kThreads, n > 0 ? source : p, 2 * n);
-      else to[m * kThreads] = load_row(source, n, false);
-    }
-  };
-  auto fetch = [&](int step) {
-    if (step < steps) {
-      uint4* to = queue + step % S::kStages * S::kReads * kThreads + thread;
-      fetch_rows(a.dy, a.dy_stride, a.wide_dy, step, to);
-      if constexpr (kSums == 2) fetch_rows(a.y, a.y_stride, a.wide_y, step, to + 2 * G * kThreads);
-    }
-    copy_commit();
-  };
-  uint32_t h_next[kTiles][2];  // h [16, 8] each, rows i and i + 8
-  auto fetch_h = [&](int step) {
-    const int64_t row = begin + 16 * int64_t{step} + i;
+    for (int w = 0; w < S::kColumnWarps; ++w) {
+      Floats<V> part = *reinterpret_cast<const Floats<V>*>(from + w * 16 * S::kPitch);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const int rank = 8 * t + 2 * q;
-      const T* p = a.h + row * a.h_stride + a.rank0 + rank;
-      h_next[t][0] = load_pair(p, row < end ? a.ranks - rank : 0, a.paired_h);
-      h_next[t][1] = load_pair(p + 8 * a.h_stride, row + 8 < end ? a.ranks - rank : 0, a.paired_h);
+      for (int e = 0; e < V; ++e) sum[e] += part.v[e];
     }
+    if (16 * step + u_row < rows) {
+      if (kWide) {
+        Floats<V> whole;
+#pragma unroll
+        for (int e = 0; e < V; ++e) whole.v[e] = sum[e];
+        *reinterpret_cast<Floats<V>*>(next_u) = whole;
+      } else {
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          if (e < u_inside) next_u[e] = sum[e];
+      }
+    }
+    next_u += 16 * a.ranks;
   };
 
+  int get = 0;  // the stage of this step
 #pragma unroll 1
-  for (int step = 0; step < S::kStages - 1; ++step) fetch(step);
-  if (a.dB) fetch_h(0);
-  for (int step = 0; step < steps; ++step) {
-    const int64_t row0 = begin + 16 * int64_t{step};
+  for (int step = 0; 16 * step < rows; ++step) {
     copy_wait<S::kStages - 2>();
-    const uint4* from = queue + step % S::kStages * S::kReads * kThreads + thread;
+    __syncthreads();
+    fetch(step + S::kStages - 1, get > 0 ? get - 1 : S::kStages - 1);  // where the previous step was
+    if (step > 0) add_up(step - 1);
+    const uint4* from = reinterpret_cast<const uint4*>(queue + get * S::kStage) + slot;
+    const T* shared_h = reinterpret_cast<const T*>(queue + get * S::kStage + 16 * S::kReads * S::kSlots);
+    get = get + 1 < S::kStages ? get + 1 : 0;
     uint4 raw[G][2];
 #pragma unroll
-    for (int m = 0; m < 2 * G; ++m) raw[m / 2][m % 2] = from[m * kThreads];
-    uint32_t h[kTiles][2];
-    if (a.dB) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) h[t][0] = transposed(h_next[t][0]), h[t][1] = transposed(h_next[t][1]);
-      if (step + 1 < steps) fetch_h(step + 1);
-    }
-    fetch(step + S::kStages - 1);  // into the stage that the previous step has used up
+    for (int m = 0; m < 2 * G; ++m) raw[m / 2][m % 2] = from[m * S::kSlots];
+    const auto rows16_of = [&](int group, int s, uint32_t (&rows16)[4]) {
+      const uint4 &high = raw[group][0], &low = raw[group][1];
+      rows16[0] = word(high, 2 * s), rows16[1] = word(low, 2 * s), rows16[2] = word(high, 2 * s + 1), rows16[3] = word(low, 2 * s + 1);
+    };
 
-    float u[kTiles][4] = {};
+    if (a.u) {
+      float* mine = shared_u + (step & 1) * (S::kSharedU / 4) + (warp * 16 + i) * S::kPitch + half_rank0 + 2 * q;
+#pragma unroll
+      for (int t0 = 0; t0 < kTiles; t0 += 2) {  // two at a time: registers
+        float u[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < 2 * G; ++k) {
+          uint32_t rows16[4];
+          rows16_of(k / 2, k % 2, rows16);
+#pragma unroll
+          for (int t = 0; t < 2; ++t) mma<T>(u[t], rows16, gB[k / 2][k % 2][t0 + t]);
+        }
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          *reinterpret_cast<float2*>(mine + 8 * (t0 + t)) = make_float2(u[t][0], u[t][1]);
+          *reinterpret_cast<float2*>(mine + 8 * S::kPitch + 8 * (t0 + t)) = make_float2(u[t][2], u[t][3]);
+        }
+      }
+    }
+    if (a.dB || (S::kBias && a.db)) {
+      uint32_t h[kTiles][2] = {};  // fragments of h, [16 rows, 8 ranks] each
+      if (a.dB) {
+#pragma unroll
+        for (int t = 0; t < kTiles; t += 2) {
+          uint32_t four[4];
+          load_transposed(four, shared_h + lane % 16 * S::kPitch + half_rank0 + 8 * (t + lane / 16));
+          h[t][0] = four[0], h[t][1] = four[1], h[t + 1][0] = four[2], h[t + 1][1] = four[3];
+        }
+      }
+#pragma unroll
+      for (int group = 0; group < G; ++group)
+#pragma unroll
+        for (int s = 0; s < 2; ++s) {
+          uint32_t rows16[4];
+          rows16_of(group, s, rows16);
+          const uint32_t columns16[4] = {transposed(rows16[0]), transposed(rows16[2]), transposed(rows16[1]), transposed(rows16[3])};
+          if (a.dB) {
+#pragma unroll
+            for (int t = 0; t < kTiles; ++t) mma<T>(dB[group][s][t], columns16, h[t]);
+          }
+          if (S::kBias && a.db) {
+            const uint32_t one = i == 2 * group + s ? pair_of<T>(1.f, 1.f) : 0, ones[2] = {one, one};
+            mma<T>(db, columns16, ones);
+          }
+        }
+    }
+    if constexpr (kAll) {
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        const int group = half + own;
+        float shift[8], g[8];
+        load_floats(bias_of + local0 + 32 * group + 8 * q, shift);
+        load_floats(g_of + local0 + 32 * group + 8 * q, g);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          float v[8];
+          unpack<T>(kHalves == 1 ? raw[own][m] : from[(2 * half + m) * S::kSlots], v);
+          if (a.dyz) {
+            float z[8];
+            unpack<T>(from[(2 * (G + group) + m) * S::kSlots], z);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) dyz[own][e] += v[e] * (z[e] - shift[e]);
+          }
+          if (a.gdy && 16 * step + 8 * m + i < rows) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[e] *= g[e];
+            T* to = next_gdy + m * 8 * int64_t{a.columns} + 32 * own;
+            if (!kWide) store_row(to, inside[own], false, v);
+            else if (inside[own] > 0) store16(to, pack<T>(v));
+          }
+        }
+      }
+      next_gdy += 16 * int64_t{a.columns};
+    }
+  }
+  __syncthreads();
+  if (rows > 0) add_up((rows - 1) / 16);
+
+  const Place<S> end(thread_index(), block_index(), a.chunks);
+  const int64_t first = end.split * a.columns;  // of the split's sums
+  if (a.dB) {
 #pragma unroll
     for (int group = 0; group < G; ++group)
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const uint4 &high = raw[group][0], &low = raw[group][1];
-        const uint32_t rows16[4] = {word(high, 2 * s), word(low, 2 * s), word(high, 2 * s + 1), word(low, 2 * s + 1)};
-        if (a.u) {
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma<T>(u[t], rows16, gB[group][s][t]);
-        }
-        if (a.dB) {
-          const uint32_t columns16[4] = {transposed(rows16[0]), transposed(rows16[2]), transposed(rows16[1]), transposed(rows16[3])};
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma<T>(dB[group][s][t], columns16, h[t]);
-        }
-      }
-    if (kSums > 0 || a.gdy) {
-#pragma unroll
-      for (int m = 0; m < 2 * G; ++m) {
-        const int group = m / 2, c = 32 * group + 8 * q;
-        float v[8];
-        unpack<T>(raw[group][m % 2], v);
-        if constexpr (kSums > 0) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) db[group][e] += v[e];
-        }
-        if constexpr (kSums == 2) {
-          float z[8];
-          unpack<T>(from[(2 * G + m) * kThreads], z);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) dyz[group][e] += v[e] * (z[e] - bias_of[local0 + c + e]);
-        }
-        const int64_t row = row0 + 8 * (m % 2) + i;
-        if (a.gdy && row < end) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) v[e] *= g_of[local0 + c + e];
-          store_row(a.gdy + row * a.columns + column0 + c, a.columns - column0 - c, a.wide_gdy, v);
-        }
-      }
-    }
-    if (a.u) {
-      float* buffer = shared_u + step % S::kBuffers * (S::kSharedU / 4);
-      float* mine = buffer + (warp * 16 + i) * S::kPitch + 2 * q;
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        *reinterpret_cast<float2*>(mine + 8 * t) = make_float2(u[t][0], u[t][1]);
-        *reinterpret_cast<float2*>(mine + 8 * S::kPitch + 8 * t) = make_float2(u[t][2], u[t][3]);
-      }
-      __syncthreads();
-      for (int n = thread; n < 16 * 8 * kTiles; n += kThreads) {
-        const int r = n / (8 * kTiles), rank = n % (8 * kTiles);
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += buffer[(w * 16 + r) * S::kPitch + rank];
-        if (row0 + r < end && rank < a.ranks) a.u[(chunk * a.rows + row0 + r) * a.ranks + rank] = sum;
-      }
-      if constexpr (S::kBuffers == 1) __syncthreads();
-    }
-  }
-
-#pragma unroll
-  for (int group = 0; group < G; ++group) {
-    if (a.dB) {
-#pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t)
+        for (int w = 0; w < 2; ++w) {
+          const int column = end.column0 + 32 * group + 8 * (end.i / 2) + 4 * s + 2 * w + end.i % 2;
+          const int rank = 8 * kTiles * end.half + 2 * end.q;
+          float* to = a.dB + (first + column) * a.ranks + rank;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = column0 + 32 * group + 8 * (i / 2) + 4 * s + 2 * (e / 2) + i % 2, rank = 8 * t + 2 * q + e % 2;
-            if (column < a.columns && rank < a.ranks) a.dB[(split * a.columns + column) * a.ranks + rank] = dB[group][s][t][e];
-          }
+          for (int t = 0; t < kTiles; ++t)
+            if (column < a.columns)
+              store_pair(to + 8 * t, a.ranks - rank - 8 * t, a.ranks % 2 == 0, dB[group][s][t][2 * w], dB[group][s][t][2 * w + 1]);
+        }
+  }
+  if (S::kBias && a.db && end.half == 0 && end.q < G) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int column = end.column0 + 32 * end.q + 8 * (end.i / 2) + 4 * (e % 2) + 2 * (e / 2) + end.i % 2;
+      if (column < a.columns) a.db[first + column] = db[e];
     }
-    if constexpr (kSums > 0) {
+  }
+  if (kAll && a.dyz) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
+    for (int n = 0; n < 8 * kOwn; ++n) {
+      float sum = dyz[n / 8][n % 8];
 #pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-          db[group][e] += __shfl_xor_sync(0xffffffffu, db[group][e], lanes);
-          if constexpr (kSums == 2) dyz[group][e] += __shfl_xor_sync(0xffffffffu, dyz[group][e], lanes);
-        }
-        const int column = column0 + 32 * group + 8 * q + e;
-        if (i == 0 && column < a.columns) {
-          if (a.db) a.db[split * a.columns + column] = db[group][e];
-          if (kSums == 2 && a.dyz) a.dyz[split * a.columns + column] = dyz[group][e];
-        }
-      }
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+      const int column = end.column0 + 32 * (end.half + n / 8) + 8 * end.q + n % 8;
+      if (end.i == 0 && column < a.columns) a.dyz[first + column] = sum;
     }
   }
 }
@@ -315,7 +408,7 @@ template <class T> struct Reduction {
 
 template <class A> __device__ __forceinline__ A sum_of(const A* p, int64_t count, int64_t stride) {
   A sum = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int64_t j = 0; j < count; ++j) sum += p[j * stride];
   return sum;
 }
@@ -326,15 +419,15 @@ template <class T> __global__ void __launch_bounds__(kThreads) reduce(Reduction<
   const int64_t in_db = a.db ? a.columns : 0, in_dyz = a.dyz ? a.columns : 0;
   int64_t n = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (n < in_u) {
-    const int64_t row = n / a.ranks;
-    a.u_out[row * a.r + a.rank0 + (n - row * a.ranks)] = rounded<T>(a.scale * sum_of(a.u + n, a.chunks, in_u));
+    const int64_t at = a.ranks == a.r ? n : n / a.ranks * (a.r - a.ranks) + a.rank0 + n;  // a division takes longer than the sum
+    a.u_out[at] = rounded<T>(a.scale * sum_of(a.u + n, a.chunks, in_u));
     return;
   }
   n -= in_u;
   if (n < in_dB) {
-    const int64_t column = n / a.ranks;
+    const int64_t column = a.g || a.ranks != a.r ? n / a.ranks : 0;
     const A g = a.g ? load_any<A>(a.g, column, a.g_dtype) : A(1);
-    a.dB_out[column * a.r + a.rank0 + (n - column * a.ranks)] = a.scale * (g * sum_of(a.dB + n, a.splits, in_dB));
+    a.dB_out[column * (a.r - a.ranks) + a.rank0 + n] = a.scale * (g * sum_of(a.dB + n, a.splits, in_dB));
     return;
   }
   n -= in_dB;
@@ -342,20 +435,22 @@ template <class T> __global__ void __launch_bounds__(kThreads) reduce(Reduction<
   else if (n - in_db < in_dyz) a.dyz_out[n - in_db] = sum_of(a.dyz + (n - in_db), a.splits, a.columns);
 }
 
-template <class T, int kTiles> cudaError_t enqueue_mma(const Backward<T>& a, int64_t grid, int sums, cudaStream_t stream) {
-  if (sums == 2) return enqueue(backward_mma<T, kTiles, 2>, grid, kThreads, Shape<kTiles, 2>::kShared, stream, a);
-  if (sums == 1) return enqueue(backward_mma<T, kTiles, 1>, grid, kThreads, Shape<kTiles, 1>::kShared, stream, a);
-  return enqueue(backward_mma<T, kTiles, 0>, grid, kThreads, Shape<kTiles, 0>::kShared, stream, a);
+template <class T, int kTiles, int kHalves, bool kAll>
+cudaError_t enqueue_mma(const Backward<T>& a, const BackwardPlan& plan, bool wide, cudaStream_t stream) {
+  using S = Shape<kTiles, kHalves, kAll>;
+  if (plan.tile_columns != S::kColumns) return cudaErrorInvalidValue;
+  const auto kernel = wide ? backward_mma<T, kTiles, kHalves, kAll, true> : backward_mma<T, kTiles, kHalves, kAll, false>;
+  return enqueue(kernel, plan.chunks * plan.splits, S::kBlock, S::kShared, stream, a);
 }
 
-template <class T> cudaError_t enqueue_backward(const Backward<T>& a, const BackwardPlan& plan, cudaStream_t stream) {
-  const int64_t grid = plan.chunks * plan.splits;
+template <class T> cudaError_t enqueue_backward(const Backward<T>& a, const BackwardPlan& plan, bool wide, cudaStream_t stream) {
   if constexpr (kMatrixUnits<T>) {
-    const int sums = a.dyz ? 2 : a.db ? 1 : 0;
-    if (plan.ranks <= 16) return enqueue_mma<T, 2>(a, grid, sums, stream);
-    if (plan.ranks <= 32) return enqueue_mma<T, 4>(a, grid, sums, stream);
-    return enqueue_mma<T, 8>(a, grid, sums, stream);
+    const auto run = [&](auto narrow, auto all) { return plan.all ? all(a, plan, wide, stream) : narrow(a, plan, wide, stream); };
+    if (plan.ranks <= 16) return run(enqueue_mma<T, 2, 1, false>, enqueue_mma<T, 2, 1, true>);
+    if (plan.ranks <= 32) return run(enqueue_mma<T, 4, 1, false>, enqueue_mma<T, 4, 1, true>);
+    return run(enqueue_mma<T, 4, 2, false>, enqueue_mma<T, 4, 2, true>);
   } else {
+    const int64_t grid = plan.chunks * plan.splits;
     if (plan.ranks <= 16) return enqueue(backward_fma<T, 16>, grid, kThreads, PlainShape<T, 16>::kShared, stream, a);
     return enqueue(backward_fma<T, 32>, grid, kThreads, PlainShape<T, 32>::kShared, stream, a);
   }
@@ -371,21 +466,21 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
   a.dy_stride = from.dy_stride, a.h_stride = from.h_stride, a.B_stride = from.B_stride, a.y_stride = from.y_stride;
   a.columns = static_cast<int>(from.columns), a.chunks = static_cast<int>(plan.chunks);
   a.g = from.g, a.g_dtype = from.g_dtype, a.bias = from.bias, a.bias_dtype = from.bias_dtype;
-  a.wide_dy = aligned_rows(from.dy, from.dy_stride, sizeof(T));
-  a.wide_y = aligned_rows(from.y, from.y_stride, sizeof(T));
-  a.wide_gdy = aligned_rows(from.gdy, from.columns, sizeof(T));
+  const auto aligned = [](const void* p, int64_t stride) { return aligned_rows(p, stride, sizeof(T)); };
+  const bool wide = aligned(from.dy, from.dy_stride) && aligned(from.y, from.y_stride) && aligned(from.gdy, from.columns) &&
+                    (!from.u || from.r % 4 == 0) && (!from.dB || aligned(from.h, from.h_stride));
+  a.paired_B = aligned_pairs(from.B, from.B_stride);
   for (int64_t rank0 = 0; rank0 == 0 || rank0 < from.r; rank0 += plan.ranks) {
     const bool first = rank0 == 0;  // the sums and gdy need one pass
     a.rank0 = static_cast<int>(rank0);
     a.ranks = static_cast<int>(min_of(plan.ranks, from.r - rank0));
-    a.paired_h = aligned_pairs(a.h + rank0, from.h_stride);
     a.u = from.u ? workspace : nullptr;
     a.dB = from.dB ? workspace + plan.dB_at : nullptr;
     a.db = from.db && first ? workspace + plan.db_at : nullptr;
     a.dyz = from.dyz && first ? workspace + plan.dyz_at : nullptr;
     a.y = a.dyz ? static_cast<const T*>(from.y) : nullptr;
     a.gdy = first ? static_cast<T*>(from.gdy) : nullptr;
-    cudaError_t error = enqueue_backward(a, plan, stream);
+    cudaError_t error = enqueue_backward(a, plan, wide, stream);
     if (error != cudaSuccess) return error;
     const Reduction<T> sums{a.u, a.dB, a.db, a.dyz, static_cast<T*>(from.u), static_cast<A*>(from.dB),
                             static_cast<A*>(from.db), static_cast<A*>(from.dyz), from.g, static_cast<A>(from.scale),
@@ -403,6 +498,7 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
 // rows or columns may be 0: the outputs are then sums of nothing, written as zeros by the second stage.
 cudaError_t lowrank_backward(const LowRankBackward& a, cudaStream_t stream) {
   if (a.columns > kMaxColumns || a.r > kMaxColumns) return cudaErrorInvalidValue;
+  if (wgmma_takes(a) && wgmma_runs(a.dtype)) return lowrank_backward_wgmma(a, stream);
   return for_dtype(a.dtype, [&](auto* t) { return launch_backward<std::remove_pointer_t<decltype(t)>>(a, stream); });
 }
 

@@ -31,6 +31,7 @@ struct MagnitudeGrad {
   const void *dy, *x, *h, *weight, *B;
   const void* bias;  // or null
   void* dm;
+  void* workspace;  // CUDA: magnitude_plan(...).bytes
   double scale, vanishing_g, vanishing_bias;
   int64_t rows, columns, k, r;
   int64_t dy_stride, x_stride, h_stride, B_stride;

@@ -23,11 +23,21 @@ SOURCES = ROOT / "csrc" / "cuda"
 ARCHS = ("8.0", "9.0a", "10.0a")
 INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
+    "HGMMA by rows": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspB",  # a warpgroup's; A as it is stored,
+    "HGMMA by columns": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspA\.tnspB",  # or transposed
+    "cluster barrier": r"\bUCGABAR_ARV\b",
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
+    "LDG": r"\bLDG\.E",
+    "STG": r"\bSTG\.E",
+    "LDG64": r"\bLDG\.E\S*\.64\b",
+    "LDSM": r"\bLDSM\.",  # 8x8 matrices from shared memory
     "LDG128": r"\bLDG\.E\S*\.128\b",
     "STG128": r"\bSTG\.E\S*\.128\b",
     "LDGSTS128": r"\bLDGSTS\.E\S*\.128\b",  # asynchronous copy
     "LDS128": r"\bLDS\.128\b",
+    "F2F": r"\bF2F\b",  # conversion of one value
+    "LDS narrow": r"\bLDS\b(?!\.128)",
+    "SHFL apart": r"\bENDCOLLECTIVE\b",  # once more for warps whose lanes have parted
     "local": r"\b(?:LDL|STL)\b",
     "atomic": r"\b(?:RED|ATOM|ATOMS|ATOMG)\b",
 }
@@ -152,8 +162,8 @@ def test_no_local_memory_and_no_atomics(kernels):
     "stem, kernel, instructions",
     [
         ("lowrank", "update_mma", ("HMMA", "LDG128", "STG128")),
-        ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDGSTS128", "LDS128", "STG128")),
-        ("dora", "norm_mma", ("HMMA", "LDG128", "LDS128")),
+        ("dora", "norm_mma", ("HMMA", "LDG128", "LDGSTS128", "LDS128")),
+        ("lowrank", "backward_mma", ("HMMA", "MOVM", "LDSM", "LDS128")),
         ("bat", "weight_mma", ("HMMA", "LDS128")),
         ("bat", "contract_mma", ("HMMA", "MOVM")),
     ],
@@ -165,10 +175,70 @@ def test_half_precision_uses_matrix_units(kernels, stem, kernel, instructions):
             assert counts[instruction] > 0, (symbol, instruction, counts)
 
 
-@pytest.mark.parametrize("kernel", ["sampled_product", "spmm_slab"])
-def test_slabs_move_16_bytes_at_a_time(kernels, kernel):
-    for symbol, counts in of(kernels, "csr", kernel).items():
-        assert counts["LDG128"] > 0 and counts["LDS128"] > 0, symbol
+def test_bat_loads_ahead_and_converts_in_pairs(kernels):
+    """A warp's 16 reads of W and G are there twice: before the loop, and in it for the next step; as are its 8 of W."""
+    for symbol, counts in of(kernels, "bat", "contract_mma", f"{HALF}.*Li4E").items():
+        assert counts["LDG64"] + counts["LDG128"] >= 2 * 16, (symbol, counts)
+    for symbol, counts in of(kernels, "bat", "contract_mma", HALF).items():
+        assert counts["F2F"] == 0, (symbol, counts)
+    for symbol, counts in of(kernels, "bat", "weight_mma", HALF).items():
+        assert counts["LDG64"] >= 2 * 8 + 16, (symbol, counts)  # 16 of a float64 bat
+
+
+def test_one_place_sets_the_shared_memory_of_kernels():
+    text = "".join(path.read_text() for path in SOURCES.iterdir())
+    assert text.count("cudaFuncSetAttribute(") == 1 and "MaxDynamicSharedMemorySize, kMost)" in text
+
+
+def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):
+    chosen = of(kernels, "lowrank", "backward_wgmma", HALF)
+    assert len(chosen) == 2
+    for symbol, counts in chosen.items():
+        # a step: four to a tile of 64 columns for u, eight to the 128 columns of a warpgroup for dB
+        assert counts["HGMMA by rows"] == 4 and counts["HGMMA by columns"] == 8, (symbol, counts)
+        assert counts["LDGSTS128"] > 0 and counts["cluster barrier"] > 0, (symbol, counts)
+    text = (nvcc_build / "cuda" / "lowrank_backward_wgmma.o.log").read_text()
+    assert not re.search(r"\(C75\d\d\)", text), text  # ptxas has serialized them
+    used = re.findall(r"entry function '\S*\dbackward_wgmmaI\S*' for 'sm_90a'.*?Used (\d+) registers", text, re.DOTALL)
+    assert len(used) == 2, text
+    assert all(64 <= int(n) <= 96 for n in used), used  # has_body() wants as many; 640 threads leave no more
+
+
+@pytest.mark.parametrize(
+    "kernel, arguments, loads, shared",
+    [
+        ("spmm_slab", r"\w+Li6ELb1E", 8 + 6, 6 * 8),  # a slab, and out at six rows; eight entries of six rows
+        ("spmm_slab", r"\w+Li2ELb1E", 8 + 2, 2 * 8),
+        ("spmm_slab", r"\w+Li2ELb0E", 0, 2 * 8),
+        ("sampled_product", r"\w+EndsE1E", 16, 2 * 8),  # slabs of x and dy; eight entries of both
+        ("sampled_product", r"\w+EndsE0E", 16, 2 * 8),
+    ],
+)
+def test_slabs_move_16_bytes_at_a_time(kernels, kernel, arguments, loads, shared):
+    for symbol, counts in of(kernels, "csr", kernel, arguments).items():
+        assert counts["LDG128"] >= loads and counts["LDS128"] >= shared, (symbol, counts)
+        assert counts["LDS narrow"] == counts["SHFL apart"] == 0, (symbol, counts)
+
+
+def test_lowrank_backward_of_aligned_rows_is_lean(nvcc_build, kernels):
+    """Its loop copies 16 bytes at a time, asks memory for nothing else, and is as short as the estimates take it."""
+    wide = of(kernels, "lowrank", "backward_mma", HALF + r"Li\d+ELi\d+ELb[01]ELb1E")
+    for symbol, counts in wide.items():
+        assert counts["LDGSTS128"] > 0 and ("Lb0ELb1E" in symbol or counts["STG128"] > 0), symbol
+    codes = sass.kernels(nvcc_build / "cuda" / "lowrank_backward.o")
+    for arguments, registers, length in (
+        ("2, 1, false", 128, 270),
+        ("4, 1, false", 192, 310),
+        ("4, 2, false", 168, 260),
+        ("2, 1, true", 128, 370),
+        ("4, 1, true", 160, 390),
+        ("4, 2, true", 208, 460),
+    ):
+        for T in ("__half", "__nv_bfloat16"):
+            code = codes[f"backward_mma<{T}, {arguments}, true>"]
+            loop = code.loop("HMMA")
+            assert code.registers <= registers and len(loop) <= length, (T, arguments, code.registers, len(loop))
+            assert not any(op.startswith("LDG.") for op in loop), (T, arguments)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +256,37 @@ def test_single_and_double_precision_never_round_to_tf32(kernels, stem, kernel):
         assert counts["HMMA"] == 0, symbol
 
 
+def test_dora_keeps_loads_under_way(kernels):
+    for symbol, counts in of(kernels, "dora", "norm_mma").items():
+        assert counts["LDG128"] >= 16, symbol  # two steps of four rows of W before the loop, two in it
+    for symbol, counts in of(kernels, "dora", "prepare").items():
+        assert counts["LDG128"] >= 12, symbol  # the fingerprint's, of three element sizes
+    for symbol, counts in of(kernels, "dora", "norm_finish", rf"(?:{HALF}|f)E").items():
+        assert counts["LDG128"] >= 8 + 4 and counts["LDS128"] >= 4, symbol  # four splits of two rows; A Aᵀ
+    for symbol, counts in of(kernels, "dora", "magnitude_sums", r"\w+Lb1E").items():
+        assert counts["LDG128"] >= 4 + 4 + 8, symbol  # x ahead of the loop and in it, eight rows of W
+
+
 def test_streams_are_16_bytes_wide(kernels):
     wide = r"(?:6__halfLi8E|13__nv_bfloat16Li8E|fLi4E|dLi2E)"
-    for symbol, counts in of(kernels, "blocksum", "cyclic_sum", wide).items():
-        assert counts["LDG128"] >= (5 if "Lb0E" in symbol else 1), symbol  # four under way, and one for the rest
+    for kernel, plain, dropout in (("cyclic_sum", 8, 2), ("run_sum", 4, 2)):
+        for symbol, counts in of(kernels, "blocksum", kernel, wide).items():
+            assert counts["LDG128"] >= (plain if "Lb0E" in symbol else dropout), symbol  # under way at once
     for symbol, counts in of(kernels, "blocksum", "tile").items():
         if not re.search(r"Li1E", symbol):
-            assert counts["LDG128"] > 0 and counts["STG128"] > 0, symbol
+            assert counts["LDGSTS128"] >= 5 and counts["STG128"] > 0, symbol  # four under way, and the next
+
+
+def test_whole_tiles_move_only_16_bytes(kernels):
+    for symbol, counts in of(kernels, "blocksum", "tile", r"\S+Li[248]ELb1E").items():
+        assert counts["STG"] == counts["STG128"] == 1 and counts["LDG"] - counts["LDG128"] <= 1, symbol  # the seed
+
+
+def test_whole_updates_move_only_16_bytes(kernels):
+    for chunks in (0, 1, 2):
+        chosen = of(kernels, "lowrank", "update_mma", rf"{HALF}Li{chunks}ELi8E")
+        for symbol, counts in chosen.items():
+            assert counts["LDG"] - counts["LDG128"] <= 2, symbol  # g and shift
+            assert counts["STG"] == counts["STG128"] == 4, symbol  # no loop was unrolled: 32 rows at a time
+            # out of the first rows and of the next, h, and B where it stays in registers
+            assert counts["LDG128"] >= 4 + 4 + 4 * max(chunks, 1) + 4 * max(chunks, 1), symbol

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import functools
 import os
 import shutil
 import subprocess
@@ -67,12 +66,20 @@ def cuda_headers() -> Path | None:
     return None
 
 
-@functools.cache
-def build_emulator():
-    """Compiled and loaded once in a process, whose torch takes the namespace once."""
+def emulation() -> list:
+    """The command that compiles for the emulator, up to its sources and output."""
     compiler, headers = shutil.which("g++"), cuda_headers()
     if compiler is None or headers is None:
         pytest.skip("needs g++ and the headers of a CUDA toolkit")
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
+    return [compiler, *flags, "-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
+
+
+def build_emulator():
+    """Compiled and loaded once in a process, whose torch takes the namespace once; this module may be there twice."""
+    if "plans" in vars(torch.ops.spectral_ops_emulated):
+        return torch.ops.spectral_ops_emulated
+    command = emulation()
     folder = ROOT / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, ROOT / "csrc/stems.py", folder], check=True)
@@ -80,8 +87,6 @@ def build_emulator():
     sources += [*ROOT.glob("csrc/layers/*"), *ROOT.glob("csrc/*.h"), *folder.glob("*.h"), ROOT / "csrc/cpu/isa.h"]
     newest = max(p.stat().st_mtime for p in sources)
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", "-fPIC", "-fno-strict-aliasing", "-isystem", headers]
-    flags += ["-DSPECTRAL_OPS_EMULATE", "-I", EMULATOR]
     host = ["-DSPECTRAL_OPS_HOST", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch_folder / "include"]
     host += ["-I", folder, "-I", ROOT / "csrc"]
     jobs, objects = [], []
@@ -92,8 +97,8 @@ def build_emulator():
             continue
         kind = host if source.suffix == ".cpp" else ["-x", "c++"]
         partial = target.with_suffix(f".{os.getpid()}.o")
-        command = [compiler, *flags, *kind, "-c", source, "-o", partial]
-        jobs.append((subprocess.Popen(command, stderr=subprocess.PIPE, text=True), partial, target))
+        job = [*command, *kind, "-c", source, "-o", partial]
+        jobs.append((subprocess.Popen(job, stderr=subprocess.PIPE, text=True), partial, target))
     for job, partial, target in jobs:
         _, errors = job.communicate()
         assert job.returncode == 0, errors
@@ -101,7 +106,7 @@ def build_emulator():
     library = folder / "libspectral_ops_emulated.so"
     if jobs or not library.exists():
         partial = folder / f"{os.getpid()}.so"
-        link = [compiler, "-shared", "-o", partial, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+        link = [command[0], "-shared", "-o", partial, *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
         subprocess.run(link, check=True, capture_output=True)
         partial.replace(library)
     schemas = torch.library.Library("spectral_ops_emulated", "DEF")
@@ -117,3 +122,8 @@ def build_emulator():
 def emulated():
     """torch.ops.spectral_ops_emulated: the CUDA operators on CPU tensors."""
     return build_emulator()
+
+
+@pytest.fixture(scope="session")
+def emulator_command():
+    return emulation()

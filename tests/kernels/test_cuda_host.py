@@ -8,6 +8,7 @@ is left to `pytest -m gpu`.
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from instruments import results
 from samples import layer_samples
 from tensors import DTYPES, HALF, accumulate
 
+from benchmarks.estimates import launches
 from spectral_ops._library import LAYERS, OPERATORS
 from spectral_ops.functional import CSR
 
@@ -71,6 +73,8 @@ SUMS = [  # T, k, r, row stride
     (3, 64, 64, 80),
     (1, 8, 1, None),
     (0, 16, 4, None),
+    (2, 4424, 24, None),  # many loads at once, several times, and a last time with fewer
+    (2, 2091, 40, 2096),  # 16-byte loads and a rest
 ]
 
 
@@ -82,11 +86,16 @@ def test_block_sum(emulated, dtype, dropout):
         x = matrix(T, k, dtype, stride)
         got, wanted = (f(x, r, None, seed, p) for f in (emulated.block_sum, reference("block_sum")))
         assert_near(got, wanted, 2 * ROUNDED[dtype], f"{T, k, r, stride}")
-    for offsets, stride in (((0, 3, 3, 50, 77, 100), 104), ((0, 100), None), ((0, 33, 66, 100), 101)):
-        offsets, x = torch.tensor(offsets, dtype=torch.int32), matrix(3, 100, dtype, stride)
+    for offsets, stride, T in (
+        ((0, 3, 3, 50, 77, 100), 104, 3),
+        ((0, 100), None, 9),  # three times several rows, the last of them fewer
+        ((0, 33, 66, 100), 101, 6),
+        ((0, 90, 100), 112, 4),
+    ):
+        offsets, x = torch.tensor(offsets, dtype=torch.int32), matrix(T, 100, dtype, stride)
         r = len(offsets) - 1
         got, wanted = (f(x, r, offsets, seed, p) for f in (emulated.block_sum, reference("block_sum")))
-        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{offsets}")
+        assert_near(got, wanted, 2 * ROUNDED[dtype], f"{T, offsets}")
 
 
 def test_dropout_keeps_the_very_elements_of_the_reference(emulated):
@@ -102,13 +111,23 @@ def test_block_sum_of_expanded_rows(emulated):
     assert_near(emulated.block_sum(x, 8, None, None, 0.0), reference("block_sum")(x, 8, None, None, 0.0), 1e-6)
 
 
+TILES = [  # T, n, r, row stride
+    (5, 256, 64, None),
+    (3, 100, 7, None),
+    (9, 40, 12, 48),
+    (3, 43, 5, 48),
+    (2, 8728, 24, None),  # more 16-byte accesses of a row than are under way at once
+    (2, 700, 3, None),
+    (0, 8, 2, None),
+]
+
+
 @pytest.mark.parametrize("accumulate_", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_block_tile(emulated, dtype, accumulate_):
-    cases = [
-        (*c, None) for c in ((5, 256, 64, None), (3, 100, 7, None), (9, 40, 12, 48), (2, 700, 3, None), (0, 8, 2, None))
-    ]
-    cases.append((3, 100, 5, 103, torch.tensor([0, 3, 3, 50, 77, 100], dtype=torch.int32)))
+    cases = [(*c, None) for c in TILES]
+    runs = torch.tensor([0, 3, 3, 50, 77, 100], dtype=torch.int32)
+    cases += [(3, 100, 5, 103, runs), (3, 100, 5, 112, runs)]
     for T, n, r, stride, offsets in cases:
         for seed in (None, SEED):
             for s_dtype in {dtype, torch.float32 if dtype in HALF else dtype}:
@@ -130,6 +149,13 @@ UPDATES = [  # T, d, r, row stride
     (40, 300, 70, None),
     (1, 8, 1, None),
     (17, 37, 16, None),
+    (150, 264, 8, None),  # two tiles of rows and of columns
+    (70, 72, 32, None),
+    (90, 80, 40, 88),
+    (40, 296, 64, None),
+    (70, 80, 136, None),
+    (33, 64, 12, None),
+    (9, 64, 50, None),
     (6, 24, 0, None),
     (0, 8, 4, None),
 ]
@@ -148,6 +174,30 @@ def test_lowrank_update(emulated, dtype, scaled):
         assert_untouched(out, T, stride)
 
 
+@pytest.mark.parametrize("r", [8, 12, 16, 56, 72])
+def test_lowrank_update_of_factors_of_any_stride(emulated, r):
+    """16-byte loads, pairs and single elements; what lies beyond the ranks is NaN."""
+    T, d, dtype = 40, 72, torch.bfloat16
+    for h_more, B_more, first in ((8, 16, 0), (4, 4, 0), (8, 2, 0), (3, 8, 0), (8, 5, 0), (8, 8, 1), (8, 8, 8)):
+        h, B = matrix(T, r, dtype, r + h_more), matrix(d, r, dtype, r + B_more)
+        out = matrix(T, d + 8, dtype)[:, first : first + d]
+        wanted = out.clone()
+        reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
+        emulated.lowrank_update_(out, h, B, 0.7, None, None)
+        assert_near(out, wanted, ROUNDED[dtype], f"{r, h_more, B_more, first}")
+
+
+@pytest.mark.parametrize("T, d, r", [(70, 16904, 8), (97, 256 * 44, 40), (193, 256 * 65 + 8, 72)])
+def test_lowrank_update_of_several_rows_in_a_block(emulated, T, d, r):
+    """So many columns that a block sweeps over 64, 32 and 128 rows, and the last block over fewer."""
+    dtype = torch.bfloat16
+    out, h, B = matrix(T, d, dtype), matrix(T, r, dtype), matrix(d, r, dtype)
+    wanted = out.clone()
+    reference("lowrank_update_")(wanted, h, B, 0.7, None, None)
+    emulated.lowrank_update_(out, h, B, 0.7, None, None)
+    assert_near(out, wanted, ROUNDED[dtype])
+
+
 BACKWARDS = [  # T, d, r, row stride
     (5, 64, 16, None),
     (100, 100, 7, None),
@@ -160,17 +210,28 @@ BACKWARDS = [  # T, d, r, row stride
     (9, 24, 0, None),
     (9, 0, 4, None),
 ]
+ALIGNED = [  # T, d, r, row strides of dy and h: every row starts at a multiple of 16 bytes
+    (70, 1032, 16, None, 16),  # a chunk of eight columns
+    (37, 520, 32, None, 32),
+    (133, 784, 64, None, 64),
+    (70, 264, 12, None, 16),  # fewer ranks than are copied at a time
+    (50, 75, 20, 80, 24),  # and fewer columns
+    (9, 400, 52, None, 56),
+    (40, 8, 76, None, 80),  # two passes, the second with few ranks
+]
 WANTED = [  # g, y, bias; need u, dB, db, gdy
     (False, False, False, True, True, False, False),  # LoRA
     (True, True, True, True, True, True, True),  # DoRA with everything
     (True, False, False, True, False, True, True),
     (True, True, False, False, True, False, False),
+    (False, False, True, True, True, True, False),  # LoRA with a bias
+    (False, False, False, False, False, True, False),
 ]
 
 
-def backward_case(emulated, dtype, T, d, r, stride, wanted):
+def backward_case(emulated, dtype, T, d, r, stride, wanted, h_stride=None):
     has_g, has_y, has_bias, *needs = wanted
-    dy, h, B = matrix(T, d, dtype, stride), matrix(T, r, dtype, r + 2), matrix(d, r, dtype)
+    dy, h, B = matrix(T, d, dtype, stride), matrix(T, r, dtype, h_stride or r + 2), matrix(d, r, dtype)
     g = torch.randn(d, dtype=accumulate(dtype)) if has_g else None
     y = matrix(T, d, dtype) if has_y else None
     bias = matrix(1, d, dtype)[0] if has_bias else None
@@ -182,11 +243,65 @@ def backward_case(emulated, dtype, T, d, r, stride, wanted):
     return got
 
 
-@pytest.mark.parametrize("wanted", WANTED, ids=["lora", "dora", "no dB", "no u"])
+@pytest.mark.parametrize("wanted", WANTED, ids=["lora", "dora", "no dB", "no u", "bias", "only db"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lowrank_backward(emulated, dtype, wanted):
     for T, d, r, stride in BACKWARDS:
         backward_case(emulated, dtype, T, d, r, stride, wanted)
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=["lora", "dora", "no dB", "no u", "bias", "only db"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_lowrank_backward_16_bytes_at_a_time(emulated, dtype, wanted):
+    for T, d, r, stride, h_stride in ALIGNED:
+        backward_case(emulated, dtype, T, d, r, stride, wanted, h_stride)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_lowrank_backward_on_hopper(emulated, monkeypatch, dtype):
+    """33 to 64 ranks take the form for Hopper there, and elsewhere the one that every GPU has."""
+    for hopper in ("1", "0"):
+        monkeypatch.setenv("EMULATOR_HOPPER", hopper)
+        plain, everything = WANTED[:2]
+        for T, d, r, wanted in (
+            (40, 64, 62, plain),
+            (300, 72, 46, plain),
+            (70, 520, 38, plain),
+            (70, 96, 30, plain),
+            (70, 96, 62, everything),
+        ):
+            backward_case(emulated, dtype, T, d, r, None, wanted)
+            args = (
+                matrix(T, d, dtype),
+                matrix(T, r, dtype, r + 2),
+                matrix(d, r, dtype),
+                1.0,
+                None,
+                None,
+                None,
+                *wanted[3:],
+            )
+            first = launches.recorded("lowrank_backward", args)[0].kernel
+            assert ("wgmma" in first) == (hopper == "1" and r > 32 and wanted is plain), (r, first)
+
+
+@pytest.mark.parametrize("r", [16, 32, 64])
+def test_lowrank_backward_of_more_steps_than_stages(emulated, order, r):
+    backward_case(emulated, torch.bfloat16, 132 * 96 - 5, 8, r, None, WANTED[0], r)  # six steps of a block
+    backward_case(emulated, torch.bfloat16, 90, 256 * 67 - 8, r, None, WANTED[1], r)
+
+
+@pytest.mark.parametrize("wanted", WANTED[:3], ids=["lora", "dora", "no dB"])
+def test_lowrank_backward_is_the_same_with_and_without_alignment(emulated, wanted):
+    """The slow form adds in the order of the fast one."""
+    has_g, has_y, has_bias, *needs = wanted
+    T, d, r = 90, 400, 24
+    dy, h, B, y = matrix(T, d, torch.bfloat16), *(matrix(n, m, torch.bfloat16) for n, m in ((T, r), (d, r), (T, d)))
+    vectors = torch.randn(d) if has_g else None, y if has_y else None, y[0].clone() if has_bias else None
+    aligned = emulated.lowrank_backward(dy, h, B, 0.7, *vectors, *needs)
+    shifted = torch.empty(T, d + 1, dtype=torch.bfloat16)[:, 1:].copy_(dy)
+    for a, b in zip(aligned, emulated.lowrank_backward(shifted, h, B, 0.7, *vectors, *needs), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -247,9 +362,17 @@ def norm_case(emulated, dtype, parameters, d, k, r, transposed):
     return W, A, B, wanted
 
 
-NORMS = [  # d, k, r, transposed
+NORMS = [  # d, k, r, transposed; half precision takes the tensor cores where k is a multiple of 8
     (10, 100, 16, False),
-    (130, 256, 7, False),  # two tiles of rows
+    (130, 256, 7, False),  # two tiles of rows, two splits of columns
+    (140, 200, 24, False),  # k no multiple of what is read at once
+    (270, 392, 40, False),  # two tiles of 256 rows
+    (20, 136, 130, False),  # three tiles of ranks
+    (33, 520, 70, False),
+    (9, 1112, 17, False),  # nine pieces of A
+    (3, 640, 260, False),  # two pieces of A in a block
+    (3, 2500, 5, False),  # more splits of columns than a half warp has lanes
+    (3, 2496, 5, False),
     (65, 300, 40, True),
     (33, 515, 70, False),  # more ranks than one pass takes; k odd
     (5, 64, 1, True),
@@ -265,6 +388,69 @@ def test_column_norm(emulated, dtype):
     for parameters in {torch.float32, dtype}:
         for case in NORMS:
             norm_case(emulated, dtype, parameters, *case)
+
+
+def laid_out(t, layout):
+    """The values of t in another memory layout; what lies between them is NaN."""
+    rows, columns = t.shape
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "offset":  # not aligned to 16 bytes
+        memory = torch.full((rows * columns + 1,), float("nan"), dtype=t.dtype)[1:]
+        return memory.view(rows, columns).copy_(t)
+    wide = torch.full((rows, 2 * columns + 16), float("nan"), dtype=t.dtype)
+    view = wide[:, 8 : 8 + columns] if layout == "rows" else wide[:, : 2 * columns : 2]
+    return view.copy_(t)
+
+
+LAYOUTS = ("transposed", "offset", "rows", "every second")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_column_norm_of_any_layout_and_dtype(emulated, dtype):
+    d, k, r = 37, 192, 20
+    for parameters in DTYPES:
+        W, A, B, wanted = norm_case(emulated, dtype, parameters, d, k, r, False)
+        near = emulated.column_norm(W, A, B, 1.5)
+        for layout in LAYOUTS:
+            far = emulated.column_norm(W, laid_out(A, layout), laid_out(B, layout), 1.5)
+            assert torch.equal(far, near), (parameters, layout)
+            assert_near(emulated.column_norm(laid_out(W, layout), A, B, 1.5), wanted, 2e-6, f"{parameters}, {layout}")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_norm_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
+    for r in (40, 66):
+        norm_case(emulated, dtype, torch.float32, 36, 264, r, False)
+
+
+def fingerprint(A, B):
+    """What a stamp holds: two sums over the elements of A, then B, of functions of their bits and positions."""
+    mask, low, high = 2**64 - 1, 0, 0
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    signed = [(t.reshape(-1).view(integers[t.element_size()]).tolist(), 256 ** t.element_size()) for t in (A, B)]
+    bits = [x % size for values, size in signed for x in values]
+    for position, x in enumerate(bits, 1):
+        z = (x + position * 0x9E3779B97F4A7C15) & mask
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+        low, high = low + (z ^ z >> 31), high + (z >> 32) * (z & 0xFFFFFFFF)
+    return torch.tensor([low & mask, high & mask], dtype=torch.uint64).view(torch.int64)
+
+
+@pytest.mark.parametrize("parameters", DTYPES, ids=str)
+def test_fingerprint_is_of_values_and_positions_alone(emulated, parameters):
+    cases = [(3, 5, 1), (5, 24, 8), (7, 300, 3)]
+    if parameters == torch.float32:
+        cases.append((400, 100, 100))  # A takes two steps of every thread, and a row of B is no multiple of 16 bytes
+    for d, k, r in cases:
+        W, A, B = matrix(d, k, torch.float32), matrix(r, k, parameters), matrix(d, r, parameters)
+        wanted = fingerprint(A, B)
+        for layout in (None, *LAYOUTS):
+            norm, stamp = torch.zeros(d), torch.zeros(2, dtype=torch.int64)
+            a, b = (t if layout is None else laid_out(t, layout) for t in (A, B))
+            emulated.column_norm_cached_(norm, stamp, W, a, b, 1.0, True)
+            assert torch.equal(stamp, wanted), (d, k, r, layout)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -296,18 +482,59 @@ def test_cached_norm_follows_every_bit_of_A_and_B(emulated, dtype):
         assert_near(norm, now, 2e-6)
 
 
+def magnitude_case(emulated, dtype, T, d, k, r, vanishing, has_bias=False, padding=None, transposed=False):
+    """``vanishing``: the columns where m is zero or nearly so, or "all"."""
+    dy, x, h = matrix(T, d, dtype), matrix(T, k, dtype, padding), matrix(T, r, dtype)
+    W, B = matrix(k, d, dtype).t() if transposed else matrix(d, k, dtype, padding), matrix(d, r, dtype)
+    bias = 0.1 * matrix(1, d, dtype)[0] if has_bias else None
+    dyz, g, norm = torch.randn(d), torch.rand(d) + 0.5, torch.rand(d) + 0.5
+    if vanishing == "all":
+        g.zero_()
+    else:
+        g[vanishing] = torch.tensor([0.0, 1e-6, -1e-6]).repeat(len(vanishing))[: len(vanishing)]
+    if has_bias:  # beside which y holds too few digits
+        g[d // 3] = 1e-3 * bias[d // 3].abs()
+    vectors = [t.to(accumulate(dtype)) for t in (dyz, g, norm)]
+    arguments = (vectors[0], dy, x, h, W, B, 0.7, *vectors[1:], bias)
+    got, wanted = emulated.magnitude_grad(*arguments), reference("magnitude_grad")(*arguments)
+    assert_near(got, wanted, 1e-12 if dtype == torch.float64 else 1e-5)
+    if wanted.numel() and T:
+        assert ((got - wanted).abs() <= 1e-3 * wanted.abs().max()).all()
+
+
+MAGNITUDES = [  # T, d, k, r, columns where m vanishes, row stride of x and W, W transposed
+    (20, 70, 50, 8, [5, 40], None, False),
+    (70, 70, 64, 40, [0, 1, 2, 3, 30, 31, 32, 63, 69], None, False),  # three splits, a group of eight and one more
+    (37, 19, 1056, 3, "all", 1064, False),  # several steps of a lane
+    (33, 40, 48, 5, "all", 51, False),  # rows that are not aligned
+    (40, 33, 24, 0, [7], None, True),
+    (300, 12, 16, 2, [3, 4], None, False),  # more splits than a block has warps
+    (3, 2100, 16, 2, [1, 2047, 2048, 2099], None, False),  # a second window of columns
+    (9, 24, 0, 3, "all", None, False),
+    (0, 24, 16, 3, "all", None, False),
+    (5, 24, 16, 3, [], None, False),
+    (5, 0, 16, 3, [], None, False),
+]
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_magnitude_grad(emulated, dtype, has_bias):
-    T, d, k, r = 20, 70, 50, 8
-    dy, x, h = matrix(T, d, dtype), matrix(T, k, dtype), matrix(T, r, dtype)
-    W, B = matrix(d, k, dtype), matrix(d, r, dtype)
-    bias = 0.1 * matrix(1, d, dtype)[0] if has_bias else None
-    dyz, g, norm = torch.randn(d), torch.randn(d), torch.rand(d) + 0.5
-    g[5], g[40] = 0, 1e-6  # magnitudes that vanish
-    vectors = [t.to(accumulate(dtype)) for t in (dyz, g, norm)]
-    arguments = (vectors[0], dy, x, h, W, B, 0.7, *vectors[1:], bias)
-    assert_near(emulated.magnitude_grad(*arguments), reference("magnitude_grad")(*arguments), 1e-5)
+    for T, d, k, r, vanishing, padding, transposed in MAGNITUDES:
+        magnitude_case(emulated, dtype, T, d, k, r, vanishing, has_bias and d > 0, padding, transposed)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_magnitude_grad_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
+    magnitude_case(emulated, dtype, 70, 40, 64, 8, [1, 2, 3, 4, 5, 6, 7, 8, 9], True)
+    magnitude_case(emulated, dtype, 33, 320, 16, 2, [300])  # found by another warp than the one whose word it is in
+
+
+def test_magnitude_grad_reads_no_row_where_no_magnitude_vanishes(emulated):
+    d, nan = 40, float("nan")
+    dy, x, h, W, B = (torch.full(shape, nan) for shape in ((9, d), (9, 16), (9, 4), (d, 16), (d, 4)))
+    dyz, g, norm = torch.randn(d), torch.rand(d) + 0.5, torch.rand(d) + 0.5
+    assert_near(emulated.magnitude_grad(dyz, dy, x, h, W, B, 0.7, g, norm, None), dyz / (g * norm), 1e-6)
 
 
 # --- Bat -------------------------------------------------------------------------------------------------------------
@@ -317,6 +544,8 @@ BLOCKS = [  # d, k, r
     (96, 288, 96),  # tiles of 32
     (32, 96, 32),
     (64, 64, 64),
+    (192, 640, 64),  # thread blocks that take a part of a block and then the next
+    (32, 272, 16),  # shares that end where a block does
     (128, 384, 128),  # two tiles of columns
     (48, 240, 48),
     (12, 20, 4),
@@ -385,10 +614,35 @@ def test_bat_reads_transposed_weights(emulated):
     assert_near(got, wanted, 1e-6)
 
 
+def before_a_hole(t):
+    """A copy that ends where memory does: reading on is a segmentation fault."""
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    memory = mmap.mmap(-1, (-(-size // page) + 1) * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + len(memory) - page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), page, 0) == 0
+    held = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=len(memory) - page - size)
+    return held.view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bat_reads_nothing_beyond_its_tensors(emulated, dtype):
+    for d, k, r, row in ((32, 80, 16, False), (80, 32, 16, True), (64, 96, 32, False), (64, 192, 64, False)):
+        W, G = before_a_hole(matrix(d, k, dtype)), before_a_hole(matrix(d, k, torch.float32))
+        bat, out = before_a_hole(torch.zeros((k if row else d) // r, r, r)), torch.empty(d, k, dtype=dtype)
+        emulated.bat_weight_(out, W, bat, row, False)
+        assert torch.equal(out, W)
+        dB, wanted = (torch.empty(d // r, r, r) for _ in range(2))
+        emulated.bat_contract_(dB, W, G)
+        reference("bat_contract_")(wanted, W, G)
+        assert_near(dB, wanted, 1e-5)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_bat_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
     weight_case(emulated, dtype, 64, 128, 32, torch.float32, False)
     contract_case(emulated, dtype, 32, 1056, 32, torch.float32)
+    weight_case(emulated, dtype, 128, 448, 64, torch.float32, False)  # from a part of a block on to the next
+    contract_case(emulated, dtype, 128, 384, 64, torch.float32)
 
 
 # --- CSR -------------------------------------------------------------------------------------------------------------
@@ -439,19 +693,23 @@ def test_csr_scatter_and_gather(emulated, dtype):
 
 
 def products_case(emulated, dtype, T, case, values_dtype, padding):
-    """csr_sddmm, and csr_spmm_ with the matrix and with its transpose."""
+    """csr_sddmm, and csr_spmm_ with the matrix and with its transpose. What no entry needs is NaN for the kernels."""
     d, k = case[:2]
     p = pattern(*case)
     x, dy = matrix(T, k, dtype, k + padding), matrix(T, d, dtype, d + padding)
     got = emulated.csr_sddmm(dy, x, p.row_offsets, p.columns)
     wanted = reference("csr_sddmm")(dy.double(), x.double(), p.row_offsets, p.columns)
     assert_near(got, wanted.to(got.dtype), 1e-12 if dtype == torch.float64 else 2e-6, f"sddmm {T, case, padding}")
+    empty = [
+        torch.ones(n, dtype=torch.bool).index_fill_(0, at.long(), False) for n, at in ((k, p.columns), (d, p.rows))
+    ]
     values = torch.randn(p.columns.numel()).to(values_dtype)
     straight, turned = (p.row_offsets, p.columns, None), (p.column_offsets, p.rows, p.permutation)
-    for n, source, arguments in ((d, x, straight), (k, dy, turned)):
+    for n, source, arguments, unread in ((d, x, straight, empty[0]), (k, dy, turned, empty[1])):
         out = matrix(T, n, dtype, n + padding)
         wanted = out.clone()
         reference("csr_spmm_")(wanted, source, values, *arguments)
+        source[:, unread] = float("nan")
         emulated.csr_spmm_(out, source, values, *arguments)
         assert_near(out, wanted, ROUNDED[dtype], f"spmm {T, case, padding}")
         assert_untouched(out, T, n + padding)
@@ -469,15 +727,27 @@ def test_csr_products_of_several_slabs_and_chunks_in_a_block(emulated, monkeypat
     products_case(emulated, torch.float64, 63, (600, 51_000, 900, 599), torch.float64, 0)
 
 
-def test_csr_products_of_many_rows(emulated):
-    products_case(emulated, torch.bfloat16, 1000, (1200, 30, 3000, None), torch.float32, 0)
-    products_case(emulated, torch.float32, 500, (1160, 30, 3000, 3), torch.bfloat16, 0)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_csr_products_of_many_rows(emulated, dtype):
+    """Six chunks of rows in a block, a last slab and a last block of columns that are not full, and a row of more
+    entries than eight lanes share."""
+    T = 2200 // dtype.itemsize
+    assert plan(emulated.plans.product_plan_of, T, 1064, 1040, 5000, CODES[dtype], 1)[1:5] == [1, 6, 3, 18]
+    products_case(emulated, dtype, T, (1064, 1040, 5000, 700), torch.float32, 0)
+
+
+@pytest.mark.parametrize("padding", [0, 3, 16])
+def test_csr_products_of_rows_that_are_not_whole(emulated, padding):
+    for d, k in ((130, 40), (128, 44), (136, 40)):
+        products_case(emulated, torch.bfloat16, 77, (d, k, 300, 3), torch.float32, padding)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_csr_products_do_not_depend_on_the_order_of_threads(emulated, order, dtype):
     products_case(emulated, dtype, 70, (300, 600, 2500, 7), dtype, 0)
+    products_case(emulated, dtype, 70, (304, 600, 2500, 7), dtype, 8)
     products_case(emulated, dtype, 3, (40, 50, 200, None), dtype, 0)
+    products_case(emulated, dtype, 2200 // dtype.itemsize, (1064, 16, 400, None), dtype, 0)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -499,11 +769,12 @@ def test_backward_plan_covers_every_row_and_column_once(emulated, dtype):
         for d in (1, 128, 512, 513, 4096, 14336, 100_000):
             for r in (1, 8, 16, 17, 64, 65, 256):
                 ranks, tile, chunks, split, splits, dB, db, dyz, total = plan(
-                    emulated.plans.backward_plan_of, T, d, r, CODES[dtype], 1, 1, 1, 1
+                    emulated.plans.backward_plan_of, T, d, r, CODES[dtype], 1, 1, 1, 1, 1
                 )
                 assert (chunks - 1) * tile < d <= chunks * tile
                 assert T == 0 or (splits - 1) * split < T <= splits * split
                 assert split % (16 if dtype in HALF else 32) == 0 and 1 <= ranks <= min(r, 64)
+                assert splits == 1 or chunks * splits <= (132 if dtype in HALF else 264)
                 assert chunks * splits < 2**31
                 sizes = chunks * T * ranks, splits * d * ranks, splits * d, splits * d
                 assert [dB, db, dyz, total // size] == [sum(sizes[:n]) for n in (1, 2, 3, 4)]
@@ -511,23 +782,41 @@ def test_backward_plan_covers_every_row_and_column_once(emulated, dtype):
 
 def test_backward_partial_sums_stay_far_below_dy(emulated):
     for d in (4096, 14336):
-        *_, total = plan(emulated.plans.backward_plan_of, 8192, d, 16, CODES[torch.bfloat16], 1, 1, 0, 0)
-        assert total < 0.2 * 8192 * d * 2, total
+        for r, share in ((16, 0.13), (64, 0.54)):
+            *_, total = plan(emulated.plans.backward_plan_of, 8192, d, r, CODES[torch.bfloat16], 1, 1, 0, 0, 0)
+            assert total < share * 8192 * d * 2, (d, r, total)
 
 
+@pytest.mark.parametrize("aligned", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
+def test_norm_plan_covers_every_row_and_column_once(emulated, dtype, aligned):
+    size = accumulate(dtype).itemsize
     for d in (1, 127, 128, 129, 4096, 14336, 131072):
         for k in (0, 1, 127, 128, 129, 4096, 14336):
-            for r in (1, 16, 64, 100):
+            for r in (0, 1, 16, 63, 64, 100):
                 units, ranks, tile, tiles, split, splits, square, gram, stamp, total = plan(
-                    emulated.plans.norm_plan_of, d, k, r, CODES[dtype], 1, 1
+                    emulated.plans.norm_plan_of, d, k, r, CODES[dtype], aligned, 1
                 )
-                assert units == (dtype in HALF) and ranks == min(r, 64)
+                assert units == (dtype in HALF and aligned) and ranks == min(r, 64)
                 assert (tiles - 1) * tile < d <= tiles * tile
                 assert k == 0 or (splits - 1) * split < k <= splits * split
-                assert square == splits * d * r and gram == square + splits * d
-                assert stamp % 8 == 0 and total == stamp + 8 * 129
+                assert split % 64 == 0 and splits <= 32
+                assert square == splits * d * -(-r // 4) * 4 and square + splits * d <= gram < square + splits * d + 4
+                assert gram % 4 == 0 and stamp % 8 == 0 and total == stamp + 8 * 513
+                assert stamp >= size * (gram + r * r) + r * k * (4 if units else size)
+
+
+def test_norm_fills_an_h100_in_whole_waves(emulated):
+    for d, k, r, per_wave in (
+        (4096, 4096, 16, 264),
+        (14336, 4096, 16, 264),
+        (4096, 14336, 16, 264),
+        (4096, 4096, 64, 132),
+        (4096, 14336, 64, 132),
+    ):
+        _, _, _, tiles, _, splits, *_ = plan(emulated.plans.norm_plan_of, d, k, r, CODES[torch.bfloat16], 1, 1)
+        blocks = tiles * splits + 4  # four add up A Aᵀ
+        assert blocks <= -(-blocks // per_wave) * per_wave <= 1.03 * blocks, (d, k, r, blocks)
 
 
 @pytest.mark.parametrize("aligned", [0, 1])
@@ -535,14 +824,42 @@ def test_norm_plan_covers_every_row_and_column_once(emulated, dtype):
 def test_contract_plan_covers_every_row_once(emulated, dtype, aligned):
     for r in (1, 7, 16, 48, 64, 75, 96, 128, 256):
         for blocks in (0, 1, 32, 500):
-            for k in (0, r, 5 * r, 64 * r):
-                units, tile, tiles, split, splits, total = plan(
+            for k in (0, r, 5 * r, 17 * r, 64 * r):
+                units, tile, tiles, steps, share, grid, splits, total = plan(
                     emulated.plans.contract_plan_of, blocks * r, k, r, CODES[dtype], aligned
                 )
                 assert units == (dtype in HALF and aligned and r % 16 == 0)
-                assert tiles == (-(-r // tile)) ** 2 and (not units or r % tile == 0)
-                assert split % 16 == 0 and (splits - 1) * split < k <= splits * split
-                assert total == splits * blocks * r * r * accumulate(dtype).itemsize
+                assert tiles == blocks * (-(-r // tile)) ** 2 and (not units or r % tile == 0)
+                assert (steps - 1) * 16 < k <= steps * 16 and share >= 16
+                assert (grid - 1) * share < tiles * steps <= grid * share
+                starts = range(0, tiles * steps, steps or 1)  # of the tiles
+                met = [(at + steps - 1) // share - at // share + 1 for at in starts]
+                assert not met or max(met) <= splits <= max(met) + 1
+                assert total == splits * tiles * tile**2 * accumulate(dtype).itemsize
+
+
+def test_contract_fills_an_h100(emulated):
+    for d, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
+        for r in (16, 32, 64, 128):
+            _, tile, tiles, steps, share, grid, *_ = plan(
+                emulated.plans.contract_plan_of, d, k, r, CODES[torch.bfloat16], 1
+            )
+            slots = 132 if tile == 64 else 264
+            assert 0.94 * slots <= grid <= slots and tiles * steps > 0.94 * slots * share, (d, k, r)
+    *_, splits, _ = plan(emulated.plans.contract_plan_of, 4096, 4096, 64, CODES[torch.bfloat16], 1)
+    assert splits == 2  # a share of 128 steps, not 125, ends where a tile does
+
+
+def test_weight_fills_an_h100(emulated):
+    for blocks, others, r in ((64, 64, 64), (224, 64, 64), (64, 224, 64), (32, 32, 128), (128, 128, 32), (9, 2502, 16)):
+        units, tile, panels, groups, items, parts, shared = plan(emulated.plans.weight_plan_of, blocks, others, r, 2)
+        assert units and panels * tile == r and shared == 4 * r * tile
+        assert items == blocks * r // 16 * groups and (groups - 1) * 64 // tile < others <= groups * 64 // tile
+        assert panels * parts == 264
+    units, *_, parts, shared = plan(emulated.plans.weight_plan_of, 1, 1, 64, 2)
+    assert units and parts == 1  # too small to be shared
+    for r, parts in ((40, 2), (512, 2), (384, 3)):
+        assert not plan(emulated.plans.weight_plan_of, 2, 2, r, parts)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -566,12 +883,60 @@ def test_sampled_plan_covers_every_tile_and_slab_once(emulated, dtype):
                     assert sections == source + 4 * nnz and total == sections + 8 * chunks * blocks
 
 
-def test_sampled_product_fills_an_h100(emulated):
+@pytest.mark.parametrize("k", [1024, 4096, 14336])
+def test_sampled_product_fills_an_h100(emulated, k):
     for T in (512, 2048, 8192):
         _, blocks, _, _, splits, _, parts, *_ = plan(
-            emulated.plans.sampled_plan_of, T, 4096, 4096, 100_000, CODES[torch.bfloat16]
+            emulated.plans.sampled_plan_of, T, 4096, k, 4096 * k // 160, CODES[torch.bfloat16]
         )
         assert 132 <= blocks * parts * splits <= 264, T
+
+
+@pytest.mark.parametrize("aligned", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product_plan_covers_every_row_and_column_once(emulated, dtype, aligned):
+    size = torch.tensor([], dtype=dtype).element_size()
+    for T in (1, 16, 17, 63, 64, 65, 512, 8192, 2**22):
+        for d in (1, 64, 65, 4096, 14336, 128_000):
+            for k in (1, 512, 513, 4096, 14336):
+                for nnz in (1, d * k // 160):
+                    few, whole, rows, tiles, slabs, chunks, blocks, sections, total = plan(
+                        emulated.plans.product_plan_of, T, d, k, nnz, CODES[dtype], aligned
+                    )
+                    assert few == (T <= 16)
+                    if few:
+                        assert total == 0
+                        continue
+                    assert whole == (aligned and d * size % 16 == 0 and k * size % 16 == 0)
+                    assert (slabs - 1) * 128 < T * size <= slabs * 128 and (blocks - 1) * 512 < k <= blocks * 512
+                    assert (tiles - 1) * rows * 64 < d <= tiles * rows * 64 and chunks == tiles * rows
+                    assert rows == (2 if not whole or slabs * -(-d // 128) <= 132 else 6)
+                    assert sections == nnz * (16 if dtype == torch.float64 else 8)
+                    assert total == sections + 8 * 64 * (chunks * blocks + 2)
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_the_shared_memory_of_a_kernel_is_set_once_for_all_sizes(emulated):
+    """The emulator refuses a kernel another maximum than its first: no thread may lower what another launches with."""
+    state = emulated.plans.shared_memory_of
+    for r in (320, 256):  # 80 and 64 KB
+        before, *_ = plan(state, 0)
+        weight_case(emulated, torch.bfloat16, r, r, r, torch.float32, False)
+        calls, value, _, pending = plan(state, 0)
+        assert calls > before and value == 99 * 1024 and pending == 0
+
+
+def test_a_refused_launch_reports_its_error_and_leaves_none_behind(emulated):
+    W, bat = matrix(256, 256, torch.bfloat16), torch.zeros(1, 256, 256)
+    state, out = emulated.plans.shared_memory_of, torch.empty_like(W)
+    plan(state, 98)
+    with pytest.raises(RuntimeError, match="error 98"):
+        emulated.bat_weight_(out, W, bat, False, False)
+    assert plan(state, 0)[2:] == [0, 0]
+    emulated.bat_weight_(out, W, bat, False, False)
+    assert torch.equal(out, W)
 
 
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------

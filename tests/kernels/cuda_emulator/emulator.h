@@ -2,9 +2,13 @@
 // their reductions are tested where no GPU is. Every thread of a block is a fiber (ucontext); barriers, shuffles and
 // warp matrix instructions yield until the threads they join have arrived. It proves what a kernel computes, not how fast.
 //
-// It is strict where hardware is lenient: shared memory starts as NaN, asynchronous copies land only when waited for,
-// the order in which threads run between barriers is chosen by EMULATOR_ORDER (0 ascending, 1 descending, 2 shuffled,
-// 3 each warp as far as it gets before the next), and a barrier that some thread never reaches aborts.
+// It is strict where hardware is lenient: shared memory starts as NaN, asynchronous copies land only when waited for and
+// leave NaN until then, and a barrier that some thread never reaches aborts. EMULATOR_ORDER is the order in which threads run
+// between barriers: 0 ascending, 1 descending, 2 shuffled, 3 each warp, and each block of a cluster, as far as it gets before
+// the next.
+//
+// Of Hopper: products of a warpgroup read shared memory as a second copy of it shows, which a fence brings up to date. Their
+// accumulators are NaN until they have been waited for, and what they read must not change until then.
 #pragma once
 
 #include <setjmp.h>
@@ -17,6 +21,8 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -26,6 +32,8 @@
 #include <vector_functions.h>
 #include <vector_types.h>
 
+#define cudaFuncSetAttribute emulator::set_attribute
+#define cudaGetLastError emulator::last_error
 #undef __shared__
 #define __shared__ static
 #ifndef __launch_bounds__
@@ -53,17 +61,47 @@ inline bool dry(const void* kernel, int64_t a, int64_t b, int64_t c) {
   return true;
 }
 
+// The dynamic shared memory that kernels may have. A kernel's maximum must not change: another thread could change it back
+// before the launch.
+struct SharedMemory { int64_t calls, value, refused, pending; };  // refused: the error that the next call meets
+inline SharedMemory shared_memory;
+
+inline cudaError_t set_attribute(const void* kernel, cudaFuncAttribute, int value) {
+  static std::map<const void*, int> maximum;
+  ++shared_memory.calls, shared_memory.value = value;
+  const bool changed = maximum.emplace(kernel, value).first->second != value;
+  shared_memory.pending = changed ? cudaErrorInvalidValue : shared_memory.refused;
+  shared_memory.refused = 0;
+  return static_cast<cudaError_t>(shared_memory.pending);
+}
+
+inline cudaError_t last_error() {
+  const auto error = static_cast<cudaError_t>(shared_memory.pending);
+  shared_memory.pending = 0;
+  return error;
+}
+
 struct Copy { void* to; const void* from; int bytes; };
+
+// What a thread knows of wgmma's accumulators that it has given to one.
+struct Accumulators { float values[32]; int under_way = 0; bool fenced = false; };
+struct Use { uint64_t product; float* d; bool accumulate; };
 
 struct Thread {
   ucontext_t context;  // where the fiber starts
   jmp_buf resume;
   std::unique_ptr<char[]> stack;
-  unsigned index = 0;
+  unsigned index = 0, rank = 0;  // in its block, and the block's in its cluster
   bool done = true, started = false;
-  uint64_t block_barriers = 0, warp_calls = 0;
+  uint64_t block_barriers = 0, warp_calls = 0, cluster_arrivals = 0, cluster_waits = 0;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> committed;
+  std::vector<unsigned char*> unfenced;  // 16 bytes each that products do not see yet
+  std::map<float*, Accumulators> accumulators;
+  std::vector<Use> products;
+  std::deque<std::vector<Use>> committed_products;
+  uint64_t issued = 0;
+  bool fenced = false;
 };
 
 struct Warp {
@@ -71,13 +109,19 @@ struct Warp {
   uint64_t arrived = 0;  // over all calls
 };
 
-constexpr size_t kStack = 256 * 1024, kShared = 228 * 1024;
+// A product of a warpgroup: its operands as the first thread to issue it found them.
+struct Product { uint64_t a, b; bool by_columns; float A[64][16], B[16][64]; int left = 128; };
+struct Warpgroup { std::deque<Product> products; uint64_t first = 0; };
 
-struct Block {
-  std::vector<std::unique_ptr<Thread>> threads;
+constexpr size_t kStack = 256 * 1024, kShared = 228 * 1024;
+constexpr unsigned kMaxCluster = 8;
+
+struct Block {  // or a cluster of them, which run together
+  std::vector<std::unique_ptr<Thread>> threads;  // of all of them
   std::vector<Warp> warps;
-  unsigned size = 0, grid = 0, index = 0;
-  uint64_t arrived = 0;
+  std::vector<Warpgroup> warpgroups;
+  unsigned size = 0, grid = 0, index = 0, cluster = 1;  // index: of the first
+  uint64_t arrived[kMaxCluster] = {}, cluster_arrived = 0;
   jmp_buf scheduler;
   std::function<void()> body;
   bool progress = false;
@@ -85,10 +129,13 @@ struct Block {
 
 inline Block block;
 inline Thread* current = nullptr;
-alignas(128) inline unsigned char shared[kShared];
+alignas(1024) inline unsigned char shared[kMaxCluster][kShared];        // as threads see it
+alignas(1024) inline unsigned char seen_by_products[kMaxCluster][kShared];
+constexpr int kSharedStart = 16;  // a kernel that wants more alignment than it is promised has to see to it
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, block.index, current ? current->index : 0);
+  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, block.index + (current ? current->rank : 0),
+               current ? current->index : 0);
   std::abort();
 }
 
@@ -106,14 +153,16 @@ __attribute__((noinline)) inline void resume(Thread& t) {
 
 inline void block_barrier() {
   const uint64_t target = ++current->block_barriers * block.size;
-  ++block.arrived;
+  ++block.arrived[current->rank];
   block.progress = true;
-  while (block.arrived < target) yield();
+  while (block.arrived[current->rank] < target) yield();
 }
+
+inline size_t warp_of(const Thread& t) { return t.rank * ((block.size + 31) / 32) + t.index / 32; }
 
 // Each lane of a warp offers `words`; returns the 32 offers once all lanes have made theirs.
 inline const uint32_t (*exchange(const void* words, size_t bytes))[8] {
-  Warp& warp = block.warps[current->index / 32];
+  Warp& warp = block.warps[warp_of(*current)];
   const uint64_t call = current->warp_calls++;
   std::memcpy(warp.slots[call & 1][current->index % 32], words, bytes);
   ++warp.arrived;
@@ -124,6 +173,8 @@ inline const uint32_t (*exchange(const void* words, size_t bytes))[8] {
 
 inline void entry() {
   block.body();
+  if (!current->products.empty() || !current->committed_products.empty()) fail("a thread left before its products");
+  if (current->cluster_arrivals != current->cluster_waits) fail("a thread left between a cluster's arrival and its wait");
   current->done = true;
   block.progress = true;
   yield();
@@ -135,28 +186,35 @@ inline int order() {
 }
 
 inline void run_block(unsigned index, size_t dynamic_shared) {
+  const unsigned count = block.size * block.cluster;
   block.index = index;
-  block.arrived = 0;
-  block.warps.assign((block.size + 31) / 32, Warp{});
-  std::memset(shared, 0xff, dynamic_shared + 64 < kShared ? dynamic_shared + 64 : kShared);
-  while (block.threads.size() < block.size) block.threads.emplace_back(new Thread);
-  std::vector<unsigned> sequence(block.size);
+  std::fill_n(block.arrived, kMaxCluster, 0);
+  block.cluster_arrived = 0;
+  block.warps.assign((block.size + 31) / 32 * block.cluster, Warp{});
+  block.warpgroups.assign((block.size + 127) / 128 * block.cluster, Warpgroup{});
+  for (unsigned rank = 0; rank < block.cluster; ++rank)
+    for (auto* memory : {shared[rank], seen_by_products[rank]}) std::memset(memory, 0xff, std::min(dynamic_shared + 64, kShared));
+  while (block.threads.size() < count) block.threads.emplace_back(new Thread);
+  std::vector<unsigned> sequence(count);
   std::iota(sequence.begin(), sequence.end(), 0u);
   static std::mt19937 random(7);
   const int chosen = order();
   if (chosen == 1) std::reverse(sequence.begin(), sequence.end());
-  for (unsigned i = 0; i < block.size; ++i) {
+  for (unsigned i = 0; i < count; ++i) {
     Thread& t = *block.threads[i];
     if (!t.stack) t.stack.reset(new char[kStack]);
-    t.index = i, t.done = t.started = false, t.block_barriers = t.warp_calls = 0;
-    t.open.clear(), t.committed.clear();
+    t.index = i % block.size, t.rank = i / block.size;
+    t.done = t.started = t.fenced = false;
+    t.block_barriers = t.warp_calls = t.cluster_arrivals = t.cluster_waits = t.issued = 0;
+    t.open.clear(), t.committed.clear(), t.unfenced.clear();
+    t.accumulators.clear(), t.products.clear(), t.committed_products.clear();
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStack;
     t.context.uc_link = nullptr;
     makecontext(&t.context, reinterpret_cast<void (*)()>(&entry), 0);
   }
-  unsigned left = block.size;
+  unsigned left = count;
   const auto run = [&](unsigned begin, unsigned end) {  // each of these threads up to its next barrier
     block.progress = false;
     for (unsigned n = begin; n < end; ++n) {
@@ -171,24 +229,31 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
   while (left > 0) {
     if (chosen == 2) std::shuffle(sequence.begin(), sequence.end(), random);
     bool progress = false;
-    const unsigned group = chosen == 3 ? 32 : block.size;
-    for (unsigned begin = 0; begin < block.size; begin += group)
-      do progress |= run(begin, begin + group);
-      while (group == 32 && block.progress);
+    if (chosen != 3) progress = run(0, count);
+    else
+      for (unsigned rank = 0; rank < block.cluster; ++rank)
+        for (bool moved = true; moved; progress |= moved) {
+          moved = false;
+          for (unsigned begin = rank * block.size; begin < (rank + 1) * block.size; begin += 32)
+            while (run(begin, begin + 32)) moved = true;
+        }
     if (!progress) fail("deadlock: threads wait at different barriers");
   }
-  for (unsigned i = 0; i < block.size; ++i)
+  for (unsigned i = 0; i < count; ++i)
     if (block.threads[i]->block_barriers != block.threads[0]->block_barriers) fail("a thread left before a barrier");
 }
 
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), int64_t grid, int size, int64_t dynamic_shared, const A&... arguments) {
+cudaError_t launch(void (*kernel)(P...), int64_t grid, int cluster, int size, int64_t dynamic_shared, const A&... arguments) {
+  ++emulator_launches;
+  if (dry(reinterpret_cast<const void*>(kernel), grid, size, dynamic_shared)) return cudaSuccess;
   if (grid > INT32_MAX || size > 1024 || size % 32) return cudaErrorInvalidConfiguration;
-  if (dynamic_shared > 99 * 1024) return cudaErrorInvalidConfiguration;  // what the smallest GPU of interest has
+  if (cluster < 1 || cluster > static_cast<int>(kMaxCluster) || grid % cluster) return cudaErrorInvalidConfiguration;
+  block.cluster = static_cast<unsigned>(cluster);
   block.size = static_cast<unsigned>(size);
   block.grid = static_cast<unsigned>(grid > 0 ? grid : 0);
   block.body = [&] { kernel(arguments...); };
-  for (unsigned b = 0; b < block.grid; ++b) run_block(b, static_cast<size_t>(dynamic_shared));
+  for (unsigned b = 0; b < block.grid; b += block.cluster) run_block(b, static_cast<size_t>(dynamic_shared));
   return cudaSuccess;
 }
 
@@ -203,10 +268,123 @@ template <class T> T shuffled(T v, int source) {
   return result;
 }
 
+// Where products see these bytes of shared memory; null for other memory.
+inline unsigned char* product_view(void* p) {
+  const auto at = static_cast<unsigned char*>(p) - shared[0];
+  return at >= 0 && at < static_cast<ptrdiff_t>(sizeof shared) ? seen_by_products[0] + at : nullptr;
+}
+
+// A descriptor's element: row `outer`, 16-bit column `inner` of the stored matrix, in the 128-byte swizzle. `by_rows`: a row
+// is along K. A stored row of 128 bytes belongs to a group of 8, 1024-aligned; 16-byte chunks are permuted by address bits 7-9.
+inline uint32_t operand_address(uint64_t descriptor, bool by_rows, int mn, int k) {
+  if (descriptor >> 62 != 1) fail("only the 128-byte swizzle is known");
+  if (descriptor >> 49 & 7) fail("a base offset other than 0");
+  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+  const uint32_t start = field(0), leading = field(16), stride = field(32);
+  if (by_rows ? start % 1024 >= 128 : start % 1024 != 0) fail("an operand that does not start with its swizzle");
+  const uint32_t linear = by_rows ? start + mn / 8 * stride + mn % 8 * 128 + 2 * k
+                                  : start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2;
+  if (linear + 2 > kShared) fail("an operand beyond shared memory");
+  return linear ^ (linear >> 7 & 7) << 4;
+}
+
+template <class T> void read_operands(Product& p, unsigned rank) {
+  const auto at = [&](uint32_t address) {
+    T v;
+    std::memcpy(&v, seen_by_products[rank] + address, sizeof v);
+    return static_cast<float>(v);
+  };
+  for (int k = 0; k < 16; ++k)
+    for (int n = 0; n < 64; ++n) {
+      p.A[n][k] = at(operand_address(p.a, !p.by_columns, n, k));
+      p.B[k][n] = at(operand_address(p.b, false, n, k));
+    }
+}
+
+inline Warpgroup& warpgroup_of(const Thread& t) { return block.warpgroups[t.rank * ((block.size + 127) / 128) + t.index / 128]; }
+
+inline void (*reread)(Product&, unsigned) = nullptr;
+
+template <class T> void issue(float (&d)[32], uint64_t a, uint64_t b, bool by_columns, bool accumulate) {
+  Thread& t = *current;
+  Warpgroup& group = warpgroup_of(t);
+  reread = &read_operands<T>;
+  const uint64_t at = t.issued++ - group.first;
+  if (at == group.products.size()) {
+    group.products.push_back({a, b, by_columns});
+    read_operands<T>(group.products.back(), t.rank);
+  }
+  const Product& p = group.products[at];
+  if (p.a != a || p.b != b || p.by_columns != by_columns) fail("threads of a warpgroup begin different products");
+  const bool known = t.accumulators.count(d);
+  Accumulators& mine = t.accumulators[d];
+  if (mine.under_way == 0) {
+    const bool same = known && !std::memcmp(mine.values, d, sizeof d);
+    if (!same && !(known ? mine.fenced : t.fenced)) fail("accumulators written without wgmma.fence before a product");
+    std::memcpy(mine.values, d, sizeof d);
+    std::memset(d, 0xff, sizeof d);
+  }
+  ++mine.under_way;
+  t.products.push_back({t.issued - 1, d, accumulate});
+}
+
+inline void fence_accumulators() {
+  current->fenced = true;
+  for (auto& [d, mine] : current->accumulators) mine.fenced = true;
+}
+
+// Products take effect when waited for. What they read must not have changed since they were issued.
+inline void wait_products(size_t most) {
+  Thread& t = *current;
+  Warpgroup& group = warpgroup_of(t);
+  const int lane = t.index % 32, row = t.index % 128 / 32 * 16 + lane / 4, q = lane % 4;
+  for (; t.committed_products.size() > most; t.committed_products.pop_front())
+    for (const Use& use : t.committed_products.front()) {
+      Product& p = group.products[use.product - group.first];
+      if (lane == 0) {
+        Product now{p.a, p.b, p.by_columns};
+        reread(now, t.rank);
+        const bool same = !std::memcmp(now.A, p.A, sizeof p.A) && !std::memcmp(now.B, p.B, sizeof p.B);
+        if (!same) fail("a product's operands changed under it");
+      }
+      Accumulators& mine = t.accumulators[use.d];
+      for (int n = 0; n < 32; ++n) {
+        const int r = row + 8 * (n % 4 / 2), column = n / 4 * 8 + 2 * q + n % 2;
+        float sum = use.accumulate ? mine.values[n] : 0;
+        for (int k = 0; k < 16; ++k) sum += p.A[r][k] * p.B[k][column];
+        mine.values[n] = sum;
+      }
+      if (--mine.under_way == 0) {
+        for (int n = 0; n < 32; ++n) {
+          uint32_t bits;
+          std::memcpy(&bits, use.d + n, sizeof bits);
+          if (bits != 0xffffffffu) fail("accumulators written under a product");
+          use.d[n] = mine.values[n];
+        }
+        mine.fenced = false;
+      }
+      --p.left;
+      while (!group.products.empty() && group.products.front().left == 0) group.products.pop_front(), ++group.first;
+    }
+  t.fenced = false;
+}
+
+inline void cluster_arrive() {
+  if (current->cluster_arrivals != current->cluster_waits) fail("a second arrival at a cluster's barrier");
+  ++current->cluster_arrivals;
+  ++block.cluster_arrived;
+  block.progress = true;
+}
+inline void cluster_wait() {
+  const uint64_t target = ++current->cluster_waits;
+  if (target != current->cluster_arrivals) fail("a wait at a cluster's barrier before the arrival");
+  while (block.cluster_arrived < target * block.size * block.cluster) yield();
+}
+
 }  // namespace emulator
 
 #define threadIdx (emulator::Index{emulator::current->index})
-#define blockIdx (emulator::Index{emulator::block.index})
+#define blockIdx (emulator::Index{emulator::block.index + emulator::current->rank})
 #define blockDim (emulator::Index{emulator::block.size})
 #define gridDim (emulator::Index{emulator::block.grid})
 
@@ -215,12 +393,15 @@ inline void __syncwarp(unsigned = 0xffffffffu) { uint32_t none = 0; emulator::ex
 template <class T> T __shfl_xor_sync(unsigned, T v, int lanes) {
   return emulator::shuffled(v, static_cast<int>(emulator::current->index % 32) ^ lanes);
 }
-template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator::shuffled(v, lane); }
+template <class T> T __shfl_sync(unsigned, T v, int lane, int width = 32) {
+  return emulator::shuffled(v, (static_cast<int>(emulator::current->index % 32) & -width) + lane % width);
+}
 template <class T> T __ldg(const T* p) { return *p; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 namespace spectral_ops::cuda {
 
-inline unsigned char* dynamic_shared() { return emulator::shared; }
+inline unsigned char* dynamic_shared() { return emulator::shared[emulator::current->rank] + emulator::kSharedStart; }
 
 template <class T> void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   uint32_t words[8] = {a[0], a[1], a[2], a[3], b[0], b[1]};
@@ -255,9 +436,29 @@ inline uint32_t transposed(uint32_t pair) {
   return result;
 }
 
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline unsigned block_index() { return blockIdx.x; }
+
+inline void load_transposed(uint32_t (&out)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("unaligned rows of a matrix");
+  const auto* all = emulator::exchange(&row, sizeof row);
+  const int lane = emulator::current->index % 32, i = lane / 4, q = lane % 4;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {  // [2q + e, i] of matrix m
+      const uint16_t* from;
+      std::memcpy(&from, all[8 * m + 2 * q + e], sizeof from);
+      pair[e] = from[i];
+    }
+    std::memcpy(&out[m], pair, sizeof pair);
+  }
+}
+
 inline void copy16_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("unaligned copy");
   if (bytes < 0 || bytes > 16) emulator::fail("a copy of more than 16 bytes");
+  std::memset(to, 0xff, 16);  // undefined until it has landed, and it may land at once
+  if (unsigned char* seen = emulator::product_view(to)) std::memset(seen, 0xff, 16);
   emulator::current->open.push_back({to, from, bytes});
 }
 inline void copy_commit() {
@@ -269,15 +470,65 @@ template <int N> void copy_wait() {
     for (const emulator::Copy& copy : groups.front()) {
       std::memset(copy.to, 0, 16);
       std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+      emulator::current->unfenced.push_back(static_cast<unsigned char*>(copy.to));
     }
 }
 
+// --- what only Hopper has: csrc/cuda/wgmma.cuh ---
+
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::shared[emulator::current->rank]);
+}
+
+inline void stage16(void* to, const uint4& raw) {
+  std::memcpy(to, &raw, sizeof raw);
+  emulator::current->unfenced.push_back(static_cast<unsigned char*>(to));
+}
+inline void proxy_fence() {
+  for (unsigned char* p : emulator::current->unfenced)
+    if (unsigned char* seen = emulator::product_view(p)) std::memcpy(seen, p, 16);
+  emulator::current->unfenced.clear();
+}
+
+inline void stream16_async(void* to, const void* from, int bytes) { copy16_async(to, from, bytes); }
+
+template <class T, int kColumnMajor> void product_async(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  emulator::issue<T>(d, a, b, kColumnMajor != 0, accumulate != 0);
+}
+inline void products_begin() { emulator::fence_accumulators(); }
+inline void products_commit() {
+  emulator::current->committed_products.push_back(std::move(emulator::current->products));
+  emulator::current->products.clear();
+}
+template <int N> void products_wait() { emulator::wait_products(N); }
+inline void products_done(float (&)[32]) {}
+
+template <bool kRelease> void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+inline uint32_t in_cluster(const void* p, int rank) {
+  if (rank < 0 || rank >= static_cast<int>(emulator::block.cluster)) emulator::fail("no such block in the cluster");
+  return static_cast<uint32_t>(rank) << 24 | shared_address(p);
+}
+inline void store_in_cluster(uint32_t address, float a, float b) {
+  const unsigned rank = address >> 24, at = address & 0xffffff;
+  if (at % 8) emulator::fail("unaligned store to another block");
+  if (emulator::block.threads[rank * emulator::block.size]->done) emulator::fail("a store to a block that has ended");
+  const float v[2] = {a, b};
+  std::memcpy(emulator::shared[rank] + at, v, sizeof v);
+}
+
+// EMULATOR_HOPPER=1 asks the operators for their forms for Hopper.
+template <auto kernel> bool has_body() {
+  const char* text = std::getenv("EMULATOR_HOPPER");
+  return text && std::atoi(text);
+}
+
 template <class... P, class... A>
-cudaError_t enqueue(void (*kernel)(P...), int64_t grid, int block, int64_t shared, cudaStream_t, const A&... arguments) {
+cudaError_t enqueue_clusters(void (*kernel)(P...), int64_t grid, int cluster, int block, int64_t shared, cudaStream_t,
+                             const A&... arguments) {
   if (grid <= 0) return cudaSuccess;
-  ++emulator_launches;
-  if (emulator::dry(reinterpret_cast<const void*>(kernel), grid, block, shared)) return cudaSuccess;
-  return emulator::launch(kernel, grid, block, shared, arguments...);
+  if (shared > 227 * 1024) return cudaErrorInvalidConfiguration;
+  return emulator::launch(kernel, grid, cluster, block, shared, arguments...);
 }
 
 }  // namespace spectral_ops::cuda

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/common.cuh"
 #include "cuda/workspace.h"
 #include "cuda_plans.h"  // generated
 #include "stems.h"       // generated
@@ -11,6 +12,13 @@
 
 extern "C" {
 __attribute__((visibility("default"))) int64_t emulator_launches = 0, emulator_dry = 0, emulator_logged = 0, emulator_log[256];
+}
+
+// For tests: the next attribute is refused with this error.
+extern "C" __attribute__((visibility("default"))) int shared_memory_of(int64_t refused, int64_t* out) {
+  emulator::shared_memory.refused = refused;
+  std::memcpy(out, &emulator::shared_memory, sizeof emulator::shared_memory);
+  return sizeof emulator::shared_memory / sizeof *out;
 }
 
 namespace spectral_ops {
@@ -62,8 +70,9 @@ STABLE_TORCH_LIBRARY_IMPL(spectral_ops_emulated, CPU, m) {
 
 // The plans, for tests: fills out and returns how many numbers.
 extern "C" __attribute__((visibility("default"))) int backward_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
-                                                                        int64_t u, int64_t dB, int64_t db, int64_t dyz, int64_t* out) {
-  const auto p = spectral_ops::cuda::backward_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), u, dB, db, dyz);
+                                                                        int64_t u, int64_t dB, int64_t db, int64_t dyz, int64_t gdy,
+                                                                        int64_t* out) {
+  const auto p = spectral_ops::cuda::backward_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), u, dB, db, dyz, gdy);
   const int64_t values[] = {p.ranks, p.tile_columns, p.chunks, p.split_rows, p.splits, p.dB_at, p.db_at, p.dyz_at, p.bytes};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
@@ -81,7 +90,15 @@ extern "C" __attribute__((visibility("default"))) int norm_plan_of(int64_t rows,
 extern "C" __attribute__((visibility("default"))) int contract_plan_of(int64_t rows, int64_t columns, int64_t r, int64_t dtype,
                                                                         int64_t aligned, int64_t* out) {
   const auto p = spectral_ops::cuda::contract_plan(rows, columns, r, static_cast<spectral_ops::DType>(dtype), aligned);
-  const int64_t values[] = {p.matrix_units, p.tile, p.tiles, p.split_rows, p.splits, p.bytes};
+  const int64_t values[] = {p.matrix_units, p.tile, p.tiles, p.steps, p.share, p.grid, p.splits, p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
+
+extern "C" __attribute__((visibility("default"))) int weight_plan_of(int64_t blocks, int64_t others, int64_t r, int64_t bat_parts,
+                                                                      int64_t* out) {
+  const auto p = spectral_ops::cuda::weight_plan(blocks, others, r, bat_parts);
+  const int64_t values[] = {p.matrix_units, p.tile, p.panels, p.groups, p.items, p.parts, p.shared};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
 }
@@ -91,6 +108,14 @@ extern "C" __attribute__((visibility("default"))) int sampled_plan_of(int64_t T,
   const auto p = spectral_ops::cuda::sampled_plan(T, d, k, nnz, static_cast<spectral_ops::DType>(dtype));
   const int64_t values[] = {p.chunks,      p.blocks, p.slabs,   p.split_slabs, p.splits,
                             p.part_chunks, p.parts,  p.list_at, p.source_at,   p.sections_at, p.bytes};
+  std::memcpy(out, values, sizeof values);
+  return sizeof values / sizeof *values;
+}
+
+extern "C" __attribute__((visibility("default"))) int product_plan_of(int64_t T, int64_t d, int64_t k, int64_t nnz, int64_t dtype,
+                                                                       int64_t aligned, int64_t* out) {
+  const auto p = spectral_ops::cuda::product_plan(T, d, k, nnz, static_cast<spectral_ops::DType>(dtype), aligned);
+  const int64_t values[] = {p.few, p.whole, p.rows, p.tiles, p.slabs, p.chunks, p.blocks, p.sections_at, p.bytes};
   std::memcpy(out, values, sizeof values);
   return sizeof values / sizeof *values;
 }
