@@ -41,7 +41,7 @@ bench: $(VENV)/.built
 lint: $(VENV)/.installed ## what .pre-commit-config.yaml lists, over every file git knows; `pre-commit install` runs it at each commit
 	PATH="$(abspath $(VENV))/bin:$$PATH" PRE_COMMIT_HOME=.cache/pre-commit $(PY) -m pre_commit run --all-files $(ARGS)
 
-gpu: ## SECTIONS="test bench"; on a machine with an NVIDIA GPU, nvcc and a CUDA torch ≥2.10; uses that machine's Python and no network
+gpu: ## SECTIONS="truth|figures|test bench" LIMIT=seconds OUT=folder; with an NVIDIA GPU, nvcc and a CUDA torch ≥2.10; uses that Python, no network
 	PYTHON=$(PYTHON) SECTIONS="$(SECTIONS)" bash benchmarks/gpu.sh
 
 gpu-dry: $(VENV)/.built ## the same script as far as it goes without a chip

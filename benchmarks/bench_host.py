@@ -1,5 +1,7 @@
 """Host time: one token through a 64×64 layer on one thread, where the arithmetic takes next to nothing.
 
+    python -m benchmarks.bench_host [--device cuda] [METHOD...]
+
 PEFT's layer, the same layer accelerated, and ours, in interleaved turns of one run: below some two thousand tokens a
 GPU waits for the host, so this decides there. A target that the accelerated layer misses is written beside the figure;
 a ratio above ``LIMIT`` fails.
@@ -7,9 +9,9 @@ a ratio above ``LIMIT`` fails.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
-import sys
 import time
 
 import peft
@@ -46,10 +48,10 @@ USUAL = {"train": 0.80, "inference": 0.70}
 LIMIT = 1.0
 
 
-def layers(method: str) -> dict[str, nn.Module]:
+def layers(method: str, device: str = "cpu") -> dict[str, nn.Module]:
     """The frozen layer, PEFT's, PEFT's accelerated, and ours, over one weight."""
     torch.manual_seed(0)
-    linear = nn.Linear(SIZE, SIZE, bias=False).requires_grad_(False)
+    linear = nn.Linear(SIZE, SIZE, bias=False, device=device).requires_grad_(False)
     settings = copy.deepcopy(METHODS[method])
     settings.target_modules = ["0"]
     model = peft.get_peft_model(nn.Sequential(copy.deepcopy(linear)), settings)
@@ -76,11 +78,12 @@ def inference(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
         layer(x)
 
 
-def measure(method: str, mode: str, turns: int = TURNS, calls: int = CALLS) -> dict[str, float]:
-    """Medians over interleaved turns, µs per call."""
+def measure(method: str, mode: str, turns: int = TURNS, calls: int = CALLS, device: str = "cpu") -> dict[str, float]:
+    """Medians over interleaved turns, µs per call; on a GPU what the host takes to launch, not what the GPU takes."""
     step = {"train": train, "inference": inference}[mode]
-    found = layers(method)
-    x, dy = torch.randn(1, SIZE, requires_grad=mode == "train"), torch.randn(1, SIZE)
+    found = layers(method, device)
+    x = torch.randn(1, SIZE, device=device, requires_grad=mode == "train")
+    dy = torch.randn(1, SIZE, device=device)
     times = {name: [] for name in found}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -88,6 +91,8 @@ def measure(method: str, mode: str, turns: int = TURNS, calls: int = CALLS) -> d
         for turn in range(turns + 3):  # the first three warm up
             for name, layer in found.items():
                 layer.train(mode == "train")
+                if device == "cuda":
+                    torch.cuda.synchronize()  # else a turn would wait for the launches of the one before it
                 start = time.perf_counter()
                 for _ in range(calls):
                     step(layer, x, dy)
@@ -122,7 +127,13 @@ def test_host_time(benchmark, method, mode):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_host", description=__doc__.splitlines()[0])
+    parser.add_argument("methods", nargs="*", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--calls", type=int, default=CALLS)
+    options = parser.parse_args()
     print(HEAD)
-    for name in sys.argv[1:] or METHODS:
+    for name in options.methods:
         for mode in USUAL:
-            print(line(name, mode, measure(name, mode)), flush=True)
+            print(line(name, mode, measure(name, mode, options.turns, options.calls, options.device)), flush=True)

@@ -1,105 +1,179 @@
 #!/usr/bin/env bash
-# `make gpu`: everything that needs the chip, in under 10 minutes, with this machine's own Python and no network.
-# SECTIONS chooses among: build info test memcheck racecheck tune bench training report. Each runs whether or not the one
-# before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. `report`
-# turns the file that `bench` wrote at this commit today into pictures beside it and the tables in README and docs. LIMIT seconds
-# (590) bound the whole run: a section gets what is left of them, and is cut off there.
+# `make gpu`: everything that needs the chip, with this machine's own Python and no network, in two halves of under ten minutes:
+#   SECTIONS=truth     build info check verdict memcheck racecheck test: is it right? `verdict` is every operator in bfloat16 and
+#                      float32 beside float64, `test` the rest, as far as the time goes
+#   SECTIONS=figures   build kernels host bench training report: how fast is it?
+# SECTIONS also takes the names of sections, `tune` among them; without it both halves run. Each section runs whether or not the
+# one before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. LIMIT seconds
+# bound the run (540, without SECTIONS or a chip 1200): a section gets what is left of them, and is cut off there. A failed test is
+# written to build/gpu/failures.txt as it happens, each test's outcome to build/gpu/tests.txt.
+# `build` compiles nothing where compiled extensions came along, load, have this package's schemas and run on this chip.
+# `report` turns what `bench` wrote at this commit today into pictures and the tables in README and docs. Whatever the run
+# writes is copied to the folder $OUT too, where that is set: at most 8 files.
 # `make gpu-dry` (DRY=1) runs the same script without a chip: one CUDA file is compiled, the GPU tests are collected, one
 # Triton operator is interpreted and compiled ahead of time, and what takes a device takes the CPU, at small sizes, its
 # results thrown away. No sanitizer runs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-sections=" ${SECTIONS:-build info test memcheck racecheck tune bench training report} "
-dry=${DRY:-}
-LIMIT=${LIMIT:-590}
-export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-failed=0 summary=() logs=$(mktemp -d)
-trap 'rm -rf "$logs"' EXIT
-
+python=${PYTHON:-python3} dry=${DRY:-}
+truth="build info check verdict memcheck racecheck test" figures="kernels host bench training report"
+LIMIT=${LIMIT:-$([ -n "${SECTIONS:-}" ] && [ -z "$dry" ] && echo 540 || echo 1200)}
+sections=${SECTIONS:-truth figures${dry:+ tune}}
+sections=${sections/truth/$truth} sections=" ${sections/figures/build $figures} "
 for name in $sections; do
-  [[ " build info test memcheck racecheck tune bench training report " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
+  [[ " $truth $figures tune " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
 done
+export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+failed=0 summary=() cores=$(env -u OMP_NUM_THREADS nproc) # which would answer that variable
+made=$([ -n "$dry" ] && mktemp -d || echo build/gpu) # logs, and the tests' outcomes
+stem=$made/results                                   # of the results files
+rm -rf "$made" && mkdir -p "$made" || exit 1
+trap 'share; [ -z "$dry" ] || rm -rf "$made"' EXIT
+trap 'exit 143' TERM INT
+
+has() { "$python" -c "import $1" 2>/dev/null; } # packages
+
+able() { # section, packages that it needs
+  [[ $sections == *" $1 "* ]] || return 1
+  has "$2" || { echo "gpu: no $1, which needs $2" | tee -a "$made/gpu.log"; return 1; }
+}
+
+share() { # what was written so far, to $OUT
+  [[ -n ${OUT:-} ]] || return 0
+  local file
+  for file in "$made"/{gpu.log,tests.txt,failures.txt,tuned.json} "$stem"{,-training,-kernels}.json; do
+    [ ! -s "$file" ] || cp "$file" "$OUT"
+  done
+  [ ! -d "$made/pictures" ] || tar -cf "$OUT/pictures.tar" -C "$made" pictures
+}
+
+counted() { # passed, failed and skipped of the tests that the last pytest collected, as far as it came
+  awk '/^==/ { total = $2; split("", n) } /^(passed|failed|skipped) / { n[$1]++ }
+    END { printf "%d passed, %d failed, %d skipped of %s tests", n["passed"], n["failed"], n["skipped"], total }' \
+    "$made/tests.txt"
+}
 
 step() { # section, seconds, command...
-  local name=$1 limit=$2 began=$SECONDS verdict=ok
+  local name=$1 limit=$2 began=$SECONDS verdict=ok status last function=()
   shift 2
   [[ $sections == *" $name "* ]] || return 0
   local left=$((LIMIT - SECONDS))
-  [[ $name == report ]] || left=$((left - 30)) # which the report has to itself
+  [[ $name == report || $sections != *" report "* ]] || left=$((left - 30)) # which the report has to itself
+  ((limit <= left)) || limit=$left
   if ((left < 5)); then
     failed=1
     summary+=("$(printf '%-10s %5d s  %-12s' "$name" 0 "NO TIME LEFT")")
     return 0
   fi
-  ((limit <= left)) || limit=$left
-  echo "== $name: $*"
-  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$logs/$name" || { verdict="FAILED ($?)"; failed=1; }
-  summary+=("$(printf '%-10s %5d s  %-12s %s' "$name" $((SECONDS - began)) "$verdict" "$(grep -v '^ *$' "$logs/$name" | tail -1 | cut -c1-100)")")
+  echo "== $name: $*" | tee -a "$made/gpu.log"
+  ! declare -F "$1" >/dev/null || function=(bash -c '"$@"' bash) # timeout takes commands only
+  timeout --kill-after=10 "$limit" "${function[@]}" "$@" 2>&1 | tee "$made/last" | tee -a "$made/gpu.log"
+  status=${PIPESTATUS[0]}
+  last=$({ ((status)) && grep -E 'RED:|Error' "$made/last" || grep -v '^ *$' "$made/last"; } | tail -1 | cut -c1-100)
+  case $status in
+    0) ;;
+    124 | 137) verdict="CUT OFF" failed=1 ;;
+    *) verdict="FAILED ($status)" failed=1 ;;
+  esac
+  [[ $name != verdict && $name != test || ! -s $made/tests.txt ]] || last=$(counted)
+  summary+=("$(printf '%-10s %5d s  %-12s %s' "$name" $((SECONDS - began)) "$verdict" "$last")")
+  share
 }
 
-show() { # python, results file, directory of the pictures, pages
-  if "$1" -c 'import matplotlib' 2>/dev/null; then
-    "$1" -m spectral_ops bench --draw "$2" --png "$3"
+sources() { find csrc CMakeLists.txt setup.py -type f -not -path '*/__pycache__/*' -exec sha256sum {} + | sort | sha256sum; }
+
+build() { # what this checkout compiled itself may be older than its sources; what came along prebuilt is taken as it is
+  if [[ -n $dry ]]; then
+    "$python" -m benchmarks.prebuilt cpu
+    nvcc -std=c++17 -arch=sm_90a -c csrc/cuda/blocksum.cu -o "$made/blocksum.o"
+  elif [[ -d build/cmake && $(cat build/cmake/sources 2>/dev/null) != "$(sources)" ]] ||
+    ! "$python" -m benchmarks.prebuilt cuda; then
+    "$python" setup.py build_ext --inplace && sources >build/cmake/sources
+  fi
+}
+
+shards() { # command...: `check`'s operators in processes of a few, so that Triton's compiler has every core, and one
+  # operator that loses the GPU does not take the others with it
+  "$python" -c 'from spectral_ops._library import OPERATORS; print(*OPERATORS)' | tr ' ' '\n' |
+    OMP_NUM_THREADS=1 xargs -P "$cores" -n 3 "$@" --operators
+}
+
+report() { # python, results file, directory of the pictures, pages
+  if has matplotlib; then
+    mkdir -p "$made/pictures" && "$1" -m spectral_ops bench --draw "$2" --png "$made/pictures"
+    cp "$made"/pictures/*.png "$3"
   else
     echo "gpu: no matplotlib, so no pictures"
-  fi
-  "$1" -m benchmarks.publish results "$2" "${@:4}"
+  fi &&
+    "$1" -m benchmarks.publish results "$2" "${@:4}"
 }
-export -f show
+export -f build has report shards sources
+export dry made python cores
 
-report() { # results file, directory of the pictures, pages
-  step report 90 bash -ec 'show "$@"' show "$python" "$@"
-}
+# --- the sections -----------------------------------------------------------------------------------------------------
 
+pytest=("$python" -m pytest -q -p no:cacheprovider -p tests.support.outcomes --outcomes "$made")
+first="test_operator_against_float64 and (bfloat16 or float32)" rest=()
+[[ $sections != *" verdict "* ]] || rest=(-k "not ($first)")
 if [ -n "$dry" ]; then
-  tool() { command -v "$1" || { echo "$1 is not on PATH"; return 1; }; }
-  export -f tool
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # at these sizes threads only wait for each other
   small=(--device cpu --dtype float32 bfloat16 --tokens 16 --shape 64 48 --repeats 2)
-  step build 120 bash -c 'tool nvcc && nvcc -std=c++17 -arch=sm_90a -c csrc/cuda/blocksum.cu -o "$0"' "$logs/blocksum.o"
-  step info 60 "$python" -m spectral_ops info
-  step test 300 bash -c '"$0" -m pytest tests/kernels/test_gpu.py -m gpu -q --collect-only -p no:cacheprovider &&
-    "$0" -m pytest tests/kernels/test_triton.py tests/kernels/test_triton_aot.py -q -k magnitude_grad -p no:cacheprovider' "$python"
-  step memcheck 120 "$python" -m spectral_ops check
-  step racecheck 120 "$python" -m spectral_ops check --operators csr_sddmm lowrank_backward
-  step tune 60 "$python" -m spectral_ops tune "${small[@]}"
-  step bench 120 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$logs/results.json"
-  step training 120 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
-    --dtype float32 --checkpointing --repeats 2 --json "$logs/training.json"
-  cp README.md docs/PERFORMANCE.md "$logs"
-  report "$logs/results.json" "$logs" "$logs/README.md" "$logs/PERFORMANCE.md"
+  step build 240 build
+  step info 240 "$python" -m spectral_ops info
+  step check 240 shards "$python" -m spectral_ops check --samples 2
+  step verdict 240 "${pytest[@]}" -m gpu tests/kernels/test_gpu.py -k "$first" --collect-only
+  step memcheck 240 "$python" -m spectral_ops check --operators csr_sddmm
+  step racecheck 240 "$python" -m spectral_ops check --operators lowrank_backward
+  step test 300 "${pytest[@]}" tests/kernels/test_triton.py tests/kernels/test_triton_aot.py -k magnitude_grad
+  step kernels 240 "$python" -m benchmarks.estimates --measure --device cpu --shrink 32 --tokens 16 --repeats 2 \
+    --json "$stem-kernels.json"
+  able host peft && step host 240 "$python" -m benchmarks.bench_host --device cpu --turns 1 --calls 2 lora
+  step bench 240 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$stem.json"
+  able training "peft, transformers" &&
+    step training 240 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
+      --dtype float32 --checkpointing --repeats 2 --json "$stem-training.json"
+  cp README.md docs/PERFORMANCE.md "$made"
+  step report 240 report "$python" "$stem.json" "$made" "$made/README.md" "$made/PERFORMANCE.md"
+  step tune 240 "$python" -m spectral_ops tune "${small[@]}"
 else
-  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || { echo "gpu: no CUDA device in $python's torch"; exit 1; }
-  arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
+  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') ||
+    { echo "gpu: no CUDA device in $python's torch"; exit 1; }
+  TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability()
+print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
+  export TORCH_CUDA_ARCH_LIST FORCE_CUDA=1
   results=benchmarks/results/${device// /-}
   stem=$results/$(date -u +%F)-$(git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
   mkdir -p "$results"
-  step build 150 env TORCH_CUDA_ARCH_LIST="$arch" FORCE_CUDA=1 "$python" setup.py build_ext --inplace
-  step info 20 "$python" -m spectral_ops info
-  workers=() # thousands of small cases, most of them waiting for Triton's compiler: several processes share the GPU
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8 --dist worksteal)
-  step test 240 "$python" -m pytest tests/kernels/test_gpu.py -m gpu -q -p no:cacheprovider "${workers[@]}"
+  # thousands of small cases, most of them waiting for Triton's compiler: several processes share the GPU, in the tests' order
+  ! has xdist || pytest+=(-n $((cores < 12 ? cores : 12)) --dist load --maxschedchunk 1 --max-worker-restart 100)
+  ! has pytest_timeout || pytest+=(--timeout 100 --timeout-method thread) # ends a process whose kernel hangs
   sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --target-processes all)
-  step memcheck 90 "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check --samples 2
-  step racecheck 60 "${sanitizer[@]}" --tool racecheck "$python" -m spectral_ops check --backends cuda --operators \
-    bat_contract_ bat_weight_ block_sum column_norm csr_sddmm lowrank_backward
-  step tune 60 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 128 8192 \
-    --shape 4096 4096 --rank 16 --repeats 9 --seconds 40 --write
+  step build 150 build
+  step info 40 "$python" -m spectral_ops info
+  step check 75 shards "$python" -m spectral_ops check
+  step verdict 120 "${pytest[@]}" -m gpu tests/kernels/test_gpu.py -k "$first"
+  step memcheck 75 shards "${sanitizer[@]}" --tool memcheck "$python" -m spectral_ops check --samples 2
+  step racecheck 45 shards "${sanitizer[@]}" --tool racecheck "$python" -m spectral_ops check --samples 2 --backends cuda
+  step test 300 "${pytest[@]}" -m gpu tests/kernels/test_gpu.py "${rest[@]}"
+  step kernels 100 "$python" -m benchmarks.estimates --measure --seconds 85 --json "$stem-kernels.json"
+  able host peft && step host 40 "$python" -m benchmarks.bench_host --device cuda
   peers=() # PEFT's own layers are timed beside ours where this machine has PEFT
-  "$python" -c 'import peft' 2>/dev/null || peers=(--no-peers)
+  has peft || peers=(--no-peers)
   # what there is no time for is named and left out, here and in training: the targets' length first, growth last
-  step bench 150 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --shapes llama3-8b --tokens 8192 128 4096 \
-    --methods dora bat rosa lora bone --ops all --overhead --growth --seconds 120 --json "$stem.json" "${peers[@]}"
-  if "$python" -c 'import peft, transformers' 2>/dev/null; then
-    step training 120 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 \
+  step bench 190 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --shapes llama3-8b --tokens 8192 2048 512 \
+    --methods dora bat rosa lora bone --ops all --overhead --growth --seconds 165 --json "$stem.json" "${peers[@]}"
+  able training "peft, transformers" &&
+    step training 110 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 \
       --device cuda --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
-  elif [[ $sections == *" training "* ]]; then
-    echo "gpu: no peft or no transformers, so no training steps"
-  fi
-  report "$stem.json" "$results" README.md docs/PERFORMANCE.md
-  echo "results: $stem.json"
+  step report 60 report "$python" "$stem.json" "$results" README.md docs/PERFORMANCE.md
+  step tune 150 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 512 8192 \
+    --shape 4096 4096 --rank 16 --repeats 9 --seconds 120 --write
+  [[ $sections != *" tune "* ]] || cp spectral_ops/tuned/sm_*.json "$made/tuned.json"
 fi
 
-printf '\n%s\n' "section    seconds  ended        last line"
-printf '%s\n' "${summary[@]}"
+{
+  printf '\n%s\n' "section    seconds  ended        last line"
+  printf '%s\n' "${summary[@]}"
+  [ ! -s "$made/failures.txt" ] || { echo "tests that failed:"; grep '^failed' "$made/tests.txt" | cut -c1-150 | head -20; }
+} | tee -a "$made/gpu.log"
 exit $failed

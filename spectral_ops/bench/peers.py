@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -30,7 +31,11 @@ FROZEN, OURS = "frozen", "spectral_ops"
 PEFT = ("lora", "rslora", "pissa", "milora", "dora", "bone", "mini", "bat", "adalora", "vera")  # those that PEFT has
 UNFUSED = ("vera",)  # which accelerate() leaves to PEFT
 EXTERNAL = {"unsloth": ("lora", "rslora"), "axolotl": ("lora", "rslora", "dora")}  # whose kernels take these methods
-PACKAGES = {"peft": "peft", "unsloth": "unsloth", "axolotl": "axolotl", "Liger": "liger_kernel", "spops": "spops"}
+LYCORIS = ("lora", "rslora")  # its DoRA is another: the norm is part of the gradient
+PACKAGES = {
+    "peft": "peft", "unsloth": "unsloth", "axolotl": "axolotl", "LyCORIS": "lycoris", "Liger": "liger_kernel",
+    "spops": "spops",
+}  # fmt: skip
 RANKS = {"mini": ("r", "mini_r"), "adalora": ("init_r", "target_r"), "adalora_dash": ("init_r", "target_r")}  # or r
 # initialisations that decompose W are not what is timed: the step of the plain ones is the same
 FIELDS: dict[str, dict] = {
@@ -150,6 +155,22 @@ class Subject:
         holder = SimpleNamespace(o_proj=model.base_model.model[0], training=True)
         return Layer(lambda x: apply(holder, x.unsqueeze(0)).squeeze(0), parameters)
 
+    def lycoris(self) -> Layer:
+        """LyCORIS's Triton kernels for the low-rank term, its factors in x's dtype as its own module has them."""
+        locon = importlib.import_module("lycoris.functional.locon")
+        if "backend" not in inspect.signature(locon.bypass_forward_diff).parameters:
+            raise RuntimeError("lycoris-lora is older than 4.0, which has no kernels")
+        backend = "triton" if self.weight.is_cuda else "torch"
+        A, B = self.parameters
+        scale = self.adapted.scale("default")
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            y = F.linear(x, self.weight)
+            down, up = A.to(x.dtype), B.to(x.dtype)
+            return y + locon.bypass_forward_diff(x, y, down, up, None, gamma=scale, backend=backend)
+
+        return Layer(forward, self.parameters)
+
     def peers(self, compiled: bool = False) -> dict[str, Callable[[], Layer]]:
         """A builder for each peer that this machine has of the method."""
         absent = missing()
@@ -163,6 +184,8 @@ class Subject:
             for package, methods in EXTERNAL.items():
                 if self.method in methods and package not in absent and self.weight.is_cuda:
                     found[package] = lambda package=package: self.external(package)
+        if self.method in LYCORIS and "LyCORIS" not in absent and self.weight.is_cuda:
+            found["LyCORIS"] = self.lycoris
         return found | {"autograd": self.plain}
 
 

@@ -34,11 +34,18 @@ def run(parsed: argparse.Namespace) -> int:
                 worst = {}
                 for dtype in BOUNDS:
                     samples = islice(arguments(operator.name, **SHAPE, dtype=dtype, device=device), parsed.samples)
-                    with backends.use_backend(backend):
-                        worst[dtype] = max(relative_error(operator, args, "cpu") for args in samples)
+                    try:
+                        with backends.use_backend(backend):
+                            worst[dtype] = max(relative_error(operator, args, "cpu") for args in samples)
+                    except RuntimeError as error:  # a kernel that does not start, or that lost the GPU
+                        worst[dtype] = float("nan")
+                        message = str(error).partition("\n")[0]
+                        print(f"{operator.name} raised on {device}, {backend}: {message}", flush=True)
                 failed = [dtype for dtype, error in worst.items() if wrong(error, BOUNDS[dtype])]
                 red += bool(failed)
                 cells = [f"{worst[dtype]:.1e}" + ("!" if dtype in failed else "") for dtype in BOUNDS]
+                if failed:  # at once, for what comes after may not end
+                    print(f"RED: {operator.name} on {device}, {backend}: {' '.join(cells)}", flush=True)
                 if parsed.verbose or failed or backends.choose(operator, device).backend == backend:
                     rows.append([device, operator.name, backend, *cells, "RED" if failed else "ok"])
     print(table(["device", "operator", "backend", "float64", "float32", "bfloat16", "float16", ""], rows))

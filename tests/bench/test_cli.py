@@ -93,7 +93,7 @@ def test_absent_packages_are_named_and_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     status, found = run("--methods", "lora", "--dtype", "float32", file=tmp_path / "r.json")
     assert status == 0
-    assert "not installed: peft, unsloth, axolotl, Liger, spops" in capsys.readouterr().out
+    assert "not installed: peft, unsloth, axolotl, LyCORIS, Liger, spops" in capsys.readouterr().out
     assert [row.implementation for row in found.layers] == ["frozen", peers.OURS, "autograd"]
 
 
@@ -329,6 +329,50 @@ def test_other_packages_kernels_get_peft_s_layer(package, monkeypatch):
     subject = peers.Subject("lora", torch.randn(32, 48), 4)
     wanted = layers.step(subject.plain(), x, dy)
     assert judge.largest_error(layers.step(subject.external(package), x, dy), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", peers.LYCORIS)
+def test_lycoris_computes_the_method(method, adapters):
+    """Its own torch code here; on a GPU its Triton kernels take the same call, and the same check."""
+    pytest.importorskip("lycoris")
+    x, dy = torch.randn(8, 48).bfloat16().requires_grad_(), torch.randn(8, 32).bfloat16()
+    subject = peers.Subject(method, torch.randn(32, 48).bfloat16(), 4, adapters)
+    error = judge.largest_error(layers.step(subject.lycoris(), x, dy), layers._in_wider(subject, x, dy))
+    assert error < judge.LAYER[torch.bfloat16] / 4
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "bone"])
+def test_lycoris_stands_beside_lora_on_a_gpu(method, monkeypatch):
+    monkeypatch.setattr(peers, "missing", lambda: [name for name in peers.PACKAGES if name != "LyCORIS"])
+    subject = peers.Subject(method, torch.randn(32, 48), 4)
+    assert "LyCORIS" not in subject.peers()
+    subject.weight = SimpleNamespace(is_cuda=True)
+    assert ("LyCORIS" in subject.peers()) == (method in peers.LYCORIS)
+
+
+def test_an_old_lycoris_has_no_kernels(monkeypatch):
+    old = SimpleNamespace(bypass_forward_diff=lambda x, org_out, *weights, gamma=1.0, extra_args={}: None)  # noqa: B006
+    monkeypatch.setitem(sys.modules, "lycoris.functional.locon", old)
+    monkeypatch.setattr(peers.importlib, "import_module", sys.modules.__getitem__)
+    with pytest.raises(RuntimeError, match="older than 4.0"):
+        peers.Subject("lora", torch.randn(32, 48), 4).lycoris()
+
+
+def test_check_says_at_once_what_is_red(monkeypatch, capsys):
+    """A kernel that raises is red too, and the operators after it are still checked."""
+
+    def error(operator, args, device):
+        if operator.name == "block_sum":
+            raise RuntimeError("an illegal memory access\nand more")
+        return 0.0
+
+    monkeypatch.setattr(check, "relative_error", error)
+    assert cli.main(["check", "--operators", "block_sum", "csr_sddmm", "--backends", "reference", "--verbose"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("block_sum raised on cpu, reference: an illegal memory access\n")
+    assert "RED: block_sum on cpu, reference: nan! nan! nan! nan!\n" in out and "RED: 1 failed" in out
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("cpu ")] == ["RED", "ok"]
 
 
 def test_check_takes_the_first_samples(monkeypatch):

@@ -1,8 +1,10 @@
-"""The CUDA operators without a GPU: csrc/cuda compiled by the C++ compiler and loaded on cuda_emulator/."""
+"""The CUDA operators without a GPU: csrc/cuda compiled by the C++ compiler and loaded on cuda_emulator/. And the order
+of test_gpu.py's tests."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -16,6 +18,43 @@ from spectral_ops._library import LAYERS, OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
+DTYPES = ("bfloat16", "float32", "float16", "float64")  # the most used first
+
+
+def place(item) -> tuple[int, int, int]:
+    """Where a test of test_gpu.py stands: results of operators, what else they promise, layers, public functions, and
+    what takes gigabytes; there the most used dtypes first, and references, which are torch's own kernels, last."""
+    name, values = item.originalname, getattr(item, "callspec", None)
+    values = [str(v).removeprefix("torch.") for v in values.params.values()] if values else []
+    parts = (
+        name == "test_operator_against_float64",
+        name.startswith("test_operator"),
+        item.cls is None and "2_31" not in name,
+        item.cls is not None,
+        True,
+    )
+    dtype = max((DTYPES.index(v) for v in values if v in DTYPES), default=0)
+    return parts.index(True), max(dtype - 1, 0), "reference" in values
+
+
+def pytest_collection_modifyitems(items):
+    """A first contact with a GPU may be cut off: what tells most runs first."""
+    places = [i for i, item in enumerate(items) if item.path.stem == "test_gpu"]
+    for i, item in zip(places, sorted((items[i] for i in places), key=place), strict=True):
+        items[i] = item
+
+
+@pytest.fixture(autouse=True)
+def one_giant_at_a_time(request, tmp_path_factory):
+    """Tests of more than 2³¹ elements would not fit on a GPU beside each other."""
+    if "2_31" not in request.node.name or not torch.cuda.is_available():
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp()
+    with open((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "giant.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 def cuda_headers() -> Path | None:

@@ -5,12 +5,14 @@ import threading
 
 import numpy
 import pytest
-import scipy.sparse
 import torch
 from sparse import dense_of, int32, random_csr, unsorted_csr
 from tensors import DTYPES, HALF, ids, randn, storage
 
 from spectral_ops import CSR, csr_add, csr_sddmm, csr_spmm, rosa_linear
+
+scipy = pytest.importorskip("scipy")
+pytest.importorskip("scipy.sparse")
 
 # --- conversions -----------------------------------------------------------------------------------------------------
 
