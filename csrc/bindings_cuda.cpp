@@ -16,6 +16,13 @@ struct Cuda {
   static constexpr auto mm_out = aoti_torch_cuda_mm_out;
   static constexpr auto addmm_out = aoti_torch_cuda_addmm_out;
 
+  // a b in float32, of 16-bit factors.
+  static Tensor wide_mm(const Tensor& a, const Tensor& b) {
+    Tensor out = empty(a, {a.size(0), b.size(1)}, ScalarType::Float);
+    call("aten::mm", "dtype_out", a, b, ScalarType::Float, out);
+    return out;
+  }
+
   // Enqueues the kernel of these arguments on the current stream of the device that `like` is on, with its workspace.
   template <class Arguments> static auto launch(Arguments a, const Tensor& like) -> std::void_t<decltype(cuda::launch(a, {}))> {
     const int32_t device = like.get_device_index();

@@ -170,10 +170,8 @@ template <class Device> Tensor mm(const Tensor& a, const Tensor& b) {
 // a b in dtype: on CUDA a float32 result of half-precision factors is not rounded on the way.
 template <class Device> Tensor mm(const Tensor& a, const Tensor& b, ScalarType dtype) {
   if (dtype == a.scalar_type()) return mm<Device>(a, b);
-  if (dtype == ScalarType::Float && a.scalar_type() != ScalarType::Double && !a.is_cpu()) {
-    Tensor out = empty(a, {a.size(0), b.size(1)}, ScalarType::Float);
-    call("aten::mm", "dtype_out", a, b, dtype, out);
-    return out;
+  if constexpr (!Device::on_host) {
+    if (dtype == ScalarType::Float && a.scalar_type() != ScalarType::Double) return Device::wide_mm(a, b);
   }
   return cast(mm<Device>(a, b), dtype);
 }

@@ -6,7 +6,7 @@
 #include <initializer_list>
 #include <tuple>
 
-#include "../ops.h"
+#include "../layers/library.h"
 #endif
 
 namespace spectral_ops {
@@ -66,6 +66,28 @@ void lowrank_update_(Tensor out, Tensor h, Tensor B, double scale, std::optional
   if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
 }
 
+// Whether u and dB are left to two products of the library, which read dy twice. Our kernel passes over it once for every 64
+// ranks, and makes the other results in its first pass, which would then be one more.
+template <class Device> bool by_products(const LowRankBackward& a, bool others) {
+  return !Device::on_host && element_size(a.dtype) == 2 && a.rows > 0 && a.columns > 0 && a.r > (others ? 128 : 64);
+}
+
+template <class Device>
+void lowrank_products(Tensor& u, Tensor& dB, const Tensor& dy, const Tensor& h, const Tensor& B, double scale,
+                      const std::optional<Tensor>& g, bool need_u, bool need_dB) {
+  Tensor factors;  // g as a column, times scale
+  if (g) factors = as_matrix(*g, g->size(0), 1, g->stride(0), 1);
+  if (need_u) addmm_out<Device>(u, u, dy, g ? cast_as(call("aten::mul", "Tensor", B, factors), B) : B, 0, scale);
+  if (!need_dB) return;
+  dB = mm<Device>(transposed(dy), h, ScalarType::Float);
+  if (scale != 1) {
+    Tensor one = empty(dB, {1, 1});
+    torch::stable::fill_(one, scale);
+    factors = g ? call("aten::mul", "Tensor", factors, one) : one;
+  }
+  if (g || scale != 1) call("aten::mul_", "Tensor", dB, cast(factors, ScalarType::Float));
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_backward(
     Tensor dy, Tensor h, Tensor B, double scale, std::optional<Tensor> g, std::optional<Tensor> y,
@@ -98,7 +120,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_backward(
   a.bias = vector_data("bias", bias, a.columns, dy, a.bias_dtype);
   a.scale = scale;
   a.dy_stride = dy.stride(0), a.h_stride = h.stride(0), a.B_stride = B.stride(0);
-  Device::launch(a, dy);
+  const bool others = need_db || y || need_gdy;
+  const bool products = (need_u || need_dB) && by_products<Device>(a, others);
+  if (products) lowrank_products<Device>(u, dB, dy, h, B, scale, g, need_u, need_dB);
+  if (products) a.u = a.dB = nullptr, a.r = 0;
+  if (!products || others) Device::launch(a, dy);
   return {u, dB, db, dyz, gdy};
 }
 

@@ -203,7 +203,8 @@ BACKWARDS = [  # T, d, r, row stride
     (100, 100, 7, None),
     (70, 520, 24, 528),  # two chunks of columns, two splits of rows
     (40, 65, 64, None),
-    (200, 40, 70, None),  # more ranks than one pass takes
+    (200, 40, 70, None),  # more ranks than one pass takes: in half precision two products, and a pass for the rest
+    (33, 24, 130, None),
     (37, 37, 16, None),
     (300, 24, 8, None),
     (0, 16, 4, None),

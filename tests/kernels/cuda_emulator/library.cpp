@@ -48,6 +48,13 @@ struct Emulated {
     return aoti_torch_cpu_addmm_out(out, self, a, b, beta, alpha);
   }
 
+  static Tensor wide_mm(const Tensor& a, const Tensor& b) {  // which the CPU's library has not
+    const Tensor left = torch::stable::to(a, ScalarType::Float), right = torch::stable::to(b, ScalarType::Float);
+    Tensor out = empty(a, {a.size(0), b.size(1)}, ScalarType::Float);
+    TORCH_ERROR_CODE_CHECK(mm_out(out.get(), left.get(), right.get()));
+    return out;
+  }
+
   template <class Arguments> static auto launch(Arguments a, const Tensor& like) -> std::void_t<decltype(cuda::launch(a, {}))> {
     constexpr int64_t kGuard = 4096;
     const int64_t bytes = cuda::workspace_bytes(a);
