@@ -18,7 +18,7 @@ from spectral_ops.cli import bench
 ROOT = Path(__file__).resolve().parents[2]
 TRUTH = ["build", "info", "check", "verdict", "memcheck", "racecheck", "test"]
 FIGURES = ["kernels", "host", "bench", "training", "report"]
-MOST_FILES = 8  # that a lent machine returns
+MOST_FILES = 8  # as the script promises
 
 
 def run(sections: list[str], folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
