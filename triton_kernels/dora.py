@@ -210,57 +210,77 @@ def column_norm_cached_(
         _norms(norm, weight, A, B, scale, stamp, force, tiles)
 
 
-@triton.jit(do_not_specialize=["T"])
-def magnitude_kernel(
-    dyz, g, norm, bias, dm, dy, x, h, w, B, scale, T, d, k, r,
-    dy_t, dy_o, x_t, x_i, h_t, h_p, w_o, w_i, B_o, B_p,
-    BLOCK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _vanishes(o, g, norm, bias, d):
+    """Whether m vanishes at outputs ``o``, their g c, and c."""
     live = o < d
     scales = tl.load(g + o, mask=live, other=1.0).to(tl.float32)
     norms = tl.load(norm + o, mask=live, other=1.0)
     vanishing = tl.abs(scales) < VANISHING
     if bias is not None:
         vanishing |= tl.abs(scales) * norms < tl.abs(tl.load(bias + o, mask=live, other=0.0).to(tl.float32)) / 64
-    vanishing &= live
-    tl.store(dm + o, tl.load(dyz + o, mask=live, other=0.0) / (scales * norms), mask=live & (vanishing == 0))
-    slow = vanishing.to(tl.int32)
-    if tl.sum(slow, 0) > 0:  # rows whose magnitude vanishes: Σ_t dy (x·W_o + scale h·B_o) / c, one after the other
-        for n in range(0, BLOCK):
-            if tl.sum(tl.where(tl.arange(0, BLOCK) == n, slow, 0), 0) > 0:
-                row = (tl.program_id(0) * BLOCK + n).to(tl.int64)
-                total = tl.zeros([BT], tl.float32)
-                for t0 in range(0, T, BT):
-                    t = (t0 + tl.arange(0, BT)).to(tl.int64)
-                    z = tl.zeros([BT, BK], tl.float32)
-                    for i0 in range(0, k, BK):
-                        i = (i0 + tl.arange(0, BK)).to(tl.int64)
-                        a = tl.load(x + t[:, None] * x_t + i[None, :] * x_i, mask=(t < T)[:, None] & (i < k)[None, :],
-                                    other=0.0)  # fmt: skip
-                        b = tl.load(w + row * w_o + i * w_i, mask=i < k, other=0.0)
-                        z += a.to(tl.float32) * b.to(tl.float32)[None, :]
-                    for p0 in range(0, r, BK):
-                        p = (p0 + tl.arange(0, BK)).to(tl.int64)
-                        a = tl.load(h + t[:, None] * h_t + p[None, :] * h_p, mask=(t < T)[:, None] & (p < r)[None, :],
-                                    other=0.0)  # fmt: skip
-                        b = tl.load(B + row * B_o + p * B_p, mask=p < r, other=0.0)
-                        z += scale * (a.to(tl.float32) * b.to(tl.float32)[None, :])
-                    grad = tl.load(dy + t * dy_t + row * dy_o, mask=t < T, other=0.0).to(tl.float32)
-                    total += grad * tl.sum(z, 1)
-                tl.store(dm + row, tl.sum(total, 0) / tl.load(norm + row))
+    return vanishing & live, scales * norms, norms
+
+
+@triton.jit(do_not_specialize=["T"])
+def vanishing_kernel(
+    partial, g, norm, bias, dy, x, h, w, B, scale, T, d, k, r,
+    dy_t, dy_o, x_t, x_i, h_t, h_p, w_o, w_i, B_o, B_p,
+    SCAN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """partial [T / BT, d] where m vanishes: Σ_t dy (x·W_o + scale h·B_o) over BT tokens; nothing elsewhere."""
+    part = tl.program_id(0).to(tl.int64)
+    t = part * BT + tl.arange(0, BT)
+    lane = tl.arange(0, SCAN)
+    for first in range(0, d, SCAN):
+        vanishing, _, _ = _vanishes(first + lane, g, norm, bias, d)
+        left = vanishing.to(tl.int32)
+        for _ in range(0, tl.sum(left, 0)):
+            place = tl.argmax(left, 0)
+            left = tl.where(lane == place, 0, left)
+            row = (first + place).to(tl.int64)
+            z = tl.zeros([BT, BK], tl.float32)
+            for i0 in range(0, k, BK):
+                i = (i0 + tl.arange(0, BK)).to(tl.int64)
+                a = tl.load(x + t[:, None] * x_t + i[None, :] * x_i, mask=(t < T)[:, None] & (i < k)[None, :],
+                            other=0.0)  # fmt: skip
+                b = tl.load(w + row * w_o + i * w_i, mask=i < k, other=0.0)
+                z += a.to(tl.float32) * b.to(tl.float32)[None, :]
+            for p0 in range(0, r, BK):
+                p = (p0 + tl.arange(0, BK)).to(tl.int64)
+                a = tl.load(h + t[:, None] * h_t + p[None, :] * h_p, mask=(t < T)[:, None] & (p < r)[None, :],
+                            other=0.0)  # fmt: skip
+                b = tl.load(B + row * B_o + p * B_p, mask=p < r, other=0.0)
+                z += scale * (a.to(tl.float32) * b.to(tl.float32)[None, :])
+            grad = tl.load(dy + t * dy_t + row * dy_o, mask=t < T, other=0.0).to(tl.float32)
+            tl.store(partial + part * d + row, tl.sum(grad * tl.sum(z, 1), 0))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def magnitude_kernel(dyz, g, norm, bias, partial, dm, parts, d, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    vanishing, total, norms = _vanishes(o, g, norm, bias, d)
+    value = tl.load(dyz + o, mask=o < d, other=0.0) / total
+    if tl.sum(vanishing.to(tl.int32), 0) > 0:
+        sums = tl.zeros([BLOCK], tl.float32)
+        for part in range(0, parts):
+            sums += tl.load(partial + tl.cast(part, tl.int64) * d + o, mask=vanishing, other=0.0)
+        value = tl.where(vanishing, sums / norms, value)
+    tl.store(dm + o, value, mask=o < d)
 
 
 def magnitude_grad(dyz, dy, x, h, weight, B, scale: float, g, norm, bias):
     if dyz.dtype == torch.float64:
         return reference("magnitude_grad")(dyz, dy, x, h, weight, B, scale, g, norm, bias)
-    d = dyz.shape[0]
-    dm = torch.empty_like(dyz)
+    T, d = dy.shape
+    dm, parts = torch.empty_like(dyz), max(cdiv(T, 32), 1)
     if d:
+        partial = torch.empty(parts, d, dtype=torch.float32, device=dyz.device)
         with on_device(dyz):
-            magnitude_kernel[(cdiv(d, 32),)](
-                dyz, g, norm, bias, dm, dy, x, h, weight, B, scale, dy.shape[0], d, x.shape[1], h.shape[1],
+            vanishing_kernel[(parts,)](
+                partial, g, norm, bias, dy, x, h, weight, B, scale, T, d, x.shape[1], h.shape[1],
                 *dy.stride(), *x.stride(), *h.stride(), *weight.stride(), *B.stride(),
-                BLOCK=32, BT=16, BK=128, num_warps=4,
+                SCAN=1024, BT=32, BK=128, num_warps=4,
             )  # fmt: skip
+            magnitude_kernel[(cdiv(d, 32),)](dyz, g, norm, bias, partial, dm, parts, d, BLOCK=32, num_warps=1)
     return dm

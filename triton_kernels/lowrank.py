@@ -23,8 +23,8 @@ form:
   their tiles are as many stages deep as those of x and W.
 * sm_100: the loop over inputs alone. Specialising the outer loop fails in the compiler (NVWSInsertAref), and with the
   loops flattened it compiles to a kernel that stores nothing.
-* Clusters (num_ctas = 2), which would halve what crosses L2, fail on sm_90: "remote CTA is not supported yet". On sm_100
-  they were not tried.
+* Clusters (num_ctas = 2), which would halve what crosses L2, fail on sm_90: "remote CTA is not supported yet". They
+  were not tried on sm_100.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
 
         return measure.run(arguments)
     rows = list(table.compiled(arguments.objects))
-    if arguments.triton:
+    if arguments.triton or arguments.write:
         from benchmarks.estimates import triton
 
         rows += triton.compiled()

@@ -105,6 +105,7 @@ CASES = (
     Case("lowrank_backward", "r 16", _backward(16)),
     Case("lowrank_backward", "r 16 with y and gdy", _backward(16, dora=True)),
     Case("lowrank_backward", "r 64", _backward(64)),
+    Case("lowrank_backward", "r 128", _backward(128)),
     Case("lowrank_backward", "r 64 with y and gdy", _backward(64, dora=True)),
     Case("lowrank_update_", "r 16", lambda m: (m(m.T, m.d), m(m.T, 16), m(m.d, 16, scale=0.3), 1.0, None, None)),
     Case("lowrank_update_", "r 64", lambda m: (m(m.T, m.d), m(m.T, 64), m(m.d, 64, scale=0.3), 1.0, None, None)),

@@ -92,5 +92,17 @@ def _reduce(launch: Launch, args: tuple) -> Work:
     return Work({}, 2 * T * r + 4 * d * r + beyond, in_flight=16 * launch.threads, read=beyond, l2=partial - beyond)
 
 
-WORKS = {"update_mma": _update, "backward_mma": _backward, "backward_wgmma": _hopper, "reduce": _reduce,
-         "reduce_wgmma": _reduce}  # fmt: skip
+def _library(launch: Launch, args: tuple) -> Work:
+    """A product of dy with a short side."""
+    m, n, k = launch.product
+    return Work({}, 2 * (m * n + n * k + m * k), in_flight=0)
+
+
+WORKS = {
+    "library": _library,
+    "update_mma": _update,
+    "backward_mma": _backward,
+    "backward_wgmma": _hopper,
+    "reduce": _reduce,
+    "reduce_wgmma": _reduce,
+}

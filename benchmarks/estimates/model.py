@@ -41,6 +41,9 @@ class Code:
     shared: int
     loops: list[list[str]]  # of each loop, innermost or not, its opcodes with their modifiers
 
+    def has(self, opcode: str) -> bool:
+        return any(op.startswith(opcode) for loop in self.loops for op in loop)
+
     def loop(self, marker: str, inner: bool = False) -> list[str]:
         """The smallest loop among those with the most instructions that start with ``marker``; inner: with any."""
         counts = [sum(op.startswith(marker) for op in loop) for loop in self.loops]
@@ -81,6 +84,7 @@ class Time:
     limits: dict[str, float] = field(repr=False)
     resident: int = 0  # blocks on a multiprocessor
     waves: float = 0.0
+    under_way: float = 0.0  # bytes of loads on a multiprocessor
 
 
 def resident(registers: int, shared: int, threads: int) -> int:
@@ -134,4 +138,4 @@ def estimate(code: Code, work: Work, blocks: int, threads: int, dynamic: int) ->
     if work.flops:
         limits["wgmma"] = busiest * work.flops / FLOPS
     bound = max(limits, key=limits.get)
-    return Time(limits[bound] + work.tail, bound, limits, fit, waves)
+    return Time(limits[bound] + work.tail, bound, limits, fit, waves, under_way / PROCESSORS)

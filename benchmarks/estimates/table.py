@@ -36,7 +36,8 @@ FILE = Path(__file__).with_name("h100.json")
 
 @dataclass
 class Kernel:
-    """One launch: what it takes and what bounds it. seconds: without the operator's ramp."""
+    """One launch: what it takes and what bounds it. under_way: bytes of loads on a multiprocessor; product: the matrix
+    instruction, if there is one; seconds: without the operator's ramp."""
 
     kernel: str
     registers: int
@@ -45,6 +46,8 @@ class Kernel:
     threads: int
     resident: int
     waves: float
+    under_way: float
+    product: str
     bound: str
     seconds: float
 
@@ -102,12 +105,25 @@ def compiled(objects: Path) -> Iterator[Row]:
             for launch in launches.recorded(case.operator, args):
                 work = stem.work(launch, case, args)
                 if launch.product:
-                    found.append(Kernel("library", 0, 0, 0, 0, 0, 0.0, "dram", work.dram / DRAM / LIBRARY))
+                    found.append(Kernel("library", 0, 0, 0, 0, 0, 0.0, 0.0, "", "dram", work.dram / DRAM / LIBRARY))
                     continue
                 code = codes[launch.kernel]
                 time = estimate(code, work, launch.blocks, launch.threads, launch.dynamic)
-                found.append(Kernel(launch.kernel, code.registers, code.shared + launch.dynamic, launch.blocks,
-                                    launch.threads, time.resident, time.waves, time.bound, time.seconds))  # fmt: skip
+                found.append(
+                    Kernel(
+                        launch.kernel,
+                        code.registers,
+                        code.shared + launch.dynamic,
+                        launch.blocks,
+                        launch.threads,
+                        time.resident,
+                        time.waves,
+                        time.under_way,
+                        next((name for name in ("HGMMA", "HMMA") if code.has(name)), ""),
+                        time.bound,
+                        time.seconds,
+                    )
+                )
             seconds = RAMP + NEXT * (len(found) - 1) + sum(kernel.seconds for kernel in found)
             before = BEFORE.get((case.operator, case.label), "")
             yield Row("cuda", case.operator, case.label, T, d, k, seconds, floor(case, args), found, before)

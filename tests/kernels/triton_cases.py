@@ -242,6 +242,18 @@ def vanishing_magnitudes_are_the_reference_s():
 
 
 @case
+def every_vanishing_magnitude_is_found():
+    """In several windows of columns and blocks of tokens, alone and side by side."""
+    operator, (T, d, k, r) = _library.OPERATORS["magnitude_grad"], (70, 1100, 20, 3)
+    W, B, x, h, dy = torch.randn(d, k), torch.randn(d, r), torch.randn(T, k), torch.randn(T, r), torch.randn(T, d)
+    norm, dyz = torch.rand(d) + 1, torch.randn(d)
+    for found in ([], [0], [1023, 1024], [3, 4, 5, 700, 1099], list(range(d))):
+        g = torch.rand(d) + 0.5
+        g[found] = 0
+        check_operator(operator, triton_op("magnitude_grad"), (dyz, dy, x, h, W, B, 0.7, g, norm, None))
+
+
+@case
 def rows_find_their_adapter_among_many():
     from spectral_ops.functional.segments import group_rows
 
