@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,27 +206,34 @@ def _between(text: str, marker: str, content: str) -> tuple[str, int]:
     return re.subn(section, lambda match: f"{marker}\n{content}\n<!-- end -->", text, flags=re.M | re.S)
 
 
-def estimates_table(rows: list[table.Row]) -> str:
-    """A line per case and shape of W, of a backend's rows; the number of tokens is the largest."""
-    before = any(row.before for row in rows)
-    lines = [
-        [
-            "operator",
-            "W",
-            *["before"] * before,
-            "µs",
-            "% of roofline",
-            "kernel: registers, blocks a processor, bound",
-        ]
-    ]
-    for row in rows:
-        kernels = "; ".join(
-            f"`{k.kernel.split('<')[0]}` {k.registers}, {k.resident}, {k.bound}" if k.registers else k.kernel
-            for k in row.kernels
+def _launches(kernels: list[table.Kernel]) -> str:
+    """Each kernel once: its name without a stem, then what a reader needs to judge the bound."""
+    lines = []
+    for k in kernels:
+        name = k.kernel.split("<")[0].rpartition(".")[2]
+        inside = f"{k.registers} / {k.shared / 1024:.0f} / {k.resident} / {k.under_way / 1024:.0f}"
+        what = (
+            f"`{name}` {inside}{' ' * bool(k.product)}{k.product}, {k.bound}" if k.registers else f"{name}, {k.bound}"
         )
-        old = [row.before or "–"] if before else []
-        name = f"`{row.operator}`{', ' * bool(row.label)}{row.label}"
-        lines.append([name, f"{row.d}×{row.k}", *old, f"{1e6 * row.seconds:.1f}", f"{100 * row.share:.0f}", kernels])
+        lines.append(what)
+    counts = Counter(lines)
+    return "; ".join(f"{f'{n} × ' if n > 1 else ''}{line}" for line, n in counts.items())
+
+
+def estimates_table(rows: list[table.Row]) -> str:
+    """A line per case of a backend, with every shape of W; kernels as they are for the first."""
+    shapes = list(dict.fromkeys((row.d, row.k) for row in rows))
+    before = any(row.before for row in rows)
+    head = ["operator", *["before"] * before, *(f"{d}×{k}: µs (share)" for d, k in shapes),
+            "kernels: registers / KiB shared / blocks / KiB under way, bound"]  # fmt: skip
+    lines = [head]
+    cases: dict[tuple, list[table.Row]] = {}
+    for row in rows:
+        cases.setdefault((row.operator, row.label), []).append(row)
+    for (operator, label), each in cases.items():
+        times = [f"{1e6 * row.seconds:.1f} ({100 * row.share:.0f} %)" for row in each]
+        old = [each[0].before or "–"] if before else []
+        lines.append([f"`{operator}`{', ' * bool(label)}{label}", *old, *times, _launches(each[0].kernels)])
     return _markdown(lines)
 
 

@@ -38,7 +38,9 @@ class Make:
     def pattern(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int32 row offsets and columns of a random pattern of RoSA's usual density, each row with as many entries."""
         each = max(1, round(DENSITY * self.k))
-        columns = torch.rand(self.d, self.k, device=self.device).topk(each, dim=1).indices.sort(1).values
+        generator = None if self.device == "meta" else torch.Generator(self.device).manual_seed(0)
+        places = torch.rand(self.d, self.k, device=self.device, generator=generator)
+        columns = places.topk(each, dim=1).indices.sort(1).values
         offsets = torch.arange(0, self.d * each + 1, each, device=self.device)
         return offsets.to(torch.int32), columns.flatten().to(torch.int32)
 
