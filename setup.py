@@ -64,6 +64,7 @@ def want_cuda() -> bool:
 
 def cmake_build(targets: list[str]) -> Path:
     """Configure once, build what is out of date, and return the build folder, which persists between calls."""
+    check_tools(compiles=True)
     sanitize = os.environ.get("SPECTRAL_OPS_SANITIZE", "")
     folder = ROOT / "build" / ("cmake-sanitize" if sanitize else "cmake")
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@
 # Triton operator is interpreted and compiled ahead of time, and what takes a device takes the CPU, at small sizes, its
 # results thrown away. No sanitizer runs.
 set -uo pipefail
+OUT=${OUT:+$(realpath "$OUT")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} dry=${DRY:-}
 truth="build info check verdict memcheck racecheck test" figures="kernels host bench training report"
@@ -27,7 +28,8 @@ export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 failed=0 summary=() cores=$(env -u OMP_NUM_THREADS nproc) # which would answer that variable
 made=$([ -n "$dry" ] && mktemp -d || echo build/gpu) # logs, and the tests' outcomes
 stem=$made/results                                   # of the results files
-rm -rf "$made" && mkdir -p "$made" || exit 1
+mkdir -p "$made" && rm -f "$made"/{gpu.log,last} || exit 1
+[[ $sections != *" verdict "* && $sections != *" test "* ]] || rm -f "$made"/{tests,failures}.txt # the other half's stay
 trap 'share; [ -z "$dry" ] || rm -rf "$made"' EXIT
 trap 'exit 143' TERM INT
 
@@ -41,7 +43,7 @@ able() { # section, packages that it needs
 share() { # what was written so far, to $OUT
   [[ -n ${OUT:-} ]] || return 0
   local file
-  for file in "$made"/{gpu.log,tests.txt,failures.txt,tuned.json} "$stem"{,-training,-kernels}.json; do
+  for file in "$made"/{gpu.log,tests.txt,failures.txt,tuned.tar} "$stem"{,-training,-kernels}.json; do
     [ ! -s "$file" ] || cp "$file" "$OUT"
   done
   [ ! -d "$made/pictures" ] || tar -cf "$OUT/pictures.tar" -C "$made" pictures
@@ -156,7 +158,7 @@ print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
   step racecheck 45 shards "${sanitizer[@]}" --tool racecheck "$python" -m spectral_ops check --samples 2 --backends cuda
   step test 300 "${pytest[@]}" -m gpu tests/kernels/test_gpu.py "${rest[@]}"
   step kernels 100 "$python" -m benchmarks.estimates --measure --seconds 85 --json "$stem-kernels.json"
-  able host peft && step host 40 "$python" -m benchmarks.bench_host --device cuda
+  able host peft && step host 40 "$python" -m benchmarks.bench_host --device cuda --turns 15
   peers=() # PEFT's own layers are timed beside ours where this machine has PEFT
   has peft || peers=(--no-peers)
   # what there is no time for is named and left out, here and in training: the targets' length first, growth last
@@ -168,7 +170,7 @@ print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
   step report 60 report "$python" "$stem.json" "$results" README.md docs/PERFORMANCE.md
   step tune 150 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 512 8192 \
     --shape 4096 4096 --rank 16 --repeats 9 --seconds 120 --write
-  [[ $sections != *" tune "* ]] || cp spectral_ops/tuned/sm_*.json "$made/tuned.json"
+  [[ $sections != *" tune "* ]] || tar -cf "$made/tuned.tar" spectral_ops/tuned spectral_ops/functional/rates.json
 fi
 
 {

@@ -3,8 +3,8 @@
 Work is cut by entries, so that one dense row and 128,000 rows are alike; an entry's row is found by binary search in
 the offsets, which stay in cache. Only csr_spmm_ walks rows, some side by side. Bytes moved: csr_scatter_ and
 csr_gather_ touch a sector (32 bytes) per entry. An entry of csr_spmm_ or csr_sddmm meets one column of x, whose
-elements lie a token apart: read as they are, each costs a sector of L2 traffic. So x (and dy) are first turned, CHUNK
-tokens at a time, which L2 holds: nnz T elements then cross L2 once, in whole sectors. Few tokens are read as they are.
+elements lie a token apart: read as they are, each costs a sector of L2 traffic. So x (and dy) are first turned, TURNED
+bytes at a time, which L2 holds: nnz T elements then cross L2 once, in whole sectors. Few tokens are read as they are.
 The product with slabs in shared memory is csrc/cuda/csr_spmm.cu's and csr_sddmm.cu's.
 """
 
@@ -29,7 +29,7 @@ ENTRIES = 256  # per program of csr_scatter_ and csr_gather_
 SPMM = (32, 64, 4)  # greatest number of tokens, entries per step, warps: of few tokens
 SDDMM = (16, 128, 4)  # tokens per step, entries, warps: of few tokens
 FEW = 64  # tokens below which x is read as it is
-CHUNK = 2048  # tokens turned at a time: of 4096 columns in bfloat16, 17 MB
+TURNED = 1 << 24  # bytes turned at a time, about: tokens of all columns
 TURN = (64, 64, 4)  # tokens, columns, warps
 TURNED_SPMM = (16, 128, 4)  # rows, tokens, warps
 TURNED_SDDMM = (16, 128, 4)  # entries, tokens per step, warps
@@ -216,15 +216,21 @@ def csr_gather_(out, dense, row_offsets, columns) -> None:
     return None
 
 
+def _chunk(x: torch.Tensor, BT: int) -> int:
+    """Tokens to turn at a time."""
+    return max(TURNED // (x.shape[1] * x.element_size() * BT), 1) * BT
+
+
 def csr_spmm_(out, x, values, row_offsets, columns, permutation) -> None:
     if torch.float64 in (x.dtype, values.dtype):
         return reference("csr_spmm_")(out, x, values, row_offsets, columns, permutation)
     T, n = x.shape[0], row_offsets.numel() - 1
     if T >= FEW and n and columns.numel():
         BO, BT, warps = TURNED_SPMM
+        chunk = _chunk(x, BT)
         with on_device(x):
-            for start in range(0, T, CHUNK):
-                part, place = x[start : start + CHUNK], out[start : start + CHUNK]
+            for start in range(0, T, chunk):
+                part, place = x[start : start + chunk], out[start : start + chunk]
                 tokens = part.shape[0]
                 length = cdiv(tokens, BT) * BT
                 turned_spmm_kernel[(cdiv(n, BO), length // BT)](
@@ -251,12 +257,13 @@ def csr_sddmm(dy, x, row_offsets, columns):
         return out.zero_()
     if T >= FEW:
         BE, BT, warps = TURNED_SDDMM
+        chunk = min(_chunk(x, BT), _chunk(dy, BT))
         with on_device(x):
-            for start in range(0, T, CHUNK):
-                part = x[start : start + CHUNK]
+            for start in range(0, T, chunk):
+                part = x[start : start + chunk]
                 length = cdiv(part.shape[0], BT) * BT
                 turned_sddmm_kernel[(cdiv(nnz, BE),)](
-                    out, _turned(dy[start : start + CHUNK], length), _turned(part, length), row_offsets, columns,
+                    out, _turned(dy[start : start + chunk], length), _turned(part, length), row_offsets, columns,
                     nnz, n, length, ADD=start > 0, STEPS=n.bit_length(), BE=BE, BT=BT, num_warps=warps,
                 )  # fmt: skip
         return out

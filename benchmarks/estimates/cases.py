@@ -10,6 +10,7 @@ import torch
 TOKENS = (8192, 2048, 512)
 SHAPES = ((4096, 4096), (14336, 4096))  # W [d, k]
 DENSITY = 0.006
+ADAPTERS = 32  # of a segmented batch, with as many rows each
 
 
 @dataclass
@@ -30,6 +31,9 @@ class Make:
 
     def wide(self, *sizes: int, scale: float = 1.0) -> torch.Tensor:
         return self(*sizes, dtype=torch.float32, scale=scale)
+
+    def integers(self, n: int, end: int) -> torch.Tensor:
+        return torch.randint(0, end, (n,), device=self.device)
 
     def about_one(self, n: int) -> torch.Tensor:
         """A float32 vector, some ten per cent about 1."""
@@ -119,4 +123,67 @@ CASES = (
          tokens=False),
     Case("csr_spmm_", "0.6 %", _spmm),
     Case("csr_sddmm", "0.6 %", _sddmm),
+)  # fmt: skip
+
+
+def _segments(m: Make) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of the rows, and where each adapter's begin."""
+    ends = torch.arange(ADAPTERS + 1, device=m.device) * m.T // ADAPTERS
+    return torch.arange(m.T, device=m.device), ends
+
+
+def _dropout(operator: str, r: int) -> Case:
+    def arguments(m: Make) -> tuple:
+        x, A, u, seed = m(m.T, m.d), m(r, m.d), m(m.T, r), m.integers(1, 2**62)
+        return {"dropout_project": (x, A, seed, 0.1), "dropout_outer": (u, x, seed, 0.1),
+                "dropout_lift_": (x, u, A, seed, 0.1)}[operator]  # fmt: skip
+
+    return Case(operator, f"r {r}", arguments)
+
+
+def _matmul(r: int) -> Case:
+    return Case("lowrank_matmul", f"r {r}", lambda m: (m(m.T, m.k), m(m.d, m.k), m(m.T, r), m(m.d, r), 1.0, None, None))
+
+
+def _csr(operator: str) -> Case:
+    def arguments(m: Make) -> tuple:
+        offsets, columns = m.pattern()
+        W, values = m(m.d, m.k), m.wide(len(columns))
+        return {"csr_scatter_": (W, values, offsets, columns, True),
+                "csr_gather_": (values, W, offsets, columns)}[operator]  # fmt: skip
+
+    return Case(operator, "0.6 %", arguments, tokens=False)
+
+
+def _layers(m: Make) -> tuple:
+    params = [t for _ in range(16) for t in (m(16, m.k), m(m.d, 16), m(16, 1))]
+    n = sum(t.numel() for t in params)
+    return m.wide(n), m.wide(n), params, params, [], 0.85, 0.85, True
+
+
+# what only Triton has a kernel of, or what the estimates of the CUDA kernels leave out
+MORE = (
+    _matmul(16),
+    _matmul(64),
+    *(_dropout(f"dropout_{name}", r) for name in ("project", "outer", "lift_") for r in (16, 64)),
+    Case("seeded_dropout", "", lambda m: (m(m.T, m.d), m.integers(1, 2**62), 0.1)),
+    Case("block_sum", "r 64, dropout", lambda m: (m(m.T, m.d), 64, None, m.integers(1, 2**62), 0.1)),
+    Case("block_tile_", "r 64, dropout",
+         lambda m: (m(m.T, m.d), m(m.T, 64), None, m.integers(1, 2**62), 0.1, True)),
+    Case("bat_matmul", "r 64", lambda m: (m(32, m.k), m(m.d, m.k), m.wide(m.d // 64, 64, 64), False), tokens=False),
+    Case("bat_mix", "r 64", lambda m: (m(m.T, m.k), m(m.k // 64, 64, 64))),
+    Case("bat_mix_backward_", "r 64",
+         lambda m: (m(m.T, m.k), m(m.T, 64), m(m.T, m.k), m(m.k // 64, 64, 64), True, True)),
+    Case("segment_project", "r 16", lambda m: (m(m.T, m.k), m(ADAPTERS, 16, m.k), *_segments(m))),
+    Case("segment_lift_", "r 16", lambda m: (m(m.T, m.d), m(m.T, 16), m(ADAPTERS, m.d, 16), *_segments(m))),
+    Case("segment_outer", "r 16", lambda m: (m(m.T, 16), m(m.T, m.k), *_segments(m))),
+    _csr("csr_scatter_"),
+    _csr("csr_gather_"),
+    Case("target_logprob", "128256 logits",
+         lambda m: (m(1024, 128_256), m.integers(1024, 128_256), 1.0, -100), tokens=False),
+    Case("softmax_gradient_", "128256 logits",
+         lambda m: (m(1024, 128_256), m.integers(1024, 128_256), m.wide(1024), m.wide(1024), 1.0, -100), tokens=False),
+    Case("cayley_forward", "r 16", lambda m: (m.wide(64 * m.d // 4096, 16, 16),), tokens=False),
+    Case("cayley_backward", "r 16", lambda m: (m.wide(64 * m.d // 4096, 16, 16),) * 2, tokens=False),
+    Case("importance_update_", "16 layers, r 16", _layers, tokens=False),
 )  # fmt: skip

@@ -6,12 +6,13 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
 
 from benchmarks.estimates import table
-from benchmarks.estimates.cases import CASES, SHAPES, TOKENS, Case, Make
+from benchmarks.estimates.cases import CASES, MORE, SHAPES, TOKENS, Case, Make
 from spectral_ops import BackendUnavailable, use_backend
 from spectral_ops._library import OPERATORS
 from spectral_ops._table import table as text
@@ -49,52 +50,72 @@ class Measured:
         return [name, str(self.tokens), where, self.backend, f"{1e6 * self.seconds:.1f}", *expected, share, parts]
 
 
-def profiled(call, repeats: int = 5) -> dict[str, float]:
-    """Seconds of each kernel that a call launches, by name."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    return {event.key: event.device_time_total / repeats / 1e6 for event in profile.key_averages()}
+def profiled(call, device: torch.device, repeats: int = 5) -> dict[str, float]:
+    """Seconds of each kernel that a call launches, by name, with a cold L2; nothing where it cannot be profiled."""
+    buffer = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(repeats):
+                buffer.zero_()
+                call()
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"no times of single kernels: {error}")
+        return {}
+    events = {event.key: event.device_time_total / repeats / 1e6 for event in profile.key_averages()}
+    return {name: time for name, time in events.items() if time and "at::native" not in name}
 
 
 def measured(case: Case, T: int, d: int, k: int, arguments: argparse.Namespace, estimates: dict) -> list[Measured]:
-    """The case on every backend that runs it; a wrong result has no time."""
+    """The case on every backend that runs it, each on arguments of its own; a wrong result, or none, has no time."""
     device = torch.device(arguments.device)
     args = case.arguments(Make(T, d, k, arguments.device, filled=True))
     operator = OPERATORS[case.operator]
     floor, rows, calls = table.floor(case, args), {}, {}
     for backend in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
+        own = judge.converted(args)  # a stamp is one backend's
 
-        def call(backend=backend):
+        def call(backend=backend, own=own):
             with use_backend(backend):
-                return operator(*args)
+                return operator(*own)
 
         try:
             with use_backend(backend):
                 error = judge.relative_error(operator, args)
+            call()
         except BackendUnavailable as reason:
             print(f"{case.name} on {backend}: {reason}")
             continue
+        except Exception as raised:  # a kernel that does not compile or start: the other cases still tell something
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the GPU is lost
+            print(f"{case.name} on {backend}: {type(raised).__name__}: {str(raised).partition(chr(10))[0]}", flush=True)
+            error = float("inf")
         expected = estimates.get((backend, case.operator, case.label, T, d, k))
         rows[backend] = Measured(backend, case.operator, case.label, T, d, k, error, None, floor,
                                  expected and expected.seconds)  # fmt: skip
         if not judge.wrong(error, SLACK * judge.BOUNDS[torch.bfloat16]):
             calls[backend] = call
-    for backend, times in interleave(calls, flush(device), arguments.repeats, device).items():
+    for backend, times in interleave(calls, between(device), arguments.repeats, device).items():
         rows[backend].seconds = statistics.median(times)
         if device.type == "cuda":
-            rows[backend].kernels = profiled(calls[backend])
+            rows[backend].kernels = profiled(calls[backend], device)
     return list(rows.values())
 
 
+def between(device: torch.device) -> Callable[[str], None]:
+    """Before a timed call: a CPU's caches are overwritten; a GPU is kept busy until the host has enqueued the call."""
+    return (lambda _: torch.cuda._sleep(1_500_000)) if device.type == "cuda" else flush(device)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Every case at T = 8192, then at fewer tokens, until the time is up; exit status 1 where a result is wrong."""
+    """Every case at T = 8192, at fewer tokens, then what only Triton has, until the time is up; exit status 1 where a
+    result is wrong."""
     end = time.monotonic() + arguments.seconds
     estimates = {row.key: row for row in table.read()} if table.FILE.exists() else {}
     rows, left_out, small, tokens = [], 0, arguments.shrink, arguments.tokens or TOKENS
-    for T in tokens:
-        for case in CASES:
+    for cases, T in (*((CASES, T) for T in tokens), (MORE, tokens[0])):
+        for case in cases:
             for d, k in SHAPES:
                 if not case.tokens and T != tokens[0]:
                     continue

@@ -90,7 +90,8 @@ class Time:
 def resident(registers: int, shared: int, threads: int) -> int:
     """How many blocks fit on a multiprocessor."""
     warps = math.ceil(threads / 32)
-    by_registers = REGISTERS // (math.ceil(registers * 32 / 256) * 256 * warps)
+    of_warp = math.ceil(registers * 32 / 256) * 256
+    by_registers = SCHEDULERS * (REGISTERS // SCHEDULERS // of_warp) // warps  # each scheduler has a quarter of them
     by_shared = SHARED // (math.ceil((shared + 1024) / 128) * 128)  # a block's own kilobyte besides
     return min(by_registers, by_shared, THREADS // (32 * warps), BLOCKS)
 

@@ -1,6 +1,6 @@
 """The Triton kernels' rows: compiled ahead of time for sm_90, as their launchers ask for them.
 
-A row per case of :mod:`.cases` and of ``MORE``. A kernel's hot loop is the innermost one with its products, or its
+A row per case of :mod:`.cases`. A kernel's hot loop is the innermost one with its products, or its
 loads; ``WORKS`` says for each kernel how often that runs and what it moves. Instructions outside every loop run once
 for each warp. What lies in an outer loop alone is left out, and so is the time between a loop's end and the next one's
 first loads, which a kernel without warps for its copies spends once a tile. Every byte of memory counts as a load.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.estimates import table
-from benchmarks.estimates.cases import CASES, Case, Make
+from benchmarks.estimates.cases import CASES, MORE, Case, Make
 from benchmarks.estimates.model import NEXT, RAMP, Code, Time, Work, estimate
 from spectral_ops._library import OPERATORS
 from spectral_ops._table import table as text
@@ -28,68 +28,6 @@ from tests.kernels import test_triton_aot as aot
 
 ARCH = 90
 L2_HOLDS = 50e6  # bytes of partial sums, at most, that stay in L2 until the next launch reads them
-ADAPTERS = 32  # of a segmented batch, with as many rows each
-
-
-def _segments(m: Make) -> tuple[torch.Tensor, torch.Tensor]:
-    return m(m.T, dtype=torch.int64), m(ADAPTERS + 1, dtype=torch.int64)
-
-
-def _dropout(operator: str, r: int) -> Case:
-    def arguments(m: Make) -> tuple:
-        x, A, u, seed = m(m.T, m.d), m(r, m.d), m(m.T, r), m(1, dtype=torch.int64)
-        return {"dropout_project": (x, A, seed, 0.1), "dropout_outer": (u, x, seed, 0.1),
-                "dropout_lift_": (x, u, A, seed, 0.1)}[operator]  # fmt: skip
-
-    return Case(operator, f"r {r}", arguments)
-
-
-def _matmul(r: int) -> Case:
-    return Case("lowrank_matmul", f"r {r}", lambda m: (m(m.T, m.k), m(m.d, m.k), m(m.T, r), m(m.d, r), 1.0, None, None))
-
-
-def _csr(operator: str) -> Case:
-    def arguments(m: Make) -> tuple:
-        offsets, columns = m.pattern()
-        W, values = m(m.d, m.k), m.wide(len(columns))
-        return {"csr_scatter_": (W, values, offsets, columns, True),
-                "csr_gather_": (values, W, offsets, columns)}[operator]  # fmt: skip
-
-    return Case(operator, "0.6 %", arguments, tokens=False)
-
-
-def _layers(m: Make) -> tuple:
-    params = [t for _ in range(16) for t in (m(16, m.k), m(m.d, 16), m(16, 1))]
-    n = sum(t.numel() for t in params)
-    return m.wide(n), m.wide(n), params, params, [], 0.85, 0.85, True
-
-
-# what the CUDA kernels' cases do not hold
-MORE = (
-    _matmul(16),
-    _matmul(64),
-    *(_dropout(f"dropout_{name}", r) for name in ("project", "outer", "lift_") for r in (16, 64)),
-    Case("seeded_dropout", "", lambda m: (m(m.T, m.d), m(1, dtype=torch.int64), 0.1)),
-    Case("block_sum", "r 64, dropout", lambda m: (m(m.T, m.d), 64, None, m(1, dtype=torch.int64), 0.1)),
-    Case("block_tile_", "r 64, dropout",
-         lambda m: (m(m.T, m.d), m(m.T, 64), None, m(1, dtype=torch.int64), 0.1, True)),
-    Case("bat_matmul", "r 64", lambda m: (m(32, m.k), m(m.d, m.k), m.wide(m.d // 64, 64, 64), False), tokens=False),
-    Case("bat_mix", "r 64", lambda m: (m(m.T, m.k), m(m.k // 64, 64, 64))),
-    Case("bat_mix_backward_", "r 64",
-         lambda m: (m(m.T, m.k), m(m.T, 64), m(m.T, m.k), m(m.k // 64, 64, 64), True, True)),
-    Case("segment_project", "r 16", lambda m: (m(m.T, m.k), m(ADAPTERS, 16, m.k), *_segments(m))),
-    Case("segment_lift_", "r 16", lambda m: (m(m.T, m.d), m(m.T, 16), m(ADAPTERS, m.d, 16), *_segments(m))),
-    Case("segment_outer", "r 16", lambda m: (m(m.T, 16), m(m.T, m.k), *_segments(m))),
-    _csr("csr_scatter_"),
-    _csr("csr_gather_"),
-    Case("target_logprob", "128256 logits",
-         lambda m: (m(1024, 128_256), m(1024, dtype=torch.int64), 1.0, -100), tokens=False),
-    Case("softmax_gradient_", "128256 logits",
-         lambda m: (m(1024, 128_256), m(1024, dtype=torch.int64), m.wide(1024), m.wide(1024), 1.0, -100), tokens=False),
-    Case("cayley_forward", "r 16", lambda m: (m.wide(64 * m.d // 4096, 16, 16),), tokens=False),
-    Case("cayley_backward", "r 16", lambda m: (m.wide(64 * m.d // 4096, 16, 16),) * 2, tokens=False),
-    Case("importance_update_", "16 layers, r 16", _layers, tokens=False),
-)  # fmt: skip
 
 BEFORE = {  # shares over both layers, and the 4096x4096 one's time: this estimate of the kernels at ddce979
     ("column_norm", "r 16"): "54–55 %, 21 µs",
@@ -203,6 +141,8 @@ PRODUCTS = ("HGMMA", "HMMA", "FFMA")
 class Launch:
     """A recorded launch with what it compiles to; ``launch.BT`` is an argument."""
 
+    summed = False  # whether the operator adds up partial sums at its end
+
     def __init__(self, kernel, grid: tuple, args: tuple, kwargs: dict) -> None:
         self.build = aot.build(ARCH, kernel, grid, args, kwargs)
         self.values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -263,6 +203,8 @@ def _update(p: Launch):
 
 def _partials(*outs: torch.Tensor | None) -> tuple[float, float]:
     """(dram, l2) bytes that writing results takes: partial sums stay in L2 where they fit."""
+    if not Launch.summed:
+        return nbytes(*outs), 0.0
     parts = nbytes(*(t for t in outs if t is not None and t.dtype == torch.float32))
     wholes = nbytes(*outs) - parts
     return (wholes, parts) if parts <= L2_HOLDS else (wholes + parts, 0.0)
@@ -482,6 +424,7 @@ def lines(operator: str, args: tuple) -> list[Line]:
     with aot.recorded(ARCH) as launches:
         aot.launcher(OPERATORS[operator].stem, operator)(*args)
     found = []
+    Launch.summed = any(kernel.__name__ == "sum_partials_kernel" for kernel, *_ in launches)
     for recorded in launches:
         launch = Launch(*recorded)
         code, work = WORKS[f"{launch.stem}.{launch.kernel}"](launch)

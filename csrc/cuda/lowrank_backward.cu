@@ -467,7 +467,7 @@ template <class T> cudaError_t launch_backward(const LowRankBackward& from, cuda
   a.columns = static_cast<int>(from.columns), a.chunks = static_cast<int>(plan.chunks);
   a.g = from.g, a.g_dtype = from.g_dtype, a.bias = from.bias, a.bias_dtype = from.bias_dtype;
   const auto aligned = [](const void* p, int64_t stride) { return aligned_rows(p, stride, sizeof(T)); };
-  const bool wide = aligned(from.dy, from.dy_stride) && aligned(from.y, from.y_stride) && aligned(from.gdy, from.columns) &&
+  const bool wide = aligned(from.dy, from.dy_stride) && aligned(from.y, from.y_stride) && (!from.gdy || aligned(from.gdy, from.columns)) &&
                     (!from.u || from.r % 4 == 0) && (!from.dB || aligned(from.h, from.h_stride));
   a.paired_B = aligned_pairs(from.B, from.B_stride);
   for (int64_t rank0 = 0; rank0 == 0 || rank0 < from.r; rank0 += plan.ranks) {

@@ -127,7 +127,9 @@ cudaError_t enqueue_clusters(void (*kernel)(P...), int64_t grid, int cluster, in
   config.gridDim = dim3(static_cast<unsigned>(grid)), config.blockDim = dim3(static_cast<unsigned>(block));
   config.dynamicSmemBytes = static_cast<size_t>(shared), config.stream = stream;
   config.attrs = &attribute, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const cudaError_t launched = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (launched != cudaSuccess) cudaGetLastError();  // else the next launch would report it
+  return launched;
 }
 
 #endif

@@ -75,6 +75,7 @@ template <class Device> bool by_products(const LowRankBackward& a, bool others) 
 template <class Device>
 void lowrank_products(Tensor& u, Tensor& dB, const Tensor& dy, const Tensor& h, const Tensor& B, double scale,
                       const std::optional<Tensor>& g, bool need_u, bool need_dB) {
+  const NoGrad guard;
   Tensor factors;  // g as a column, times scale
   if (g) factors = as_matrix(*g, g->size(0), 1, g->stride(0), 1);
   if (need_u) addmm_out<Device>(u, u, dy, g ? cast_as(call("aten::mul", "Tensor", B, factors), B) : B, 0, scale);

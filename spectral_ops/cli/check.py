@@ -37,7 +37,7 @@ def run(parsed: argparse.Namespace) -> int:
                     try:
                         with backends.use_backend(backend):
                             worst[dtype] = max(relative_error(operator, args, "cpu") for args in samples)
-                    except RuntimeError as error:  # a kernel that does not start, or that lost the GPU
+                    except Exception as error:  # a kernel that does not compile or start, or that lost the GPU
                         worst[dtype] = float("nan")
                         message = str(error).partition("\n")[0]
                         print(f"{operator.name} raised on {device}, {backend}: {message}", flush=True)

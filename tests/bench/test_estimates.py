@@ -6,8 +6,10 @@ import pytest
 
 from benchmarks.estimates import __main__ as command
 from benchmarks.estimates import measure, model, sass, table
-from benchmarks.estimates.cases import CASES, TOKENS
+from benchmarks.estimates.cases import CASES, MORE, TOKENS
 from benchmarks.estimates.model import Code, Work, estimate, resident
+from spectral_ops._library import OPERATORS
+from spectral_ops.backends import unavailable
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;                 /* 0x00000a00ff017b82 */
@@ -82,7 +84,8 @@ def test_measuring_runs_every_case(tmp_path, capsys):
     file = tmp_path / "kernels.json"
     assert measure.run(arguments("--json", str(file))) == 0
     found = json.loads(file.read_text())
-    assert {(row["operator"], row["label"]) for row in found} == {(case.operator, case.label) for case in CASES}
+    compiled = [case for case in (*CASES, *MORE) if not unavailable(OPERATORS[case.operator], "cpu", "cpu")]
+    assert {(row["operator"], row["label"]) for row in found} == {(case.operator, case.label) for case in compiled}
     assert all(row["seconds"] > 0 for row in found)
     assert "left out" not in capsys.readouterr().out
 
@@ -90,8 +93,23 @@ def test_measuring_runs_every_case(tmp_path, capsys):
 def test_a_wrong_result_has_no_time(monkeypatch, capsys):
     monkeypatch.setattr(measure.judge, "relative_error", lambda operator, args: 1.0)
     monkeypatch.setattr(measure, "CASES", CASES[:1])
+    monkeypatch.setattr(measure, "MORE", ())
     assert measure.run(arguments()) == 1
     assert "RED" in capsys.readouterr().out
+
+
+def test_a_kernel_that_raises_costs_no_other(monkeypatch, capsys):
+    def error(operator, args):
+        if operator.name == CASES[0].operator:
+            raise SystemError("ptxas\nmore")
+        return 0.0
+
+    monkeypatch.setattr(measure.judge, "relative_error", error)
+    monkeypatch.setattr(measure, "MORE", ())
+    assert measure.run(arguments()) == 1
+    text = capsys.readouterr().out
+    assert f"{CASES[0].name} on cpu: SystemError: ptxas\n" in text
+    assert f"\n{CASES[-1].operator} {CASES[-1].label} " in text and "RED" not in text[text.rindex(CASES[-1].operator) :]
 
 
 def test_measuring_stops_in_time(capsys):

@@ -37,8 +37,12 @@ def place(item) -> tuple[int, int, int]:
     return parts.index(True), max(dtype - 1, 0), "reference" in values
 
 
-def pytest_collection_modifyitems(items):
-    """A first contact with a GPU may be cut off: what tells most runs first."""
+def pytest_collection_modifyitems(config, items):
+    """A first contact with a GPU may be cut off: what tells most runs first. Giants may wait for each other."""
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            if "2_31" in item.name:
+                item.add_marker(pytest.mark.timeout(0))
     places = [i for i, item in enumerate(items) if item.path.stem == "test_gpu"]
     for i, item in zip(places, sorted((items[i] for i in places), key=place), strict=True):
         items[i] = item

@@ -258,6 +258,20 @@ def test_lowrank_backward_16_bytes_at_a_time(emulated, dtype, wanted):
         backward_case(emulated, dtype, T, d, r, stride, wanted, h_stride)
 
 
+def test_aligned_rows_take_the_fast_form(emulated, monkeypatch):
+    monkeypatch.setenv("EMULATOR_HOPPER", "0")
+    for T, d, r, stride, h_stride in ALIGNED:
+        for has_g, has_y, _, *needs in WANTED:
+            dy, h = matrix(T, d, torch.bfloat16, stride), matrix(T, r, torch.bfloat16, h_stride)
+            B = matrix(d, r, torch.bfloat16)
+            y = matrix(T, d, torch.bfloat16) if has_y else None
+            args = (dy, h, B, 1.0, torch.ones(d) if has_g else None, y, None, *needs)
+            names = [launch.kernel for launch in launches.recorded("lowrank_backward", args)]
+            fast = [name.endswith(", true>") for name in names if name.startswith("backward_mma")]
+            whole = d % 8 == 0 or not (has_y or needs[3])  # y and gdy are contiguous
+            assert set(fast) <= {whole} and (fast or "library" in names), (T, d, r, needs, names)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_lowrank_backward_on_hopper(emulated, monkeypatch, dtype):
     """33 to 64 ranks take the form for Hopper there, and elsewhere the one that every GPU has."""
