@@ -87,7 +87,7 @@ sources() { find csrc CMakeLists.txt setup.py -type f -not -path '*/__pycache__/
 build() { # what this checkout compiled itself may be older than its sources; what came along prebuilt is taken as it is
   if [[ -n $dry ]]; then
     "$python" -m benchmarks.prebuilt cpu
-    nvcc -std=c++17 -arch=sm_90a -c csrc/cuda/blocksum.cu -o "$made/blocksum.o"
+    nvcc -std=c++17 --expt-relaxed-constexpr -arch=sm_90a -c csrc/cuda/blocksum.cu -o "$made/blocksum.o"
   elif [[ -d build/cmake && $(cat build/cmake/sources 2>/dev/null) != "$(sources)" ]] ||
     ! "$python" -m benchmarks.prebuilt cuda; then
     "$python" setup.py build_ext --inplace && sources >build/cmake/sources
