@@ -174,8 +174,8 @@ def sparse_products_in_several_chunks_of_tokens():
     """Whole chunks, and one that is cut; and the most tokens that are read as they are."""
     from spectral_ops.triton_kernels import csr
 
-    whole = csr.CHUNK
-    csr.CHUNK = 128
+    whole = csr.TURNED
+    csr.TURNED = 128 * 40 * 2  # bytes of 128 tokens
     try:
         for T in (csr.FEW - 1, 256, 300):
             for name in ("csr_spmm_", "csr_sddmm"):
@@ -183,7 +183,7 @@ def sparse_products_in_several_chunks_of_tokens():
                     with poisoned():
                         check_operator(_library.OPERATORS[name], triton_op(name), args)
     finally:
-        csr.CHUNK = whole
+        csr.TURNED = whole
 
 
 @contextlib.contextmanager
