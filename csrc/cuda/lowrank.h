@@ -1,5 +1,5 @@
 // How lowrank's CUDA kernels split work and how much workspace that takes: functions of the sizes alone, not of the GPU, so that
-// results are the same on every GPU and tests can call them without one.
+// results are the same on every GPU and tests can call them without one. The form for Hopper (lowrank_wgmma.h) adds in another order.
 #pragma once
 
 #include "../ops/lowrank.h"
