@@ -38,11 +38,16 @@ def _names(library: Path) -> dict[int, str]:
     return {int(at, 16): plain(name) for at, _, name in split if at.strip()}
 
 
+def numbers(function, *arguments: int) -> list[int]:
+    """What a function of the emulator's library fills out."""
+    out = (ctypes.c_int64 * 16)()
+    count = function(*map(ctypes.c_int64, arguments), out)
+    return list(out[:count])
+
+
 def plan(name: str, *sizes: int) -> list[int]:
     """What a plan of csrc/cuda/<stem>.h says for these sizes; tests/kernels/cuda_emulator/library.cpp has the order."""
-    out = (ctypes.c_int64 * 16)()
-    count = getattr(build_emulator().plans, f"{name}_of")(*map(ctypes.c_int64, sizes), out)
-    return list(out[:count])
+    return numbers(getattr(build_emulator().plans, f"{name}_of"), *sizes)
 
 
 def recorded(name: str, args: tuple) -> list[Launch]:

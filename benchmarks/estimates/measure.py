@@ -24,15 +24,9 @@ HEAD = ("operator", "T", "W", "backend", "us", "estimate", "ratio", "% of roofli
 
 
 @dataclass
-class Measured:
-    """A case on a backend. seconds: the median; None where the result is wrong. kernels: seconds by name, profiled."""
+class Measured(table.Place):
+    """A measurement. seconds: the median; None where the result is wrong. kernels: seconds by name, profiled."""
 
-    backend: str
-    operator: str
-    label: str
-    tokens: int
-    d: int
-    k: int
     error: float
     seconds: float | None
     floor: float
@@ -91,9 +85,9 @@ def measured(case: Case, T: int, d: int, k: int, arguments: argparse.Namespace, 
                 torch.cuda.synchronize()  # raises where the GPU is lost
             print(f"{case.name} on {backend}: {type(raised).__name__}: {str(raised).partition(chr(10))[0]}", flush=True)
             error = float("inf")
-        expected = estimates.get((backend, case.operator, case.label, T, d, k))
-        rows[backend] = Measured(backend, case.operator, case.label, T, d, k, error, None, floor,
-                                 expected and expected.seconds)  # fmt: skip
+        place = backend, case.operator, case.label, T, d, k
+        expected = estimates.get(place)
+        rows[backend] = Measured(*place, error, None, floor, expected and expected.seconds)
         if not judge.wrong(error, SLACK * judge.BOUNDS[torch.bfloat16]):
             calls[backend] = call
     for backend, times in interleave(calls, between(device), arguments.repeats, device).items():

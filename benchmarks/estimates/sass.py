@@ -43,12 +43,12 @@ def loops(body: str) -> list[list[str]]:
 
 
 @functools.cache
-def kernels(object_file: Path, arch: str = "sm_90a") -> dict[str, Code]:
-    """The kernels of an object or a cubin, by name and template arguments as C++ writes them."""
+def kernels(object_file: Path) -> dict[str, Code]:
+    """The kernels of an object for sm_90a, by name and template arguments as C++ writes them."""
     tool = disassembler()
     if tool is None:
         raise RuntimeError("cuobjdump is neither on PATH nor part of an installed Triton")
-    which = () if object_file.suffix == ".cubin" else ("-arch", arch)
+    which = ("-arch", "sm_90a")
     usage = {name: (int(reg), int(shared)) for name, reg, shared in
              _USAGE.findall(_run(tool, "-res-usage", *which, object_file))}  # fmt: skip
     parts = re.split(r"Function : ", _run(tool, "-sass", *which, object_file))[1:]

@@ -17,6 +17,7 @@ from benchmarks.estimates.cases import CASES, SHAPES, TOKENS, Case, Make
 from benchmarks.estimates.model import DRAM, FLOPS, NEXT, RAMP, estimate
 from spectral_ops._library import OPERATORS
 
+LIBRARY = 0.8  # of memory's rate, what the library's products with one short side are taken to reach
 BEFORE = {  # share of the roofline, and time where the reading gave it: a close reading of the kernels at ddce979
     ("column_norm", "r 16"): "6–10 %, 120–190 µs",
     ("column_norm_cached_", "r 16, unchanged"): "10 µs for the fingerprint",
@@ -53,8 +54,8 @@ class Kernel:
 
 
 @dataclass
-class Row:
-    """A case at a size. before: what was estimated for the code that this one replaced, at the most tokens."""
+class Place:
+    """A case at a size, on a backend."""
 
     backend: str
     operator: str
@@ -62,14 +63,20 @@ class Row:
     tokens: int
     d: int
     k: int
-    seconds: float
-    floor: float
-    kernels: list[Kernel]
-    before: str = ""
 
     @property
     def key(self) -> tuple:
         return self.backend, self.operator, self.label, self.tokens, self.d, self.k
+
+
+@dataclass
+class Row(Place):
+    """An estimate. before: what was estimated for the code that this one replaced, at the most tokens."""
+
+    seconds: float
+    floor: float
+    kernels: list[Kernel]
+    before: str = ""
 
     @property
     def share(self) -> float:
@@ -129,9 +136,6 @@ def compiled(objects: Path) -> Iterator[Row]:
             yield Row("cuda", case.operator, case.label, T, d, k, seconds, floor(case, args), found, before)
 
 
-LIBRARY = 0.8  # of memory's rate, what the library's products with one short side are taken to reach
-
-
 def compilers() -> dict[str, str]:
     """The versions that the machine code is of."""
     found = {}
@@ -144,7 +148,9 @@ def compilers() -> dict[str, str]:
 
 
 def write(rows: list[Row], path: Path = FILE) -> None:
-    lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)  # a row a line, for whoever compares
+    lines = ",\n".join(
+        json.dumps(asdict(row), ensure_ascii=False) for row in rows
+    )  # a row a line, for whoever compares
     path.write_text(f'{{"compilers": {json.dumps(compilers())}, "rows": [\n{lines}\n]}}\n')
 
 

@@ -18,6 +18,7 @@ from samples import layer_samples
 from tensors import DTYPES, HALF, accumulate
 
 from benchmarks.estimates import launches
+from benchmarks.estimates.launches import numbers as plan
 from spectral_ops._library import LAYERS, OPERATORS
 from spectral_ops.functional import CSR
 
@@ -766,12 +767,6 @@ def test_csr_products_do_not_depend_on_the_order_of_threads(emulated, order, dty
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
-
-
-def plan(function, *arguments):
-    out = (ctypes.c_int64 * 16)()
-    count = function(*map(ctypes.c_int64, arguments), out)
-    return list(out[:count])
 
 
 CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
