@@ -36,7 +36,21 @@ struct LowRankBackward {
   DType dtype, g_dtype, bias_dtype;  // dtype: of dy, h, B and y
 };
 
+// y [rows, columns] = g * (x Wᵀ + scale h Bᵀ) + bias + tile[:, j % period], rounded once: x [rows, inner], W [columns, inner],
+// h [rows, r] and B [columns, r] (r = 0: none), g and bias [columns] or null, tile [rows, period] or null.
+struct LowRankMatmul {
+  void* y;
+  const void *x, *W, *h, *B;
+  const void *g, *bias;
+  const void* tile;
+  double scale;
+  int64_t rows, columns, inner, r, period;
+  int64_t y_stride, x_stride, W_strides[2], h_stride, B_strides[2], tile_stride;
+  DType dtype, g_dtype, bias_dtype;  // dtype: of all matrices
+};
+
 namespace cuda {
+SPECTRAL_OPS_CUDA_KERNEL(lowrank_matmul, LowRankMatmul)
 SPECTRAL_OPS_CUDA_KERNEL(lowrank_update, LowRankUpdate)
 SPECTRAL_OPS_CUDA_KERNEL(lowrank_backward, LowRankBackward)
 }  // namespace cuda
