@@ -40,19 +40,12 @@ __device__ __forceinline__ Tile tile_at(const Matmul& a, int tile, int rank) {
   return {((group * kRaster + in % height) * kMatmulCluster + rank) * kMatmulRows, in / height * kMatmulColumns};
 }
 
-// The elements at an even column and the next of a vector in T, as far as they exist.
-template <class T> __device__ __forceinline__ float2 two_of(const T* p, int left) {
-  if (left >= 2) {
-    const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(p));
-    T v[2];
-    memcpy(v, &raw, sizeof v);
-    return make_float2(value(v[0]), value(v[1]));
-  }
-  return make_float2(left == 1 ? value(*p) : 0.f, 0.f);
-}
-__device__ __forceinline__ float2 two_of(const float* p, int left) {
-  if (left >= 2) return __ldg(reinterpret_cast<const float2*>(p));
-  return make_float2(left == 1 ? *p : 0.f, 0.f);
+// Two elements at a multiple of 4 bytes.
+template <class T> __device__ __forceinline__ float2 two_of(const T* p) {
+  const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(p));
+  T v[2];
+  memcpy(v, &raw, sizeof v);
+  return make_float2(value(v[0]), value(v[1]));
 }
 
 // kColumnsW, kColumnsB: W and B lie by columns.
@@ -164,44 +157,55 @@ two_segment(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
       products_done(d);
       release(previous);
 
-      int of_tile = a.tile ? (at.column + 2 * q) % a.period : 0;
-      const int64_t row = at.row + group * 64 + warp * 16 + i;
+      // d[8 c + 2 b + e] and two further on: row i and i + 8 of the warp's 16, columns 8 c + 2 q + e. What lies outside takes
+      // some value of the last columns or the last row, and is not stored.
+      const auto columns_at = [&](int c) { return min_of(at.column + 8 * c + 2 * q, a.columns - 2); };
+      if (a.g) {
+#pragma unroll
+        for (int c = 0; c < 32; ++c) {
+          const float2 g = __ldg(reinterpret_cast<const float2*>(a.g + columns_at(c)));
+          d[4 * c] *= g.x, d[4 * c + 1] *= g.y, d[4 * c + 2] *= g.x, d[4 * c + 3] *= g.y;
+        }
+      }
+      if (a.bias) {
+#pragma unroll
+        for (int c = 0; c < 32; ++c) {
+          const float2 b = two_of(static_cast<const T*>(a.bias) + columns_at(c));
+          d[4 * c] += b.x, d[4 * c + 1] += b.y, d[4 * c + 2] += b.x, d[4 * c + 3] += b.y;
+        }
+      }
+      if (a.tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = min_of(at.row + group * 64 + warp * 16 + i + 8 * half, a.rows - 1);
+          const T* from = static_cast<const T*>(a.tile) + row * a.tile_stride;
+          int column = (at.column + 2 * q) % a.period;
+#pragma unroll
+          for (int c = 0; c < 32; ++c) {
+            const float2 s = a.paired ? two_of(from + column)
+                                      : make_float2(value(from[column]), value(from[column + 1 < a.period ? column + 1 : 0]));
+            d[4 * c + 2 * half] += s.x, d[4 * c + 2 * half + 1] += s.y;
+            column += a.period8;
+            if (column >= a.period) column -= a.period;
+          }
+        }
+      }
 #pragma unroll
       for (int c = 0; c < 4; ++c, buffer ^= 1) {  // 64 columns
         unsigned char* out = shared + kOutAt + (2 * group + buffer) * kTileBytes;
         if (t == 0) tile_stores_read<1>();
-        if (group == 0) named_barrier<1>(128);
-        else named_barrier<2>(128);
+        if (group == 0) named_barrier(1, 128);
+        else named_barrier(2, 128);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {  // 16 columns
-          uint32_t v[4];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int e = (8 * c + 2 * p + j) * 4, column = at.column + 64 * c + 16 * p + 8 * j + 2 * q, left = a.columns - column;
-            const float2 g = a.g ? two_of(a.g + column, left) : make_float2(1.f, 1.f);
-            const float2 b = a.bias ? two_of(static_cast<const T*>(a.bias) + column, left) : make_float2(0.f, 0.f);
-            float2 high = make_float2(d[e] * g.x + b.x, d[e + 1] * g.y + b.y);
-            float2 low = make_float2(d[e + 2] * g.x + b.x, d[e + 3] * g.y + b.y);
-            if (a.tile) {
-              const int after = of_tile + 1 < a.period ? of_tile + 1 : 0;
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                if (row + 8 * half >= a.rows) continue;
-                const T* from = static_cast<const T*>(a.tile) + (row + 8 * half) * a.tile_stride;
-                const float2 s = a.paired ? two_of(from + of_tile, 2) : make_float2(value(from[of_tile]), value(from[after]));
-                float2& sum = half ? low : high;
-                sum.x += s.x, sum.y += s.y;
-              }
-              of_tile += a.period8;
-              if (of_tile >= a.period) of_tile -= a.period;
-            }
-            v[2 * j] = pair_of<T>(high.x, high.y), v[2 * j + 1] = pair_of<T>(low.x, low.y);
-          }
+          const float* from = d + 32 * c + 8 * p;
+          const uint32_t v[4] = {pair_of<T>(from[0], from[1]), pair_of<T>(from[2], from[3]), pair_of<T>(from[4], from[5]),
+                                 pair_of<T>(from[6], from[7])};
           store_matrices(out + in_tile(warp * 16 + lane % 16, 2 * p + lane / 16), v);
         }
         proxy_fence();
-        if (group == 0) named_barrier<1>(128);
-        else named_barrier<2>(128);
+        if (group == 0) named_barrier(1, 128);
+        else named_barrier(2, 128);
         if (t == 0) {
           tile_store(y, out, at.column + 64 * c, at.row + group * 64);
           tile_stores_commit();

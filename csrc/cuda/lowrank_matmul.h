@@ -34,7 +34,8 @@ inline Layout layout_of(const void* p, const int64_t (&strides)[2], int64_t n, i
   return Layout::other;
 }
 
-// Whether the kernel takes these arguments: 16-bit elements in rows at multiples of 16 bytes, g in float32, bias in dtype.
+// Whether the kernel takes these arguments: 16-bit elements in rows at multiples of 16 bytes, an even number of columns, whose g
+// is float32 and whose bias is in dtype, both read two at a time.
 inline bool matmul_takes(const LowRankMatmul& a) {
   const auto rows_of = [](const void* p, int64_t stride, int64_t columns) {
     const int64_t strides[2] = {stride, 1};
@@ -43,7 +44,7 @@ inline bool matmul_takes(const LowRankMatmul& a) {
   const auto aligned = [](const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   constexpr int64_t most = INT32_MAX - 1024;  // coordinates of the copy engine
   if (a.dtype != DType::bfloat16 && a.dtype != DType::float16) return false;
-  if (a.rows < 1 || a.columns < 1 || a.inner < 1 || a.r < 0 || a.r > kMatmulRank) return false;
+  if (a.rows < 1 || a.columns < 2 || a.columns % 2 || a.inner < 1 || a.r < 0 || a.r > kMatmulRank) return false;
   if (a.rows > most || a.columns > most || a.inner > most) return false;
   if (!rows_of(a.y, a.y_stride, a.columns) || !rows_of(a.x, a.x_stride, a.inner)) return false;
   if (layout_of(a.W, a.W_strides, a.columns, a.inner) == Layout::other) return false;

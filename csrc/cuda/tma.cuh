@@ -57,9 +57,9 @@ __device__ __forceinline__ void barrier_wait(uint64_t* b, uint32_t parity) {
 __device__ __forceinline__ void barrier_arrive(uint64_t* b, int rank) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(in_cluster(b, rank)) : "memory");
 }
-// Of `threads` threads, by a number of 1 to 15.
-template <int kId> __device__ __forceinline__ void named_barrier(int threads) {
-  asm volatile("bar.sync %0, %1;" ::"n"(kId), "r"(threads) : "memory");
+// Of `threads` threads, by a number of 1 to 15: a constant where it is called, else the kernel takes all sixteen.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // --- the copy engine ---
