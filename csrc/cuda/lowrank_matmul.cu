@@ -42,7 +42,7 @@ __device__ __forceinline__ Tile tile_at(const Matmul& a, int tile, int rank) {
 
 // Two elements at a multiple of 4 bytes.
 template <class T> __device__ __forceinline__ float2 two_of(const T* p) {
-  const uint32_t raw = __ldg(reinterpret_cast<const uint32_t*>(p));
+  const uint32_t raw = *reinterpret_cast<const uint32_t*>(p);
   T v[2];
   memcpy(v, &raw, sizeof v);
   return make_float2(value(v[0]), value(v[1]));
@@ -157,48 +157,49 @@ two_segment(const __grid_constant__ TensorMap x, const __grid_constant__ TensorM
       products_done(d);
       release(previous);
 
-      // d[8 c + 2 b + e] and two further on: row i and i + 8 of the warp's 16, columns 8 c + 2 q + e. What lies outside takes
-      // some value of the last columns or the last row, and is not stored.
-      const auto columns_at = [&](int c) { return min_of(at.column + 8 * c + 2 * q, a.columns - 2); };
-      if (a.g) {
-#pragma unroll
-        for (int c = 0; c < 32; ++c) {
-          const float2 g = __ldg(reinterpret_cast<const float2*>(a.g + columns_at(c)));
-          d[4 * c] *= g.x, d[4 * c + 1] *= g.y, d[4 * c + 2] *= g.x, d[4 * c + 3] *= g.y;
-        }
-      }
-      if (a.bias) {
-#pragma unroll
-        for (int c = 0; c < 32; ++c) {
-          const float2 b = two_of(static_cast<const T*>(a.bias) + columns_at(c));
-          d[4 * c] += b.x, d[4 * c + 1] += b.y, d[4 * c + 2] += b.x, d[4 * c + 3] += b.y;
-        }
-      }
-      if (a.tile) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = min_of(at.row + group * 64 + warp * 16 + i + 8 * half, a.rows - 1);
-          const T* from = static_cast<const T*>(a.tile) + row * a.tile_stride;
-          int column = (at.column + 2 * q) % a.period;
-#pragma unroll
-          for (int c = 0; c < 32; ++c) {
-            const float2 s = a.paired ? two_of(from + column)
-                                      : make_float2(value(from[column]), value(from[column + 1 < a.period ? column + 1 : 0]));
-            d[4 * c + 2 * half] += s.x, d[4 * c + 2 * half + 1] += s.y;
-            column += a.period8;
-            if (column >= a.period) column -= a.period;
-          }
-        }
-      }
 #pragma unroll
       for (int c = 0; c < 4; ++c, buffer ^= 1) {  // 64 columns
+        // Lane 4 i + q has rows i and i + 8 of its warp's 16, and columns 8 n + 2 q and the next. What lies outside y takes some
+        // value of the last columns or of the last row, and is not stored.
+        float* sums = d + 32 * c;
+        const int column0 = at.column + 64 * c + 2 * q, last = a.columns - 2;
+        if (a.g) {
+#pragma unroll
+          for (int n = 0; n < 8; ++n) {
+            const float2 g = *reinterpret_cast<const float2*>(a.g + min_of(column0 + 8 * n, last));
+            sums[4 * n] *= g.x, sums[4 * n + 1] *= g.y, sums[4 * n + 2] *= g.x, sums[4 * n + 3] *= g.y;
+          }
+        }
+        if (a.bias) {
+#pragma unroll
+          for (int n = 0; n < 8; ++n) {
+            const float2 b = two_of(static_cast<const T*>(a.bias) + min_of(column0 + 8 * n, last));
+            sums[4 * n] += b.x, sums[4 * n + 1] += b.y, sums[4 * n + 2] += b.x, sums[4 * n + 3] += b.y;
+          }
+        }
+        if (a.tile) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int row = min_of(at.row + group * 64 + warp * 16 + i + 8 * half, a.rows - 1);
+            const T* from = static_cast<const T*>(a.tile) + row * a.tile_stride;
+            int column = column0 % a.period;
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+              const float2 s = a.paired ? two_of(from + column)
+                                        : make_float2(value(from[column]), value(from[column + 1 < a.period ? column + 1 : 0]));
+              sums[4 * n + 2 * half] += s.x, sums[4 * n + 2 * half + 1] += s.y;
+              column += a.period8;
+              if (column >= a.period) column -= a.period;
+            }
+          }
+        }
         unsigned char* out = shared + kOutAt + (2 * group + buffer) * kTileBytes;
         if (t == 0) tile_stores_read<1>();
         if (group == 0) named_barrier(1, 128);
         else named_barrier(2, 128);
 #pragma unroll
         for (int p = 0; p < 4; ++p) {  // 16 columns
-          const float* from = d + 32 * c + 8 * p;
+          const float* from = sums + 8 * p;
           const uint32_t v[4] = {pair_of<T>(from[0], from[1]), pair_of<T>(from[2], from[3]), pair_of<T>(from[4], from[5]),
                                  pair_of<T>(from[6], from[7])};
           store_matrices(out + in_tile(warp * 16 + lane % 16, 2 * p + lane / 16), v);

@@ -129,7 +129,7 @@ __device__ __forceinline__ void products_done(float (&d)[128]) { asm volatile(""
 
 #endif
 
-// Of the current device, asked for once.
+// Multiprocessors of the current device, asked for once.
 inline int processors() {
   static std::atomic<int> known[64];
   int device = 0;
@@ -140,6 +140,18 @@ inline int processors() {
     known[device].store(count, std::memory_order_relaxed);
   }
   return count;
+}
+
+}  // namespace spectral_ops::cuda
+
+#else
+
+namespace spectral_ops::cuda {
+
+// EMULATOR_PROCESSORS says how many the emulated GPU has: few, so that a block gets several tiles of a small matrix.
+inline int processors() {
+  const char* text = std::getenv("EMULATOR_PROCESSORS");
+  return text ? std::atoi(text) : 4;
 }
 
 }  // namespace spectral_ops::cuda
