@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from matmul_case import CASES, FULL, Case, passed, run, tensors_of
+from matmul_case import CASES, FULL, Case, first_wrong, passed, run, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 KERNEL, PRODUCTS, TMA = "cuda/lowrank_matmul.cu", "cuda/wgmma.cuh", "cuda/tma.cuh"
+OPERANDS = [("x", False), ("W", False), ("W", True), ("B", False), ("B", True)]  # and whether they lie by columns
 LAYOUTS = [(W, B) for W in (False, True) for B in (False, True)]
 RANKS = (1, 8, 16, 17, 40, 64, 65, 128, 200, 256)
 
@@ -28,7 +29,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def compiled(emulator_command):
     def compiled(sources: Path, library: Path) -> Path:
-        subprocess.run([*emulator_command, "-I", sources, "-shared", EMULATOR / "matmul.cpp", "-o", library], check=True)
+        subprocess.run(
+            [*emulator_command, "-I", sources, "-shared", EMULATOR / "matmul.cpp", "-o", library], check=True
+        )
         return library
 
     return compiled
@@ -93,7 +96,17 @@ def test_many_tiles_to_a_cluster(library):
     """One cluster takes every tile, then two that do not share them evenly; both wrap their stages many times."""
     for processors in (2, 4):
         for W_by_columns, B_by_columns in LAYOUTS:
-            run(library, Case(520, 520, 130, 20, torch.bfloat16, W_by_columns, B_by_columns, processors=processors, **FULL))
+            run(
+                library,
+                Case(520, 520, 130, 20, torch.bfloat16, W_by_columns, B_by_columns, processors=processors, **FULL),
+            )
+
+
+@pytest.mark.parametrize("operand, by_columns", OPERANDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_read_every_element_where_it_is(library, operand, by_columns, dtype):
+    """What a chip is asked first (test_gpu.py)."""
+    assert first_wrong(library, operand, by_columns, dtype) is None
 
 
 def test_takes_what_tma_can_describe(library):

@@ -1,4 +1,5 @@
-// lowrank_matmul by itself, free of torch: test_cuda_matmul.py compiles it, and deliberately broken copies of it.
+// lowrank_matmul by itself, free of torch: test_cuda_matmul.py compiles it for the emulator, and deliberately broken copies
+// of it; test_gpu.py compiles it for a chip.
 #include "cuda/lowrank_matmul.cu"
 
 extern "C" {
@@ -30,8 +31,9 @@ int matmul_takes(void* const* pointers, double scale, const int64_t* numbers) {
   return spectral_ops::cuda::matmul_takes(arguments(pointers, scale, numbers));
 }
 
-int lowrank_matmul(void* const* pointers, double scale, const int64_t* numbers) {
-  return static_cast<int>(spectral_ops::cuda::lowrank_matmul(arguments(pointers, scale, numbers), nullptr));
+int lowrank_matmul(void* const* pointers, double scale, const int64_t* numbers, void* stream) {
+  return static_cast<int>(
+      spectral_ops::cuda::lowrank_matmul(arguments(pointers, scale, numbers), static_cast<cudaStream_t>(stream)));
 }
 
 }
