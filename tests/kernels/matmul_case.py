@@ -1,5 +1,6 @@
 """lowrank_matmul's kernel for Hopper against float64, on the emulator or a chip. As a program, `matmul_case.py LIBRARY
-[cuda]`: it must not end with status 0 where the library is a broken copy of the kernel."""
+[cuda]`: it must not end with status 0 where the library is a broken copy of the kernel. `matmul_case.py LIBRARY DEVICE
+OPERAND` prints what of x, W or B products read wrongly, by rows and by columns."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Case:
-    """y [T, d] = g * (x Wᵀ + 0.7 h Bᵀ) + bias + tile[:, j % period], of k columns of x and r of h. W and B lie by rows or,
-    ``W_by_columns``, are views of transposed ones. period 0: no tile; r 0: no h."""
+    """y [T, d] = g * (x Wᵀ + 0.7 h Bᵀ) + bias + tile[:, j % period], of k columns of x and r of h; without tile for a
+    period of 0. W and B lie by rows or, ``W_by_columns``, are views of transposed ones."""
 
     T: int
     d: int
@@ -27,8 +28,8 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     W_by_columns: bool = False
     B_by_columns: bool = False
-    g_dtype: torch.dtype | None = None
-    bias_dtype: torch.dtype | None = None
+    g: bool = False
+    bias: bool = False
     period: int = 0
     processors: int = 132
 
@@ -37,11 +38,13 @@ class Case:
         return f"{self.T}x{self.d}x{self.k}+{self.r} {str(self.dtype)[6:]} {stored} {self.period}"
 
 
-FULL = {"g_dtype": torch.float32, "bias_dtype": torch.bfloat16}
-# Tails everywhere and every stage used twice: several tiles of one cluster; then operands stored the other way.
+FULL = {"g": True, "bias": True}
+# Tails everywhere, several tiles of one cluster, stages that are used again; then operands that lie the other way, and
+# one segment alone.
 CASES = [
     Case(300, 600, 330, 24, processors=2, period=24, **FULL),
     Case(140, 300, 200, 72, torch.float16, True, True, processors=2, **FULL),
+    Case(130, 264, 100, 0, period=37),
 ]
 
 
@@ -68,7 +71,7 @@ def passed(case: Case, tensors: list[torch.Tensor | None], scale: float = 0.7):
     y, x, W, h, B, _, _, tile = tensors
     strides = (y.stride(0), x.stride(0), *W.stride(), *((0, 0, 0) if h is None else (h.stride(0), *B.stride())))
     numbers = (case.T, case.d, case.k, case.r, case.period, *strides, 0 if tile is None else tile.stride(0),
-               CODES[x.dtype], CODES.get(case.g_dtype, 1), CODES.get(case.bias_dtype, 1))  # fmt: skip
+               CODES[x.dtype], CODES[torch.float32], CODES[x.dtype])  # fmt: skip
     pointers = (ctypes.c_void_p * 8)(*(None if t is None else t.data_ptr() for t in tensors))
     return pointers, ctypes.c_double(scale), (ctypes.c_int64 * len(numbers))(*numbers)
 
@@ -88,8 +91,8 @@ def tensors_of(case: Case, device: str = "cpu") -> list[torch.Tensor | None]:
     x, W = in_nan(T, k, dtype, 1, device), factor(d, k, dtype, case.W_by_columns, device)
     h = in_nan(T, r, dtype, 1, device) if r else None
     B = factor(d, r, dtype, case.B_by_columns, device) if r else None
-    g = None if case.g_dtype is None else (1 + 0.3 * torch.randn(d)).to(device, case.g_dtype)
-    bias = None if case.bias_dtype is None else torch.randn(d).to(device, case.bias_dtype)
+    g = (1 + 0.3 * torch.randn(d)).to(device) if case.g else None
+    bias = torch.randn(d).to(device, dtype) if case.bias else None
     tile = in_nan(T, case.period, dtype, 1, device) if case.period else None
     return [y, x, W, h, B, g, bias, tile]
 
@@ -119,7 +122,7 @@ def run(library, case: Case, device: str = "cpu", again: int = 0) -> torch.Tenso
     return first
 
 
-# What has to be right for the first rows and columns of an operand to arrive: (rows, columns, what), one thing more each.
+# What has to be right for an operand's first rows and columns to arrive: (rows, columns, what), one thing more each.
 BY_ROWS = (
     (8, 8, "the start address, or the operand's direction (tnsp)"),
     (8, 16, "the swizzle mode"),
@@ -172,5 +175,11 @@ def first_wrong(library, operand: str, by_columns: bool, dtype: torch.dtype, dev
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for each in CASES:
-        run(ctypes.CDLL(sys.argv[1]), each, *sys.argv[2:])
+    library, *words = sys.argv[1:]
+    library = ctypes.CDLL(library)
+    if words[1:]:
+        for by_columns in (False, True)[: 1 + (words[1] != "x")]:
+            print(first_wrong(library, words[1], by_columns, torch.bfloat16, words[0]))
+    else:
+        for each in CASES:
+            run(library, each, *words)
