@@ -48,7 +48,7 @@ INSTRUCTIONS = {  # as they show in SASS
     "LDS narrow": r"\bLDS\b(?!\.128)",
     "SHFL apart": r"\bENDCOLLECTIVE\b",  # once more for warps whose lanes have parted
     "local": r"\b(?:LDL|STL)\b",
-    "atomic": r"\b(?:RED|ATOM|ATOMS|ATOMG)\b",
+    "atomic": r"(?<!\.)\b(?:RED|ATOM|ATOMS|ATOMG)\b",  # an mbarrier's SYNCS.ARRIVE.….RED is none
 }
 
 pytestmark = pytest.mark.slow
