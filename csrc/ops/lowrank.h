@@ -1,4 +1,5 @@
-// lowrank_update_ and lowrank_backward: their kernels' arguments, free of torch, and their host side for any device.
+// lowrank_matmul, block_matmul, lowrank_update_ and lowrank_backward: their kernels' arguments, free of torch, and their host
+// side for any device.
 #pragma once
 
 #include "../kernels.h"
@@ -36,7 +37,22 @@ struct LowRankBackward {
   DType dtype, g_dtype, bias_dtype;  // dtype: of dy, h, B and y
 };
 
+// y [rows, columns] = g * (x Wᵀ + scale h Bᵀ) + bias + tile[:, j % period]; x [rows, inner], W [columns, inner], h [rows, r] and
+// B [columns, r] (r = 0: none), tile [rows, period] or null. W and B have a unit stride along either dimension, the others along
+// the inner one; which strides and sizes are taken, cuda/lowrank_matmul.h says.
+struct LowRankMatmul {
+  void* y;
+  const void *x, *W, *h, *B;
+  const void *g, *bias;  // [columns], or null
+  const void* tile;
+  double scale;
+  int64_t rows, columns, inner, r, period;
+  int64_t y_stride, x_stride, W_strides[2], h_stride, B_strides[2], tile_stride;
+  DType dtype, g_dtype, bias_dtype;  // dtype: of y, x, W, h, B and tile
+};
+
 namespace cuda {
+SPECTRAL_OPS_CUDA_KERNEL(lowrank_matmul, LowRankMatmul)
 SPECTRAL_OPS_CUDA_KERNEL(lowrank_update, LowRankUpdate)
 SPECTRAL_OPS_CUDA_KERNEL(lowrank_backward, LowRankBackward)
 }  // namespace cuda
