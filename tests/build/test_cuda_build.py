@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.estimates import sass, table
+from benchmarks.estimates import cases, lowrank, sass, table
+from benchmarks.estimates.launches import Launch
+from benchmarks.estimates.model import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -233,6 +235,20 @@ def test_hopper_product_is_of_the_widest_instructions(kernels, nvcc_build):
     assert len(entries) == len(ARCHS) * len(chosen), text
     for arch, registers in entries:  # 384 threads leave 168; of another architecture the body is empty
         assert int(registers) == 168 if arch == "sm_90a" else int(registers) < 64, (arch, registers)
+
+
+@pytest.mark.parametrize("label", ["r 16", "r 64", "r 16, dx", "r 16, g and bias", "r 64, D"])
+@pytest.mark.parametrize("d, k", cases.SHAPES)
+def test_hopper_product_is_expected_near_its_roofline(nvcc_build, d, k, label):
+    """Whatever route the operator takes; what is left is L2's and the last turn of the blocks."""
+    case = next(case for case in cases.MORE if (case.operator, case.label) == ("lowrank_matmul", label))
+    args = case.arguments(cases.Make(8192, d, k, "meta"))
+    by_columns = [int(args[i].stride(0) == 1) for i in (1, 3)]
+    launch = Launch(f"two_segment<__nv_bfloat16, {by_columns[0]}, {by_columns[1]}>", 132, 384, 230_464)
+    code = sass.kernels(nvcc_build / "cuda" / "lowrank_matmul.o")[launch.kernel]
+    time = estimate(code, lowrank.work(launch, case, args), launch.blocks, launch.threads, launch.dynamic)
+    assert time.resident == 1 and time.bound in ("L2", "wgmma"), time
+    assert 0.85 < table.floor(case, args) / time.seconds < 1, time
 
 
 @pytest.mark.skipif(tool("nvcc") is None, reason="nvcc is not on PATH")
