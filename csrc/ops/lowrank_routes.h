@@ -1,5 +1,5 @@
-// Which way y = g * (x Wᵀ + scale h Bᵀ) + bias + tile goes on an H100: a cost model of waves and bytes, free of torch. Assumed,
-// not measured; functional/lowrank_routes.py is the same arithmetic in the same order, and a test compares the two.
+// Which way y = g * (x Wᵀ + scale h Bᵀ) + bias + tile goes on an H100: a cost model of waves and bytes, free of torch. Assumed
+// and not measured; functional/lowrank_routes.py is the same arithmetic in the same order, and a test compares the two.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 """Which way y = g * (x Wᵀ + scale h Bᵀ) + bias + tile goes on an H100: a cost model of waves and bytes.
 
     library       x Wᵀ, then a product that accumulates into y or, with g or tile, a pass of ours: reads and writes y
-    update_first  y = scale h Bᵀ + bias, then x Wᵀ added to it (beta = 1): writes y, and reads it as far as nothing hides it
-    fused         one GEMM over [x | h] (sm_90): kFusedShare of the library's rate, and r more of the inner size
+    update_first  y = scale h Bᵀ + bias, then x Wᵀ added to it (beta = 1): writes y, and its read is hidden in part
+    fused         one GEMM over [x | h] (sm_90): FUSED_SHARE of the library's rate, and r more of the inner size
     triton        the same in Triton
 
 Assumed, not measured. csrc/ops/lowrank_routes.h is the same arithmetic in the same order, and a test compares the two.
