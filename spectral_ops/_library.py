@@ -78,6 +78,11 @@ def measured(name: str, device: torch.device) -> bool:
     return backends.tables and backends.tuned(name, device)
 
 
+def composing() -> str | None:
+    """The backend whose pieces a layer operator is being composed of in this thread, if of one."""
+    return getattr(_composing, "backend", None)
+
+
 class Operator:
     """One operator: calling it runs the implementation the dispatcher (or a forced backend) chooses."""
 
@@ -119,7 +124,7 @@ class Operator:
         self._triton: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
-        backend = getattr(_composing, "backend", None) or forced_backend
+        backend = composing() or forced_backend
         if backend is None:
             return (self.tuned if measured(self.name, args[0].device) else self.default)(*args)
         backends.require(self, backend, args)
@@ -186,7 +191,7 @@ class LayerOperator(Operator):
         return counter.get_total_flops()
 
     def _compose(self, backend: str | None, args: tuple) -> Any:
-        previous = getattr(_composing, "backend", None)
+        previous = composing()
         _composing.backend = backend
         try:
             with torch.no_grad():

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../ops/lowrank.h"
+#include "lowrank_matmul.h"
 #include "lowrank_wgmma.h"
 
 namespace spectral_ops::cuda {

@@ -121,12 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dora_linear_backward(
   } else if (need_x) {
     dx = empty_rows(dy, A.size(1));
     const Tensor dx2 = flat("dx", dx);
-    if (weight) {
-      base_input_gradient<Device>(dx2, dy2, gdy, *weight, g);
-      add_product<Device>(dx2, u, a);
-    } else {
-      mm_out<Device>(dx2, u, a);
-    }
+    if (weight) input_gradient<Device>(dx2, dy2, gdy, *weight, g, u, a, std::nullopt, 0);
+    else mm_out<Device>(dx2, u, a);
   }
   Tensor dA = need_A ? A_gradient<Device>(u, given("x", x2), seed, p, A.scalar_type()) : nothing(dy);
   if (need_m && exact) {

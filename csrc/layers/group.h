@@ -54,7 +54,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
   check_siblings(n, "scales", scales.size());
   check_siblings(n, "needs", needs.size());
   MaybeTensor dx;
-  std::vector<Tensor> dA, dB, db, lifted, lifts, trained;  // u and A of those that add to dx, u of those whose A trains
+  std::vector<Tensor> dA, dB, db, trained;          // u of those whose A trains
+  std::vector<Tensor> grads, bases, lifted, lifts;  // dy, weight, u and A of those that add to dx
   int64_t start = 0;
   for (size_t i = 0; i < n; ++i) {
     const bool need_x = wants(needs[i], 0), need_A = wants(needs[i], 1), need_B = wants(needs[i], 2);
@@ -67,17 +68,21 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
     auto [u, full_B, full_b, dyz, gdy] =
         lowrank_backward<Device>(dy2, part, cast_as(B[i], h), scales[i], std::nullopt, std::nullopt, std::nullopt,
                                  need_x || need_A, need_B, wants(needs[i], 3), false);
-    if (need_x && dx) add_product<Device>(flat("dx", *dx), dy2, weights[i]);
-    if (need_x && !dx) {
-      dx = empty_rows(*dys[i], weights[i].size(1));
-      mm_out<Device>(flat("dx", *dx), dy2, weights[i]);
-    }
-    if (need_x) lifted.push_back(u), lifts.push_back(cast_as(A[i], h));
+    if (need_x && !dx) dx = empty_rows(*dys[i], weights[i].size(1));
+    if (need_x) grads.push_back(dy2), bases.push_back(weights[i]), lifted.push_back(u), lifts.push_back(cast_as(A[i], h));
     if (need_A) trained.push_back(u);
     if (need_B) dB[i] = cast_as(full_B, B[i]);
     if (wants(needs[i], 3)) db[i] = cast_as(full_b, h);
   }
-  if (dx) add_product<Device>(flat("dx", *dx), joined(lifted, 1), joined(lifts, 0));
+  if (dx) {
+    constexpr bool joins = has_kernel<Device, LowRankMatmul>;  // the first product takes u A with it
+    const Tensor dx2 = flat("dx", *dx), u = joined(lifted, 1), a = joined(lifts, 0);
+    if constexpr (joins)
+      matmul_into<Device>(dx2, grads[0], transposed(bases[0]), u, transposed(a), 1, std::nullopt, std::nullopt);
+    else mm_out<Device>(dx2, grads[0], bases[0]);
+    for (size_t i = 1; i < grads.size(); ++i) add_product<Device>(dx2, grads[i], bases[i]);
+    if constexpr (!joins) add_product<Device>(dx2, u, a);
+  }
   if (!trained.empty()) {
     const Tensor stacked = A_gradient<Device>(joined(trained, 1), flat("x", given("x", x)), std::nullopt, 0, accumulate_type(h));
     start = 0;

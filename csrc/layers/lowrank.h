@@ -56,6 +56,7 @@ template <class Device> Tensor core_gradient(const Tensor& h, const Tensor& u, c
 template <class Device>
 void adapted_into(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& h, const Tensor& B, double scale,
                   const MaybeTensor& g, const MaybeTensor& bias) {
+  if constexpr (has_kernel<Device, LowRankMatmul>) return matmul_into<Device>(y, x, weight, h, B, scale, g, bias);
   linear_into<Device>(y, x, weight, g ? MaybeTensor() : bias);
   if (!g) return add_product<Device>(y, h, transposed(B), scale);
   lowrank_update_<Device>(y, h, B, scale, g, bias ? MaybeTensor(cast_as(*bias, *g)) : MaybeTensor());
@@ -64,12 +65,19 @@ void adapted_into(const Tensor& y, const Tensor& x, const Tensor& weight, const 
 // Whether dx = (g * dy) W is formed by scaling dy rather than W: as scales_tokens of lowrank.py.
 inline bool scales_tokens(int64_t T, const Tensor& weight, const MaybeTensor& g) { return g && T <= 2 * weight.size(1); }
 
-// dx [T, k] = (g * dy) W into dx, from gdy where scales_tokens chose to form it.
+// dx [T, k] = (g * dy) W + mask * (u A) into dx, from gdy where scales_tokens chose to form it.
 template <class Device>
-void base_input_gradient(const Tensor& dx, const Tensor& dy, const Tensor& gdy, const Tensor& weight, const MaybeTensor& g) {
-  if (!g) return mm_out<Device>(dx, dy, weight);
-  if (scales_tokens(dy.size(0), weight, g)) return mm_out<Device>(dx, gdy, weight);
-  mm_out<Device>(dx, dy, cast_as(call("aten::mul", "Tensor", weight, as_matrix(*g, g->size(0), 1, g->stride(0), 1)), weight));
+void input_gradient(const Tensor& dx, const Tensor& dy, const Tensor& gdy, const Tensor& weight, const MaybeTensor& g,
+                    const Tensor& u, const Tensor& A, const MaybeTensor& seed, double p) {
+  const bool by_tokens = scales_tokens(dy.size(0), weight, g);
+  const Tensor left = by_tokens ? gdy : dy;
+  Tensor W = weight;
+  if (g && !by_tokens) W = cast_as(call("aten::mul", "Tensor", weight, as_matrix(*g, g->size(0), 1, g->stride(0), 1)), weight);
+  if constexpr (has_kernel<Device, LowRankMatmul>) {
+    if (!seed) return matmul_into<Device>(dx, left, transposed(W), u, transposed(A), 1, std::nullopt, std::nullopt);
+  }
+  mm_out<Device>(dx, left, W);
+  lift<Device>(dx, u, A, seed, p);
 }
 
 // A [r, k] and B [d, r] are matrices that fit x [..., k] and d outputs; the products and kernels check the rest.
@@ -147,10 +155,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lowrank_linear_backwa
   if (need_x) {
     dx = empty_rows(dy, A.size(1));
     const Tensor dx2 = flat("dx", dx);
-    if (weight) base_input_gradient<Device>(dx2, dy2, gdy, *weight, g);
-    else if (seed) torch::stable::fill_(dx2, 0);
-    if (weight || seed) lift<Device>(dx2, u, a, seed, p);
-    else mm_out<Device>(dx2, u, a);
+    if (weight) {
+      input_gradient<Device>(dx2, dy2, gdy, *weight, g, u, a, seed, p);
+    } else if (seed) {
+      torch::stable::fill_(dx2, 0);
+      lift<Device>(dx2, u, a, seed, p);
+    } else {
+      mm_out<Device>(dx2, u, a);
+    }
   }
   Tensor dA = need_A ? A_gradient<Device>(u, flat("x", given("x", x)), seed, p, A.scalar_type()) : nothing(dy);
   dB = need_B ? cast_as(dB, B) : nothing(dy);

@@ -167,30 +167,44 @@ inline Tensor joined_rows(const Tensor& t) {
   return as_matrix(t, t.size(0) * t.size(1), t.size(2), at_least(t.size(2), 1), 1);
 }
 
+// Adapters, ids and the route fit x [T, k] and d outputs.
+inline void check_updates(int64_t d, const Tensor& x, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
+                          const Tensor& ids, const MaybeTensor& seed, const std::vector<double>& scales, bool grouped) {
+  check_adapters(d, A, B, scales, x);
+  check_size("A", A[0], 1, x.size(1), "the columns of x");
+  check_same_device("ids", ids, x);
+  STD_TORCH_CHECK(!grouped || !seed, "seed: got a tensor, wanted None, since the grouped route has no dropout");
+}
+
+// h [T, n r] of all adapters, zero in the columns of others than a row's own; and those [T, r] (empty [0] without `keep`).
+template <class Device>
+std::tuple<Tensor, Tensor> stacked_hidden(const Tensor& x, const std::vector<Tensor>& A, const Tensor& ids,
+                                          const MaybeTensor& seed, double p, bool keep) {
+  const Owners owners(ids, x.size(0), static_cast<int64_t>(A.size()));
+  const Tensor h = project<Device>(x, stack_A(A, x), seed, p);
+  owners.keep_own_(h);
+  return {h, keep ? owners.own_of(h) : nothing(x)};
+}
+
 // out [T, d] is increased by the update of x [T, k]. Results: each row's own h [T, r] (empty [0] without `keep`), order and
 // offsets (empty [0] on the stacked route).
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> add_updates(const Tensor& out, const Tensor& x, const std::vector<Tensor>& A,
                                                const std::vector<Tensor>& B, const Tensor& ids, const MaybeTensor& seed,
                                                const std::vector<double>& scales, double p, bool keep, bool grouped) {
-  check_adapters(out.size(1), A, B, scales, x);
-  check_size("A", A[0], 1, x.size(1), "the columns of x");
-  check_same_device("ids", ids, x);
-  STD_TORCH_CHECK(!grouped || !seed, "seed: got a tensor, wanted None, since the grouped route has no dropout");
+  check_updates(out.size(1), x, A, B, ids, seed, scales, grouped);
   const int64_t n = static_cast<int64_t>(A.size()), T = x.size(0);
-  const Tensor a = stack_A(A, x), b = stack_B(B, scales, largest_rank(A), x);
+  const Tensor b = stack_B(B, scales, largest_rank(A), x);
   if (grouped) {
     check_ids(ids, T);
     const auto [order, offsets] = Device::on_host ? group_rows_here(ids, T, n) : group_rows_there(ids, T, n);
-    const Tensor h = segment_project<Device>(x, each_A(a, n), order, offsets);
+    const Tensor h = segment_project<Device>(x, each_A(stack_A(A, x), n), order, offsets);
     segment_lift_<Device>(out, h, each_B(b, n), order, offsets);
     return {keep ? h : nothing(x), order, offsets};
   }
-  const Owners owners(ids, T, n);
-  const Tensor h = project<Device>(x, a, seed, p);
-  owners.keep_own_(h);
+  const auto [h, own] = stacked_hidden<Device>(x, A, ids, seed, p, keep);
   add_product<Device>(out, h, transposed(b));
-  return {keep ? owners.own_of(h) : nothing(x), no_rows(x), no_rows(x)};
+  return {own, no_rows(x), no_rows(x)};
 }
 
 // out [..., d] is increased by the update; returns what add_updates does.
@@ -209,6 +223,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segmented_linear_forward(
     Tensor x, MaybeTensor weight, MaybeTensor base_out, MaybeTensor bias, std::vector<Tensor> A, std::vector<Tensor> B,
     Tensor ids, MaybeTensor seed, std::vector<double> scales, double p, bool keep, bool grouped) {
   const NoGrad guard;
+  if constexpr (has_kernel<Device, LowRankMatmul>) {
+    if (weight && !base_out && !grouped) {
+      check_weight(x, *weight);
+      const Tensor x2 = flat("x", x), y = empty_rows(x, weight->size(0));
+      check_updates(weight->size(0), x2, A, B, ids, seed, scales, grouped);
+      const auto [h, own] = stacked_hidden<Device>(x2, A, ids, seed, p, keep);
+      const Tensor b = stack_B(B, scales, largest_rank(A), x);
+      matmul_into<Device>(flat("y", y), x2, *weight, h, b, 1, std::nullopt, bias);
+      return {y, own, no_rows(x), no_rows(x)};
+    }
+  }
   const Tensor y = base_output<Device>(x, weight, base_out, bias);
   const auto [h, order, offsets] = add_updates<Device>(flat("y", y), flat("x", x), A, B, ids, seed, scales, p, keep, grouped);
   return {y, h, order, offsets};
@@ -272,12 +297,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> segmented_l
     const Tensor a = stack_A(A, dy);
     dx = empty_rows(dy, a.size(1));
     const Tensor dx2 = flat("dx", dx);
-    if (weight) mm_out<Device>(dx2, dy2, *weight);
-    else if (seed || grouped) torch::stable::fill_(dx2, 0);
-    if (grouped) {
+    if (weight && !grouped) {
+      input_gradient<Device>(dx2, dy2, dy2, *weight, std::nullopt, u, a, seed, p);
+    } else if (grouped) {
+      if (weight) mm_out<Device>(dx2, dy2, *weight);
+      else torch::stable::fill_(dx2, 0);
       const Tensor turned = strided(a, {n, a.size(1), r}, {r * a.stride(0), a.stride(1), a.stride(0)});
       segment_lift_<Device>(dx2, u, turned, *order, *offsets);
-    } else if (weight || seed) {
+    } else if (seed) {
+      torch::stable::fill_(dx2, 0);
       lift<Device>(dx2, u, a, seed, p);
     } else {
       mm_out<Device>(dx2, u, a);

@@ -1,9 +1,10 @@
-// block_sum and block_tile_: their kernels' arguments, free of torch, and their host side for any device.
+// block_sum, block_tile_ and block_matmul (lowrank.h has its kernel): their kernels' arguments, free of torch, and their host
+// side for any device.
 #pragma once
 
 #include "../kernels.h"
 #ifdef SPECTRAL_OPS_HOST
-#include "../ops.h"
+#include "lowrank.h"
 #endif
 
 namespace spectral_ops {
@@ -103,9 +104,44 @@ void block_tile_(Tensor out, Tensor s, std::optional<Tensor> offsets, std::optio
   if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
 }
 
+// y [T, n] = x Wᵀ + bias + s[:, j mod r], of any strides, where Device has the kernel: by the route of least cost.
+template <class Device>
+void block_matmul_into(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& s, MaybeTensor bias) {
+  check_product(y, x, weight);
+  check_matrix("s", s);
+  check_size("s", s, 0, x.size(0), "the rows of x");
+  check_same_device("s", s, x);
+  check_dtype("s", s, dtype_of("x", x), "x");
+  STD_TORCH_CHECK(s.size(1) >= 1, "s: got no columns, wanted at least 1");
+  LowRankMatmul a = matmul_arguments(y, x, weight, 0);
+  if (bias) bias = cast_as(*bias, x);
+  a.bias = vector_data("bias", bias, a.columns, x, a.bias_dtype);
+  if (a.rows == 0 || a.columns == 0) return;
+  const Tensor tile = rows_of(s);
+  a.tile = tile.data_ptr(), a.tile_stride = tile.stride(0), a.period = s.size(1);
+  const MatmulRoute route = matmul_route(a, false, bias.has_value(), true, matmul_fuses(a, y, x));
+  if (route == MatmulRoute::fused) return Device::launch(a, y);
+  if (route == MatmulRoute::update_first && !bias) {  // the product adds to what is tiled before it rounds
+    block_tile_<Device>(y, tile, std::nullopt, std::nullopt, 0.0, false);
+    return add_product<Device>(y, x, transposed(weight));
+  }
+  linear_into<Device>(y, x, weight, bias);
+  block_tile_<Device>(y, tile, std::nullopt, std::nullopt, 0.0, true);
+}
+
+template <class Device> Tensor block_matmul(Tensor x, Tensor weight, Tensor s, MaybeTensor bias) {
+  const NoGrad guard;
+  check_matrix("x", x);
+  check_matrix("weight", weight);
+  Tensor y = empty(x, {x.size(0), weight.size(0)});
+  block_matmul_into<Device>(y, x, weight, s, bias);
+  return y;
+}
+
 template <class Device> void bind_blocksum(Bindings& rows) {
   if constexpr (has_kernel<Device, BlockSum>) rows.add<&block_sum<Device>>("block_sum");
   if constexpr (has_kernel<Device, BlockTile>) rows.mutating<&block_tile_<Device>>("block_tile_");
+  if constexpr (has_kernel<Device, LowRankMatmul>) rows.add<&block_matmul<Device>>("block_matmul");
 }
 
 #endif

@@ -37,6 +37,7 @@ from spectral_ops.core.autograd import (
     wanted,
 )
 from spectral_ops.functional import dropout
+from spectral_ops.functional.lowrank import fused, fused_forward
 
 __all__ = ["block_sum", "bone_linear", "bone_update", "disha_linear"]
 
@@ -120,6 +121,42 @@ def block_tile_op(out, s, offsets, seed, p, accumulate):
         out.copy_(tiled)
 
 
+def _matmul_cost(x, weight, s, bias):
+    T, n = x.shape[0], weight.shape[0]
+    return Cost(2 * T * n * weight.shape[1] + T * n, nbytes(x, weight, s, bias) + T * n * x.element_size())
+
+
+def _matmul_samples(s):
+    if s.r:
+        yield s.x, s.W, s.h, s.bias
+        yield s.x, s.W, s.h, None
+        yield s.dy, s.W.t(), s.h, None
+        yield s.rows(s.x), s.transposed(s.W), s.rows(s.h), s.bias
+
+
+@define(
+    "block_matmul(Tensor x, Tensor weight, Tensor s, Tensor? bias) -> Tensor",
+    fake=lambda x, weight, s, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    cost=_matmul_cost,
+    samples=_matmul_samples,
+)
+def block_matmul_op(x, weight, s, bias):
+    """y [T, n] = x Wᵀ + bias + s[:, j mod r], s [T, r] in x's dtype: one GEMM that rounds once."""
+    acc = accumulate_dtype(x.dtype)
+    y = x.to(acc) @ weight.to(acc).t() + s[:, shard_index(weight.shape[0], s.shape[1], None, s.device)]
+    return (y if bias is None else y + bias.to(acc)).to(x.dtype)
+
+
+def library_block_matmul(x, weight, s, bias):
+    """block_matmul as the library's product and our tiling pass."""
+    y = F.linear(x, weight, bias)
+    block_tile_op(y, s, None, None, 0.0, True)
+    return y
+
+
+block_matmul_op.library = library_block_matmul
+
+
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +183,13 @@ class BlockSumFunction(Function):
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 _PIECES = ("block_sum", "block_tile_")
+_MATMULS = ("lowrank_matmul", "block_matmul")
+
+
+def tiled_forward(x, weight, s, bias):
+    """y [T, n] = x Wᵀ + bias + s[:, j mod r]; the library's products but where ``fused`` says otherwise."""
+    run = block_matmul_op if fused(block_matmul_op, x.device) else library_block_matmul
+    return run(x, weight, s, bias)
 
 
 def _expand_(y, h, D, out_offsets):
@@ -173,15 +217,26 @@ def _bone_update_(out, x, D, seed, p, in_offsets, out_offsets):
     fake=lambda x, weight, base_out, D, bias, seed, p, in_offsets, out_offsets: (
         x.new_empty(*x.shape[:-1], base_out.shape[-1] if weight is None else weight.shape[0]), _sums(x, D),
     ),
-    pieces=_PIECES,
+    pieces=(*_MATMULS, *_PIECES),
 )  # fmt: skip
 def bone_linear_forward_op(x, weight, base_out, D, bias, seed, p, in_offsets, out_offsets):
     """y [..., d] = x Wᵀ + b + expand(h D) and h [T, r] = block_sum(drop(x)); offsets None: cyclic.
 
     Without a weight y is a copy of base_out [..., d], somebody else's x Wᵀ + b, with the update added.
     """
-    y = shaped(F.linear(rows(x), weight, bias), x) if weight is not None else contiguous_copy(base_out)
-    return y, _bone_update_(tokens(y), x, D, seed, p, in_offsets, out_offsets)
+    if weight is None:
+        y = contiguous_copy(base_out)
+        return y, _bone_update_(tokens(y), x, D, seed, p, in_offsets, out_offsets)
+    x2, full = rows(x), D.to(x.dtype)
+    h = block_sum_op(x2, D.shape[0], in_offsets, seed, p)
+    if out_offsets is not None:
+        y = F.linear(x2, weight, bias)
+        _expand_(y, h, full, out_offsets)
+    elif D.shape[1] == weight.shape[0]:
+        y = fused_forward(x2, weight, h, full.t(), 1.0, None, bias)
+    else:
+        y = tiled_forward(x2, weight, h @ full, bias)
+    return shaped(y, x), h
 
 
 @define_layer(
@@ -200,7 +255,7 @@ def bone_update_forward_op(out, x, D, seed, p):
     fake=lambda dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs: wanted(
         dy, needs, (*dy.shape[:-1], k), D, dy.shape[-1:]
     ),
-    pieces=_PIECES,
+    pieces=("block_matmul", *_PIECES),
 )
 def bone_linear_backward_op(dy, weight, D, h, seed, p, in_offsets, out_offsets, k, needs):
     """dx [..., k], dD and db; empty [0] where ``needs`` has no bit. Without a weight dx is the update's share alone."""
@@ -209,8 +264,12 @@ def bone_linear_backward_op(dy, weight, D, h, seed, p, in_offsets, out_offsets, 
         sums = block_sum_op(dy2, D.shape[1], out_offsets, None, 0.0)
     dx = dD = db = dy
     if needs & 1:  # a product onto the tiled s would move as much, and was 6 % slower than a plain one on the CPU
-        dx = dy2 @ weight if weight is not None else dy.new_empty(dy2.shape[0], k)
-        block_tile_op(dx, sums @ D.to(dy.dtype).t(), in_offsets, seed, p, weight is not None)
+        s = sums @ D.to(dy.dtype).t()
+        if weight is not None and in_offsets is None and seed is None:
+            dx = tiled_forward(dy2, weight.t(), s, None)
+        else:
+            dx = dy2 @ weight if weight is not None else dy.new_empty(dy2.shape[0], k)
+            block_tile_op(dx, s, in_offsets, seed, p, weight is not None)
         dx = dx.reshape(*dy.shape[:-1], k)
     if needs & 2:
         dD = mm(h.t(), sums, D.dtype)

@@ -38,8 +38,8 @@ from spectral_ops.core.autograd import (
 from spectral_ops.functional import dropout
 from spectral_ops.functional.lowrank import (
     A_gradient,
-    base_input_gradient,
     fused_forward,
+    input_gradient,
     lowrank_backward_op,
     lowrank_update_op,
     scales_tokens,
@@ -264,7 +264,7 @@ def dora_linear_backward_op(dy, x, weight, A, B, magnitude, bias, gains, h, y, z
         if weight is None:
             dx = update_input_gradient(u, A, shape, None, 0.0)
         elif seed is None:
-            dx = base_input_gradient(dy2, gdy, weight, g).addmm_(u, a).reshape(shape)
+            dx = input_gradient(dy2, gdy, weight, g, u, a, None, 0.0).reshape(shape)
         else:
             through_dropout = ((dy2 * (g - 1).to(dy.dtype)) @ weight).addmm_(u, a)
             dx = dropout.seeded_dropout_op(through_dropout, seed, p).addmm_(dy2, weight).reshape(shape)

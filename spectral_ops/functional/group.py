@@ -24,7 +24,7 @@ from spectral_ops.core.autograd import (
     through,
     wanted,
 )
-from spectral_ops.functional.lowrank import A_gradient, fused_forward, lowrank_backward_op
+from spectral_ops.functional.lowrank import A_gradient, fused, fused_forward, lowrank_backward_op, lowrank_matmul_op
 
 __all__ = ["lowrank_linear_group"]
 
@@ -68,7 +68,7 @@ def _group_backward_fake(h, x, dys, weights, A, B, scales, needs):
     f"lowrank_group_backward(Tensor h, Tensor? x, Tensor?[] dys, {_SIBLINGS}, float[] scales,"
     " int[] needs) -> (Tensor, Tensor[], Tensor[], Tensor[])",
     fake=_group_backward_fake,
-    pieces=("lowrank_backward",),
+    pieces=("lowrank_matmul", "lowrank_backward"),
 )
 def lowrank_group_backward_op(h, x, dys, weights, A, B, scales, needs):
     """dx [..., k], summed over the siblings, and every dA_i, dB_i and db_i in the parameters' dtypes.
@@ -87,8 +87,6 @@ def lowrank_group_backward_op(h, x, dys, weights, A, B, scales, needs):
         u, full_B, full_b, _, _ = lowrank_backward_op(
             dy2, part, B[i].to(h.dtype), scales[i], None, None, None, need_x or need_A, need_B, need_bias, False
         )
-        if need_x:
-            dx = dy2 @ weights[i] if dx is None else dx.addmm_(dy2, weights[i])
         if need_x or need_A:
             us[i] = u
         if need_B:
@@ -97,7 +95,14 @@ def lowrank_group_backward_op(h, x, dys, weights, A, B, scales, needs):
             db[i] = full_b.to(h.dtype)
     lifted, trained = ([i for i in us if needs[i] >> bit & 1] for bit in (0, 1))
     if lifted:
-        dx.addmm_(torch.cat([us[i] for i in lifted], 1), torch.cat([A[i].to(h.dtype) for i in lifted]))
+        first, *others = lifted
+        u, a = torch.cat([us[i] for i in lifted], 1), torch.cat([A[i].to(h.dtype) for i in lifted])
+        joins = fused(lowrank_matmul_op, h.device)
+        dy2 = rows(dys[first])
+        dx = lowrank_matmul_op(dy2, weights[first].t(), u, a.t(), 1.0, None, None) if joins else dy2 @ weights[first]
+        for i in others:
+            dx.addmm_(rows(dys[i]), weights[i])
+        dx = dx if joins else dx.addmm_(u, a)
     if trained:
         stacked = A_gradient(torch.cat([us[i] for i in trained], 1), rows(x), None, 0.0, accumulate_dtype(h.dtype))
         for i, part in zip(trained, stacked.split([ranks[i] for i in trained]), strict=True):

@@ -60,6 +60,8 @@ def _matmul_samples(s):
     yield s.x, s.W, s.h, s.B, 0.5, s.g, None
     yield s.x, s.W, s.h, s.B, 0.5, None, None
     yield s.rows(s.x), s.transposed(s.W), s.h, s.B, -2.0, None, s.bias
+    yield s.x, s.W, s.h, s.transposed(s.B), 0.5, s.g, s.bias
+    yield s.dy, s.W.t(), s.h, s.A.t(), 1.0, None, None
 
 
 @define(
@@ -200,16 +202,27 @@ def core_backward(h, u, core, need_core):
     return u * diagonal.to(u.dtype), dcore
 
 
+def fused(op, device):
+    """Whether ``op``, a product with an update in it, is called, and not ``op.library``: where a backend that has it is
+    forced, a table of measurements has another choice than the library, or ``_C_cuda`` has it, which chooses by the
+    sizes of each call."""
+    forced, backends = _library.forced_backend, _library.backends
+    if forced == "triton":
+        return backends.has_triton(op.stem, op.name)
+    if forced == "reference" or (forced is None and _library.measured(op.name, device)):
+        return True
+    if device.type != "cuda" or forced not in (None, "cuda") or _library.composing() is not None:
+        return False
+    return backends.unavailable(op, "cuda", "cuda") is None
+
+
 def fused_forward(x, weight, h, B, scale, g, bias):
     """y [T, d] = g * (x Wᵀ + scale h Bᵀ) + b for x [T, k], h [T, r]; makes no [T, d] tensor besides y.
 
-    The library's products, unless a backend that has the single-GEMM kernel is forced or a table of measurements has
-    another choice than the library for it.
+    The library's products, but where :func:`fused` says otherwise.
     """
-    forced = _library.forced_backend
-    if forced in ("triton", "reference") or (forced is None and _library.measured("lowrank_matmul", x.device)):
-        return lowrank_matmul_op(x, weight, h, B, scale, g, bias)
-    return library_matmul(x, weight, h, B, scale, g, bias)
+    run = lowrank_matmul_op if fused(lowrank_matmul_op, x.device) else library_matmul
+    return run(x, weight, h, B, scale, g, bias)
 
 
 def scales_tokens(T, weight, g):
@@ -221,13 +234,15 @@ def scales_tokens(T, weight, g):
     return g is not None and T <= 2 * weight.shape[1]
 
 
-def base_input_gradient(dy, gdy, weight, g):
-    """(g*dy) W [T, k], from gdy where :func:`scales_tokens` chose to form it."""
-    if g is None:
-        return dy @ weight
-    if gdy.shape[0] == dy.shape[0] and gdy.dim() == 2:
-        return gdy @ weight
-    return dy @ (weight * g.unsqueeze(1)).to(weight.dtype)
+def input_gradient(dy, gdy, weight, g, u, A, seed, p):
+    """(g*dy) W + mask * (u A) [T, k], from gdy where :func:`scales_tokens` chose to form it."""
+    if g is not None and scales_tokens(dy.shape[0], weight, g):
+        dy = gdy
+    elif g is not None:
+        weight = (weight * g.unsqueeze(1)).to(weight.dtype)
+    if seed is None:
+        return fused_forward(dy, weight.t(), u, A.t(), 1.0, None, None)
+    return dropout.lift_(dy @ weight, u, A, seed, p)
 
 
 def A_gradient(u, x, seed, p, dtype):
@@ -298,7 +313,7 @@ def lowrank_linear_forward_op(x, weight, base_out, A, B, bias, core, g, seed, sc
     fake=lambda dy, x, weight, A, B, core, g, h, seed, scale, p, needs: wanted(
         dy, needs, (*dy.shape[:-1], A.shape[1]), A, B, dy.shape[-1:], core, dy.shape
     ),
-    pieces=_PIECES,
+    pieces=("lowrank_matmul", *_PIECES),
 )
 def lowrank_linear_backward_op(dy, x, weight, A, B, core, g, h, seed, scale, p, needs):
     """dx, dA, dB, db, dcore and dout of both tiers, in the parameters' dtypes; empty [0] where ``needs`` has no bit.
@@ -322,7 +337,7 @@ def lowrank_linear_backward_op(dy, x, weight, A, B, core, g, h, seed, scale, p, 
         if weight is None:
             dx = update_input_gradient(u, A, shape, seed, p)
         else:
-            dx = dropout.lift_(base_input_gradient(dy2, gdy, weight, g), u, A.to(dy.dtype), seed, p).reshape(shape)
+            dx = input_gradient(dy2, gdy, weight, g, u, A.to(dy.dtype), seed, p).reshape(shape)
     if need_A:
         dA = A_gradient(u, rows(x), seed, p, A.dtype)
     if need_bias:

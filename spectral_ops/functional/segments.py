@@ -41,7 +41,7 @@ from spectral_ops.core.autograd import (
     wanted,
 )
 from spectral_ops.functional import dropout
-from spectral_ops.functional.lowrank import A_gradient, fused_forward, lowrank_backward_op
+from spectral_ops.functional.lowrank import A_gradient, fused_forward, input_gradient, lowrank_backward_op
 
 __all__ = ["segmented_lowrank_linear", "segmented_lowrank_update"]
 
@@ -294,7 +294,7 @@ def _backward_fake(dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p,
     " Tensor? order, Tensor? offsets, Tensor? seed, Tensor? h, float[] scales, float p, bool need_x, bool need_bias,"
     " int[] needs) -> (Tensor, Tensor, Tensor[], Tensor[])",
     fake=_backward_fake,
-    pieces=("lowrank_backward", "dropout_outer", "dropout_lift_", *_GROUPED, "segment_outer"),
+    pieces=("lowrank_matmul", "lowrank_backward", "dropout_outer", "dropout_lift_", *_GROUPED, "segment_outer"),
 )
 def segmented_linear_backward_op(
     dy, x, weight, A, B, ids, order, offsets, seed, h, scales, p, need_x, need_bias, needs
@@ -310,11 +310,14 @@ def segmented_linear_backward_op(
     dx = dy.new_empty(0)
     if need_x:
         a = stack_A(A, dy.dtype)
-        dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], a.shape[1])
+        if weight is not None and not groups:
+            dx = input_gradient(dy2, None, weight, None, u, a, seed, p)
+        else:
+            dx = dy2 @ weight if weight is not None else dy2.new_zeros(dy2.shape[0], a.shape[1])
         if groups:
             segment_lift_op(dx, u, _each(a, n, 0).transpose(1, 2), *groups)
-        else:
-            dx = dropout.lift_(dx, u, a, seed, p)
+        elif weight is None:
+            dropout.lift_(dx, u, a, seed, p)
         dx = dx.reshape(*dy.shape[:-1], a.shape[1])
     dA, dB = ([dy.new_empty(0) for _ in A] for _ in range(2))
     if trained:
