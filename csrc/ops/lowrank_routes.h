@@ -86,8 +86,9 @@ constexpr MatmulCosts matmul_costs(const MatmulSizes& s) {
   double library = product;
   if (s.r > 0) library = library + (larger(y + y + factors, update) + kNextLaunch);
   if (s.tiled) library = library + (y + y + kNextLaunch);
-  double first = kNever;  // g scales both products, so it cannot come before the second
-  if (s.r > 0 && !s.scaled && !s.tiled) first = product + (larger(y + y * exposed + factors, update) + kNextLaunch);
+  double first = kNever;  // g scales both products, so the update cannot come before the other; a tile is no product
+  if (!s.scaled && (s.tiled ? s.r == 0 && !s.bias : s.r > 0))
+    first = product + (larger(y + y * exposed + factors, update) + kNextLaunch);
 
   const int64_t count = waves(s.rows, s.columns, kTileRows, kTileColumns, kClusterRows);
   const double wanted = static_cast<double>(s.rows * s.columns);

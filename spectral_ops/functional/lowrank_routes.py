@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+
 ROUTES = ("library", "update_first", "fused", "triton")
 
 PROCESSORS = 132  # multiprocessors, one tile on each at a time
@@ -26,6 +28,7 @@ EXPOSED_READ = 0.25  # share of the accumulator's read that a product of many wa
 LEAST_ROWS = 1024  # below, our kernel is not taken: the library splits such products further
 LEAST_FILL = 0.9  # of the waves' tiles that are wanted elements, for our kernel to be taken
 TILE_ROWS, TILE_COLUMNS, CLUSTER_ROWS = 128, 256, 2  # of our kernel
+MOST_RANK = 256  # that our kernel takes
 DEPTH, STEP = 64, 16  # of a stage, and of one tensor-core instruction
 ELEMENT = 2  # bytes
 # rows, columns, share of PRODUCT_RATE in full waves
@@ -107,8 +110,8 @@ def matmul_costs(s: MatmulSizes, fused_share: float = FUSED_SHARE) -> MatmulCost
         library = library + (max(y + y + factors, update) + NEXT_LAUNCH)
     if s.tiled:
         library = library + (y + y + NEXT_LAUNCH)
-    first = never  # g scales both products, so it cannot come before the second
-    if s.r > 0 and not s.scaled and not s.tiled:
+    first = never  # g scales both products, so the update cannot come before the other; a tile is no product
+    if not s.scaled and (s.r == 0 and not s.bias if s.tiled else s.r > 0):
         first = product + (max(y + y * exposed + factors, update) + NEXT_LAUNCH)
 
     count = waves(s.rows, s.columns, TILE_ROWS, TILE_COLUMNS, CLUSTER_ROWS)
@@ -121,3 +124,52 @@ def matmul_costs(s: MatmulSizes, fused_share: float = FUSED_SHARE) -> MatmulCost
         plain = waves(s.rows, s.columns, TILE_ROWS, TILE_COLUMNS)
         triton = max(wave_seconds(plain, tile, both, TRITON_SHARE), floor + factors) + FIRST_LAUNCH
     return MatmulCosts(library, first, fused, triton, fills)
+
+
+# --- one call, for explain() -----------------------------------------------------------------------------------------
+
+
+def _pitched(t: torch.Tensor, either_order: bool) -> bool:
+    """Whether rows (or, with ``either_order``, columns) are contiguous and start at multiples of 16 bytes."""
+    if t.storage_offset() % 8 != 0:
+        return False
+    orders = [(t.stride(0), t.stride(1), t.shape[1]), (t.stride(1), t.stride(0), t.shape[0])][: 1 + either_order]
+    return any(inner == 1 and pitch % 8 == 0 and pitch >= size for pitch, inner, size in orders)
+
+
+def fused_refuses(capability: tuple[int, int] | None, x: torch.Tensor, weight: torch.Tensor, r: int) -> str | None:
+    """Why the fused kernel cannot run for a call, None where it can: as matmul_takes and matmul_runs in C++ have it."""
+    if capability != (9, 0):
+        got = "none" if capability is None else "{}.{}".format(*capability)
+        return f"it wants compute capability 9.0, got {got}"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"it wants bfloat16 or float16, got {str(x.dtype).removeprefix('torch.')}"
+    if r > MOST_RANK:
+        return f"it wants a rank of {MOST_RANK} at most, got {r}"
+    if weight.shape[0] % 8 or not _pitched(x, False) or not _pitched(weight, True):
+        return "it wants contiguous rows of x and y, and rows or columns of weight, at multiples of 16 bytes"
+    return None
+
+
+def describe(name: str, args: tuple, capability: tuple[int, int] | None, triton: bool = False) -> str:
+    """The route of one call of ``lowrank_matmul`` or ``block_matmul`` by its arguments (the first tensors at least),
+    with every route's predicted time; the route a call takes where no table has another choice."""
+    tiled = name == "block_matmul"
+    x, weight, third = args[:3]
+    given = [a for a in args if a is None or isinstance(a, torch.Tensor)][3 if tiled else 4 :]
+    g, bias = [*([None] if tiled else []), *given, None, None][:2]
+    if x.element_size() != 2:
+        return f"library; the other routes want 16 bits, got {str(x.dtype).removeprefix('torch.')}"
+    r = 0 if tiled else third.shape[1]
+    refused = fused_refuses(capability, x, weight, r)
+    sizes = MatmulSizes(
+        x.shape[0], weight.shape[0], x.shape[1], r, g is not None, bias is not None, tiled, refused is None, triton
+    )
+    costs = matmul_costs(sizes)
+    best = matmul_costs(sizes._replace(triton_runs=False)).best()  # Triton only by a table or by force
+    times = [f"{route} {1e3 * getattr(costs, route):.3f}" for route in ROUTES if route != best]
+    times = [t.replace(" inf", " cannot") for t in times]
+    text = f"{best}, {1e3 * getattr(costs, best):.3f} ms predicted for an H100; {', '.join(times)}"
+    if refused:
+        return f"{text}; no fused route: {refused}"
+    return text if costs.fills else f"{text}; fused is not taken: its tiles would leave too much of the chip idle"
