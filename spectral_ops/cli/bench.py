@@ -217,6 +217,8 @@ def run(arguments: argparse.Namespace) -> int:
         return status
     if arguments.predict:
         print(cost.predictions())
+        print("\nOne block of llama3-8b, 8192 tokens, sm_90, by the routes that its products may take:\n")
+        print(table(*cost.joined()))
         return 0
     settle(arguments)
     if arguments.json and not Path(arguments.json).parent.is_dir():
