@@ -285,7 +285,8 @@ def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
     ``op`` names an operator (``"block_tile_"``), whose arguments ``tensors`` are, or a public function
     (``"dora_linear"``), whose choice lists the backend of every operator it may call besides the library's plain
     products, and given x, weight, A and B the routes of y and dx. The compiled ``lowrank_matmul`` and ``block_matmul``
-    take one of several routes by predicted times, which are told. A layer operator (``"dora_linear_forward"``) is one compiled call, or composed in Python of others.
+    take one of several routes by predicted times, which are told. A layer operator (``"dora_linear_forward"``) is one
+    compiled call, or composed in Python of others.
     Raises ValueError for another name.
     """
     operators = _library.OPERATORS | _library.LAYERS

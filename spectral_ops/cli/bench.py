@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from spectral_ops._table import table
 from spectral_ops.bench import compare, growth, layers, models, operators, pictures, results, training
 from spectral_ops.bench.clock import measure_ceilings
 from spectral_ops.bench.methods import BLOCKS, DTYPES, sizes

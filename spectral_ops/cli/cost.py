@@ -105,7 +105,7 @@ def predictions(models=("llama3-8b", "llama3-70b"), tokens=LENGTHS, methods=PRED
 
 
 def products(counts, T: int, wide: int, inner: int) -> tuple[MatmulSizes, float]:
-    """Of one direction of a layer: its product with its update, as the routes' sizes, and every other call's roofline."""
+    """Of one direction of a layer: its product with its update, as the routes' sizes; every other call's roofline."""
     update, rest = None, 0.0
     flops_rate, bytes_rate = CEILINGS["sm_90"]
     for name, call in counts.items():
