@@ -29,7 +29,7 @@ from spectral_ops.bench.counting import CEILINGS, cost
 from spectral_ops.bench.methods import BLOCKS
 from spectral_ops.bench.results import Layer, Results, read
 from spectral_ops.bench.tables import FROZEN, block_ratio
-from spectral_ops.cli.cost import cells
+from spectral_ops.cli.cost import cells, joined
 
 # Times over the frozen layer's that the package aims at, where they are set: on two CPU cores, and on an H100.
 PLACES = {"cpu": "2048×2048, T=1024", "gpu": "llama3-8b block, T=8192"}
@@ -253,6 +253,18 @@ def write_estimates(page: Path, write: bool = True) -> bool:
     return new != text
 
 
+def write_routes(page: Path, write: bool = True) -> bool:
+    """Renew the table ``<!-- routes -->`` of a block's tax by the routes of its products; whether it changed."""
+    header, rows = joined()
+    text = page.read_text()
+    new, found = _between(text, "<!-- routes -->", _markdown([header, *rows]))
+    if not found:
+        raise ValueError(f"{page}: got no section <!-- routes --> that ends with <!-- end -->, wanted one")
+    if write and new != text:
+        page.write_text(new)
+    return new != text
+
+
 def costs_table(name: str) -> str:
     """The Markdown table that stands below ``<!-- cost: name -->``."""
     c, frozen = (cost(n, *SHAPE, torch.bfloat16) for n in (name, None))
@@ -292,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     estimated.add_argument("page", type=Path, nargs="?", default=Path("docs/PERFORMANCE.md"))
     arguments = parser.parse_args(argv)
     if arguments.command == "estimates":
-        print(f"{arguments.page} changed" if write_estimates(arguments.page) else "nothing changed")
+        changed = [write_estimates(arguments.page), write_routes(arguments.page)]
+        print(f"{arguments.page} changed" if any(changed) else "nothing changed")
         return 0
     if arguments.command == "costs":
         print("\n".join(write_costs(arguments.directory)) or "nothing changed")

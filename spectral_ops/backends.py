@@ -34,6 +34,22 @@ class Choice:
         return f"{self.operator}: {self.backend} ({self.reason})"
 
 
+ROUTED = {"lowrank_matmul": 4, "block_matmul": 3}  # operators that choose a route by sizes; arguments that tell it
+
+
+def lowrank_routes():
+    """The cost model of those operators; imported on use, as functional imports this module first."""
+    from spectral_ops.functional import lowrank_routes
+
+    return lowrank_routes
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 def triton_missing() -> str | None:
     """Why Triton cannot be imported here, or None when it can."""
     if importlib.util.find_spec("triton") is None:
@@ -105,6 +121,8 @@ def _force(name: str) -> None:
 def default(operator: Operator, device_type: str) -> Choice:
     """What runs ``operator`` on tensors of ``device_type`` where nothing is forced and no table has another choice."""
     if operator.library:
+        if device_type == "cuda" and unavailable(operator, "cuda", device_type) is None:
+            return Choice(operator.name, "cuda", "by the sizes of each call")
         return Choice(operator.name, "library", "the library's products")
     why_not = []
     for backend in ("cpu",) if device_type == "cpu" else ("cuda", "triton"):
@@ -212,6 +230,32 @@ def _look_up(operator: Operator, device: torch.device, dtype: torch.dtype | None
     return Choice(name, nearest.choice, source)
 
 
+def _routed(operator: Operator, choice: Choice, device: torch.device, args: tuple) -> Choice:
+    """``choice`` with the route that the compiled operator would take for these arguments, and every route's time."""
+    if operator.name not in ROUTED or choice.backend != "cuda" or len(args) < ROUTED[operator.name]:
+        return choice
+    route = lowrank_routes().describe(operator.name, args, _capability(device), triton_missing() is None)
+    return Choice(choice.operator, "cuda", f"{choice.reason}: {route}")
+
+
+def _layer_routes(op: str, tensors: tuple, device: torch.device) -> str:
+    """The routes of y and dx of a low-rank layer given x, weight, A and B, where its products are the compiled ones."""
+    operator = _library.OPERATORS["lowrank_matmul"]
+    if op not in ("lowrank_linear", "dora_linear") or len(tensors) < 4:
+        return ""
+    x, weight, A, B = tensors[:4]
+    x = x.reshape(-1, x.shape[-1])
+    dy, h = (torch.empty(x.shape[0], n, dtype=x.dtype, device="meta") for n in (weight.shape[0], A.shape[0]))
+    g = torch.empty(weight.shape[0], device="meta") if op == "dora_linear" else None
+    y, dx = ((x, weight, h, B, 1.0, g, None), (dy, weight.t(), h, A.t(), 1.0, None, None))
+    routes = []
+    for what, args in (("y", y), ("dx", dx)):
+        choice = _routed(operator, _look_up(operator, device, *tuning.signature(args)), device, args)
+        if choice.backend == "cuda":
+            routes.append(f"{what}: {choice}")
+    return "; ".join(["", *routes])
+
+
 def choose(operator: Operator, device: str | torch.device, tensors: tuple[torch.Tensor, ...] = ()) -> Choice:
     """Which implementation runs ``operator`` on ``device`` at this moment, given its arguments as far as they are
     tensors; without any, a table's choices are told together."""
@@ -229,7 +273,7 @@ def choose(operator: Operator, device: str | torch.device, tensors: tuple[torch.
     if _pieces(operator):
         return default(operator, device.type)
     if tensors or operator.name not in _table(device)[0]:
-        return _look_up(operator, device, dtype, arguments)
+        return _routed(operator, _look_up(operator, device, dtype, arguments), device, tensors)
     entries = _table(device)[1][operator.name]
     backends = dict.fromkeys(one.choice for entry in entries.values() for one in entry.classes)
     return Choice(operator.name, " or ".join(backends), f"by sizes, {tuning.file(device).name}")
@@ -240,7 +284,9 @@ def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
 
     ``op`` names an operator (``"block_tile_"``), whose arguments ``tensors`` are, or a public function
     (``"dora_linear"``), whose choice lists the backend of every operator it may call besides the library's plain
-    products. A layer operator (``"dora_linear_forward"``) is one compiled call, or composed in Python of others.
+    products, and given x, weight, A and B the routes of y and dx. The compiled ``lowrank_matmul`` and ``block_matmul``
+    take one of several routes by predicted times, which are told. A layer operator (``"dora_linear_forward"``) is one
+    compiled call, or composed in Python of others.
     Raises ValueError for another name.
     """
     operators = _library.OPERATORS | _library.LAYERS
@@ -248,14 +294,15 @@ def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
     if names is None:
         known = ", ".join(sorted({*operators, *_library.FUNCTIONS}))
         raise ValueError(f"op: got {op!r}, wanted one of {known}")
-    devices = {t.device for t in tensors} or {torch.device("cpu")}
+    devices = {t.device for t in tensors if isinstance(t, torch.Tensor)} or {torch.device("cpu")}
     if len(devices) > 1:
         raise ValueError(f"tensors: got tensors on {', '.join(sorted(map(str, devices)))}, wanted one device")
     device = devices.pop()
     if not isinstance(op, str) or op in operators:
         return choose(operators[names[0]], device, tensors)
     choices = [choose(operators[name], device) for name in names]
-    return Choice(op, ", ".join(dict.fromkeys(c.backend for c in choices)), "; ".join(map(str, choices)))
+    backend = ", ".join(dict.fromkeys(c.backend for c in choices))
+    return Choice(op, backend, "; ".join(map(str, choices)) + _layer_routes(op, tensors, device))
 
 
 def activate() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from spectral_ops._table import table
 from spectral_ops.bench import compare, growth, layers, models, operators, pictures, results, training
 from spectral_ops.bench.clock import measure_ceilings
 from spectral_ops.bench.methods import BLOCKS, DTYPES, sizes
@@ -217,6 +218,8 @@ def run(arguments: argparse.Namespace) -> int:
         return status
     if arguments.predict:
         print(cost.predictions())
+        print("\nOne block of llama3-8b, 8192 tokens, sm_90, by the routes that its products may take:\n")
+        print(table(*cost.joined()))
         return 0
     settle(arguments)
     if arguments.json and not Path(arguments.json).parent.is_dir():

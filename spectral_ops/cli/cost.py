@@ -16,9 +16,14 @@ from spectral_ops._table import table
 from spectral_ops.bench import methods
 from spectral_ops.bench.counting import CEILINGS, Cost, cost
 from spectral_ops.bench.methods import BLOCKS, DTYPES
+from spectral_ops.functional import lowrank_routes
+from spectral_ops.functional.lowrank_routes import MatmulSizes, matmul_costs
 
 DEFAULTS = {"tokens": 8192, "d": 4096, "k": 4096}
 PREDICTED = ("lora", "dora", "bone", "bat", "bat_row", "rosa")
+JOINED = ("lora", "pissa", "adalora", "spectral", "dora", "bone")  # methods whose update a product can take in
+SHARES = (1.0, 0.97, 0.94, 0.9)  # of the library's rate, the fused route's
+UPDATES = ("addmm_", "lowrank_update_", "block_tile_")  # what adds a method's update to y or dx
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 
 
@@ -94,3 +99,72 @@ def predictions(models=("llama3-8b", "llama3-70b"), tokens=LENGTHS, methods=PRED
                 seconds = block_seconds(name, model, T)
                 rows.append([model, T, name, *(f"{seconds[a] / frozen[a]:.3f}" for a in CEILINGS)])
     return table(["model", "tokens", "method", *CEILINGS], rows)
+
+
+# --- with the update in the product ----------------------------------------------------------------------------------
+
+
+def products(counts, T: int, wide: int, inner: int) -> tuple[MatmulSizes, float]:
+    """Of one direction of a layer: its product with its update, as the routes' sizes; every other call's roofline."""
+    update, rest = None, 0.0
+    flops_rate, bytes_rate = CEILINGS["sm_90"]
+    for name, call in counts.items():
+        for flops, moved in call:
+            if name in UPDATES:
+                assert update is None, f"{name}: a second update in one direction"
+                update = name, flops // (2 * T * wide)
+            elif not (name == "mm" and flops == 2 * T * wide * inner):
+                rest += max(flops / flops_rate, moved / bytes_rate)
+    name, r = update or ("", 0)
+    sizes = MatmulSizes(T, wide, inner, r, fused_runs=False)
+    if name == "block_tile_":
+        sizes = sizes._replace(r=0, tiled=True)
+    elif name == "lowrank_update_":
+        sizes = sizes._replace(r=r - 1, scaled=True)  # it counts g with the rank
+    return sizes, rest
+
+
+def shared_bytes(name: str, model: str, T: int) -> int:
+    """Bytes of x that a block reads less where q, k, v and gate, up form h, and dA, together: (2 + 1) T k elements in a
+    direction. Bone's h is as common, and its backward reads no x."""
+    k = next(iter(BLOCKS[model]))[1]
+    return (1 if name == "bone" else 2) * (2 + 1) * T * k * lowrank_routes.ELEMENT
+
+
+def joined_block(name: str, model: str, T: int) -> dict[str, float]:
+    """The block's tax on sm_90 by what its products may take: "library" alone, "update first" too, or the fused route
+    at a share of the library's rate too; and the latter with siblings that share h."""
+    frozen, total = 0.0, dict.fromkeys(["library", "update first", *SHARES], 0.0)
+    for (d, k), count in BLOCKS[model].items():
+        c = cost(name, T, d, k, torch.bfloat16)
+        for counts, wide, inner in ((c.forward, d, k), (c.backward, k, d)):
+            sizes, rest = products(counts, T, wide, inner)
+            frozen += count * matmul_costs(sizes._replace(r=0, scaled=False, tiled=False)).library
+            for routes in total:
+                if isinstance(routes, float):
+                    costs = matmul_costs(sizes._replace(fused_runs=True), routes)
+                else:
+                    costs = matmul_costs(sizes)
+                route = "library" if routes == "library" else costs.best()
+                total[routes] += count * (rest + getattr(costs, route))
+    taxes = {str(routes): seconds / frozen for routes, seconds in total.items()}
+    saved = shared_bytes(name, model, T) / lowrank_routes.MEMORY_RATE
+    return taxes | {"siblings": (total[lowrank_routes.FUSED_SHARE] - saved) / frozen}
+
+
+def joined(model: str = "llama3-8b", T: int = 8192, methods=JOINED) -> tuple[list[str], list[list[str]]]:
+    """The block's tax on sm_90 by the routes its products may take: headings and rows.
+
+    The products by the routes' costs (waves and launches; in the frozen block too), every other call at its roofline as
+    in :func:`predictions`, whose figure is the first.
+    """
+    share = f"{100 * lowrank_routes.FUSED_SHARE:.0f} %"
+    header = ["method", "at rooflines", "library", "update first", *(f"fused at {100 * s:.0f} %" for s in SHARES),
+              f"{share}, siblings share h", "MiB of x saved"]  # fmt: skip
+    floor = block_seconds(None, model, T)["sm_90"]
+    rows = []
+    for name in methods:
+        roofline = block_seconds(name, model, T)["sm_90"] / floor
+        cells = (f"{tax:.3f}" for tax in (roofline, *joined_block(name, model, T).values()))
+        rows.append([name, *cells, f"{shared_bytes(name, model, T) / 2**20:.0f}"])
+    return header, rows

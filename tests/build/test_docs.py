@@ -44,7 +44,8 @@ def test_every_page_of_a_method_has_its_example_and_its_costs():
 
 def test_tables_of_costs_are_current():
     assert publish.write_costs(DOCS / "methods", write=False) == [], "python -m benchmarks.publish costs"
-    assert not publish.write_estimates(DOCS / "PERFORMANCE.md", write=False), "python -m benchmarks.publish estimates"
+    for renew in (publish.write_estimates, publish.write_routes):
+        assert not renew(DOCS / "PERFORMANCE.md", write=False), "python -m benchmarks.publish estimates"
 
 
 def test_costs_and_predictions_by_hand():
@@ -61,6 +62,20 @@ def test_costs_and_predictions_by_hand():
     assert max(got.flops / one[0], got.bytes / one[1]) <= got.seconds(one) <= got.flops / one[0] + got.bytes / one[1]
     text = cost.predictions(models=("smollm2",), tokens=(256,), methods=("lora",)).splitlines()
     assert len(text) == 3 and all(1 < float(cell) < 3 for cell in text[2].split()[3:])
+
+
+def test_predictions_by_route_by_hand():
+    """A block of LoRA: what its product may take decides, and more routes never cost more."""
+    found = {name: cost.joined_block(name, "llama3-8b", 8192) for name in cost.JOINED}
+    for name, taxes in found.items():
+        shares = [taxes[str(share)] for share in cost.SHARES]
+        assert 1 < shares[0] < shares[1] < shares[2] < shares[3] < taxes["update first"] < taxes["library"], name
+        assert taxes["siblings"] < taxes["0.97"]
+    assert cost.shared_bytes("lora", "llama3-8b", 8192) == 2 * 3 * 8192 * 4096 * 2
+    sizes, rest = cost.products(counting.cost("dora", 8192, 4096, 1024, torch.bfloat16).forward, 8192, 4096, 1024)
+    assert sizes == (8192, 4096, 1024, methods.RANK, True, False, False, False, False) and rest > 0
+    bone = counting.cost("bone", 8192, 4096, 1024, torch.bfloat16)
+    assert cost.products(bone.backward, 8192, 1024, 4096)[0][3:7] == (0, False, False, True)
 
 
 def test_the_readme_is_short():
