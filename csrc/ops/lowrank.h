@@ -4,7 +4,9 @@
 
 #include "../kernels.h"
 #ifdef SPECTRAL_OPS_HOST
+#include <cstdlib>
 #include <initializer_list>
+#include <string_view>
 #include <tuple>
 
 #include "../layers/library.h"
@@ -194,7 +196,14 @@ inline bool matmul_fuses(const LowRankMatmul& a, const Tensor& y, const Tensor& 
   return cuda::matmul_runs(a.dtype);
 }
 
+// The route of least cost; SPECTRAL_OPS_MATMUL names another, for tests and measurements, where it can run.
 inline MatmulRoute matmul_route(const LowRankMatmul& a, bool scaled, bool bias, bool tiled, bool fuses) {
+  if (const char* name = std::getenv("SPECTRAL_OPS_MATMUL")) {
+    const std::string_view route = name;
+    if (route == "library") return MatmulRoute::library;
+    if (route == "update_first" && !scaled) return MatmulRoute::update_first;
+    if (route == "fused" && fuses) return MatmulRoute::fused;
+  }
   if (element_size(a.dtype) != 2) return MatmulRoute::library;  // the costs are those of tensor cores
   return matmul_costs({a.rows, a.columns, a.inner, a.r, scaled, bias, tiled, fuses, false}).best();
 }
