@@ -219,6 +219,11 @@ inline void check_product(const Tensor& y, const Tensor& x, const Tensor& weight
   check_dtype("y", y, dtype_of("x", x), "x");
 }
 
+inline Tensor checked_cast(const char* name, const Tensor& t, ScalarType dtype) {
+  dtype_of(name, t);  // floating
+  return cast(t, dtype);
+}
+
 // y [T, d] = g * (x Wᵀ + scale h Bᵀ) + bias, of any strides, where Device has the kernel: by the route of least cost.
 template <class Device>
 void matmul_into(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& h, const Tensor& B, double scale,
@@ -236,8 +241,8 @@ void matmul_into(const Tensor& y, const Tensor& x, const Tensor& weight, const T
   }
   LowRankMatmul a = matmul_arguments(y, x, weight, r);
   a.scale = scale;
-  if (g) g = cast(*g, accumulate_type(x));
-  if (bias) bias = cast_as(*bias, x);
+  if (g) g = checked_cast("g", *g, accumulate_type(x));
+  if (bias) bias = checked_cast("bias", *bias, x.scalar_type());
   a.g = vector_data("g", g, d, x, a.g_dtype);
   a.bias = vector_data("bias", bias, d, x, a.bias_dtype);
   if (T == 0 || d == 0) return;

@@ -1056,19 +1056,22 @@ def test_products_of_nothing(emulated, route):
                 same_as_reference(emulated, "block_matmul", (*args[:3], args[-1]), torch.bfloat16, f"{sizes}")
 
 
-@pytest.mark.parametrize("name, bad", [
-    ("x", 0), ("weight", 0), ("h", 0), ("B", 0), ("weight", 1), ("h", 1), ("B", 1), ("g", 1), ("bias", 1), ("weight", 2), ("B", 2),
-])  # fmt: skip
-def test_bad_products_are_refused_by_name(emulated, hopper, name, bad):
-    names = ("x", "weight", "h", "B", "scale", "g", "bias")
-    args = list(matmul_args(9, 16, 24, 8, torch.bfloat16, True, True))
-    t = args[names.index(name)]
-    args[names.index(name)] = (lambda: t.flatten(), lambda: t[:-1], lambda: t.float())[bad]()
+BAD = [(name, "vector") for name in ("x", "weight", "h", "B")] + [(name, "short") for name in ("h", "B", "g", "bias")]
+BAD += [("weight", "narrow"), ("weight", "float"), ("h", "float"), ("B", "float"), ("g", "int"), ("bias", "int")]
+
+
+@pytest.mark.parametrize("name, how", BAD)
+def test_bad_products_are_refused_by_name(emulated, hopper, name, how):
+    args = matmul_args(9, 16, 24, 8, torch.bfloat16, True, True)
+    named = dict(zip(("x", "weight", "h", "B", "scale", "g", "bias"), args, strict=True))
+    t = named[name]
+    others = {"vector": t.flatten(), "short": t[:-1], "narrow": t[..., :-1], "float": t.float(), "int": t.int()}
+    named[name] = others[how]
     with pytest.raises(RuntimeError, match=rf"\b{name}: "):
-        emulated.lowrank_matmul(*args)
-    if name in ("x", "weight", "h", "bias"):
+        emulated.lowrank_matmul(*named.values())
+    if name not in ("B", "g"):
         with pytest.raises(RuntimeError, match=rf"\b{'s' if name == 'h' else name}: "):
-            emulated.block_matmul(*args[:3], args[-1])
+            emulated.block_matmul(*(named[n] for n in ("x", "weight", "h", "bias")))
 
 
 def test_the_route_goes_by_sizes(emulated, hopper):
