@@ -115,7 +115,7 @@ export dry made python cores
 # --- the sections -----------------------------------------------------------------------------------------------------
 
 pytest=("$python" -m pytest -q -p no:cacheprovider -p tests.support.outcomes --outcomes "$made")
-first="test_operator_against_float64 and (bfloat16 or float32)" rest=()
+first="matmul_reads or test_operator_against_float64 and (bfloat16 or float32)" rest=()
 [[ $sections != *" verdict "* ]] || rest=(-k "not ($first)")
 if [ -n "$dry" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # at these sizes threads only wait for each other

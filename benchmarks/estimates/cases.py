@@ -145,6 +145,19 @@ def _matmul(r: int) -> Case:
     return Case("lowrank_matmul", f"r {r}", lambda m: (m(m.T, m.k), m(m.d, m.k), m(m.T, r), m(m.d, r), 1.0, None, None))
 
 
+def _matmuls() -> tuple[Case, ...]:
+    """A layer's products with their updates: LoRA's y and dx, whose factors are transposed views; DoRA's, Bone's y."""
+    name = "lowrank_matmul"
+    return (
+        _matmul(16),
+        _matmul(64),
+        Case(name, "r 16, dx", lambda m: (m(m.T, m.d), m(m.d, m.k).t(), m(m.T, 16), m(16, m.k).t(), 1.0, None, None)),
+        Case(name, "r 16, g and bias", lambda m: (m(m.T, m.k), m(m.d, m.k), m(m.T, 16), m(m.d, 16), 0.5,
+                                                  m.about_one(m.d), m(m.d))),
+        Case(name, "r 64, D", lambda m: (m(m.T, m.k), m(m.d, m.k), m(m.T, 64), m(64, m.d).t(), 1.0, None, None)),
+    )  # fmt: skip
+
+
 def _csr(operator: str) -> Case:
     def arguments(m: Make) -> tuple:
         offsets, columns = m.pattern()
@@ -163,8 +176,7 @@ def _layers(m: Make) -> tuple:
 
 # what only Triton has a kernel of, or what the estimates of the CUDA kernels leave out
 MORE = (
-    _matmul(16),
-    _matmul(64),
+    *_matmuls(),
     *(_dropout(f"dropout_{name}", r) for name in ("project", "outer", "lift_") for r in (16, 64)),
     Case("seeded_dropout", "", lambda m: (m(m.T, m.d), m.integers(1, 2**62), 0.1)),
     Case("block_sum", "r 64, dropout", lambda m: (m(m.T, m.d), 64, None, m.integers(1, 2**62), 0.1)),

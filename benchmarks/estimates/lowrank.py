@@ -84,6 +84,20 @@ def _hopper(launch: Launch, args: tuple) -> Work:
                 inner={"HGMMA": steps * 4 * 4 * (columns // 64 - 1)})  # fmt: skip
 
 
+def _two_segment(launch: Launch, args: tuple) -> Work:
+    """Tiles of 128 x 256 by steps of 64; two blocks share a tile of W. A turn of all blocks that is not whole costs a
+    whole one, but of L2's bytes. x is read once; W, where L2 does not hold it, for every 2048 rows."""
+    (T, k), (d, r) = args[0].shape, args[3].shape
+    pairs, steps, parts = ceil(T / 256) * ceil(d / 256), ceil(k / 64), ceil(r / 16)
+    tiles = ceil(pairs / (launch.blocks // 2)) * launch.blocks
+    again = ceil(T / 2048) if 2 * d * k > IN_L2 else 1
+    dram = 2 * (T * (k + r + d) + again * d * (k + r))
+    l2 = 2 * pairs * (k + r) * (128 + 128) * 2
+    products = 8 * tiles * (4 * steps + parts)  # of eight warps
+    return Work({"UTMASTG": 8 * tiles * 4}, dram, in_flight=3 * 48 * 1024, read=dram - 2 * T * d, l2=max(l2 - dram, 0),
+                flops=tiles * 2.0 * 128 * 256 * (64 * steps + 16 * parts), inner={"HGMMA": products})  # fmt: skip
+
+
 def _reduce(launch: Launch, args: tuple) -> Work:
     (T, d), r = args[0].shape, args[2].shape[1]
     chunks, splits = _hopper_plan(T, d)[1:] if "wgmma" in launch.kernel else _plan(args)
@@ -103,6 +117,7 @@ WORKS = {
     "update_mma": _update,
     "backward_mma": _backward,
     "backward_wgmma": _hopper,
+    "two_segment": _two_segment,
     "reduce": _reduce,
     "reduce_wgmma": _reduce,
 }

@@ -32,6 +32,8 @@ template <int kColumns> SPECTRAL_OPS_HD uint64_t operand_of(uint32_t address) {
   return kColumns ? operand(address) + (uint64_t{(kTileBytes >> 4) - 1} << 16) : operand(address);
 }
 
+#ifdef SPECTRAL_OPS_WGMMA
+
 // Which rows and columns of y a cluster's tile has: columns of tiles within kRaster rows of them.
 struct Tile { int row, column; };
 __device__ __forceinline__ Tile tile_at(const Matmul& a, int tile, int rank) {
@@ -39,6 +41,8 @@ __device__ __forceinline__ Tile tile_at(const Matmul& a, int tile, int rank) {
   const int height = min_of(kRaster, a.clusters_m - group * kRaster);
   return {((group * kRaster + in % height) * kMatmulCluster + rank) * kMatmulRows, in / height * kMatmulColumns};
 }
+
+#endif
 
 // Two elements at a multiple of 4 bytes.
 template <class T> __device__ __forceinline__ float2 two_of(const T* p) {

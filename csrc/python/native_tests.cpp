@@ -10,6 +10,7 @@
 #include "../cpu/random.h"
 #include "../cpu/tiling.h"
 #include "../csr_plan.h"
+#include "../ops/lowrank_routes.h"
 
 namespace py = pybind11;
 using namespace spectral_ops::cpu;
@@ -81,4 +82,10 @@ PYBIND11_MODULE(spectral_ops_native_tests, m) {
     return py::dict(py::arg("lanes") = s.lanes, py::arg("count") = s.count, py::arg("groups") = s.groups, py::arg("bytes") = s.bytes());
   }, py::arg("tokens"), py::arg("columns"), py::arg("size"), py::arg("per_lane"), py::arg("most_groups"));
   m.def("grain_rows", &grain_rows, py::arg("columns"), py::arg("dropout"));
+  m.def("matmul_costs", [](int64_t rows, int64_t columns, int64_t inner, int64_t r, bool scaled, bool bias, bool tiled,
+                           bool fused_runs, bool triton_runs) {
+    const auto costs = spectral_ops::matmul_costs({rows, columns, inner, r, scaled, bias, tiled, fused_runs, triton_runs});
+    const std::vector<double> seconds(costs.seconds, costs.seconds + 4);
+    return py::make_tuple(seconds, costs.fills, static_cast<int>(costs.best()));
+  }, "Seconds by route, whether our kernel's waves are full enough, and the route taken.");
 }

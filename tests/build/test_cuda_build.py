@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.estimates import sass, table
+from benchmarks.estimates import cases, lowrank, sass, table
+from benchmarks.estimates.launches import Launch
+from benchmarks.estimates.model import estimate
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -25,6 +28,14 @@ INSTRUCTIONS = {  # as they show in SASS
     "HMMA": r"\bHMMA\.",  # warp matrix product
     "HGMMA by rows": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspB",  # a warpgroup's; A as it is stored,
     "HGMMA by columns": r"\bHGMMA\.64x64x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspA\.tnspB",  # or transposed
+    "HGMMA of 256": r"\bHGMMA\.64x256x16\.F32",  # a warpgroup's widest product;
+    "HGMMA of 256, turned": r"\bHGMMA\.64x256x16\.F32\S* R\d+, gdesc\[UR\d+\]\.tnspB",  # B stored by columns
+    "HGMMA of no descriptor": r"\bHGMMA\..*gdesc\[URZ\]",
+    "TMA load": r"\bUTMALDG\.2D(?!\S*\.MULTICAST)",
+    "TMA multicast": r"\bUTMALDG\.2D\S*\.MULTICAST",
+    "TMA store": r"\bUTMASTG\.2D",
+    "registers moved": r"\bUSETMAXREG\b",  # between a block's warpgroups
+    "STSM": r"\bSTSM\.",  # 8x8 matrices to shared memory
     "cluster barrier": r"\bUCGABAR_ARV\b",
     "MOVM": r"\bMOVM\.",  # 8x8 transpose
     "LDG": r"\bLDG\.E",
@@ -39,7 +50,7 @@ INSTRUCTIONS = {  # as they show in SASS
     "LDS narrow": r"\bLDS\b(?!\.128)",
     "SHFL apart": r"\bENDCOLLECTIVE\b",  # once more for warps whose lanes have parted
     "local": r"\b(?:LDL|STL)\b",
-    "atomic": r"\b(?:RED|ATOM|ATOMS|ATOMG)\b",
+    "atomic": r"(?<!\.)\b(?:RED|ATOM|ATOMS|ATOMG)\b",  # an mbarrier's SYNCS.ARRIVE.….RED is none
 }
 
 pytestmark = pytest.mark.slow
@@ -202,6 +213,56 @@ def test_hopper_form_keeps_its_products_under_way(kernels, nvcc_build):
     used = re.findall(r"entry function '\S*\dbackward_wgmmaI\S*' for 'sm_90a'.*?Used (\d+) registers", text, re.DOTALL)
     assert len(used) == 2, text
     assert all(64 <= int(n) <= 96 for n in used), used  # has_body() wants as many; 640 threads leave no more
+
+
+def test_hopper_product_is_of_the_widest_instructions(kernels, nvcc_build):
+    """TMA in and out, products of 64x256x16 that ptxas has not serialized, registers moved from the copies' warps."""
+    chosen = of(kernels, "lowrank", "two_segment", HALF)
+    for symbol, counts in chosen.items():
+        # of a stage before the loop and of one in it, and a part of the second segment's
+        assert counts["HGMMA of 256"] == 4 + 4 + 1 and counts["HGMMA of no descriptor"] == 0, (symbol, counts)
+        assert counts["registers moved"] == 2 and counts["STSM"] == 16 and counts["cluster barrier"] == 2, (
+            symbol,
+            counts,
+        )
+        assert counts["TMA load"] > 0 and counts["TMA multicast"] > 0 and counts["TMA store"] == 4, (symbol, counts)
+    assert Counter(counts["HGMMA of 256, turned"] for counts in chosen.values()) == {0: 2, 1: 2, 8: 2, 9: 2}
+    text = (nvcc_build / "cuda" / "lowrank_matmul.o.log").read_text()
+    assert not re.search(r"\(C75\d\d\)", text), text  # ptxas has serialized them
+    entries = re.findall(
+        r"entry function '\S*\d{2}two_segmentI\S*' for '(\w+)'.*?Used (\d+) registers", text, re.DOTALL
+    )
+    assert len(entries) == len(ARCHS) * len(chosen), text
+    for arch, registers in entries:  # 384 threads leave 168; of another architecture the body is empty
+        assert int(registers) == 168 if arch == "sm_90a" else int(registers) < 64, (arch, registers)
+
+
+@pytest.mark.parametrize("label", ["r 16", "r 64", "r 16, dx", "r 16, g and bias", "r 64, D"])
+@pytest.mark.parametrize("d, k", cases.SHAPES)
+def test_hopper_product_is_expected_near_its_roofline(nvcc_build, d, k, label):
+    """Whatever route the operator takes; what is left is L2's and the last turn of the blocks."""
+    case = next(case for case in cases.MORE if (case.operator, case.label) == ("lowrank_matmul", label))
+    args = case.arguments(cases.Make(8192, d, k, "meta"))
+    by_columns = [int(args[i].stride(0) == 1) for i in (1, 3)]
+    launch = Launch(f"two_segment<__nv_bfloat16, {by_columns[0]}, {by_columns[1]}>", 132, 384, 230_464)
+    code = sass.kernels(nvcc_build / "cuda" / "lowrank_matmul.o")[launch.kernel]
+    time = estimate(code, lowrank.work(launch, case, args), launch.blocks, launch.threads, launch.dynamic)
+    assert time.resident == 1 and time.bound in ("L2", "wgmma"), time
+    assert 0.85 < table.floor(case, args) / time.seconds < 1, time
+
+
+@pytest.mark.skipif(tool("nvcc") is None, reason="nvcc is not on PATH")
+def test_hopper_product_compiles_within_a_minute(tmp_path):
+    """By the processor's clock, which other work on the machine does not stop."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=sm_90a", "-cubin", "-o", tmp_path / "matmul.cubin"]
+    run(tool("nvcc"), *flags, "-I", ROOT / "csrc", SOURCES / "lowrank_matmul.cu")
+    assert spent() - before < 60
 
 
 @pytest.mark.parametrize(

@@ -287,11 +287,13 @@ def test_the_gpu_tests_stand_in_order():
     command = [sys.executable, "-m", "pytest", "tests/kernels/test_gpu.py", "-m", "gpu", "-q", "--collect-only"]
     done = subprocess.run([*command, "-p", "no:cacheprovider"], capture_output=True, text=True, cwd=ROOT)
     names = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    read = [name for name in names if "matmul_reads" in name]
     against = [name for name in names if name.startswith("test_operator_against_float64")]
     whole = [i for i, name in enumerate(names) if name.startswith("TestFunctions")]
     giants = [i for i, name in enumerate(names) if "2_31" in name]
     operators = [i for i, name in enumerate(names) if name.startswith("test_operator")]
-    assert names[: len(against)] == against and operators == list(range(len(operators)))
+    assert len(read) == 10 and names[: len(read) + len(against)] == read + against
+    assert operators == list(range(len(operators)))
     assert len(names) == giants[-1] + 1 and whole[-1] < giants[0] and len(giants) == giants[-1] - giants[0] + 1
     assert whole == list(range(whole[0], giants[0]))
     common = [i for i, name in enumerate(against) if "bfloat16" in name or "float32" in name]

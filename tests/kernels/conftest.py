@@ -22,11 +22,13 @@ DTYPES = ("bfloat16", "float32", "float16", "float64")  # the most used first
 
 
 def place(item) -> tuple[int, int, int]:
-    """Where a test of test_gpu.py stands: results of operators, what else they promise, layers, public functions, and
-    what takes gigabytes; there the most used dtypes first, and references, which are torch's own kernels, last."""
+    """Where a test of test_gpu.py stands: how products read their operands, results of operators, what else they
+    promise, layers, public functions, and what takes gigabytes; there the most used dtypes first, and references, which
+    are torch's own kernels, last."""
     name, values = item.originalname, getattr(item, "callspec", None)
     values = [str(v).removeprefix("torch.") for v in values.params.values()] if values else []
     parts = (
+        "matmul_reads" in name,
         name == "test_operator_against_float64",
         name.startswith("test_operator"),
         item.cls is None and "2_31" not in name,

@@ -5,14 +5,22 @@ Run by ``make gpu``; everywhere else each test is skipped with the reason.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from budget import check, check_operator, evaluate
 from contract import Contract
 from instruments import overload_or_reason, poisoned, results
+from matmul_case import FULL, Case, first_wrong, launched, tensors_of
+from matmul_case import run as run_matmul
 from oracles import weight_norm
 from problems import BLOCKSUM, DORA, FAMILIES, LOWRANK, SEGMENTS, cotangent
 from samples import OPERATOR_NAMES, layer_samples, samples_of
@@ -99,6 +107,81 @@ def test_operator_lowrank_backward_of_many_ranks(T, d, r, dtype):
             for _ in range(20 if r <= 64 else 1):
                 for a, b in zip(first, results(op, overload, args), strict=True):
                     assert torch.equal(a, b)
+
+
+# --- lowrank_matmul's form for Hopper, whichever route a call would take ----------------------------------------------
+
+MATMULS = [  # T from 1, tails of everything, both directions of W and B, several tiles to a block, and layers' sizes
+    Case(1, 8, 8, 8), Case(1, 4096, 4096, 16), Case(129, 264, 100, 17, W_by_columns=True), Case(257, 7, 1, 9),
+    Case(600, 1032, 330, 40, torch.float16, True, True), Case(2000, 2040, 200, 256, B_by_columns=True),
+    Case(4100, 4104, 520, 65, period=24, **FULL), Case(4096, 5000, 1000, 0, period=64),
+    Case(8192, 4096, 4096, 16, **FULL), Case(8192, 4096, 4096, 64, torch.float16, True, True),
+    Case(8192, 14336, 4096, 16), Case(2048, 4096, 14336, 16, W_by_columns=True, B_by_columns=True),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def matmul(tmp_path_factory):
+    """The launch function without torch."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    root, made = Path(__file__).resolve().parents[2], tmp_path_factory.mktemp("matmul") / "matmul.so"
+    source = root / "tests" / "kernels" / "cuda_emulator" / "matmul.cpp"
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-arch=sm_90a",
+        "-Xcompiler",
+        "-fPIC",
+        "-shared",
+        "-x",
+        "cu",
+    ]
+    subprocess.run(["nvcc", *flags, "-I", root / "csrc", source, "-o", made], check=True)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@pytest.mark.parametrize("operand, by_columns", [("x", False), ("W", False), ("W", True), ("B", False), ("B", True)])
+def test_operator_matmul_reads_every_element_where_it_is(matmul, operand, by_columns, dtype):
+    """One stage of products for each direction of each operand. What fails names the field of the descriptor that the
+    chip reads otherwise than we do; docs/HOPPER.md has what to look at then."""
+    assert first_wrong(ctypes.CDLL(str(matmul)), operand, by_columns, dtype, "cuda") is None
+
+
+@pytest.mark.parametrize("case", MATMULS, ids=str)
+def test_operator_matmul_against_float64(matmul, case):
+    run_matmul(ctypes.CDLL(str(matmul)), case, "cuda", again=20)
+
+
+def test_operator_matmul_in_a_cuda_graph(matmul):
+    """Its descriptions of the tensors are captured with the launch."""
+    library, case = ctypes.CDLL(str(matmul)), Case(300, 600, 330, 24, **FULL)
+    tensors = tensors_of(case, "cuda")
+    want = launched(library, case, tensors).clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launched(library, case, tensors)
+    for _ in range(3):
+        tensors[0].fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(tensors[0], want)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_operator_matmul_under_compute_sanitizer(matmul, tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    program = [sys.executable, Path(__file__).with_name("matmul_case.py"), matmul, "cuda"]
+    command = ["compute-sanitizer", "--error-exitcode", "1", "--tool", tool, *program]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 LAYER_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

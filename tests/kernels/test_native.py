@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from spectral_ops.core import philox
+from spectral_ops.functional import lowrank_routes
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "native"
@@ -157,3 +159,18 @@ def test_slabs(native, columns, size, per_lane):
         assert plan["bytes"] == lanes * columns * size
         assert lanes <= 16 or plan["bytes"] <= 2**18  # what stays in a core's cache
     assert native.slabs(10**6, columns, size, per_lane, 3)["groups"] == 3
+
+
+# --- the routes of lowrank_matmul ---
+
+
+def test_both_languages_cost_a_route_alike(native):
+    draw = random.Random(0)
+    for _ in range(5000):
+        size = [max(round(2 ** draw.uniform(0, 17)) + draw.choice((-1, 0, 0, 1)), 1) for _ in range(3)]
+        r = draw.choice((0, 1, 8, 16, 17, 64, 200, 256))
+        sizes = lowrank_routes.MatmulSizes(*size, r, *(draw.random() < 0.5 for _ in range(5)))
+        seconds, fills, best = native.matmul_costs(*sizes)
+        costs = lowrank_routes.matmul_costs(sizes)
+        assert (*seconds, fills) == tuple(costs), sizes
+        assert lowrank_routes.ROUTES[best] == costs.best(), sizes
