@@ -13,7 +13,6 @@ constexpr int kABytes = kMatmulRows * 128, kBBytes = kMatmulColumns * 128, kStag
 constexpr int kOutAt = kStages * kStageBytes;       // two buffers of 64 x 64 elements for each multiplying warpgroup
 constexpr int kBarriersAt = kOutAt + 4 * kTileBytes;  // full[kStages], then empty[kStages]
 constexpr int kShared = 1024 + kBarriersAt + 16 * kStages;
-constexpr int kRaster = 8;  // rows of clusters that share the columns of W: 2048 rows of x, which stay in L2
 static_assert(kShared <= 227 * 1024);
 
 struct Matmul {
@@ -33,6 +32,8 @@ template <int kColumns> SPECTRAL_OPS_HD uint64_t operand_of(uint32_t address) {
 }
 
 #ifdef SPECTRAL_OPS_WGMMA
+
+constexpr int kRaster = 8;  // rows of clusters that share the columns of W: 2048 rows of x, which stay in L2
 
 // Which rows and columns of y a cluster's tile has: columns of tiles within kRaster rows of them.
 struct Tile { int row, column; };
