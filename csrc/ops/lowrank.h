@@ -40,9 +40,9 @@ struct LowRankBackward {
   DType dtype, g_dtype, bias_dtype;  // dtype: of dy, h, B and y
 };
 
-// y [rows, columns] = g * (x Wᵀ + scale h Bᵀ) + bias + tile[:, j % period]; x [rows, inner], W [columns, inner], h [rows, r] and
-// B [columns, r] (r = 0: none), tile [rows, period] or null. W and B have a unit stride along either dimension, the others along
-// the inner one; which strides and sizes are taken, cuda/lowrank_matmul.h says.
+// y [rows, columns] = g * (x Wᵀ + scale h Bᵀ) + bias + tile[:, j % period], rounded once: x [rows, inner], W [columns, inner],
+// h [rows, r] and B [columns, r] (r = 0: none), tile [rows, period] or null. W and B have a unit stride along either
+// dimension, the others along the inner one; what else is wanted, cuda/lowrank_matmul.h says.
 struct LowRankMatmul {
   void* y;
   const void *x, *W, *h, *B;
