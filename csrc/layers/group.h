@@ -69,7 +69,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
         lowrank_backward<Device>(dy2, part, cast_as(B[i], h), scales[i], std::nullopt, std::nullopt, std::nullopt,
                                  need_x || need_A, need_B, wants(needs[i], 3), false);
     if (need_x && !dx) dx = empty_rows(*dys[i], weights[i].size(1));
-    if (need_x) grads.push_back(dy2), bases.push_back(weights[i]), lifted.push_back(u), lifts.push_back(cast_as(A[i], h));
+    if (need_x) grads.push_back(dy2), bases.push_back(weights[i]);
+    if (need_x) lifted.push_back(u), lifts.push_back(cast_as(A[i], h));
     if (need_A) trained.push_back(u);
     if (need_B) dB[i] = cast_as(full_B, B[i]);
     if (wants(needs[i], 3)) db[i] = cast_as(full_b, h);

@@ -114,7 +114,7 @@ void block_matmul_into(const Tensor& y, const Tensor& x, const Tensor& weight, c
   check_dtype("s", s, dtype_of("x", x), "x");
   STD_TORCH_CHECK(s.size(1) >= 1, "s: got no columns, wanted at least 1");
   LowRankMatmul a = matmul_arguments(y, x, weight, 0);
-  if (bias) bias = cast_as(*bias, x);
+  if (bias) bias = checked_cast("bias", *bias, x.scalar_type());
   a.bias = vector_data("bias", bias, a.columns, x, a.bias_dtype);
   if (a.rows == 0 || a.columns == 0) return;
   const Tensor tile = rows_of(s);

@@ -4,7 +4,9 @@
 
 #include "../kernels.h"
 #ifdef SPECTRAL_OPS_HOST
+#include <cstdlib>
 #include <initializer_list>
+#include <string_view>
 #include <tuple>
 
 #include "../layers/library.h"
@@ -38,9 +40,9 @@ struct LowRankBackward {
   DType dtype, g_dtype, bias_dtype;  // dtype: of dy, h, B and y
 };
 
-// y [rows, columns] = g * (x Wᵀ + scale h Bᵀ) + bias + tile[:, j % period]; x [rows, inner], W [columns, inner], h [rows, r] and
-// B [columns, r] (r = 0: none), tile [rows, period] or null. W and B have a unit stride along either dimension, the others along
-// the inner one; which strides and sizes are taken, cuda/lowrank_matmul.h says.
+// y [rows, columns] = g * (x Wᵀ + scale h Bᵀ) + bias + tile[:, j % period], rounded once: x [rows, inner], W [columns, inner],
+// h [rows, r] and B [columns, r] (r = 0: none), tile [rows, period] or null. W and B have a unit stride along either
+// dimension, the others along the inner one; what else is wanted, cuda/lowrank_matmul.h says.
 struct LowRankMatmul {
   void* y;
   const void *x, *W, *h, *B;
@@ -194,7 +196,14 @@ inline bool matmul_fuses(const LowRankMatmul& a, const Tensor& y, const Tensor& 
   return cuda::matmul_runs(a.dtype);
 }
 
+// The route of least cost; SPECTRAL_OPS_MATMUL names another, for tests and measurements, where it can run.
 inline MatmulRoute matmul_route(const LowRankMatmul& a, bool scaled, bool bias, bool tiled, bool fuses) {
+  if (const char* name = std::getenv("SPECTRAL_OPS_MATMUL")) {
+    const std::string_view route = name;
+    if (route == "library") return MatmulRoute::library;
+    if (route == "update_first" && !scaled) return MatmulRoute::update_first;
+    if (route == "fused" && fuses) return MatmulRoute::fused;
+  }
   if (element_size(a.dtype) != 2) return MatmulRoute::library;  // the costs are those of tensor cores
   return matmul_costs({a.rows, a.columns, a.inner, a.r, scaled, bias, tiled, fuses, false}).best();
 }
@@ -208,6 +217,11 @@ inline void check_product(const Tensor& y, const Tensor& x, const Tensor& weight
   check_size("y", y, 0, x.size(0), "the rows of x");
   check_size("y", y, 1, weight.size(0), "the rows of weight");
   check_dtype("y", y, dtype_of("x", x), "x");
+}
+
+inline Tensor checked_cast(const char* name, const Tensor& t, ScalarType dtype) {
+  dtype_of(name, t);  // floating
+  return cast(t, dtype);
 }
 
 // y [T, d] = g * (x Wᵀ + scale h Bᵀ) + bias, of any strides, where Device has the kernel: by the route of least cost.
@@ -227,8 +241,8 @@ void matmul_into(const Tensor& y, const Tensor& x, const Tensor& weight, const T
   }
   LowRankMatmul a = matmul_arguments(y, x, weight, r);
   a.scale = scale;
-  if (g) g = cast(*g, accumulate_type(x));
-  if (bias) bias = cast_as(*bias, x);
+  if (g) g = checked_cast("g", *g, accumulate_type(x));
+  if (bias) bias = checked_cast("bias", *bias, x.scalar_type());
   a.g = vector_data("g", g, d, x, a.g_dtype);
   a.bias = vector_data("bias", bias, d, x, a.bias_dtype);
   if (T == 0 || d == 0) return;

@@ -949,6 +949,137 @@ def test_a_refused_launch_reports_its_error_and_leaves_none_behind(emulated):
     assert torch.equal(out, W)
 
 
+# --- products with an update in them ---------------------------------------------------------------------------------
+
+ROUTES = ["library", "update_first", "fused"]
+MATMULS = [  # T, d, k, r
+    (37, 24, 40, 16),
+    (1, 8, 16, 8),
+    (5, 16, 24, 12),  # factors whose rows start at no multiple of 16 bytes: copied, as they are small
+    (9, 8, 16, 1),
+    (6, 264, 72, 4),
+    (7, 40, 16, 256),
+]
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setenv("EMULATOR_HOPPER", "1")
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, hopper, monkeypatch):
+    monkeypatch.setenv("SPECTRAL_OPS_MATMUL", request.param)
+    return request.param
+
+
+def route_of(name, args):
+    """By what is launched: the kernel, or products of the library in this order."""
+    made = launches.recorded(name, args)
+    if any("two_segment" in launch.kernel for launch in made):
+        assert len(made) == 1, made
+        return "fused"
+    x, weight = args[:2]
+    last = made[-1].product == (*x.shape[:1], *weight.shape)
+    return "update_first" if last and len(made) > 1 else "library"
+
+
+def matmul_args(T, d, k, r, dtype=torch.bfloat16, scaled=False, biased=False):
+    g = 1 + 0.1 * torch.randn(d, dtype=accumulate(dtype)) if scaled else None
+    return matrix(T, k, dtype), matrix(d, k, dtype), matrix(T, r, dtype), matrix(d, r, dtype), 0.7, g, (
+        torch.randn(d).to(dtype) if biased else None
+    )  # fmt: skip
+
+
+def same_as_reference(emulated, name, args, dtype, what=""):
+    got, wanted = getattr(emulated, name)(*args), reference(name)(*args)
+    assert_near(got, wanted, 2 * ROUNDED[dtype], what)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_lowrank_matmul_by_every_route(emulated, route, dtype, scaled, biased):
+    for sizes in MATMULS:
+        x, W, h, B, *rest = matmul_args(*sizes, dtype, scaled, biased)
+        for weight in (W, W.t().contiguous().t()):
+            for factor in (B, B.t().contiguous().t()):
+                args = x, weight, h, factor, *rest
+                same_as_reference(emulated, "lowrank_matmul", args, dtype, f"{sizes}")
+                wanted = "library" if scaled and route == "update_first" else route
+                assert route_of("lowrank_matmul", args) == wanted, sizes
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_block_matmul_by_every_route(emulated, route, dtype, biased):
+    for T, d, k, r in MATMULS:
+        x, W, s, _, _, _, bias = matmul_args(T, d, k, r, dtype, False, biased)
+        for weight in (W, W.t().contiguous().t()):
+            same_as_reference(emulated, "block_matmul", (x, weight, s, bias), dtype, f"{T, d, k, r}")
+            wanted = "library" if biased and route == "update_first" else route
+            assert route_of("block_matmul", (x, weight, s, bias)) == wanted, (T, d, k, r)
+
+
+def test_what_the_kernel_does_not_take_goes_to_the_library(emulated, hopper, monkeypatch):
+    monkeypatch.setenv("SPECTRAL_OPS_MATMUL", "fused")
+    bf16 = torch.bfloat16
+    x, W, h, B, *rest = matmul_args(9, 16, 24, 8)
+    odd = [
+        (matrix(9, 24, bf16, 25), W, h, B, *rest),
+        (matrix(24, 9, bf16).t(), W, h, B, *rest),
+        (x, matrix(16, 24, bf16, 27), h, B, *rest),
+        (x[:, 1:], W[:, 1:], h, B, *rest),
+        (x[:1].expand(9, 24), W, h, B, *rest),
+        matmul_args(9, 15, 24, 8),  # rows of y
+        matmul_args(9, 16, 24, 264),
+    ]
+    odd += [matmul_args(9, 16, 24, 8, dtype, True, True) for dtype in (torch.float32, torch.float64)]
+    for args in odd:
+        same_as_reference(emulated, "lowrank_matmul", args, args[0].dtype)
+        assert route_of("lowrank_matmul", args) != "fused"
+        tiled = *args[:3], args[-1]
+        same_as_reference(emulated, "block_matmul", tiled, args[0].dtype)
+    monkeypatch.setenv("EMULATOR_HOPPER", "0")  # another GPU
+    args = x, W, h, B, *rest
+    monkeypatch.delenv("SPECTRAL_OPS_MATMUL")
+    same_as_reference(emulated, "lowrank_matmul", args, bf16)
+    assert route_of("lowrank_matmul", args) != "fused"
+
+
+def test_products_of_nothing(emulated, route):
+    for sizes in ((0, 16, 24, 8), (9, 0, 24, 8), (9, 16, 24, 0), (9, 16, 0, 8)):
+        for scaled, biased in ((False, False), (False, True), (True, True)):
+            args = matmul_args(*sizes, torch.bfloat16, scaled, biased)
+            same_as_reference(emulated, "lowrank_matmul", args, torch.bfloat16, f"{sizes}")
+            if sizes[3]:
+                same_as_reference(emulated, "block_matmul", (*args[:3], args[-1]), torch.bfloat16, f"{sizes}")
+
+
+BAD = [(name, "vector") for name in ("x", "weight", "h", "B")] + [(name, "short") for name in ("h", "B", "g", "bias")]
+BAD += [("weight", "narrow"), ("weight", "float"), ("h", "float"), ("B", "float"), ("g", "int"), ("bias", "int")]
+
+
+@pytest.mark.parametrize("name, how", BAD)
+def test_bad_products_are_refused_by_name(emulated, hopper, name, how):
+    args = matmul_args(9, 16, 24, 8, torch.bfloat16, True, True)
+    named = dict(zip(("x", "weight", "h", "B", "scale", "g", "bias"), args, strict=True))
+    t = named[name]
+    others = {"vector": t.flatten(), "short": t[:-1], "narrow": t[..., :-1], "float": t.float(), "int": t.int()}
+    named[name] = others[how]
+    with pytest.raises(RuntimeError, match=rf"\b{name}: "):
+        emulated.lowrank_matmul(*named.values())
+    if name not in ("B", "g"):
+        with pytest.raises(RuntimeError, match=rf"\b{'s' if name == 'h' else name}: "):
+            emulated.block_matmul(*(named[n] for n in ("x", "weight", "h", "bias")))
+
+
+def test_the_route_goes_by_sizes(emulated, hopper):
+    """A large product joins the update on Hopper; one with few tokens does not."""
+    assert route_of("lowrank_matmul", matmul_args(8192, 4096, 4096, 16)) == "fused"
+    assert route_of("lowrank_matmul", matmul_args(16, 4096, 4096, 16)) != "fused"
+
+
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
@@ -963,3 +1094,26 @@ def test_layer(emulated, name, dtype):
         got, want = (results(layer, run, args) for run in (getattr(emulated, name), layer.overloads["reference"]))
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             assert_near(a, b, 4 * ROUNDED[dtype], f"result {i} of {name}")
+
+
+JOINING = [name for name in sorted(LAYERS) if {"lowrank_matmul", "block_matmul"}.intersection(LAYERS[name].pieces)]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", JOINING)
+def test_layer_by_every_route(emulated, route, name, dtype):
+    layer = LAYERS[name]
+    for args in layer_samples(name, dtype):
+        got, want = (results(layer, run, args) for run in (getattr(emulated, name), layer.overloads["reference"]))
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_near(a, b, 4 * ROUNDED[dtype], f"result {i} of {name}")
+
+
+@pytest.mark.parametrize("name", [n for n in JOINING if n != "lowrank_group_backward"])
+def test_a_layer_makes_its_product_in_one_launch(emulated, hopper, monkeypatch, name):
+    """Where nothing is dropped, the widest product is the kernel's, and no pass over its result follows."""
+    monkeypatch.setenv("SPECTRAL_OPS_MATMUL", "fused")
+    joined = 0
+    for args in layer_samples(name, torch.bfloat16):
+        joined += sum("two_segment" in launch.kernel for launch in launches.recorded(name, args))
+    assert joined, name

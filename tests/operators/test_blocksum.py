@@ -12,6 +12,7 @@ from problems import BLOCKSUM, FAMILIES
 from tensors import HALF, TYPICAL, ids, randn, storage
 
 import spectral_ops
+from spectral_ops.functional.blocksum import block_matmul_op
 
 
 class TestBlockSum(Contract):
@@ -39,6 +40,19 @@ def test_mini_of_every_width(q, p, backend):
     dy = randn(5, 24)
     for a, b in zip(torch.autograd.grad(y, [x, D], dy), torch.autograd.grad(want, [x, D], dy), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=ids)
+def test_product_and_tiles_are_one_operator(dtype):
+    """block_matmul rounds once; the library's products, which run elsewhere, round twice."""
+    for T, n, k, r in ((5, 24, 14, 4), (3, 7, 9, 7), (2, 5, 3, 8), (0, 4, 6, 2), (4, 6, 0, 3)):
+        x, W, s, bias = (randn(*shape, dtype=dtype) for shape in ((T, k), (n, k), (T, r), (n,)))
+        tiled = s.double()[:, torch.arange(n) % r]
+        for b in (None, bias):
+            want = (x.double() @ W.double().T + tiled + (0 if b is None else b.double())).to(dtype)
+            torch.testing.assert_close(block_matmul_op(x, W, s, b), want)
+            torch.testing.assert_close(block_matmul_op.library(x, W, s, b), want, rtol=2e-2, atol=5e-2)
+            assert block_matmul_op.fake(x, W, s, b).shape == want.shape
 
 
 def test_shards_are_residue_classes_not_runs():

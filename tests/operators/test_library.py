@@ -38,7 +38,7 @@ def test_the_compiled_extension_is_loaded():
     headers = {path.stem for folder in ("ops", "layers") for path in (ROOT / "csrc" / folder).glob("*.h")}
     everything = OPERATORS | _library.LAYERS
     absent = {name for name in everything.keys() - extension.operators if everything[name].stem in headers}
-    assert absent == {"lowrank_matmul"}, "a kernel was not bound"
+    assert absent == {"lowrank_matmul", "block_matmul"}, "a kernel was not bound"
     assert extension.operators <= {*OPERATORS, *_library.LAYERS}
     assert extension.info
 
@@ -427,6 +427,7 @@ def test_bytes_by_hand(dtype):
     everything = s * (t * d + t * r + d * r + t * d + d) + a * d + s * (t * r + t * d) + a * (d * r + d + d)
     assert cost("lowrank_backward", 1) == everything
     assert s * (d * k + r * k + d * r) <= cost("column_norm", 0) <= s * (d * k + r * k + d * r) + a * d
+    assert cost("block_matmul", 0) == s * (t * k + d * k + t * r + t * d + d)
     assert cost("block_sum", 0) == s * (t * k + t * r)
     assert cost("block_tile_", 2) == s * (2 * t * k + t * r)
     assert cost("block_tile_", 0) == s * (t * k + t * r)
