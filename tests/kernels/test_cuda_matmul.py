@@ -89,8 +89,8 @@ def test_tile_of_a_period(library, period, r):
 
 
 def test_many_tiles_to_a_cluster(library):
-    """One cluster takes every tile, then two that do not share them evenly; both wrap their stages many times. Then more
-    rows than one group of the raster has."""
+    """One cluster takes every tile, then two that do not share them evenly; their stages are used many times. Before
+    that more rows than one group of the raster has."""
     run(library, Case(2100, 300, 64, 8, processors=8))
     for processors in (2, 4):
         for W_by_columns, B_by_columns in LAYOUTS:
