@@ -13,7 +13,6 @@ constexpr int kABytes = kMatmulRows * 128, kBBytes = kMatmulColumns * 128, kStag
 constexpr int kOutAt = kStages * kStageBytes;       // two buffers of 64 x 64 elements for each multiplying warpgroup
 constexpr int kBarriersAt = kOutAt + 4 * kTileBytes;  // full[kStages], then empty[kStages]
 constexpr int kShared = 1024 + kBarriersAt + 16 * kStages;
-constexpr int kRaster = 8;  // rows of clusters that share the columns of W: 2048 rows of x, which stay in L2
 static_assert(kShared <= 227 * 1024);
 
 struct Matmul {
@@ -32,6 +31,10 @@ template <int kColumns> SPECTRAL_OPS_HD uint64_t operand_of(uint32_t address) {
   return kColumns ? operand(address) + (uint64_t{(kTileBytes >> 4) - 1} << 16) : operand(address);
 }
 
+#ifdef SPECTRAL_OPS_WGMMA
+
+constexpr int kRaster = 8;  // rows of clusters that share the columns of W: 2048 rows of x, which stay in L2
+
 // Which rows and columns of y a cluster's tile has: columns of tiles within kRaster rows of them.
 struct Tile { int row, column; };
 __device__ __forceinline__ Tile tile_at(const Matmul& a, int tile, int rank) {
@@ -39,6 +42,8 @@ __device__ __forceinline__ Tile tile_at(const Matmul& a, int tile, int rank) {
   const int height = min_of(kRaster, a.clusters_m - group * kRaster);
   return {((group * kRaster + in % height) * kMatmulCluster + rank) * kMatmulRows, in / height * kMatmulColumns};
 }
+
+#endif
 
 // Two elements at a multiple of 4 bytes.
 template <class T> __device__ __forceinline__ float2 two_of(const T* p) {

@@ -84,8 +84,12 @@ inline cudaError_t last_error() {
 struct Copy { void* to; const void* from; int bytes; };
 
 // What a thread knows of wgmma's accumulators that it has given to one.
-struct Accumulators { float values[32]; int under_way = 0; bool fenced = false; };
+struct Accumulators { float values[128]; int count = 0, under_way = 0; bool fenced = false; };
 struct Use { uint64_t product; float* d; bool accumulate; };
+
+// A copy engine's matrix (tile_map makes it) and what is under way of it.
+struct Matrix { const unsigned char* data; int64_t rows, columns, stride; int box_rows; };
+struct Store { Matrix to; unsigned at; int column, row; std::vector<uint16_t> values; };
 
 struct Thread {
   ucontext_t context;  // where the fiber starts
@@ -102,6 +106,9 @@ struct Thread {
   std::deque<std::vector<Use>> committed_products;
   uint64_t issued = 0;
   bool fenced = false;
+  std::vector<Store> stores;
+  std::deque<std::vector<Store>> committed_stores;
+  std::map<int, uint64_t> named_barriers;
 };
 
 struct Warp {
@@ -110,11 +117,15 @@ struct Warp {
 };
 
 // A product of a warpgroup: its operands as the first thread to issue it found them.
-struct Product { uint64_t a, b; bool by_columns; float A[64][16], B[16][64]; int left = 128; };
+struct Product { uint64_t a, b; bool columns_a, rows_b; int columns; bool checked = false; float A[64][16], B[16][256]; int left = 128; };
 struct Warpgroup { std::deque<Product> products; uint64_t first = 0; };
 
 constexpr size_t kStack = 256 * 1024, kShared = 228 * 1024;
 constexpr unsigned kMaxCluster = 8;
+
+// An mbarrier: the arrivals that a phase still waits for, the bytes, and how many phases have ended.
+struct Barrier { int expected, pending; int64_t bytes = 0; uint64_t phase = 0; bool visible = false; };
+struct Landing { Matrix from; unsigned at, barrier, blocks; int column, row; };  // a copy into the blocks of a mask
 
 struct Block {  // or a cluster of them, which run together
   std::vector<std::unique_ptr<Thread>> threads;  // of all of them
@@ -123,6 +134,9 @@ struct Block {  // or a cluster of them, which run together
   unsigned size = 0, grid = 0, index = 0, cluster = 1;  // index: of the first
   uint64_t arrived[kMaxCluster] = {}, cluster_arrived = 0;
   jmp_buf scheduler;
+  std::map<std::pair<unsigned, unsigned>, Barrier> barriers;  // by block of the cluster and address
+  std::map<std::pair<unsigned, int>, std::pair<uint64_t, int>> named;  // arrivals, and how many threads meet
+  std::vector<Landing> landings;
   std::function<void()> body;
   bool progress = false;
 };
@@ -174,11 +188,14 @@ inline const uint32_t (*exchange(const void* words, size_t bytes))[8] {
 inline void entry() {
   block.body();
   if (!current->products.empty() || !current->committed_products.empty()) fail("a thread left before its products");
+  if (!current->stores.empty() || !current->committed_stores.empty()) fail("a thread left before its stores");
   if (current->cluster_arrivals != current->cluster_waits) fail("a thread left between a cluster's arrival and its wait");
   current->done = true;
   block.progress = true;
   yield();
 }
+
+inline bool land();
 
 inline int order() {
   const char* text = std::getenv("EMULATOR_ORDER");
@@ -190,6 +207,7 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
   block.index = index;
   std::fill_n(block.arrived, kMaxCluster, 0);
   block.cluster_arrived = 0;
+  block.barriers.clear(), block.named.clear(), block.landings.clear();
   block.warps.assign((block.size + 31) / 32 * block.cluster, Warp{});
   block.warpgroups.assign((block.size + 127) / 128 * block.cluster, Warpgroup{});
   for (unsigned rank = 0; rank < block.cluster; ++rank)
@@ -208,6 +226,7 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
     t.block_barriers = t.warp_calls = t.cluster_arrivals = t.cluster_waits = t.issued = 0;
     t.open.clear(), t.committed.clear(), t.unfenced.clear();
     t.accumulators.clear(), t.products.clear(), t.committed_products.clear();
+    t.stores.clear(), t.committed_stores.clear(), t.named_barriers.clear();
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStack;
@@ -237,8 +256,12 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
           for (unsigned begin = rank * block.size; begin < (rank + 1) * block.size; begin += 32)
             while (run(begin, begin + 32)) moved = true;
         }
-    if (!progress) fail("deadlock: threads wait at different barriers");
+    if (chosen == 2 && random() % 4 == 0) progress |= land();
+    if (!progress && !land()) fail("deadlock: threads wait at different barriers");
   }
+  if (!block.landings.empty()) fail("a block left before its copies");
+  for (const auto& [at, b] : block.barriers)
+    if (b.bytes != 0 || b.pending != b.expected) fail("a block left in a barrier's phase");
   for (unsigned i = 0; i < count; ++i)
     if (block.threads[i]->block_barriers != block.threads[0]->block_barriers) fail("a thread left before a barrier");
 }
@@ -294,34 +317,35 @@ template <class T> void read_operands(Product& p, unsigned rank) {
     std::memcpy(&v, seen_by_products[rank] + address, sizeof v);
     return static_cast<float>(v);
   };
-  for (int k = 0; k < 16; ++k)
-    for (int n = 0; n < 64; ++n) {
-      p.A[n][k] = at(operand_address(p.a, !p.by_columns, n, k));
-      p.B[k][n] = at(operand_address(p.b, false, n, k));
-    }
+  for (int k = 0; k < 16; ++k) {
+    for (int m = 0; m < 64; ++m) p.A[m][k] = at(operand_address(p.a, !p.columns_a, m, k));
+    for (int n = 0; n < p.columns; ++n) p.B[k][n] = at(operand_address(p.b, !p.rows_b, n, k));
+  }
 }
 
 inline Warpgroup& warpgroup_of(const Thread& t) { return block.warpgroups[t.rank * ((block.size + 127) / 128) + t.index / 128]; }
 
 inline void (*reread)(Product&, unsigned) = nullptr;
 
-template <class T> void issue(float (&d)[32], uint64_t a, uint64_t b, bool by_columns, bool accumulate) {
+// d [64, 8 lanes' worth]: N accumulators of a thread are 2 N columns.
+template <class T, int N> void issue(float (&d)[N], uint64_t a, uint64_t b, bool columns_a, bool rows_b, bool accumulate) {
   Thread& t = *current;
   Warpgroup& group = warpgroup_of(t);
   reread = &read_operands<T>;
   const uint64_t at = t.issued++ - group.first;
   if (at == group.products.size()) {
-    group.products.push_back({a, b, by_columns});
+    group.products.push_back({a, b, columns_a, rows_b, 2 * N});
     read_operands<T>(group.products.back(), t.rank);
   }
   const Product& p = group.products[at];
-  if (p.a != a || p.b != b || p.by_columns != by_columns) fail("threads of a warpgroup begin different products");
+  if (p.a != a || p.b != b || p.columns_a != columns_a || p.rows_b != rows_b || p.columns != 2 * N) fail("threads of a warpgroup begin different products");
   const bool known = t.accumulators.count(d);
   Accumulators& mine = t.accumulators[d];
   if (mine.under_way == 0) {
     const bool same = known && !std::memcmp(mine.values, d, sizeof d);
     if (!same && !(known ? mine.fenced : t.fenced)) fail("accumulators written without wgmma.fence before a product");
     std::memcpy(mine.values, d, sizeof d);
+    mine.count = N;
     std::memset(d, 0xff, sizeof d);
   }
   ++mine.under_way;
@@ -341,21 +365,23 @@ inline void wait_products(size_t most) {
   for (; t.committed_products.size() > most; t.committed_products.pop_front())
     for (const Use& use : t.committed_products.front()) {
       Product& p = group.products[use.product - group.first];
-      if (lane == 0) {
-        Product now{p.a, p.b, p.by_columns};
+      if (!p.checked) {  // by the first that waits: the product is its warpgroup's, and done for all
+        p.checked = true;
+        Product now{p.a, p.b, p.columns_a, p.rows_b, p.columns};
         reread(now, t.rank);
-        const bool same = !std::memcmp(now.A, p.A, sizeof p.A) && !std::memcmp(now.B, p.B, sizeof p.B);
+        bool same = !std::memcmp(now.A, p.A, sizeof p.A);
+        for (int k = 0; k < 16; ++k) same = same && !std::memcmp(now.B[k], p.B[k], sizeof(float) * p.columns);
         if (!same) fail("a product's operands changed under it");
       }
       Accumulators& mine = t.accumulators[use.d];
-      for (int n = 0; n < 32; ++n) {
+      for (int n = 0; n < mine.count; ++n) {
         const int r = row + 8 * (n % 4 / 2), column = n / 4 * 8 + 2 * q + n % 2;
         float sum = use.accumulate ? mine.values[n] : 0;
         for (int k = 0; k < 16; ++k) sum += p.A[r][k] * p.B[k][column];
         mine.values[n] = sum;
       }
       if (--mine.under_way == 0) {
-        for (int n = 0; n < 32; ++n) {
+        for (int n = 0; n < mine.count; ++n) {
           uint32_t bits;
           std::memcpy(&bits, use.d + n, sizeof bits);
           if (bits != 0xffffffffu) fail("accumulators written under a product");
@@ -493,7 +519,7 @@ inline void proxy_fence() {
 inline void stream16_async(void* to, const void* from, int bytes) { copy16_async(to, from, bytes); }
 
 template <class T, int kColumnMajor> void product_async(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-  emulator::issue<T>(d, a, b, kColumnMajor != 0, accumulate != 0);
+  emulator::issue<T>(d, a, b, kColumnMajor != 0, true, accumulate != 0);
 }
 inline void products_begin() { emulator::fence_accumulators(); }
 inline void products_commit() {
@@ -532,3 +558,5 @@ cudaError_t enqueue_clusters(void (*kernel)(P...), int64_t grid, int cluster, in
 }
 
 }  // namespace spectral_ops::cuda
+
+#include "hopper.h"
