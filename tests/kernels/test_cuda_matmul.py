@@ -151,23 +151,17 @@ FLIP = "      if (++stage == kStages) stage = 0, phase ^= 1;\n    };"
 BROKEN = {
     "the producer's phase": [(KERNEL, "barrier_wait(empty + stage, phase ^ 1)", "barrier_wait(empty + stage, phase)")],
     "the consumers' phase": [(KERNEL, FLIP, FLIP.replace(", phase ^= 1", ""))],
-    "empty not awaited": [(KERNEL, "          barrier_wait(empty + stage, phase ^ 1);\n", "")],
     "a stage released while it is read": [
         (KERNEL, "products_wait<1>();\n        release(previous);", "release(previous);\n        products_wait<1>();")
     ],
     "released by one block's warps": [
         (KERNEL, "barrier_init(empty + i, 2 * kMatmulCluster)", "barrier_init(empty + i, 2)")
     ],
-    "released to its own block": [(KERNEL, "barrier_arrive(empty + used, t)", "barrier_arrive(empty + used, rank)")],
     "too few bytes expected": [
         (KERNEL, "barrier_expect(full + stage, kStageBytes)", "barrier_expect(full + stage, kABytes)")
     ],
     "too many bytes expected": [
         (KERNEL, "barrier_expect(full + stage, kStageBytes)", "barrier_expect(full + stage, kStageBytes + 128)")
-    ],
-    "each the other's half of W": [(KERNEL, "to_b + rank * (kBBytes / 2)", "to_b + (1 - rank) * (kBBytes / 2)")],
-    "not sent to the other block": [
-        (KERNEL, "at.column + rank * (kMatmulColumns / 2), 3)", "at.column + rank * (kMatmulColumns / 2), 1 << rank)")
     ],
     "barriers not made visible": [(KERNEL, "    barriers_visible();\n", "")],
     "no barrier before the other block's are used": [
@@ -194,9 +188,6 @@ BROKEN = {
     "a tail of the inner dimension": [(KERNEL, "ceil_div(from.inner, kMatmulDepth)", "(from.inner / kMatmulDepth)")],
     "W's step by columns": [(KERNEL, "kColumnsW ? 2048 : 32", "kColumnsW ? 1024 : 32")],
     "B's step by columns": [(KERNEL, "kColumnsB ? 2048 : 32", "kColumnsB ? 1024 : 32")],
-    "boxes in the wrong order": [
-        (KERNEL, "to_b + (2 * rank + box) * kTileBytes", "to_b + (2 * rank + 1 - box) * kTileBytes")
-    ],
     "tiles out of line": [(KERNEL, "  shared += (1024 - shared_address(shared) % 1024) % 1024;\n", "")],
     "no swizzle of what is stored": [
         (
@@ -208,10 +199,8 @@ BROKEN = {
     "no fence before a store": [(KERNEL, "        proxy_fence();\n", "")],
     "a store before all have written": [(KERNEL, "        proxy_fence();\n" + MEET, "        proxy_fence();\n")],
     "a buffer written while it is stored": [(KERNEL, WAIT, "")],
-    "one store too many under way": [(KERNEL, WAIT, WAIT.replace("<1>", "<2>"))],
     "a buffer written before the wait": [(KERNEL, WAIT + MEET, WAIT)],
     "an end before the stores are done": [(KERNEL, "    if (t == 0) tile_stores_done<0>();\n", "")],
-    "the other warpgroup's barrier": [(KERNEL, "else named_barrier(2, 128)", "else named_barrier(1, 128)")],
 }
 FEWER = [  # forms, in broken copies: those that the program calls, which compile in half the time
     ("(columns_B ? two_segment<T, 1, 1> : two_segment<T, 1, 0>)", "two_segment<T, 1, 1>"),
