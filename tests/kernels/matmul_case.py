@@ -43,7 +43,7 @@ FULL = {"g": True, "bias": True}
 # one segment alone.
 CASES = [
     Case(300, 600, 330, 24, processors=2, period=24, **FULL),
-    Case(140, 300, 200, 72, torch.float16, True, True, processors=2, **FULL),
+    Case(140, 300, 200, 72, torch.bfloat16, True, True, processors=2, **FULL),
     Case(130, 264, 100, 0, period=37),
 ]
 
