@@ -65,9 +65,7 @@ class SiblingFunction(Function):
     def forward(ctx, x, weight, h, A, B, bias, core, scale, box):
         y = shaped(fused_forward(rows(x), weight, apply_core(h, core), B.to(x.dtype), scale, None, bias), x)
         _, _, _, need_A, need_B, _, need_core, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if need_A else None, weight, A, B, core, None, h if need_B or need_core else None, None
-        )
+        ctx.save_for_backward(x if need_A else None, weight, A, B, core, None, h if need_B or need_core else None, None)
         ctx.scale, ctx.box = scale, box
         return y
 

@@ -38,7 +38,8 @@ from spectral_ops.integrations.peft_plan import (
     miss_plan,
     variant_name,
 )
-from spectral_ops.integrations.peft_siblings import Member, notes as shared_notes
+from spectral_ops.integrations.peft_siblings import Member
+from spectral_ops.integrations.peft_siblings import notes as shared_notes
 from spectral_ops.integrations.report import BASE_AGNOSTIC, FUSED, PEFT, LayerState, Report, Row, note_while_tracing
 
 # --- the call --------------------------------------------------------------------------------------------------------

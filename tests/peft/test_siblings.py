@@ -177,6 +177,22 @@ def test_backward_one_sibling_after_the_other_and_twice():
     same(*results)
 
 
+def test_batched_gradients_and_dispatch_modes():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, other = pair()
+    x = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
+    dys = torch.randn(3, 4, 28, dtype=torch.float64)
+    results = []
+    for m in (model, other):
+        params = [p for p in m.parameters() if p.requires_grad]
+        with FlopCounterMode(display=False) as flops:
+            m(x)
+        grads = torch.autograd.grad(m(x), [x, *params], dys, is_grads_batched=True)
+        results.append([torch.tensor(float(flops.get_total_flops())), *grads])
+    same(*results)
+
+
 def test_group_is_dropped_after_misses_and_nothing_is_kept(products):
     model, other = pair()
     q, _, _ = layers(model)
