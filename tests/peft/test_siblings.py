@@ -87,7 +87,7 @@ def test_checkpoint(reentrant, calls):
     model, other = pair(seated=False)
     for _ in range(calls):
         model(torch.randn(2, 16, dtype=torch.float64))
-    for step in range(5):
+    for _ in range(5):
         x = torch.randn(4, 16, dtype=torch.float64)
 
         def run(x):
