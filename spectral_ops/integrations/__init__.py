@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["accelerate", "restore"]
 
 
-def accelerate(model: torch.nn.Module, *, strict: bool = False, recompute: bool = False, exact: bool = False) -> Report:
+def accelerate(
+    model: torch.nn.Module, *, strict: bool = False, recompute: bool = False, exact: bool = False, siblings: bool = True
+) -> Report:
     """Let the adapter layers of a PEFT model compute with the fused operators, in place.
 
     Parameters, state_dict, optimizer and numbers stay what they are (the same up to rounding; DoRA's column norm is
@@ -35,13 +37,15 @@ def accelerate(model: torch.nn.Module, *, strict: bool = False, recompute: bool 
             rounded to the base's dtype, as PEFT rounds it under autocast; in bfloat16 that takes a third of a change of
             1e-4. With exact the change stays float32, as in PEFT outside autocast, for a float32 product per layer.
             Nothing else is changed by it.
+        siblings: from the second call on, form x Aᵀ, and in backward dA, once for LoRA and AdaLoRA layers without
+            dropout that are seen to get the same x (q, k, v; gate, up). Off under autocast and torch.compile.
 
     Returns a :class:`~spectral_ops.integrations.report.Report`: ``print(report)`` shows what runs where;
     ``report.fallbacks()`` what fell back since, and why.
     Raises TypeError for something that is not a module, ValueError for a module without PEFT layers, ImportError
     without PEFT.
     """
-    return _peft().accelerate(model, strict=strict, recompute=recompute, exact=exact)
+    return _peft().accelerate(model, strict=strict, recompute=recompute, exact=exact, siblings=siblings)
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:

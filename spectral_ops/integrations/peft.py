@@ -38,6 +38,8 @@ from spectral_ops.integrations.peft_plan import (
     miss_plan,
     variant_name,
 )
+from spectral_ops.integrations.peft_siblings import Member
+from spectral_ops.integrations.peft_siblings import notes as shared_notes
 from spectral_ops.integrations.report import BASE_AGNOSTIC, FUSED, PEFT, LayerState, Report, Row, note_while_tracing
 
 # --- the call --------------------------------------------------------------------------------------------------------
@@ -136,6 +138,8 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
     if weight is not None and len(adapters) == 1 and facts.autocast is None:
         if type(first) is LowRank and first.magnitude is None and first.bias is None:
             _, A, B, scale, p, *_ = first
+            if p == 0.0 and facts.lasting:
+                return Member(weight, A, B, bias, None, scale)
             return lambda layer, x: lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
         if type(first) is Bone:
             D, p = first
@@ -146,6 +150,8 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
             if rank.requires_grad or capturing or type(rank) is FakeTensor:
                 return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, scale, p)
             scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
+            if p == 0.0 and facts.lasting:
+                return Member(weight, A, B, bias, E, scale)
             return lambda layer, x: lowrank.linear(x, weight, A, B, bias, E, None, scale, p)
     return lambda layer, x: run(layer, x, base, adapters)
 
@@ -339,7 +345,9 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
-def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = False, exact: bool = False) -> Report:
+def accelerate(
+    model: nn.Module, *, strict: bool = False, recompute: bool = False, exact: bool = False, siblings: bool = True
+) -> Report:
     """See :func:`spectral_ops.accelerate`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {model!r} ({type(model).__name__}), wanted a PEFT model (a torch.nn.Module)")
@@ -362,6 +370,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = Fals
         if type(layer) in ORIGINALS:
             state = layer._spectral_ops
             state.name, state.strict, state.recompute, state.exact = name, strict, recompute, exact
+            state.siblings = siblings
+            state.alone()
             states.append(state)
     notes = []
     for tuner in model.modules():
@@ -378,7 +388,7 @@ def accelerate(model: nn.Module, *, strict: bool = False, recompute: bool = Fals
         layers = {} if alive is None else tuner_layers(alive)
         return [name for name, layer in layers.items() if type(layer) in REPLACEMENTS and name not in known]
 
-    return Report(rows, states, newcomers, notes)
+    return Report(rows, states, newcomers, notes, lambda: shared_notes(states))
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -20,8 +20,11 @@ class LayerState:
     by_key: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
     next_key = 0
 
-    def __init__(self, name: str, strict: bool = False, recompute: bool = False, exact: bool = False):
-        self.name, self.strict, self.recompute, self.exact = name, strict, recompute, exact
+    def __init__(
+        self, name: str, strict: bool = False, recompute: bool = False, exact: bool = False, siblings: bool = True
+    ):
+        self.name, self.strict, self.recompute, self.exact, self.siblings = name, strict, recompute, exact, siblings
+        self.alone()
         self.reasons: dict[str, int] = {}  # why PEFT's forward ran -> how many calls
         self.norms: dict[str, NormCache] = {}  # adapter name -> DoRA's column norm
         self.plan: tuple | None = None  # what the last call computed with, and the facts under which the next may
@@ -36,6 +39,12 @@ class LayerState:
             cache = self.norms[adapter] = NormCache()
         return cache.get(*arguments)
 
+    def alone(self) -> None:
+        """Leave the group of layers that read one x, and be watched anew for one, unless that is switched off."""
+        self.seat: tuple | None | bool = None if self.siblings else False  # False: not watched
+        self.chain: list | None = None  # who got the same x after this layer, when it was last called
+        self.watched = 0
+
     def forget(self) -> None:
         """Start anew: the weights may have changed without a trace."""
         self.norms.clear()
@@ -48,10 +57,10 @@ class LayerState:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def __deepcopy__(self, memo) -> LayerState:
-        return LayerState(self.name, self.strict, self.recompute, self.exact)
+        return LayerState(self.name, self.strict, self.recompute, self.exact, self.siblings)
 
     def __reduce__(self):
-        return LayerState, (self.name, self.strict, self.recompute, self.exact)
+        return LayerState, (self.name, self.strict, self.recompute, self.exact, self.siblings)
 
 
 @torch.compiler.assume_constant_result
@@ -93,6 +102,7 @@ class Report:
     states: list[LayerState] = field(repr=False, default_factory=list)
     newcomers: Callable[[], list[str]] = field(repr=False, default=list)
     notes: list[str] = field(default_factory=list)  # what was taken over besides layers
+    shared: Callable[[], list[str]] = field(repr=False, default=list)  # the projections formed once, so far
 
     @property
     def counts(self) -> dict[str, int]:
@@ -127,7 +137,7 @@ class Report:
             table.append((str(len(names)), peft_class, method, path, operators, shorten(names), reason))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
-        lines += self.notes
+        lines += [*self.notes, *self.shared()]
         for fallback in self.fallbacks():
             lines.append(f"fell back: {fallback.name}: {fallback.reason} ({fallback.calls} calls)")
         return "\n".join(lines)
