@@ -305,8 +305,9 @@ cudaError_t enqueue_clusters(void (*kernel)(P...), int64_t grid, int cluster, in
 using TensorMap = emulator::TensorMap;
 static_assert(sizeof(TensorMap) == 128);
 // With the encoder's own checks.
-inline cudaError_t tile_map(TensorMap& map, DType, const void* data, int64_t rows, int64_t columns, int64_t row_stride, int box_rows,
-                            bool = false) {
+template <class DType>  // of 16 bits; not declared yet
+cudaError_t tile_map(TensorMap& map, DType, const void* data, int64_t rows, int64_t columns, int64_t row_stride, int box_rows,
+                     bool = false) {
   const int64_t most = int64_t{1} << 32, pitch = 2 * row_stride;
   if (reinterpret_cast<uintptr_t>(data) % 16 || pitch % 16 || pitch < 0 || pitch >= int64_t{1} << 40) return cudaErrorInvalidValue;
   if (rows < 1 || rows > most || columns < 1 || columns > most || box_rows < 1 || box_rows > 256) return cudaErrorInvalidValue;
