@@ -117,7 +117,8 @@ struct Product {
   bool a_by_rows, b_by_rows;
   int n;
   std::vector<float> A, B, C;  // [64, 16], [16, n], [64, n]; C once it has been waited for
-  int left = 128;
+  int left = 128, issued = 0;
+  uint64_t ripe = 0;  // the turn from which it is complete, once somebody waits
 };
 struct Warpgroup { std::deque<Product> products; uint64_t first = 0; };
 

@@ -44,7 +44,8 @@ template <class T> void issue(float* d, int count, uint64_t a, uint64_t b, bool 
     group.products.push_back({a, b, a_by_rows, b_by_rows, 2 * count, {}, {}, {}});
     read_operands<T>(group.products.back(), t.rank);
   }
-  const Product& p = group.products[at];
+  Product& p = group.products[at];
+  ++p.issued;
   if (p.a != a || p.b != b || p.a_by_rows != a_by_rows || p.b_by_rows != b_by_rows || p.n != 2 * count)
     fail("threads of a warpgroup begin different products");
   const bool known = t.accumulators.count(d);
@@ -64,6 +65,8 @@ inline void fence_accumulators() {
   for (auto& [d, mine] : current->accumulators) mine.fenced = true;
 }
 
+inline uint64_t turn = 1, ripest = 0;  // of the scheduler; until which some product is under way
+
 // Products take effect when waited for. What they read must not have changed since they were issued.
 inline void wait_products(size_t most) {
   Thread& t = *current;
@@ -72,13 +75,15 @@ inline void wait_products(size_t most) {
   for (; t.committed_products.size() > most; t.committed_products.pop_front())
     for (const Use& use : t.committed_products.front()) {
       Product& p = group.products[use.product - group.first];
-      if (lane == 0) {
+      // All of the warpgroup have issued it, and some turns pass before it is complete.
+      while (p.issued < 128) yield();
+      if (!p.ripe) p.ripe = turn + 2, ripest = p.ripe;
+      while (turn < p.ripe) yield();
+      if (p.C.empty()) {
         Product now{p.a, p.b, p.a_by_rows, p.b_by_rows, p.n, {}, {}, {}};
         reread(now, t.rank);
         const bool same = !std::memcmp(now.A.data(), p.A.data(), p.A.size() * 4) && !std::memcmp(now.B.data(), p.B.data(), p.B.size() * 4);
         if (!same) fail("a product's operands changed under it");
-      }
-      if (p.C.empty()) {
         p.C.assign(64 * p.n, 0.f);
         for (int m = 0; m < 64; ++m)
           for (int k = 0; k < 16; ++k) {
@@ -188,7 +193,8 @@ inline void begin_async() {
   barriers.clear(), named.clear(), loads.clear(), stores.clear(), register_calls.clear(), named_calls.clear();
 }
 inline bool land_async(bool idle) {
-  if (loads.empty() || (!idle && landing() % 2)) return false;
+  const bool ripens = turn++ < ripest;
+  if (loads.empty() || (!idle && landing() % 2)) return ripens;
   land(landing() % loads.size());
   return true;
 }
