@@ -21,12 +21,12 @@ static void copy(TensorMap from, TensorMap to, int broken) {
   if (broken != 6) barrier_wait(bar, broken == 7);
   if (t < 32)
     for (int row = 0; row < 64; row += 4) {  // each element is rewritten as it is
-      unsigned char* p = tile + in_tile(row + t / 8, broken == 8 ? 0 : t % 8);
+      unsigned char* p = tile + in_tile(row + t / 8, t % 8);
       uint4 raw;
       std::memcpy(&raw, p, 16);
       if (broken == 9) raw.x ^= 1;
       std::memset(emulator::product_view(p), 0xff, 16);
-      stage16(p, raw);
+      stage16(broken == 8 ? tile + (row + t / 8) * 128 + t % 8 * 16 : p, raw);
     }
   if (broken != 10) proxy_fence();
   named_barrier(1, broken == 11 && t < 32 ? 64 : 128);
