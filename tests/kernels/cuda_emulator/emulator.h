@@ -41,6 +41,8 @@
 #endif
 #undef __global__
 #define __global__
+#undef __grid_constant__
+#define __grid_constant__
 #undef __forceinline__
 #define __forceinline__ inline
 
@@ -84,12 +86,8 @@ inline cudaError_t last_error() {
 struct Copy { void* to; const void* from; int bytes; };
 
 // What a thread knows of wgmma's accumulators that it has given to one.
-struct Accumulators { float values[128]; int count = 0, under_way = 0; bool fenced = false; };
-struct Use { uint64_t product; float* d; bool accumulate; };
-
-// A copy engine's matrix (tile_map makes it) and what is under way of it.
-struct Matrix { const unsigned char* data; int64_t rows, columns, stride; int box_rows; };
-struct Store { Matrix to; unsigned at; int column, row; std::vector<uint16_t> values; };
+struct Accumulators { std::vector<float> values; int under_way = 0; bool fenced = false; };
+struct Use { uint64_t product; float* d; int count; bool accumulate; };
 
 struct Thread {
   ucontext_t context;  // where the fiber starts
@@ -106,9 +104,6 @@ struct Thread {
   std::deque<std::vector<Use>> committed_products;
   uint64_t issued = 0;
   bool fenced = false;
-  std::vector<Store> stores;
-  std::deque<std::vector<Store>> committed_stores;
-  std::map<int, uint64_t> named_barriers;
 };
 
 struct Warp {
@@ -117,15 +112,18 @@ struct Warp {
 };
 
 // A product of a warpgroup: its operands as the first thread to issue it found them.
-struct Product { uint64_t a, b; bool columns_a, rows_b; int columns; bool checked = false; float A[64][16], B[16][256]; int left = 128; };
+struct Product {
+  uint64_t a, b;
+  bool a_by_rows, b_by_rows;
+  int n;
+  std::vector<float> A, B, C;  // [64, 16], [16, n], [64, n]; C once it has been waited for
+  int left = 128, issued = 0;
+  uint64_t ripe = 0;  // the turn from which it is complete, once somebody waits
+};
 struct Warpgroup { std::deque<Product> products; uint64_t first = 0; };
 
 constexpr size_t kStack = 256 * 1024, kShared = 228 * 1024;
 constexpr unsigned kMaxCluster = 8;
-
-// An mbarrier: the arrivals that a phase still waits for, the bytes, and how many phases have ended.
-struct Barrier { int expected, pending; int64_t bytes = 0; uint64_t phase = 0; bool visible = false; };
-struct Landing { Matrix from; unsigned at, barrier, blocks; int column, row; };  // a copy into the blocks of a mask
 
 struct Block {  // or a cluster of them, which run together
   std::vector<std::unique_ptr<Thread>> threads;  // of all of them
@@ -134,9 +132,6 @@ struct Block {  // or a cluster of them, which run together
   unsigned size = 0, grid = 0, index = 0, cluster = 1;  // index: of the first
   uint64_t arrived[kMaxCluster] = {}, cluster_arrived = 0;
   jmp_buf scheduler;
-  std::map<std::pair<unsigned, unsigned>, Barrier> barriers;  // by block of the cluster and address
-  std::map<std::pair<unsigned, int>, std::pair<uint64_t, int>> named;  // arrivals, and how many threads meet
-  std::vector<Landing> landings;
   std::function<void()> body;
   bool progress = false;
 };
@@ -185,17 +180,20 @@ inline const uint32_t (*exchange(const void* words, size_t bytes))[8] {
   return warp.slots[call & 1];
 }
 
+void begin_async();           // hopper.h
+bool land_async(bool idle);  // whether a copy landed; one has to where nothing else moves
+void leave_async();          // a thread ends
+void end_async();            // all blocks of a cluster have
+
 inline void entry() {
   block.body();
   if (!current->products.empty() || !current->committed_products.empty()) fail("a thread left before its products");
-  if (!current->stores.empty() || !current->committed_stores.empty()) fail("a thread left before its stores");
   if (current->cluster_arrivals != current->cluster_waits) fail("a thread left between a cluster's arrival and its wait");
+  leave_async();
   current->done = true;
   block.progress = true;
   yield();
 }
-
-inline bool land();
 
 inline int order() {
   const char* text = std::getenv("EMULATOR_ORDER");
@@ -207,7 +205,6 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
   block.index = index;
   std::fill_n(block.arrived, kMaxCluster, 0);
   block.cluster_arrived = 0;
-  block.barriers.clear(), block.named.clear(), block.landings.clear();
   block.warps.assign((block.size + 31) / 32 * block.cluster, Warp{});
   block.warpgroups.assign((block.size + 127) / 128 * block.cluster, Warpgroup{});
   for (unsigned rank = 0; rank < block.cluster; ++rank)
@@ -226,13 +223,13 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
     t.block_barriers = t.warp_calls = t.cluster_arrivals = t.cluster_waits = t.issued = 0;
     t.open.clear(), t.committed.clear(), t.unfenced.clear();
     t.accumulators.clear(), t.products.clear(), t.committed_products.clear();
-    t.stores.clear(), t.committed_stores.clear(), t.named_barriers.clear();
     getcontext(&t.context);
     t.context.uc_stack.ss_sp = t.stack.get();
     t.context.uc_stack.ss_size = kStack;
     t.context.uc_link = nullptr;
     makecontext(&t.context, reinterpret_cast<void (*)()>(&entry), 0);
   }
+  begin_async();
   unsigned left = count;
   const auto run = [&](unsigned begin, unsigned end) {  // each of these threads up to its next barrier
     block.progress = false;
@@ -256,12 +253,10 @@ inline void run_block(unsigned index, size_t dynamic_shared) {
           for (unsigned begin = rank * block.size; begin < (rank + 1) * block.size; begin += 32)
             while (run(begin, begin + 32)) moved = true;
         }
-    if (chosen == 2 && random() % 4 == 0) progress |= land();
-    if (!progress && !land()) fail("deadlock: threads wait at different barriers");
+    progress |= land_async(!progress);
+    if (!progress) fail("deadlock: threads wait at different barriers");
   }
-  if (!block.landings.empty()) fail("a block left before its copies");
-  for (const auto& [at, b] : block.barriers)
-    if (b.bytes != 0 || b.pending != b.expected) fail("a block left in a barrier's phase");
+  end_async();
   for (unsigned i = 0; i < count; ++i)
     if (block.threads[i]->block_barriers != block.threads[0]->block_barriers) fail("a thread left before a barrier");
 }
@@ -295,116 +290,6 @@ template <class T> T shuffled(T v, int source) {
 inline unsigned char* product_view(void* p) {
   const auto at = static_cast<unsigned char*>(p) - shared[0];
   return at >= 0 && at < static_cast<ptrdiff_t>(sizeof shared) ? seen_by_products[0] + at : nullptr;
-}
-
-// A descriptor's element: row `outer`, 16-bit column `inner` of the stored matrix, in the 128-byte swizzle. `by_rows`: a row
-// is along K. A stored row of 128 bytes belongs to a group of 8, 1024-aligned; 16-byte chunks are permuted by address bits 7-9.
-inline uint32_t operand_address(uint64_t descriptor, bool by_rows, int mn, int k) {
-  if (descriptor >> 62 != 1) fail("only the 128-byte swizzle is known");
-  if (descriptor >> 49 & 7) fail("a base offset other than 0");
-  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
-  const uint32_t start = field(0), leading = field(16), stride = field(32);
-  if (by_rows ? start % 1024 >= 128 : start % 1024 != 0) fail("an operand that does not start with its swizzle");
-  const uint32_t linear = by_rows ? start + mn / 8 * stride + mn % 8 * 128 + 2 * k
-                                  : start + mn / 64 * leading + k / 8 * stride + k % 8 * 128 + mn % 64 * 2;
-  if (linear + 2 > kShared) fail("an operand beyond shared memory");
-  return linear ^ (linear >> 7 & 7) << 4;
-}
-
-template <class T> void read_operands(Product& p, unsigned rank) {
-  const auto at = [&](uint32_t address) {
-    T v;
-    std::memcpy(&v, seen_by_products[rank] + address, sizeof v);
-    return static_cast<float>(v);
-  };
-  for (int k = 0; k < 16; ++k) {
-    for (int m = 0; m < 64; ++m) p.A[m][k] = at(operand_address(p.a, !p.columns_a, m, k));
-    for (int n = 0; n < p.columns; ++n) p.B[k][n] = at(operand_address(p.b, !p.rows_b, n, k));
-  }
-}
-
-inline Warpgroup& warpgroup_of(const Thread& t) { return block.warpgroups[t.rank * ((block.size + 127) / 128) + t.index / 128]; }
-
-inline void (*reread)(Product&, unsigned) = nullptr;
-
-// d [64, 8 lanes' worth]: N accumulators of a thread are 2 N columns.
-template <class T, int N> void issue(float (&d)[N], uint64_t a, uint64_t b, bool columns_a, bool rows_b, bool accumulate) {
-  Thread& t = *current;
-  Warpgroup& group = warpgroup_of(t);
-  reread = &read_operands<T>;
-  const uint64_t at = t.issued++ - group.first;
-  if (at == group.products.size()) {
-    group.products.push_back({a, b, columns_a, rows_b, 2 * N});
-    read_operands<T>(group.products.back(), t.rank);
-  }
-  const Product& p = group.products[at];
-  if (p.a != a || p.b != b || p.columns_a != columns_a || p.rows_b != rows_b || p.columns != 2 * N) fail("threads of a warpgroup begin different products");
-  const bool known = t.accumulators.count(d);
-  Accumulators& mine = t.accumulators[d];
-  if (mine.under_way == 0) {
-    const bool same = known && !std::memcmp(mine.values, d, sizeof d);
-    if (!same && !(known ? mine.fenced : t.fenced)) fail("accumulators written without wgmma.fence before a product");
-    std::memcpy(mine.values, d, sizeof d);
-    mine.count = N;
-    std::memset(d, 0xff, sizeof d);
-  }
-  ++mine.under_way;
-  t.products.push_back({t.issued - 1, d, accumulate});
-}
-
-inline void fence_accumulators() {
-  current->fenced = true;
-  for (auto& [d, mine] : current->accumulators) mine.fenced = true;
-}
-
-// Products take effect when waited for. What they read must not have changed since they were issued.
-inline void wait_products(size_t most) {
-  Thread& t = *current;
-  Warpgroup& group = warpgroup_of(t);
-  const int lane = t.index % 32, row = t.index % 128 / 32 * 16 + lane / 4, q = lane % 4;
-  for (; t.committed_products.size() > most; t.committed_products.pop_front())
-    for (const Use& use : t.committed_products.front()) {
-      Product& p = group.products[use.product - group.first];
-      if (!p.checked) {  // by the first that waits: the product is its warpgroup's, and done for all
-        p.checked = true;
-        Product now{p.a, p.b, p.columns_a, p.rows_b, p.columns};
-        reread(now, t.rank);
-        bool same = !std::memcmp(now.A, p.A, sizeof p.A);
-        for (int k = 0; k < 16; ++k) same = same && !std::memcmp(now.B[k], p.B[k], sizeof(float) * p.columns);
-        if (!same) fail("a product's operands changed under it");
-      }
-      Accumulators& mine = t.accumulators[use.d];
-      for (int n = 0; n < mine.count; ++n) {
-        const int r = row + 8 * (n % 4 / 2), column = n / 4 * 8 + 2 * q + n % 2;
-        float sum = use.accumulate ? mine.values[n] : 0;
-        for (int k = 0; k < 16; ++k) sum += p.A[r][k] * p.B[k][column];
-        mine.values[n] = sum;
-      }
-      if (--mine.under_way == 0) {
-        for (int n = 0; n < mine.count; ++n) {
-          uint32_t bits;
-          std::memcpy(&bits, use.d + n, sizeof bits);
-          if (bits != 0xffffffffu) fail("accumulators written under a product");
-          use.d[n] = mine.values[n];
-        }
-        mine.fenced = false;
-      }
-      --p.left;
-      while (!group.products.empty() && group.products.front().left == 0) group.products.pop_front(), ++group.first;
-    }
-  t.fenced = false;
-}
-
-inline void cluster_arrive() {
-  if (current->cluster_arrivals != current->cluster_waits) fail("a second arrival at a cluster's barrier");
-  ++current->cluster_arrivals;
-  ++block.cluster_arrived;
-  block.progress = true;
-}
-inline void cluster_wait() {
-  const uint64_t target = ++current->cluster_waits;
-  if (target != current->cluster_arrivals) fail("a wait at a cluster's barrier before the arrival");
-  while (block.cluster_arrived < target * block.size * block.cluster) yield();
 }
 
 }  // namespace emulator
@@ -498,63 +383,6 @@ template <int N> void copy_wait() {
       std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
       emulator::current->unfenced.push_back(static_cast<unsigned char*>(copy.to));
     }
-}
-
-// --- what only Hopper has: csrc/cuda/wgmma.cuh ---
-
-inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulator::shared[emulator::current->rank]);
-}
-
-inline void stage16(void* to, const uint4& raw) {
-  std::memcpy(to, &raw, sizeof raw);
-  emulator::current->unfenced.push_back(static_cast<unsigned char*>(to));
-}
-inline void proxy_fence() {
-  for (unsigned char* p : emulator::current->unfenced)
-    if (unsigned char* seen = emulator::product_view(p)) std::memcpy(seen, p, 16);
-  emulator::current->unfenced.clear();
-}
-
-inline void stream16_async(void* to, const void* from, int bytes) { copy16_async(to, from, bytes); }
-
-template <class T, int kColumnMajor> void product_async(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-  emulator::issue<T>(d, a, b, kColumnMajor != 0, true, accumulate != 0);
-}
-inline void products_begin() { emulator::fence_accumulators(); }
-inline void products_commit() {
-  emulator::current->committed_products.push_back(std::move(emulator::current->products));
-  emulator::current->products.clear();
-}
-template <int N> void products_wait() { emulator::wait_products(N); }
-inline void products_done(float (&)[32]) {}
-
-template <bool kRelease> void cluster_arrive() { emulator::cluster_arrive(); }
-inline void cluster_wait() { emulator::cluster_wait(); }
-inline uint32_t in_cluster(const void* p, int rank) {
-  if (rank < 0 || rank >= static_cast<int>(emulator::block.cluster)) emulator::fail("no such block in the cluster");
-  return static_cast<uint32_t>(rank) << 24 | shared_address(p);
-}
-inline void store_in_cluster(uint32_t address, float a, float b) {
-  const unsigned rank = address >> 24, at = address & 0xffffff;
-  if (at % 8) emulator::fail("unaligned store to another block");
-  if (emulator::block.threads[rank * emulator::block.size]->done) emulator::fail("a store to a block that has ended");
-  const float v[2] = {a, b};
-  std::memcpy(emulator::shared[rank] + at, v, sizeof v);
-}
-
-// EMULATOR_HOPPER=1 asks the operators for their forms for Hopper.
-template <auto kernel> bool has_body() {
-  const char* text = std::getenv("EMULATOR_HOPPER");
-  return text && std::atoi(text);
-}
-
-template <class... P, class... A>
-cudaError_t enqueue_clusters(void (*kernel)(P...), int64_t grid, int cluster, int block, int64_t shared, cudaStream_t,
-                             const A&... arguments) {
-  if (grid <= 0) return cudaSuccess;
-  if (shared > 227 * 1024) return cudaErrorInvalidConfiguration;
-  return emulator::launch(kernel, grid, cluster, block, shared, arguments...);
 }
 
 }  // namespace spectral_ops::cuda
