@@ -6,6 +6,8 @@
 // without a fence does not show, and its source must not have changed when it is waited for.
 #pragma once
 
+#include "../../../csrc/kernels.h"
+
 #ifndef __grid_constant__
 #define __grid_constant__
 #endif
