@@ -362,6 +362,7 @@ inline void wait_products(size_t most) {
   Thread& t = *current;
   Warpgroup& group = warpgroup_of(t);
   const int lane = t.index % 32, row = t.index % 128 / 32 * 16 + lane / 4, q = lane % 4;
+  if (t.committed_products.size() > most) block.progress = true, yield();  // others may change what is read until then
   for (; t.committed_products.size() > most; t.committed_products.pop_front())
     for (const Use& use : t.committed_products.front()) {
       Product& p = group.products[use.product - group.first];

@@ -148,7 +148,8 @@ inline void tile_multicast(void* to, const TensorMap& map, uint64_t* b, int colu
   const unsigned at = shared_address(to), barrier = shared_address(b);
   if (at % 1024) emulator::fail("a copy that does not start with its swizzle");
   if (mask == 0 || mask >> emulator::block.cluster) emulator::fail("no such blocks in the cluster");
-  emulator::barrier_at(emulator::current->rank, barrier, true);
+  for (unsigned rank = 0; rank < emulator::block.cluster; ++rank)  // where the bytes may arrive at once
+    if (mask >> rank & 1) emulator::barrier_at(rank, barrier, true);
   const size_t bytes = static_cast<size_t>(map.matrix.box_rows) * 128;
   for (unsigned rank = 0; rank < emulator::block.cluster; ++rank)
     if (mask >> rank & 1)
