@@ -144,7 +144,7 @@ def arrived(library, operand: str, by_columns: bool, dtype: torch.dtype, device:
 
     The other factor has one 1 in a row, so y shows single elements; they hold their row's number, then their column's.
     """
-    case = Case(128, 256, 64, 64, dtype, by_columns and operand == "W", by_columns and operand == "B")
+    case = Case(128, 256, 64, 64, dtype, by_columns, by_columns)
     tensors = tensors_of(case, device)
     _, x, W, h, B, *_ = tensors
     left, right, *others = (x, W, h, B) if operand != "B" else (h, B, x, W)
