@@ -18,7 +18,7 @@ from matmul_case import CASES, FULL, Case, first_wrong, passed, run, tensors_of
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
-KERNEL, PRODUCTS, TMA = "cuda/lowrank_matmul.cu", "cuda/wgmma.cuh", "cuda/tma.cuh"
+KERNEL = "cuda/lowrank_matmul.cu"
 OPERANDS = [("x", False), ("W", False), ("W", True), ("B", False), ("B", True)]  # and whether they lie by columns
 LAYOUTS = [(W, B) for W in (False, True) for B in (False, True)]
 RANKS = (1, 8, 16, 17, 40, 64, 65, 128, 200, 256)
@@ -209,7 +209,12 @@ FEWER = [  # forms, in broken copies: those that the program calls, which compil
     ("has_body<two_segment<float16, 0, 0>>()", "false"),
 ]
 FIELDS = {  # and what the first test on a chip says of it, of W by rows or by columns
-    "SBO": (PRODUCTS, "uint64_t{1024 >> 4} << 32", "uint64_t{2048 >> 4} << 32", ["8 rows (SBO)", "8 columns (SBO)"]),
+    "SBO": (
+        KERNEL,
+        "(uint64_t{(kTileBytes >> 4) - 1} << 16)",
+        "(uint64_t{(kTileBytes >> 4) - 1} << 16 | uint64_t{1024 >> 4} << 32)",
+        ["None", "8 columns (SBO)"],
+    ),
     "LBO": (KERNEL, "uint64_t{(kTileBytes >> 4) - 1}", "uint64_t{(kTileBytes >> 5) - 1}", ["None", "(LBO)"]),
     "steps": (KERNEL, "kColumnsW ? 2048 : 32", "kColumnsW ? 1024 : 16", ["step of 16", "step of 16"]),
 }
