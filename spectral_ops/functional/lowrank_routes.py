@@ -11,6 +11,7 @@ Assumed, not measured. csrc/ops/lowrank_routes.h is the same arithmetic in the s
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -167,9 +168,14 @@ def describe(name: str, args: tuple, capability: tuple[int, int] | None, triton:
     )
     costs = matmul_costs(sizes)
     best = matmul_costs(sizes._replace(triton_runs=False)).best()  # Triton only by a table or by force
+    forced = os.environ.get("SPECTRAL_OPS_MATMUL")
+    if forced in ROUTES[:3] and math.isfinite(getattr(costs, forced)):
+        best = forced
     times = [f"{route} {1e3 * getattr(costs, route):.3f}" for route in ROUTES if route != best]
     times = [t.replace(" inf", " cannot") for t in times]
     text = f"{best}, {1e3 * getattr(costs, best):.3f} ms predicted for an H100; {', '.join(times)}"
+    if best == forced:
+        text = f"{text}; forced by SPECTRAL_OPS_MATMUL"
     if refused:
         return f"{text}; no fused route: {refused}"
-    return text if costs.fills else f"{text}; fused is not taken: its tiles would leave too much of the chip idle"
+    return text if costs.fills or best == "fused" else f"{text}; fused is not taken: its tiles would leave too much of the chip idle"

@@ -110,3 +110,11 @@ def test_explain_names_the_route(monkeypatch):
 
 def test_elsewhere_the_library_is_the_default():
     assert explain("lowrank_matmul", *(torch.zeros(t.shape) for t in call(16, 32, 32, 4))).backend == "library"
+
+
+def test_a_forced_route_is_named(monkeypatch):
+    monkeypatch.setenv("SPECTRAL_OPS_MATMUL", "fused")
+    text = describe("lowrank_matmul", call(T=512), (9, 0))
+    assert text.startswith("fused") and text.endswith("forced by SPECTRAL_OPS_MATMUL")
+    refused = describe("lowrank_matmul", call(T=512), (8, 0))
+    assert not refused.startswith("fused") and "forced" not in refused  # it cannot run
