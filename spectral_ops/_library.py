@@ -40,6 +40,7 @@ library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the proces
 OPERATORS: dict[str, Operator] = {}
 LAYERS: dict[str, LayerOperator] = {}
 FUNCTIONS: dict[str, tuple[str, ...]] = {}  # public function -> the operators it may call, as ``calls`` says
+PRODUCTS: dict[str, Callable] = {}  # public function -> its products of several routes: name, operator, arguments
 # Set by backends.use_backend; process-wide, because autograd runs backward passes on threads of its own.
 forced_backend: str | None = None
 _composing = threading.local()  # .backend: what a layer operator composed in this thread takes its pieces from
@@ -111,6 +112,7 @@ class Operator:
         self.overloads = {"reference": packet.reference, "triton": packet.triton}
         self.tuned = packet.tuned
         self.library: Callable | None = None  # the library's products for the same result, where those are the default
+        self.routes: Callable | None = None  # what ``explain`` says of the way that the compiled operator takes
         self.mutated = [
             i for i, a in enumerate(self.default._schema.arguments) if a.alias_info and a.alias_info.is_write
         ]

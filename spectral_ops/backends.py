@@ -34,16 +34,6 @@ class Choice:
         return f"{self.operator}: {self.backend} ({self.reason})"
 
 
-ROUTED = {"lowrank_matmul": 4, "block_matmul": 3}  # operators that choose a route by sizes; arguments that tell it
-
-
-def lowrank_routes():
-    """The cost model of those operators; imported on use, as functional imports this module first."""
-    from spectral_ops.functional import lowrank_routes
-
-    return lowrank_routes
-
-
 def _capability(device: torch.device) -> tuple[int, int] | None:
     if not torch.cuda.is_available() or torch.version.hip:
         return None
@@ -232,24 +222,17 @@ def _look_up(operator: Operator, device: torch.device, dtype: torch.dtype | None
 
 def _routed(operator: Operator, choice: Choice, device: torch.device, args: tuple) -> Choice:
     """``choice`` with the route that the compiled operator would take for these arguments, and every route's time."""
-    if operator.name not in ROUTED or choice.backend != "cuda" or len(args) < ROUTED[operator.name]:
+    if operator.routes is None or choice.backend != "cuda":
         return choice
-    route = lowrank_routes().describe(operator.name, args, _capability(device), triton_missing() is None)
-    return Choice(choice.operator, "cuda", f"{choice.reason}: {route}")
+    route = operator.routes(args, _capability(device), triton_missing() is None)
+    return Choice(choice.operator, "cuda", f"{choice.reason}: {route}") if route else choice
 
 
-def _layer_routes(op: str, tensors: tuple, device: torch.device) -> str:
-    """The routes of y and dx of a low-rank layer given x, weight, A and B, where its products are the compiled ones."""
-    operator = _library.OPERATORS["lowrank_matmul"]
-    if op not in ("lowrank_linear", "dora_linear") or len(tensors) < 4:
-        return ""
-    x, weight, A, B = tensors[:4]
-    x = x.reshape(-1, x.shape[-1])
-    dy, h = (torch.empty(x.shape[0], n, dtype=x.dtype, device="meta") for n in (weight.shape[0], A.shape[0]))
-    g = torch.empty(weight.shape[0], device="meta") if op == "dora_linear" else None
-    y, dx = ((x, weight, h, B, 1.0, g, None), (dy, weight.t(), h, A.t(), 1.0, None, None))
+def _product_routes(function: str, tensors: tuple, device: torch.device) -> str:
+    """The routes of a public function's products, where they are the compiled ones."""
+    products = _library.PRODUCTS.get(function)
     routes = []
-    for what, args in (("y", y), ("dx", dx)):
+    for what, operator, args in products(*tensors) if products else ():
         choice = _routed(operator, _look_up(operator, device, *tuning.signature(args)), device, args)
         if choice.backend == "cuda":
             routes.append(f"{what}: {choice}")
@@ -284,8 +267,8 @@ def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
 
     ``op`` names an operator (``"block_tile_"``), whose arguments ``tensors`` are, or a public function
     (``"dora_linear"``), whose choice lists the backend of every operator it may call besides the library's plain
-    products, and given x, weight, A and B the routes of y and dx. The compiled ``lowrank_matmul`` and ``block_matmul``
-    take one of several routes by predicted times, which are told. A layer operator (``"dora_linear_forward"``) is one
+    products, and of a low-rank layer, given x, weight, A and B, the routes of y and dx. An operator that takes one of
+    several routes by predicted times has them told. A layer operator (``"dora_linear_forward"``) is one
     compiled call, or composed in Python of others.
     Raises ValueError for another name.
     """
@@ -302,7 +285,7 @@ def explain(op: str | Operator, *tensors: torch.Tensor) -> Choice:
         return choose(operators[names[0]], device, tensors)
     choices = [choose(operators[name], device) for name in names]
     backend = ", ".join(dict.fromkeys(c.backend for c in choices))
-    return Choice(op, backend, "; ".join(map(str, choices)) + _layer_routes(op, tensors, device))
+    return Choice(op, backend, "; ".join(map(str, choices)) + _product_routes(op, tensors, device))
 
 
 def activate() -> None:

@@ -11,6 +11,7 @@ The same two operators serve the input side and the output side, forward and bac
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ from spectral_ops.core.autograd import (
     tokens,
     wanted,
 )
-from spectral_ops.functional import dropout
+from spectral_ops.functional import dropout, lowrank_routes
 from spectral_ops.functional.lowrank import fused, fused_forward
 
 __all__ = ["block_sum", "bone_linear", "bone_update", "disha_linear"]
@@ -155,6 +156,7 @@ def library_block_matmul(x, weight, s, bias):
 
 
 block_matmul_op.library = library_block_matmul
+block_matmul_op.routes = functools.partial(lowrank_routes.describe, "block_matmul")
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ stores. Saved for backward: x, which the frozen layer's caller holds anyway, and
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,7 +39,7 @@ from spectral_ops.core.autograd import (
     tokens,
     wanted,
 )
-from spectral_ops.functional import dropout
+from spectral_ops.functional import dropout, lowrank_routes
 
 __all__ = ["lowrank_linear", "lowrank_update"]
 
@@ -115,6 +116,8 @@ def library_matmul(x, weight, h, B, scale, g, bias):
 
 
 lowrank_matmul_op.library = library_matmul
+lowrank_matmul_op.routes = functools.partial(lowrank_routes.describe, "lowrank_matmul")
+_library.PRODUCTS["lowrank_linear"] = functools.partial(lowrank_routes.layer_products, lowrank_matmul_op, False)
 
 
 def _backward_fake(dy, h, B, scale, g, y, bias, need_u, need_dB, need_db, need_gdy):

@@ -153,9 +153,11 @@ def fused_refuses(capability: tuple[int, int] | None, x: torch.Tensor, weight: t
 
 
 def describe(name: str, args: tuple, capability: tuple[int, int] | None, triton: bool = False) -> str:
-    """The route of one call of ``lowrank_matmul`` or ``block_matmul`` by its arguments (the first tensors at least),
-    with every route's predicted time; the route a call takes where no table has another choice."""
+    """The route of one call of ``lowrank_matmul`` or ``block_matmul`` by its arguments (the first tensors at least,
+    else nothing is said), with every route's predicted time; what a call takes where no table has another choice."""
     tiled = name == "block_matmul"
+    if len(args) < (3 if tiled else 4):
+        return ""
     x, weight, third = args[:3]
     given = [a for a in args if a is None or isinstance(a, torch.Tensor)][3 if tiled else 4 :]
     g, bias = [*([None] if tiled else []), *given, None, None][:2]
@@ -178,4 +180,20 @@ def describe(name: str, args: tuple, capability: tuple[int, int] | None, triton:
         text = f"{text}; forced by SPECTRAL_OPS_MATMUL"
     if refused:
         return f"{text}; no fused route: {refused}"
-    return text if costs.fills or best == "fused" else f"{text}; fused is not taken: its tiles would leave too much of the chip idle"
+    return (
+        text
+        if costs.fills or best == "fused"
+        else f"{text}; fused is not taken: its tiles would leave too much of the chip idle"
+    )
+
+
+def layer_products(operator, scaled: bool, *tensors):
+    """y and dx of a low-rank layer given x, weight, A and B, for explain(): a name, the operator, its arguments."""
+    if len(tensors) < 4:
+        return
+    x, weight, A, B = tensors[:4]
+    x = x.reshape(-1, x.shape[-1])
+    dy, h = (torch.empty(x.shape[0], n, dtype=x.dtype, device="meta") for n in (weight.shape[0], A.shape[0]))
+    g = torch.empty(weight.shape[0], device="meta") if scaled else None
+    yield "y", operator, (x, weight, h, B, 1.0, g, None)
+    yield "dx", operator, (dy, weight.t(), h, A.t(), 1.0, None, None)

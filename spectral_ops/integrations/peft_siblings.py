@@ -20,6 +20,9 @@ from spectral_ops.functional import lowrank, siblings
 
 PATIENCE = 8  # calls without company after which a layer is no longer watched
 MISSES = 3  # projections in a row that not everybody took, after which a group is dissolved
+# Elements of x from which its second read costs more than the host's time for a shared projection. On a CPU, whose
+# caches hold x, nothing was gained (docs/PERFORMANCE.md); on a GPU it is not measured yet.
+LEAST = {"cuda": 1 << 24}
 _watch = threading.local()  # .last: the chain of layers that the thread's last call belongs to, and its x
 
 
@@ -66,6 +69,11 @@ def stamp(A: torch.Tensor) -> tuple:
     return A._version, A.data_ptr(), A.requires_grad
 
 
+def worth(x: torch.Tensor) -> bool:
+    least = LEAST.get(x.device.type)
+    return least is not None and x.numel() >= least
+
+
 def unusual(x: torch.Tensor) -> bool:
     """Whether the call is made where a shared projection could be seen or outlive its time."""
     return bool(
@@ -87,7 +95,7 @@ class Member:
     def __call__(self, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         state = layer._spectral_ops
         seat = state.seat
-        if seat is not False and not unusual(x):
+        if seat is not False and worth(x) and not unusual(x):
             if seat is None:
                 seat = watch(state, x)
             if seat is not None:

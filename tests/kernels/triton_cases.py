@@ -142,8 +142,9 @@ for _name in filter(TILES.get, OPERATORS):
 @case
 def every_operator_is_listed():
     """What is read from a module's source is what importing it finds."""
+    without = {"block_matmul"}  # no kernel: the library's product and block_tile_
     for name, operator in _library.OPERATORS.items():
-        assert triton_kernels.has(operator.stem, name), f"{name} has lost its Triton kernel"
+        assert triton_kernels.has(operator.stem, name) == (name not in without), f"{name} has lost its Triton kernel"
         module = importlib.import_module(f"spectral_ops.triton_kernels.{operator.stem}")
         assert triton_kernels.has(operator.stem, name) == callable(getattr(module, name, None)), name
 

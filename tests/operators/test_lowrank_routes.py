@@ -104,7 +104,7 @@ def test_explain_names_the_route(monkeypatch):
     choice = backends.choose(operator, device, call())
     assert choice.backend == "cuda" and "fused, 0.373 ms predicted" in choice.reason
     x, W, h, B = call()
-    reason = backends._layer_routes("lowrank_linear", (x, W, meta(16, 4096), B), device)
+    reason = backends._product_routes("lowrank_linear", (x, W, meta(16, 4096), B), device)
     assert reason.count("fused, 0.373 ms") == 2 and "; y: lowrank_matmul: cuda (" in reason
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spectral_ops
 from spectral_ops.functional import siblings
+from spectral_ops.integrations import peft_siblings
 from tests.support import peft_tiny as tiny
 
 
@@ -61,6 +62,12 @@ def gradients(model, x, run=None):
 def same(got, wanted, tolerance=1e-12):
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def worth_it(monkeypatch):
+    """However small x is."""
+    monkeypatch.setattr(peft_siblings, "LEAST", {"cpu": 0})
 
 
 @pytest.fixture
@@ -242,3 +249,17 @@ def test_model_trains_alike_with_gradient_checkpointing():
     same(*([p.grad for p in m.parameters() if p.requires_grad] for m in (model, other)), 1e-9)
     assert "h of q_proj, k_proj, v_proj formed once" in str(report)
     assert "h of gate_proj, up_proj formed once" in str(report)
+
+
+def test_small_inputs_and_cpus_are_left_alone(monkeypatch, products):
+    """Sharing pays where x is read from a GPU's memory twice for more than the host's time (docs/PERFORMANCE.md)."""
+    monkeypatch.undo()
+    assert "cpu" not in peft_siblings.LEAST and peft_siblings.LEAST["cuda"] > 1 << 20
+    monkeypatch.setattr(peft_siblings, "LEAST", {"cpu": 3 * 5 * 16})
+    model, _ = pair(seated=False)
+    for _ in range(4):
+        model(torch.randn(2, 5, 16, dtype=torch.float64))
+    assert not any(layer._spectral_ops.seat for layer in layers(model))
+    for _ in range(2):
+        model(torch.randn(3, 5, 16, dtype=torch.float64))
+    assert all(layer._spectral_ops.seat for layer in layers(model))
