@@ -38,7 +38,8 @@ def accelerate(
             1e-4. With exact the change stays float32, as in PEFT outside autocast, for a float32 product per layer.
             Nothing else is changed by it.
         siblings: from the second call on, form x Aᵀ, and in backward dA, once for LoRA and AdaLoRA layers without
-            dropout that are seen to get the same x (q, k, v; gate, up). Off under autocast and torch.compile.
+            dropout that are seen to get the same x (q, k, v; gate, up). Only on a GPU and where x has 2²⁴ elements or
+            more; off under autocast and torch.compile.
 
     Returns a :class:`~spectral_ops.integrations.report.Report`: ``print(report)`` shows what runs where;
     ``report.fallbacks()`` what fell back since, and why.
