@@ -9,6 +9,8 @@
 //
 // Of Hopper: products of a warpgroup read shared memory as a second copy of it shows, which a fence brings up to date. Their
 // accumulators are NaN until they have been waited for, and what they read must not change until then.
+// Tiles copied by the engine are NaN until they land, at random or when nobody else gets on; a wait at a barrier in shared memory
+// is no progress, so a deadlock is found; what is stored by the engine is read from the second copy, as late as it may be.
 #pragma once
 
 #include <setjmp.h>
