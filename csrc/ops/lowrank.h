@@ -203,6 +203,8 @@ inline MatmulRoute matmul_route(const LowRankMatmul& a, bool scaled, bool bias, 
     if (route == "library") return MatmulRoute::library;
     if (route == "update_first" && !scaled) return MatmulRoute::update_first;
     if (route == "fused" && fuses) return MatmulRoute::fused;
+    STD_TORCH_CHECK(route == "library" || route == "update_first" || route == "fused", "SPECTRAL_OPS_MATMUL: got ", name,
+                    ", wanted library, update_first or fused");
   }
   if (element_size(a.dtype) != 2) return MatmulRoute::library;  // the costs are those of tensor cores
   return matmul_costs({a.rows, a.columns, a.inner, a.r, scaled, bias, tiled, fuses, false}).best();

@@ -11,12 +11,14 @@ The layer itself is the low-rank one with g as its column scale; its backward pa
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 
+from spectral_ops import _library
 from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import (
@@ -35,12 +37,13 @@ from spectral_ops.core.autograd import (
     tokens,
     wanted,
 )
-from spectral_ops.functional import dropout
+from spectral_ops.functional import dropout, lowrank_routes
 from spectral_ops.functional.lowrank import (
     A_gradient,
     fused_forward,
     input_gradient,
     lowrank_backward_op,
+    lowrank_matmul_op,
     lowrank_update_op,
     scales_tokens,
     update_input_gradient,
@@ -401,6 +404,9 @@ def _check_dora(x, out_features, lora_A, lora_B, magnitude, norm, scale):
         if norm.dtype != accumulate_dtype(x.dtype):
             raise TypeError(f"norm: got {norm.dtype}, wanted {accumulate_dtype(x.dtype)}, as column_norm returns it")
     checks.number("scale", scale)
+
+
+_library.PRODUCTS["dora_linear"] = functools.partial(lowrank_routes.layer_products, lowrank_matmul_op, True)
 
 
 @calls(column_norm_op, column_norm_cached_op, dora_linear_forward_op, dora_linear_backward_op)

@@ -180,11 +180,9 @@ def describe(name: str, args: tuple, capability: tuple[int, int] | None, triton:
         text = f"{text}; forced by SPECTRAL_OPS_MATMUL"
     if refused:
         return f"{text}; no fused route: {refused}"
-    return (
-        text
-        if costs.fills or best == "fused"
-        else f"{text}; fused is not taken: its tiles would leave too much of the chip idle"
-    )
+    if costs.fills or best == "fused":
+        return text
+    return f"{text}; fused is not taken: its tiles would leave too much of the chip idle"
 
 
 def layer_products(operator, scaled: bool, *tensors):

@@ -87,7 +87,7 @@ class SiblingFunction(Function):
         if need_u:
             u, dcore = core_backward(h, u, core, need_core)
         if need_x:
-            dx = input_gradient(dy2, dy2.new_empty(0), weight, None, u, A.to(dy.dtype), None, 0.0)
+            dx = input_gradient(dy2, None, weight, None, u, A.to(dy.dtype), None, 0.0)
             dx = dx.reshape(*dy.shape[:-1], A.shape[1])
         if need_A:
             ctx.box[torch._C._current_graph_task_id()] = x

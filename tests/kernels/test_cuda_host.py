@@ -1109,6 +1109,13 @@ def test_layer_by_every_route(emulated, route, name, dtype):
             assert_near(a, b, 4 * ROUNDED[dtype], f"result {i} of {name}")
 
 
+def test_a_route_that_there_is_not_raises(emulated, monkeypatch):
+    monkeypatch.setenv("SPECTRAL_OPS_MATMUL", "fast")
+    x, W, h, B = (torch.ones(8, 8, dtype=torch.bfloat16) for _ in range(4))
+    with pytest.raises(RuntimeError, match="SPECTRAL_OPS_MATMUL: got fast, wanted library, update_first or fused"):
+        emulated.lowrank_matmul(x, W, h, B, 1.0, None, None)
+
+
 @pytest.mark.parametrize("name", [n for n in JOINING if n != "lowrank_group_backward"])
 def test_a_layer_makes_its_product_in_one_launch(emulated, hopper, monkeypatch, name):
     """Where nothing is dropped, the widest product is the kernel's, and no pass over its result follows."""

@@ -106,6 +106,9 @@ def test_explain_names_the_route(monkeypatch):
     x, W, h, B = call()
     reason = backends._product_routes("lowrank_linear", (x, W, meta(16, 4096), B), device)
     assert reason.count("fused, 0.373 ms") == 2 and "; y: lowrank_matmul: cuda (" in reason
+    reason = backends._product_routes("dora_linear", (x, W, meta(16, 4096), B), device)
+    assert "update_first cannot" in reason and reason.count("fused, 0.373 ms") == 2  # y by g, dx without
+    assert backends._product_routes("dora_linear", (x, W), device) == ""
 
 
 def test_elsewhere_the_library_is_the_default():
