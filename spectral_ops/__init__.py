@@ -14,7 +14,7 @@ from spectral_ops._version import __version__ as __version__
 from spectral_ops.adapters import *
 from spectral_ops.backends import BackendUnavailable, explain, use_backend
 from spectral_ops.functional import *
-from spectral_ops.integrations import accelerate, restore
+from spectral_ops.integrations import accelerate, report, restore
 
 _loader.load()
 backends.activate()
@@ -26,6 +26,7 @@ __all__ = [
     "BackendUnavailable",
     "accelerate",
     "explain",
+    "report",
     "restore",
     "use_backend",
 ]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from spectral_ops.integrations.report import Report
+    from spectral_ops.integrations.peft_report import Report
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["accelerate", "report", "restore"]
 
 
 def accelerate(
@@ -25,7 +25,7 @@ def accelerate(
     transformers' ``Conv1D``, MiSS (also mini and bat) on ``nn.Linear``, and all of them but bat over bitsandbytes
     4-bit and 8-bit layers, whose own forward is called. Every other adapter layer, and every single call of a covered
     one that the fast path does not fit, runs PEFT's own forward; the report says which and why. Calling it again is
-    fine: it also takes in the layers that ``add_adapter`` has created since.
+    fine: it also takes in the layers that ``add_adapter`` has created since, and the report counts from then on.
 
     Args:
         model: a PeftModel, or any module that PEFT has injected adapter layers into.
@@ -41,12 +41,28 @@ def accelerate(
             dropout that are seen to get the same x (q, k, v; gate, up). Only on a GPU and where x has 2²⁴ elements or
             more; off under autocast and torch.compile.
 
-    Returns a :class:`~spectral_ops.integrations.report.Report`: ``print(report)`` shows what runs where;
-    ``report.fallbacks()`` what fell back since, and why.
+    Returns a :class:`~spectral_ops.integrations.peft_report.Report`: ``print(report)`` shows what runs where, and is
+    live; :func:`report` gives it again. The first call that falls back is told to the logger "spectral_ops".
     Raises TypeError for something that is not a module, ValueError for a module without PEFT layers, ImportError
     without PEFT.
     """
     return _peft().accelerate(model, strict=strict, recompute=recompute, exact=exact, siblings=siblings)
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What serves each adapter layer of an accelerated model, from the calls so far: print it.
+
+    Every layer counts the calls that the fused operators served and those that PEFT's own forward served, by reason. A
+    layer that no call has reached says so: its parent may read the weights past the layer's forward, as torch's own
+    fast paths do in eval. Calls inside graphs of torch.compile are not counted.
+
+    Args:
+        model: a module with accelerated layers: what :func:`accelerate` took, a part of it, or a wrapper (DDP, FSDP).
+
+    Returns a :class:`~spectral_ops.integrations.peft_report.Report`.
+    Raises TypeError for something that is not a module, ValueError where no layer is accelerated.
+    """
+    return _peft().report(model)
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:

@@ -10,8 +10,10 @@ must where that is quantised or carries hooks, and adds the adapter to its resul
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,13 +36,26 @@ from spectral_ops.integrations.peft_plan import (
     Facts,
     LowRank,
     Unfit,
+    Unsettled,
     lora_plan,
     miss_plan,
+    own,
+    replaced,
     variant_name,
+)
+from spectral_ops.integrations.peft_report import (
+    BASE_AGNOSTIC,
+    FUSED,
+    PEFT,
+    UNDECIDED,
+    LayerState,
+    Report,
+    Row,
+    note_trace,
+    note_while_tracing,
 )
 from spectral_ops.integrations.peft_siblings import Member
 from spectral_ops.integrations.peft_siblings import notes as shared_notes
-from spectral_ops.integrations.report import BASE_AGNOSTIC, FUSED, PEFT, LayerState, Report, Row, note_while_tracing
 
 # --- the call --------------------------------------------------------------------------------------------------------
 
@@ -156,6 +171,17 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
     return lambda layer, x: run(layer, x, base, adapters)
 
 
+def outliving(method: Callable) -> Callable:
+    """The method, also for a layer that :func:`restore` gave its class back while somebody still held it bound."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return (method if isinstance(self, Fused) else getattr(type(self), name))(self, *args, **kwargs)
+
+    return call
+
+
 class Fused:
     """What the accelerated layers share; it stands before PEFT's class, whose forward is the way back."""
 
@@ -163,24 +189,26 @@ class Fused:
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling():
-            plan = self._spectral_ops.plan
+            state = self.__dict__.get("_spectral_ops")
+            if state is None:  # restored while somebody held this method bound (see outliving)
+                return type(self).forward(self, x, *args, **kwargs)
+            plan = state.plan
             if plan is not None and not args and not kwargs and plan[0].hold(self, x):
+                state.calls += 1
                 return plan[1](self, x)
         return self._planned(x, *args, **kwargs)
 
     def _planned(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The call with a plan made anew, which the next calls take while it holds; PEFT's where none fits."""
-        state = self._spectral_ops
-        if self._disable_adapters or self.merged_adapters:  # the base layer alone: nothing to fuse
-            return super().forward(x, *args, **kwargs)
-        reason, facts = None, Facts()
-        try:
-            if args or kwargs:
-                raise Unfit(argument_reason(kwargs))
-            base, adapters = self._plan(x, facts)
-        except Unfit as unfit:
-            reason = str(unfit)
-        compiling = torch.compiler.is_compiling()
+        state, compiling = self._spectral_ops, torch.compiler.is_compiling()
+        reason, facts, adapters = None, Facts(), []
+        if not self._disable_adapters and not self.merged_adapters:  # else the base layer alone: nothing to fuse
+            try:
+                if args or kwargs:
+                    raise Unfit(argument_reason(kwargs))
+                base, adapters = self._plan(x, facts)
+            except Unfit as unfit:
+                reason = str(unfit)
         if reason is not None:
             if compiling:
                 note_while_tracing(state.key, reason)
@@ -188,24 +216,33 @@ class Fused:
                 state.note(reason)
         elif adapters:
             if compiling:
+                note_trace()
                 return self._run(x, base, adapters)
+            state.served = service(base, adapters, state.exact)
+            state.calls += 1
             call = bound(type(self)._run, base, adapters, facts)  # also now: a checkpoint compares the two calls
             state.plan = (facts, call) if facts.lasting else None
             return call(self, x)
+        elif not compiling:
+            state.idle += 1
         return super().forward(x, *args, **kwargs)
 
+    @outliving
     def merge(self, *args: Any, **kwargs: Any) -> None:
         self._spectral_ops.forget()
         super().merge(*args, **kwargs)
 
+    @outliving
     def unmerge(self) -> None:  # the base weight comes back rounded, perhaps at the same address
         self._spectral_ops.forget()
         super().unmerge()
 
+    @outliving
     def update_layer(self, *args: Any, **kwargs: Any) -> None:  # some initialisations write to the base weight
         super().update_layer(*args, **kwargs)
         self._spectral_ops.forget()
 
+    @outliving
     def _apply(self, fn, recurse: bool = True):
         self._spectral_ops.forget()
         return super()._apply(fn, recurse)
@@ -262,6 +299,7 @@ if is_bnb_4bit_available():
 
     REPLACEMENTS |= {lora.Linear4bit: FusedLoraLinear4bit, adalora.SVDLinear4bit: FusedSVDLinear4bit}
 
+NARROW = (torch.bfloat16, torch.float16)
 ORIGINALS = {fused: original for original, fused in REPLACEMENTS.items()}
 
 
@@ -305,99 +343,160 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
     return " + ".join(dict.fromkeys(methods))
 
 
-def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], inside_attention: bool, exact: bool) -> Row:
+def obstacle(name: str, layer: BaseTunerLayer, attention: tuple[str, ...]) -> str | None:
+    """Why the layer's class is not replaced; ``attention``: prefixes of the names inside a MultiheadAttention layer."""
+    original = ORIGINALS.get(type(layer), type(layer))
+    if name.startswith(attention):
+        return "lora.MultiheadAttention uses its weight, not its forward"
+    if original not in REPLACEMENTS:
+        return f"{original.__name__} layers of the {tuner_of(layer)} tuner are left to PEFT"
+    if type(layer) is original and not reaches(layer):
+        return "its own forward was replaced by one that does not lead to its class's"
+    return None
+
+
+def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], reason: str | None, exact: bool) -> Row:
     """The row of one layer: decided from its present state, the input still unknown."""
     original = ORIGINALS.get(type(layer), type(layer))
     head = (name, f"{tuner_of(layer)}.{original.__name__}", method_of(layer, configs))
-    if inside_attention:
-        return Row(*head, PEFT, reason="lora.MultiheadAttention uses its weight, not its forward")
-    if original not in REPLACEMENTS:
-        return Row(*head, PEFT, reason=f"{original.__name__} layers of the {tuner_of(layer)} tuner are left to PEFT")
-    if type(layer) is original and "forward" in layer.__dict__:
-        return Row(*head, PEFT, reason="its own forward was replaced (a hook that accelerate's device_map added)")
-    is_miss = original is miss.MissLinear
+    if reason is not None:
+        return Row(*head, PEFT, reason=reason)
     try:
         base, adapters = REPLACEMENTS[original]._plan(layer, None, Facts())
     except Unfit as unfit:
-        return Row(*head, PEFT, reason=str(unfit))
+        return Row(*head, UNDECIDED if isinstance(unfit, Unsettled) else PEFT, reason=str(unfit))
     if not adapters:
         return Row(*head, FUSED, reason="no active adapter here: the base layer alone")
-    if isinstance(adapters[0], Bat):
-        return Row(*head, FUSED, *bat_operator(base.weight.dtype, exact))
-    first, more = ("bone_linear", "bone_update") if is_miss else ("lowrank_linear", "lowrank_update")
-    if getattr(adapters[0], "magnitude", None) is not None:
-        first, more = "column_norm, dora_linear", "column_norm, dora_update"
+    reason = ""
+    if isinstance(adapters[0], Bat) and base.weight.dtype in NARROW and not exact:
+        reason = f"the transformed weight is rounded to {base.weight.dtype}; accelerate(model, exact=True) does not"
+    return Row(*head, *service(base, adapters, exact), reason=reason)
+
+
+def service(base: Base, adapters: list, exact: bool) -> tuple[str, str]:
+    """The path and the operators of a plan."""
+    first = adapters[0]
+    if isinstance(first, Bat):
+        return FUSED, "bat_linear, exact" if exact and base.weight.dtype in NARROW else "bat_linear"
+    if getattr(first, "magnitude", None) is not None:
+        one, more = "column_norm, dora_linear", "column_norm, dora_update"
+    elif isinstance(first, Bone):
+        one, more = "bone_linear", "bone_update"
+    else:
+        one, more = "lowrank_linear", "lowrank_update"
     if base.weight is None:
-        return Row(*head, BASE_AGNOSTIC, more)
-    return Row(*head, FUSED, first if len(adapters) == 1 else f"{first}, {more}")
-
-
-def bat_operator(dtype: torch.dtype, exact: bool) -> tuple[str, str]:
-    """The operator of a bat layer over a weight in ``dtype``, and what becomes of its small changes."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "bat_linear", ""
-    if exact:
-        return "bat_linear, exact", ""
-    return "bat_linear", f"the transformed weight is rounded to {dtype}; accelerate(model, exact=True) does not"
+        return BASE_AGNOSTIC, more
+    return FUSED, one if len(adapters) == 1 else f"{one}, {more}"
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
+def reaches(layer: nn.Module) -> bool:
+    """Whether calling the layer comes to its class's forward: nobody replaced it, or the accelerate library did, whose
+    wrapper looks up ``_old_forward`` in every call."""
+    return not replaced(layer) or own(layer, layer.__dict__.get("_old_forward"))
+
+
+def swap(layer: nn.Module, to: type) -> None:
+    """Change the layer's class, and with it the old class's methods that somebody has stored bound on the layer."""
+    old, layer.__class__ = type(layer), to
+    for key, value in list(layer.__dict__.items()):
+        if type(value) is MethodType and value.__self__ is layer:
+            name = value.__func__.__name__
+            if getattr(old, name, None) is value.__func__:
+                layer.__dict__[key] = MethodType(getattr(to, name), layer)
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {model!r} ({type(model).__name__}), wanted a PEFT model (a torch.nn.Module)")
+
+
 def accelerate(
     model: nn.Module, *, strict: bool = False, recompute: bool = False, exact: bool = False, siblings: bool = True
 ) -> Report:
     """See :func:`spectral_ops.accelerate`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {model!r} ({type(model).__name__}), wanted a PEFT model (a torch.nn.Module)")
+    check_module(model)
     layers = tuner_layers(model)
     if not layers:
         raise ValueError(
             f"model: got a {type(model).__name__} without any PEFT adapter layer, wanted one that get_peft_model made"
         )
-    attention = tuple(f"{name}." for name, m in layers.items() if isinstance(m, MultiheadAttention))
-    configs = getattr(model, "peft_config", None) or {}
-    rows = [describe(name, layer, configs, name.startswith(attention), exact) for name, layer in layers.items()]
+    obstacles = obstacles_of(layers)
+    rows = survey(model, layers, obstacles, exact)
     left = [f"  {row.name}: {row.reason}" for row in rows if row.path == PEFT]
     if strict and left:
         raise RuntimeError(f"strict=True, and {len(left)} layers would be left to PEFT:\n" + "\n".join(left))
-    states = []
     for name, layer in layers.items():
-        if type(layer) in REPLACEMENTS and not name.startswith(attention) and "forward" not in layer.__dict__:
+        if type(layer) in REPLACEMENTS and obstacles[name] is None:
             layer._spectral_ops = LayerState(name)
-            layer.__class__ = REPLACEMENTS[type(layer)]
+            swap(layer, REPLACEMENTS[type(layer)])
         if type(layer) in ORIGINALS:
             state = layer._spectral_ops
             state.name, state.strict, state.recompute, state.exact = name, strict, recompute, exact
             state.siblings = siblings
             state.alone()
-            states.append(state)
-    notes = []
+            state.count_anew()
     for tuner in model.modules():
         if type(tuner) is AdaLoraModel:
             tuner.__class__ = FusedAdaLoraModel
             tuner.take_over()
-        if type(tuner) is FusedAdaLoraModel:
-            notes.append("AdaLoRA's update_and_allocate and regulariser: fused, one operator for all layers")
-    reference = weakref.ref(model)
+    return report_on(model, layers, rows)
+
+
+def obstacles_of(layers: dict[str, BaseTunerLayer]) -> dict[str, str | None]:
+    attention = tuple(f"{name}." for name, m in layers.items() if isinstance(m, MultiheadAttention))
+    return {name: obstacle(name, layer, attention) for name, layer in layers.items()}
+
+
+def survey(model: nn.Module, layers: dict[str, BaseTunerLayer], obstacles: dict[str, str | None], exact: bool):
+    """A row per layer."""
+    configs = getattr(model, "peft_config", None) or {}
+    return [describe(name, layer, configs, obstacles[name], exact) for name, layer in layers.items()]
+
+
+def report_on(model: nn.Module, layers: dict[str, BaseTunerLayer], rows: list[Row]) -> Report:
+    """The report over layers that have been swapped. It holds their states, not the layers."""
+    states = [layer._spectral_ops for layer in layers.values() if type(layer) in ORIGINALS]
+    adalora = sum(type(tuner) is FusedAdaLoraModel for tuner in model.modules())
+    notes = ["AdaLoRA's update_and_allocate and regulariser: fused, one operator for all layers"] * adalora
+    reference, known = weakref.ref(model), set(layers)
 
     def newcomers() -> list[str]:
         alive = reference()
-        known = {row.name for row in rows}
-        layers = {} if alive is None else tuner_layers(alive)
-        return [name for name, layer in layers.items() if type(layer) in REPLACEMENTS and name not in known]
+        now = {} if alive is None else tuner_layers(alive)
+        return [name for name, layer in now.items() if type(layer) in REPLACEMENTS and name not in known]
 
     return Report(rows, states, newcomers, notes, lambda: shared_notes(states))
 
 
+def report(model: nn.Module) -> Report:
+    """See :func:`spectral_ops.report`."""
+    check_module(model)
+    layers = tuner_layers(model)
+    states = {name: layer._spectral_ops for name, layer in layers.items() if type(layer) in ORIGINALS}
+    if not states:
+        raise ValueError(
+            f"model: got a {type(model).__name__} without any accelerated layer, wanted one that"
+            " spectral_ops.accelerate has changed"
+        )
+    obstacles = obstacles_of(layers)
+    for name, layer in layers.items():
+        if type(layer) in REPLACEMENTS and obstacles[name] is None:
+            obstacles[name] = "added after accelerate: call it again"
+        if name in states:
+            states[name].name = name
+    return report_on(model, layers, survey(model, layers, obstacles, any(s.exact for s in states.values())))
+
+
 def restore(model: nn.Module) -> nn.Module:
     """See :func:`spectral_ops.restore`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {model!r} ({type(model).__name__}), wanted a PEFT model (a torch.nn.Module)")
+    check_module(model)
     for layer in model.modules():
         if type(layer) in ORIGINALS:
-            layer.__class__ = ORIGINALS[type(layer)]
+            swap(layer, ORIGINALS[type(layer)])
             del layer._spectral_ops
         if type(layer) is FusedAdaLoraModel:
             layer.give_back()

@@ -7,6 +7,7 @@ where reading it all anew costs ten. A submodule that is more than its class's f
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +35,10 @@ if is_bnb_available():
 
 class Unfit(Exception):
     """The fast path does not fit this call; the message is the reason that the report shows."""
+
+
+class Unsettled(Unfit):
+    """It does not fit as the model is now; the call may find it otherwise, once weights are gathered or loaded."""
 
 
 class Base(NamedTuple):
@@ -101,6 +107,7 @@ class Facts:
     def module(self, module: nn.Module) -> nn.Module:
         """A module that is not called: it must do no more than its class's forward."""
         self.plain.append(module.__dict__)
+        self.entry(module.__dict__, "forward")
         return module
 
     def attribute(self, layer: nn.Module, key: str) -> Any:
@@ -126,8 +133,6 @@ class Facts:
                 return False
         for d in self.plain:
             if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
-                return False
-            if "forward" in d:
                 return False
         if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
             return False
@@ -169,14 +174,24 @@ def watched() -> bool:
     )
 
 
+def own(module: nn.Module, method: Any) -> bool:
+    """Whether a value is nothing but the forward of the module's class, bound: the accelerate library leaves one."""
+    return type(method) is MethodType and method.__self__ is module and method.__func__ is type(module).forward
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether somebody put another forward on the instance (device_map offload does)."""
+    return "forward" in module.__dict__ and not own(module, module.__dict__["forward"])
+
+
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: hooks, or a replaced one (device_map offload)."""
+    """Whether calling the module does more than its class's forward: hooks, or a replaced one."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or replaced(module)
     )
 
 
@@ -184,11 +199,12 @@ def read(module: nn.Module, name: str, role: str, facts: Facts) -> torch.Tensor:
     """A parameter that can be used without calling its module: whole, on a real device, and no tensor subclass."""
     p = facts.parameter(module, name)
     if type(p) not in PLAIN:
-        raise Unfit(f"{role} is a {type(p).__name__}, not a plain tensor")
+        kind = Unsettled if isinstance(p, DTensor) else Unfit  # FSDP2 gathers it for the call
+        raise kind(f"{role} is a {type(p).__name__}, not a plain tensor")
     if p.is_meta:
-        raise Unfit(f"{role} is on the meta device (offloaded)")
+        raise Unsettled(f"{role} is on the meta device (offloaded)")
     if hasattr(p, "ds_id"):
-        raise Unfit(f"{role} is partitioned by ZeRO-3")
+        raise Unsettled(f"{role} is partitioned by ZeRO-3")
     return p
 
 

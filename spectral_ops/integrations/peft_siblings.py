@@ -176,7 +176,7 @@ def follow(seat: Seat, own: Member, x: torch.Tensor):
 
 def notes(states) -> list[str]:
     """A line of the report for every group seated."""
-    from spectral_ops.integrations.report import shorten
+    from spectral_ops.integrations.peft_report import shorten
 
     groups = {id(s.seat.group): s.seat.group for s in states if s.seat}
     lines: dict[str, int] = {}

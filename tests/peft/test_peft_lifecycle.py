@@ -44,7 +44,7 @@ def close(ours, plain):
 
 def test_importing_needs_no_peft():
     script = (
-        "import sys, spectral_ops; from spectral_ops.integrations import report;"
+        "import sys, spectral_ops; from spectral_ops.integrations import peft_report;"
         "assert not {'peft', 'transformers', 'accelerate', 'bitsandbytes'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
