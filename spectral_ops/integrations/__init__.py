@@ -72,7 +72,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
 def _peft():
     try:
-        from spectral_ops.integrations import peft
+        from spectral_ops.integrations import peft_accelerate
     except ImportError as error:
         raise ImportError(f"accelerate needs PEFT 0.21 or later (pip install -U peft): {error}") from error
-    return peft
+    return peft_accelerate
