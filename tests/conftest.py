@@ -1,6 +1,8 @@
 """Settings every test runs under: a fixed seed, no backend forced from outside, no more threads than cores."""
 
 import os
+from importlib import metadata
+from importlib.util import find_spec
 
 os.environ.pop("SPECTRAL_OPS_BACKEND", None)  # a forced backend would hide the ones under test
 os.environ["SPECTRAL_OPS_TUNED"] = ""  # the defaults are tested, whatever was measured on this machine
@@ -24,6 +26,11 @@ LONGEST = (
     "test_demo",
     "test_compile",
 )
+
+
+def pytest_report_header():
+    """`make peft` puts another PEFT before the pinned one; importing it here would cost seconds."""
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("peft", "transformers") if find_spec(name))
 
 
 def pytest_collection_modifyitems(items):

@@ -74,5 +74,5 @@ def _peft():
     try:
         from spectral_ops.integrations import peft_accelerate
     except ImportError as error:
-        raise ImportError(f"accelerate needs PEFT 0.21 or later (pip install -U peft): {error}") from error
+        raise ImportError(f"accelerate needs PEFT 0.18.1 or later (pip install -U peft): {error}") from error
     return peft_accelerate

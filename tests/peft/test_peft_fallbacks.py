@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import LoHaConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
+from peft import LoHaConfig, LoraConfig, MissConfig, __version__, get_peft_model  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
+from peft.tuners.lora import variants  # noqa: E402
 from peft.tuners.miss import MissLinear  # noqa: E402
 from peft_tiny import (  # noqa: E402
     ATTENTION,
@@ -28,6 +30,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from spectral_ops import accelerate, restore  # noqa: E402
 
+PEFT = f"PEFT {__version__}"
 EXACT = 5e-6
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +101,11 @@ def with_bias(model):
     [
         (lambda: with_bias(net(use_dora=True)), "DoRA with lora_bias"),
         (lambda: net(alora_invocation_tokens=[1]), "the LoRA variant ALora is left to PEFT"),
-        (lambda: net(init_lora_weights="mica"), "the LoRA variant MiCA is left to PEFT"),
+        pytest.param(
+            lambda: net(init_lora_weights="mica"),
+            "the LoRA variant MiCA is left to PEFT",
+            marks=pytest.mark.skipif(not hasattr(variants, "MiCALinearVariant"), reason=f"{PEFT} has no MiCA"),
+        ),
     ],
 )
 def test_layers_left_to_peft_from_the_start(model, reason):
@@ -367,6 +374,8 @@ def test_bat_over_a_base_layer_that_is_more_than_its_weight():
 def test_bat_over_conv1d():
     """PEFT refuses to make one; a layer built by hand takes the stored weight for [d, k], whatever that means."""
     base = Conv1D(8, 8).requires_grad_(False)
+    if "config" not in inspect.signature(MissLinear).parameters:
+        pytest.skip(f"{PEFT} makes MiSS layers over nn.Linear alone")
     model = nn.Sequential(MissLinear(base, "default", MissConfig(r=4, init_weights="bat"), r=4))
     plain, ours = pair(perturb(model))
     report = accelerate(ours)
