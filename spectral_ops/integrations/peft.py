@@ -60,9 +60,9 @@ def base_result(base: Base, x: torch.Tensor) -> torch.Tensor:
 
 
 def run_lora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRank]) -> torch.Tensor:
-    name, A, B, scale, p, bias, magnitude = adapters[0]
-    if magnitude is not None:
-        return run_dora(layer, x, base, adapters[0])
+    first = adapters[0]
+    if first.magnitude is not None:
+        return run_dora(layer, x, base, first)
     if base.weight is None:
         out, rest = base_result(base, x), adapters
         for a in adapters:
@@ -72,17 +72,20 @@ def run_lora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRa
         total = base.bias
         for a in adapters:
             if a.bias is not None:  # lora_B's bias is scaled with its product, so it joins the base layer's
-                total = a.scale * a.bias if total is None else torch.add(total, a.bias, alpha=a.scale)
+                total = a.scale * a.bias if total is None else total + a.scale * a.bias
         total = total if total is base.bias else total.to(base.weight.dtype)
         x, weight, total = operands(x, base.weight, total)
-        out, rest = lowrank.linear(x, weight, A, B, total, None, None, scale, p), adapters[1:]
+        B, scale = first.scaled()
+        out, rest = lowrank.linear(x, weight, first.A, B, total, None, None, scale, first.p), adapters[1:]
     for a in rest:
-        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, None, None, a.scale, a.p)
+        B, scale = a.scaled()
+        out = lowrank.update(out, x.to(out.dtype), a.A, B, None, None, None, scale, a.p)
     return out
 
 
 def run_dora(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank) -> torch.Tensor:
-    name, A, B, scale, p, _, magnitude = adapter
+    name, A, _, _, p, _, magnitude = adapter
+    B, scale = adapter.scaled()
     if base.weight is None:
         out = base_result(base, x)  # first: a fresh 8-bit layer completes its state in its own forward
         with torch.no_grad():  # no norm is kept: telling whether it is stale would need the dequantised weight as well
@@ -126,9 +129,9 @@ def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SV
     else:
         first, rest = adapters[0], adapters[1:]
         x, weight, bias = operands(x, base.weight, base.bias)
-        out = lowrank.linear(x, weight, first.A, first.B, bias, first.core(), None, first.scale, first.p)
+        out = lowrank.linear(x, weight, first.A, first.B, bias, first.core(), None, first.factor(), first.p)
     for a in rest:
-        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, a.core(), None, a.scale, a.p)
+        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, a.core(), None, a.factor(), a.p)
     return out
 
 
@@ -139,6 +142,8 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
     if weight is not None and len(adapters) == 1 and facts.autocast is None:
         if type(first) is LowRank and first.magnitude is None and first.bias is None:
             _, A, B, scale, p, *_ = first
+            if isinstance(scale, torch.Tensor):
+                return lambda layer, x: lowrank.linear(x, weight, A, B * scale, bias, None, None, 1.0, p)
             if p == 0.0 and facts.lasting:
                 return Member(weight, A, B, bias, None, scale)
             return lambda layer, x: lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
@@ -148,8 +153,8 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         if type(first) is SVD:
             A, B, E, rank, scale, p = first
-            if rank.requires_grad or capturing or type(rank) is FakeTensor:
-                return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, scale, p)
+            if rank.requires_grad or capturing or type(rank) is FakeTensor or isinstance(scale, torch.Tensor):
+                return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, first.factor(), p)
             scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
             if p == 0.0 and facts.lasting:
                 return Member(weight, A, B, bias, E, scale)

@@ -56,10 +56,14 @@ class LowRank(NamedTuple):
     name: str
     A: torch.Tensor
     B: torch.Tensor
-    scale: float
+    scale: float | torch.Tensor  # a tensor [] is read in every call: compiled hot swapping fills it anew
     p: float
     bias: torch.Tensor | None
     magnitude: torch.Tensor | None
+
+    def scaled(self) -> tuple[torch.Tensor, float]:
+        """B and the scale as the operators take it, a number: B times a scale that is a tensor, which costs d r."""
+        return (self.B * self.scale, 1.0) if isinstance(self.scale, torch.Tensor) else (self.B, self.scale)
 
 
 class Bone(NamedTuple):
@@ -233,6 +237,13 @@ def drop_rate(dropout: nn.Module, role: str, facts: Facts) -> float:
     return p
 
 
+def scaling(value: Any) -> Any:
+    """A factor that the fused operators can take: a number, or a tensor of one."""
+    if isinstance(value, (float, int)) or (type(value) in PLAIN and value.dim() == 0):
+        return value
+    raise Unfit(f"the scaling is a {type(value).__name__}, not a number")
+
+
 def base_of(layer: nn.Module, facts: Facts) -> Base:
     """How the frozen layer takes part in this call."""
     base = facts.entry(layer._modules, "base_layer")
@@ -323,9 +334,7 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
         A, B = leaf(module_A, nn.Linear, "lora_A", facts), leaf(module_B, nn.Linear, "lora_B", facts)
         p = drop_rate(facts.entry(dropouts, name), "lora_dropout", facts)
         bias = facts.parameter(module_B, "bias")
-        scale = facts.entry(facts.attribute(layer, "scaling"), name)
-        if not isinstance(scale, (float, int)):
-            raise Unfit(f"the scaling is a {type(scale).__name__}, not a number")
+        scale = scaling(facts.entry(facts.attribute(layer, "scaling"), name))
         magnitude = None
         variant = facts.entry(facts.attribute(layer, "lora_variant"), name)
         if variant is not None:
