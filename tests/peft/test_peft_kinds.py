@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import AdaLoraConfig, LoraConfig, get_peft_model  # noqa: E402
+from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap  # noqa: E402
-from peft_tiny import pair, perturb, worst  # noqa: E402
+from peft_tiny import errors, pair, perturb, worst  # noqa: E402
+from transformers.models.falcon.modeling_falcon import FalconLinear  # noqa: E402
 
 from spectral_ops import accelerate  # noqa: E402
 
@@ -172,3 +174,238 @@ def test_hot_swapping_does_not_recompile():
     script = textwrap.dedent(HOTSWAP.format(support=str(here.parent / "support"), here=str(here), exact=EXACT))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("swapped\n"), done.stdout + done.stderr
+
+
+# --- torchao ---------------------------------------------------------------------------------------------------------
+
+
+def quantised(form, dtype, bias=True):
+    quantization = pytest.importorskip("torchao.quantization")
+    settings = {
+        "int8": (quantization.Int8WeightOnlyConfig, {}),
+        "int8_dynamic": (quantization.Int8DynamicActivationInt8WeightConfig, {}),
+        "int4": (quantization.IntxWeightOnlyConfig, {"weight_dtype": torch.int4}),
+    }
+    base, (kind, options) = Net(bias).to(dtype), settings[form]
+    quantization.quantize_(base, kind(**options))
+    configuration = SimpleNamespace(get_apply_tensor_subclass=lambda: kind(**options))
+    base.hf_quantizer = SimpleNamespace(quantization_config=configuration)  # as transformers leaves it, for MiSS
+    return base
+
+
+@pytest.mark.parametrize("form", ["int8", "int8_dynamic", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_dora": True},
+        {"kind": MissConfig},
+        {"kind": MissConfig, "init_weights": "mini", "mini_r": 4},
+        ADALORA,
+    ],
+    ids=["lora", "dora", "miss", "miss_mini", "adalora"],
+)
+def test_torchao(form, dtype, settings):
+    plain, ours = (adapted(quantised(form, dtype, bias=dtype is torch.float32), **settings) for _ in range(2))
+    report = accelerate(ours, strict=True)
+    assert report.counts == {"fused": 0, "fused (base-agnostic)": 2, "PEFT": 0}
+    x = inputs(dtype=dtype)
+    expected, got = results(plain, x), results(ours, x)
+    if dtype is torch.float32:
+        assert worst(expected, got) < EXACT
+    else:
+        assert max(errors(expected, got).values()) < 4 * 2.0**-8
+    assert worst(got, results(ours, x)) == 0.0  # again, the same
+    assert not report.fallbacks()
+
+
+def test_torchao_dropout_and_disabling():
+    plain, ours = (adapted(quantised("int8", torch.float32), lora_dropout=0.4) for _ in range(2))
+    report = accelerate(ours, strict=True)
+    torch.manual_seed(3)
+    first = results(ours)
+    torch.manual_seed(3)
+    assert worst(first, results(ours)) == 0.0
+    assert worst(first, results(ours)) > 1e-3
+    assert worst(results(plain.eval()), results(ours.eval())) < EXACT
+    with plain.disable_adapter(), ours.disable_adapter():
+        assert torch.equal(plain(inputs()), ours(inputs()))
+    assert not report.fallbacks()
+
+
+def test_torchao_bat_is_left_to_peft():
+    models = [adapted(quantised("int8", torch.float32), kind=MissConfig, init_weights="bat") for _ in range(2)]
+    reason = "bat transforms the weight itself, and the base layer holds it quantised"
+    assert {(row.path, row.reason) for row in accelerate(models[1]).rows} == {("PEFT", reason)}
+
+
+# --- several adapters, DoRA among them -------------------------------------------------------------------------------
+
+DORA, LORA, BIAS = {"use_dora": True}, {}, {"lora_bias": True}
+SEVERAL = {
+    "dora+dora": (DORA, DORA),
+    "dora+lora": (DORA, LORA),
+    "lora+dora": (BIAS, DORA),
+    "dora+lora+dora": (DORA, BIAS, DORA),
+}
+
+
+def several(kinds, base=None, **settings):
+    model = adapted(base, **kinds[0], **settings)
+    names = ["default"]
+    for i, extra in enumerate(kinds[1:]):
+        names.append(f"other{i}")
+        config = LoraConfig(r=3 + i, lora_alpha=5, target_modules=["first", "second"], **extra, **settings)
+        model.add_adapter(names[-1], config)
+    model.base_model.set_adapter(names)
+    return perturb(model)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kinds", SEVERAL.values(), ids=SEVERAL)
+def test_several_active_adapters_with_dora(kinds, bias):
+    plain, ours = pair(several(kinds, Net(bias)))
+    report = accelerate(ours, strict=True)
+    assert report.counts == {"fused": 2, "fused (base-agnostic)": 0, "PEFT": 0}
+    assert "dora_" in report.rows[0].operators
+    assert worst(results(plain), results(ours)) < EXACT
+    assert worst(results(plain), results(ours)) < EXACT  # by the norms that are kept
+    with torch.no_grad():
+        torch.testing.assert_close(ours(inputs()), plain(inputs()), rtol=1e-5, atol=1e-5)
+    assert not report.fallbacks()
+
+
+@pytest.mark.parametrize("kinds", SEVERAL.values(), ids=SEVERAL)
+def test_several_active_adapters_with_dora_over_a_hooked_base_layer(kinds):
+    model = several(kinds)
+    seen = []
+    for layer in layers(model):
+        layer.base_layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    plain, ours = pair(model)
+    report = accelerate(ours, strict=True)
+    assert report.counts == {"fused": 0, "fused (base-agnostic)": 2, "PEFT": 0}
+    expected, got = results(plain), results(ours)
+    assert worst(expected, got) < EXACT
+    torch.testing.assert_close(seen[2], seen[0])  # not overwritten
+    assert not report.fallbacks()
+
+
+def test_several_dora_in_bfloat16_and_under_autocast():
+    model = several((DORA, LORA, DORA))
+    oracle = results(pair(model)[1].double(), inputs().double())
+    plain, ours = pair(pair(model)[1].bfloat16())
+    autocast = pair(model)
+    accelerate(ours, strict=True), accelerate(autocast[1], strict=True)
+    off = [errors(oracle, results(m, inputs(dtype=torch.bfloat16))) for m in (plain, ours)]
+    with torch.autocast("cpu", torch.bfloat16):
+        off += [errors(oracle, results(m)) for m in autocast]
+    for theirs, mine in (off[:2], off[2:]):
+        for name, error in mine.items():
+            assert error <= 2 * theirs[name] + 2.0**-8, (name, error, theirs[name])
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_dropout_of_several_dora_has_peft_s_law(hooked):
+    """Each DoRA adapter takes the base weight's product with an x dropped by a mask of its own."""
+    model = several((DORA, DORA), lora_dropout=0.3)
+    if hooked:
+        layers(model)[0].base_layer.register_forward_hook(lambda *a: None)
+    plain, ours = (layers(m)[0] for m in pair(model))
+    report = accelerate(ours, strict=True)
+    x = inputs(8, 12)
+    with torch.no_grad():
+        samples = [torch.stack([layer(x) for _ in range(400)]) for layer in (plain, ours)]
+    spread = samples[0].std(0)
+    assert ((samples[0].mean(0) - samples[1].mean(0)).abs() <= 6 * spread * (2 / 400) ** 0.5 + 1e-6).all()
+    assert ((samples[1].std(0) / spread - 1).abs() < 0.3).all()
+    assert worst(results(plain.eval(), x), results(ours.eval(), x)) < EXACT
+    assert not report.fallbacks()
+
+
+def test_several_dora_with_dropout_over_a_hooked_base_layer():
+    """Nothing of it is seeded by us: torch draws PEFT's masks, so the gradients are PEFT's too."""
+    model = several((DORA, DORA), lora_dropout=0.3)
+    for layer in layers(model):
+        layer.base_layer.register_forward_hook(lambda *a: None)
+    plain, ours = pair(model)
+    report, found = accelerate(ours, strict=True), []
+    for m in (plain, ours):
+        torch.manual_seed(5)
+        found.append(results(m))
+    assert worst(*found) < EXACT
+    assert worst(found[0], results(plain)) > 1e-3
+    assert not report.fallbacks()
+
+
+# --- subclasses of nn.Linear -----------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def of(kind):
+    base = Net()
+    base.first.__class__ = base.second.__class__ = kind
+    return base
+
+
+METHODS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "adalora": ADALORA,
+    "miss": {"kind": MissConfig},
+    "bat": {"kind": MissConfig, "init_weights": "bat"},
+}
+
+
+@pytest.mark.parametrize("kind", [FalconLinear, nn.modules.linear.NonDynamicallyQuantizableLinear])
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+def test_a_subclass_whose_forward_is_that_of_linear(kind, settings):
+    plain, ours = pair(adapted(of(kind), **settings))
+    report = accelerate(ours, strict=True)
+    assert report.counts == {"fused": 2, "fused (base-agnostic)": 0, "PEFT": 0}
+    assert worst(results(plain), results(ours)) < EXACT
+    assert not report.fallbacks()
+
+
+@pytest.mark.parametrize("settings", METHODS.values(), ids=METHODS)
+def test_a_subclass_with_a_forward_of_its_own(settings):
+    plain, ours = pair(adapted(of(Doubled), **settings))
+    report = accelerate(ours, strict=True)
+    path = "fused" if settings.get("init_weights") == "bat" else "fused (base-agnostic)"  # PEFT's bat never calls it
+    assert {row.path for row in report.rows} == {path}
+    assert worst(results(plain), results(ours)) < EXACT
+    assert not report.fallbacks()
+
+
+def test_a_subclass_that_makes_its_weight_or_its_call_itself():
+    class Made(nn.Linear):
+        @property
+        def weight(self):
+            return 2 * self._parameters["weight"]
+
+    class Called(nn.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    for kind in (Made, Called):
+        plain, ours = pair(adapted(of(kind)))
+        report = accelerate(ours, strict=True)
+        assert report.counts["fused (base-agnostic)"] == 2
+        assert worst(results(plain), results(ours)) < EXACT
+
+
+def test_bat_over_a_hooked_base_layer():
+    """PEFT's bat reads the weight and never calls the layer, so its hooks stay silent in both."""
+    plain, ours = pair(adapted(kind=MissConfig, init_weights="bat"))
+    report, seen = accelerate(ours, strict=True), []
+    for model in (plain, ours):
+        layers(model)[0].base_layer.register_forward_hook(lambda *a: seen.append(1))
+    assert worst(results(plain), results(ours)) < EXACT
+    assert not seen and not report.fallbacks()
+    layers(ours)[0].base_layer.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="the base weight is trained"):
+        ours(inputs())
