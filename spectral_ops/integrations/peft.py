@@ -15,14 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import adalora, lora, miss
-from peft.utils.integrations import dequantize_bnb_weight
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 from torch._subclasses import FakeTensor
 
 from spectral_ops.core.autograd import autocast_arguments
-from spectral_ops.functional import bat, blocksum, column_norm, dora, dora_update, lowrank
+from spectral_ops.functional import bat, blocksum, column_norm, dora, lowrank
 from spectral_ops.integrations.peft_adalora import SVD, adalora_plan
 from spectral_ops.integrations.peft_plan import (
     Base,
@@ -31,6 +32,7 @@ from spectral_ops.integrations.peft_plan import (
     Facts,
     LowRank,
     Unfit,
+    frozen_weight,
     lora_plan,
     miss_plan,
 )
@@ -60,41 +62,65 @@ def base_result(base: Base, x: torch.Tensor) -> torch.Tensor:
 
 
 def run_lora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRank]) -> torch.Tensor:
-    name, A, B, scale, p, bias, magnitude = adapters[0]
-    if magnitude is not None:
-        return run_dora(layer, x, base, adapters[0])
+    """Each adapter in turn over what those before it have made, as PEFT adds them: DoRA scales all of that."""
+    first, rest = adapters[0], adapters[1:]
     if base.weight is None:
-        out, rest = base_result(base, x), adapters
-        for a in adapters:
-            if a.bias is not None:
-                out = out + (a.scale * a.bias).to(out.dtype)
+        out, rest = base_result(base, x), adapters  # first: a fresh 8-bit layer completes its state in its own forward
+    elif first.magnitude is None:
+        out = lora_linear(x, base, first)
     else:
-        total = base.bias
-        for a in adapters:
-            if a.bias is not None:  # lora_B's bias is scaled with its product, so it joins the base layer's
-                total = a.scale * a.bias if total is None else torch.add(total, a.bias, alpha=a.scale)
-        total = total if total is base.bias else total.to(base.weight.dtype)
-        x, weight, total = operands(x, base.weight, total)
-        out, rest = lowrank.linear(x, weight, A, B, total, None, None, scale, p), adapters[1:]
+        out = dora_linear(layer, x, base, first)
+    weight = frozen_weight(base) if any(a.magnitude is not None for a in rest) else None
+    kept = base.weight is not None and first.magnitude is not None  # by DoRA, for backward
     for a in rest:
-        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, None, None, a.scale, a.p)
+        out = out.clone() if kept and out.requires_grad else out
+        kept = a.magnitude is not None
+        out = dora_over(layer, out, x, base, weight, a) if kept else lora_over(out, x, a)
     return out
 
 
-def run_dora(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank) -> torch.Tensor:
-    name, A, B, scale, p, _, magnitude = adapter
-    if base.weight is None:
-        out = base_result(base, x)  # first: a fresh 8-bit layer completes its state in its own forward
-        with torch.no_grad():  # no norm is kept: telling whether it is stale would need the dequantised weight as well
-            weight = dequantize_bnb_weight(base.layer.weight, state=getattr(base.layer, "state", None))
-            norm = column_norm(weight, A, B, scale)
-        return dora_update(out, x, A, B, magnitude, norm, base.bias, scale=scale)
-    if torch.compiler.is_compiling():  # a compiled graph computes it anew each time
-        norm = column_norm(base.weight, A, B, scale)
-    else:
-        norm = layer._spectral_ops.norm(name, base.weight, A, B, scale)
+def lora_linear(x: torch.Tensor, base: Base, adapter: LowRank) -> torch.Tensor:
+    """The base layer's product with one adapter's; lora_B's bias is scaled with its product and joins the base's."""
+    total, (B, scale) = base.bias, adapter.scaled()
+    if adapter.bias is not None:
+        total = adapter.scale * adapter.bias if total is None else total + adapter.scale * adapter.bias
+        total = total.to(base.weight.dtype)
+    x, weight, total = operands(x, base.weight, total)
+    return lowrank.linear(x, weight, adapter.A, B, total, None, None, scale, adapter.p)
+
+
+def lora_over(out: torch.Tensor, x: torch.Tensor, adapter: LowRank) -> torch.Tensor:
+    if adapter.bias is not None:
+        out = out + (adapter.scale * adapter.bias).to(out.dtype)
+    B, scale = adapter.scaled()
+    return lowrank.update(out, x.to(out.dtype), adapter.A, B, None, None, None, scale, adapter.p)
+
+
+def norm_of(layer: nn.Module, weight: torch.Tensor, base: Base, adapter: LowRank) -> torch.Tensor:
+    """The column norm. Over a dequantised weight none is kept: telling whether it is stale would need that weight."""
+    B, scale = adapter.scaled()
+    if base.weight is None or torch.compiler.is_compiling():  # a compiled graph computes it anew each time
+        with torch.no_grad():
+            return column_norm(weight, adapter.A, B, scale)
+    return layer._spectral_ops.norm(adapter.name, weight, adapter.A, B, scale)
+
+
+def dora_linear(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank) -> torch.Tensor:
+    norm, (B, scale) = norm_of(layer, base.weight, base, adapter), adapter.scaled()
     x, weight, bias = operands(x, base.weight, base.bias)
-    return dora.linear(x, weight, A, B, magnitude, bias, norm, scale, p, layer._spectral_ops.recompute)
+    args = adapter.A, B, adapter.magnitude, bias, norm, scale, adapter.p
+    return dora.linear(x, weight, *args, layer._spectral_ops.recompute)
+
+
+def dora_over(layer, out: torch.Tensor, x: torch.Tensor, base: Base, weight: torch.Tensor, adapter: LowRank):
+    """DoRA over a result. With dropout PEFT scales not that, but the base weight's product with the dropped x."""
+    norm, (B, scale) = norm_of(layer, weight, base, adapter), adapter.scaled()
+    x, bias = x.to(out.dtype), base.bias
+    if adapter.p > 0:
+        x, bias = F.dropout(x, adapter.p), None
+        product = F.linear(x, weight)
+        return out - product + dora.update(product, x, adapter.A, B, adapter.magnitude, bias, norm, scale)
+    return dora.update(out, x, adapter.A, B, adapter.magnitude, bias, norm, scale)
 
 
 def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone] | list[Bat]) -> torch.Tensor:
@@ -126,9 +152,9 @@ def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SV
     else:
         first, rest = adapters[0], adapters[1:]
         x, weight, bias = operands(x, base.weight, base.bias)
-        out = lowrank.linear(x, weight, first.A, first.B, bias, first.core(), None, first.scale, first.p)
+        out = lowrank.linear(x, weight, first.A, first.B, bias, first.core(), None, first.factor(), first.p)
     for a in rest:
-        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, a.core(), None, a.scale, a.p)
+        out = lowrank.update(out, x.to(out.dtype), a.A, a.B, None, a.core(), None, a.factor(), a.p)
     return out
 
 
@@ -139,6 +165,8 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
     if weight is not None and len(adapters) == 1 and facts.autocast is None:
         if type(first) is LowRank and first.magnitude is None and first.bias is None:
             _, A, B, scale, p, *_ = first
+            if isinstance(scale, torch.Tensor):
+                return lambda layer, x: lowrank.linear(x, weight, A, B * scale, bias, None, None, 1.0, p)
             if p == 0.0 and facts.lasting:
                 return Member(weight, A, B, bias, None, scale)
             return lambda layer, x: lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
@@ -148,8 +176,8 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         if type(first) is SVD:
             A, B, E, rank, scale, p = first
-            if rank.requires_grad or capturing or type(rank) is FakeTensor:
-                return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, scale, p)
+            if rank.requires_grad or capturing or type(rank) is FakeTensor or isinstance(scale, torch.Tensor):
+                return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, first.factor(), p)
             scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
             if p == 0.0 and facts.lasting:
                 return Member(weight, A, B, bias, E, scale)
@@ -167,18 +195,16 @@ def argument_reason(kwargs: dict[str, Any]) -> str:
 
 def service(base: Base, adapters: list, exact: bool) -> tuple[str, str]:
     """The path and the operators of a plan."""
-    first = adapters[0]
-    if isinstance(first, Bat):
+    if isinstance(adapters[0], Bat):
         return FUSED, "bat_linear, exact" if exact and base.weight.dtype in NARROW else "bat_linear"
-    if getattr(first, "magnitude", None) is not None:
-        one, more = "column_norm, dora_linear", "column_norm, dora_update"
-    elif isinstance(first, Bone):
-        one, more = "bone_linear", "bone_update"
-    else:
-        one, more = "lowrank_linear", "lowrank_update"
-    if base.weight is None:
-        return BASE_AGNOSTIC, more
-    return FUSED, one if len(adapters) == 1 else f"{one}, {more}"
+    names = []
+    for i, a in enumerate(adapters):
+        tier = "update" if i or base.weight is None else "linear"
+        if getattr(a, "magnitude", None) is not None:
+            names += ["column_norm", f"dora_{tier}"]
+        else:
+            names.append(f"{'bone' if isinstance(a, Bone) else 'lowrank'}_{tier}")
+    return BASE_AGNOSTIC if base.weight is None else FUSED, ", ".join(dict.fromkeys(names))
 
 
 def outliving(method: Callable) -> Callable:
@@ -266,6 +292,10 @@ class FusedLoraLinear(FusedLora, lora.Linear):
     """``peft.tuners.lora.Linear`` through lowrank_linear and dora_linear."""
 
 
+class FusedTorchaoLoraLinear(FusedLora, TorchaoLoraLinear):
+    """``peft.tuners.lora.torchao.TorchaoLoraLinear`` through lowrank_update and dora_update."""
+
+
 class FusedMissLinear(Fused, miss.MissLinear):
     """``peft.tuners.miss.MissLinear`` through bone_linear and bat_linear."""
 
@@ -282,6 +312,7 @@ class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
 
 REPLACEMENTS: dict[type, type] = {
     lora.Linear: FusedLoraLinear,
+    TorchaoLoraLinear: FusedTorchaoLoraLinear,
     miss.MissLinear: FusedMissLinear,
     adalora.SVDLinear: FusedSVDLinear,
 }

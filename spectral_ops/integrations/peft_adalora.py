@@ -16,7 +16,7 @@ from torch import nn
 
 from spectral_ops.adapters.adalora_schedule import RankAllocator, Triple
 from spectral_ops.functional import orthogonality_loss
-from spectral_ops.integrations.peft_plan import Base, Facts, Unfit, active, base_of, check_input, drop_rate, read
+from spectral_ops.integrations.peft_plan import Base, Facts, active, base_of, check_input, drop_rate, read, scaling
 
 
 class SVD(NamedTuple):
@@ -26,12 +26,18 @@ class SVD(NamedTuple):
     B: torch.Tensor
     E: torch.Tensor
     rank: torch.Tensor
-    scale: float
+    scale: float | torch.Tensor
     p: float
 
     def core(self) -> torch.Tensor:
-        """E over the number of triplets [r, 1]; differentiable in both: PEFT trains a number that it has cast."""
-        return (self.E / (self.rank + 1e-5)).to(self.E.dtype)
+        """E over the number of triplets [r, 1], times a scale that is a tensor; differentiable in E and that number:
+        PEFT trains one that it has cast."""
+        scale = self.scale if isinstance(self.scale, torch.Tensor) else 1.0
+        return (self.E * scale / (self.rank + 1e-5)).to(self.E.dtype)
+
+    def factor(self) -> float:
+        """The scale as the operators take it, a number."""
+        return 1.0 if isinstance(self.scale, torch.Tensor) else self.scale
 
 
 def adalora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[SVD]]:
@@ -46,9 +52,7 @@ def adalora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tupl
             continue
         A, B, E, rank = (read(module, name, key, facts) for module, key in zip(held, keys, strict=True))
         p = drop_rate(facts.entry(dropouts, name), "lora_dropout", facts)
-        scale = facts.entry(facts.attribute(layer, "scaling"), name)
-        if not isinstance(scale, (float, int)):
-            raise Unfit(f"the scaling is a {type(scale).__name__}, not a number")
+        scale = scaling(facts.entry(facts.attribute(layer, "scaling"), name))
         if x is None or A.shape[0]:  # no triplet left: the base alone
             adapters.append(SVD(A, B, E, rank, scale, p))
             if not rank.requires_grad:  # then it is a constant of the plan

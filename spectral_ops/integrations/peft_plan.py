@@ -7,6 +7,7 @@ where reading it all anew costs ten. A submodule that is more than its class's f
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
@@ -56,10 +58,14 @@ class LowRank(NamedTuple):
     name: str
     A: torch.Tensor
     B: torch.Tensor
-    scale: float
+    scale: float | torch.Tensor  # a tensor [] is read in every call: compiled hot swapping fills it anew
     p: float
     bias: torch.Tensor | None
     magnitude: torch.Tensor | None
+
+    def scaled(self) -> tuple[torch.Tensor, float]:
+        """B and the scale as the operators take it, a number: B times a scale that is a tensor, which costs d r."""
+        return (self.B * self.scale, 1.0) if isinstance(self.scale, torch.Tensor) else (self.B, self.scale)
 
 
 class Bone(NamedTuple):
@@ -233,30 +239,70 @@ def drop_rate(dropout: nn.Module, role: str, facts: Facts) -> float:
     return p
 
 
+def scaling(value: Any) -> Any:
+    """A factor that the fused operators can take: a number, or a tensor of one."""
+    if isinstance(value, (float, int)) or (type(value) in PLAIN and value.dim() == 0):
+        return value
+    raise Unfit(f"the scaling is a {type(value).__name__}, not a number")
+
+
+def linear(kind: type) -> bool:
+    """Whether a class's forward is x Wᵀ + b of its own weight: nn.Linear's, kept by a subclass or arranged anew."""
+    if kind is nn.Linear or kind is Conv1D:
+        return True
+    if not issubclass(kind, nn.Linear) or kind.__call__ is not nn.Module.__call__ or hasattr(kind, "weight"):
+        return False
+    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")  # x @ Wᵀ, then + b
+    return kind.forward is nn.Linear.forward or kind is getattr(falcon, "FalconLinear", None)
+
+
+def quantised(base: nn.Module) -> bool:
+    """Whether the base layer holds its weight quantised, and returns a fresh tensor that nobody else reads."""
+    weight = base._parameters.get("weight")
+    if weight is None or type(weight) in PLAIN:
+        return False
+    return type(base) in QUANTISED or isinstance(
+        weight, getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", ())
+    )
+
+
 def base_of(layer: nn.Module, facts: Facts) -> Base:
     """How the frozen layer takes part in this call."""
     base = facts.entry(layer._modules, "base_layer")
     kind = type(base)
-    if (kind is nn.Linear or kind is Conv1D) and not hooked(base):
+    if linear(kind) and not hooked(base) and not quantised(base) and "parametrizations" not in base._modules:
         facts.module(base)
         weight = read(base, "weight", "the base weight", facts)
         if weight.requires_grad and torch.is_grad_enabled():
             raise Unfit("the base weight is trained")
         facts.frozen = weight
-        facts.lasting = facts.lasting and kind is nn.Linear  # a view of Conv1D's weight would outlive a new `.data`
+        # a view of Conv1D's weight would outlive a new `.data`
+        facts.lasting = facts.lasting and kind is not Conv1D
         return Base(base, weight.t() if kind is Conv1D else weight, facts.parameter(base, "bias"))
     facts.lasting = False
     if isinstance(base, BaseTunerLayer):
         raise Unfit("the base layer is itself an adapter layer")
     if "parametrizations" in base._modules:
         raise Unfit("the base layer is parametrized")
-    if kind in QUANTISED:
+    if quantised(base):
         return Base(base, None, facts.parameter(base, "bias"), hooked(base))
     if not isinstance(base, (nn.Linear, Conv1D)):
         raise Unfit(f"the base layer is a {kind.__name__}")
     if "weight" in base._parameters:
         read(base, "weight", "the base weight", facts)
     return Base(base, None, facts.parameter(base, "bias"), True)
+
+
+def frozen_weight(base: Base) -> torch.Tensor:
+    """The weight that PEFT's DoRA reads: dequantised where the layer holds it quantised."""
+    if base.weight is not None:
+        return base.weight
+    weight = base.layer.weight
+    if type(weight) in PLAIN:
+        return weight
+    if type(base.layer) in QUANTISED:
+        return dequantize_bnb_weight(weight, state=getattr(base.layer, "state", None))
+    return weight.dequantize()
 
 
 def check_tracing() -> None:
@@ -323,9 +369,7 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
         A, B = leaf(module_A, nn.Linear, "lora_A", facts), leaf(module_B, nn.Linear, "lora_B", facts)
         p = drop_rate(facts.entry(dropouts, name), "lora_dropout", facts)
         bias = facts.parameter(module_B, "bias")
-        scale = facts.entry(facts.attribute(layer, "scaling"), name)
-        if not isinstance(scale, (float, int)):
-            raise Unfit(f"the scaling is a {type(scale).__name__}, not a number")
+        scale = scaling(facts.entry(facts.attribute(layer, "scaling"), name))
         magnitude = None
         variant = facts.entry(facts.attribute(layer, "lora_variant"), name)
         if variant is not None:
@@ -338,8 +382,6 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
             parameters.append(magnitude)
         parameters += (A, B)
         adapters.append(LowRank(name, A, B, scale, p, bias, magnitude))
-    if len(adapters) > 1 and any(a.magnitude is not None for a in adapters):
-        raise Unfit("several active adapters, one of them DoRA")
     if x is not None:
         check_input(layer, x, base, parameters, facts)
     return base, adapters
@@ -350,11 +392,10 @@ def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float
         raise Unfit("DoRA with lora_bias: PEFT counts the bias into every entry of the weight whose norm it takes")
     if layer.ephemeral_gpu_offload:
         raise Unfit("DoRA with ephemeral_gpu_offload")
-    if base.weight is None:
-        if type(base.layer) not in QUANTISED or base.observed:
-            raise Unfit("DoRA reads the base weight, and the base layer carries hooks or is not a plain nn.Linear")
-        if p > 0:
-            raise Unfit("DoRA with dropout over a quantised base needs a second product with its weight")
+    if base.weight is None and not quantised(base.layer):
+        read(base.layer, "weight", "the base weight", Facts())
+    elif base.weight is None and p > 0:
+        raise Unfit("DoRA with dropout over a quantised base needs a second product with its weight")
 
 
 def miss_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Bone] | list[Bat]]:
@@ -364,7 +405,7 @@ def miss_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
     names = [name for name in active(layer) if facts.entry(dropouts, name) is not None]
     blocks = facts.entry(layer._modules, "miss_block")
     if kind == "bat":
-        return base, bat_plan(layer, x, base, blocks, names, facts)
+        return bat_plan(layer, x, base, blocks, names, facts)
     adapters = []
     for name in names:
         D = read(blocks, name, "miss_block", facts)
@@ -378,24 +419,28 @@ def miss_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
     return base, adapters
 
 
-def bat_plan(layer, x, base: Base, blocks: nn.Module, names: list[str], facts: Facts) -> list[Bat]:
+def bat_plan(layer, x, base: Base, blocks: nn.Module, names: list[str], facts: Facts) -> tuple[Base, list[Bat]]:
     if len(names) > 1:
         raise Unfit("several active bat adapters: each transforms the weight that the one before it made")
-    if names:
-        check_bat_base(base)
+    base = bat_base(base, facts) if names else base
     adapters = [Bat(read(blocks, name, "miss_block", facts)) for name in names]
     for (B,) in adapters:
         if B.dim() != 3 or B.shape[1] != B.shape[2] or B.shape[0] * B.shape[1] != layer.out_features:
             raise Unfit(f"miss_block {list(B.shape)} does not fit the layer's kind (bat)")
     if x is not None:
         check_input(layer, x, base, [a.B for a in adapters], facts)
-    return adapters
+    return base, adapters
 
 
-def check_bat_base(base: Base) -> None:
-    if type(base.layer) in QUANTISED:
+def bat_base(base: Base, facts: Facts) -> Base:
+    """The base with its weight, which PEFT's bat reads and transforms; it never calls the layer, nor its hooks."""
+    if quantised(base.layer):
         raise Unfit("bat transforms the weight itself, and the base layer holds it quantised")
-    if base.weight is None:
-        raise Unfit("bat reads the base weight, and the base layer carries hooks or is not a plain nn.Linear")
     if type(base.layer) is Conv1D:
         raise Unfit("PEFT's bat takes the weight of a Conv1D as it is stored, transposed")
+    if base.weight is not None:
+        return base
+    weight = read(base.layer, "weight", "the base weight", facts)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise Unfit("the base weight is trained")
+    return base._replace(weight=weight)

@@ -8,7 +8,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
 
+import peft  # noqa: E402
 from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 from peft_tiny import errors, pair, perturb, worst  # noqa: E402
 
 from spectral_ops import accelerate  # noqa: E402
@@ -155,6 +157,8 @@ def test_dora_with_dropout_falls_back():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bat_falls_back(bits):
+    if bits == 4 and not hasattr(BaseTunerLayer, "get_base_weight"):
+        pytest.skip(f"PEFT {peft.__version__} takes the packed 4-bit weight for a matrix, and fails")
     plain, ours = fresh(bits, torch.float32, kind=MissConfig, init_weights="bat", r=16)
     report = accelerate(ours)
     reason = "bat transforms the weight itself, and the base layer holds it quantised"

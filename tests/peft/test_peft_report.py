@@ -240,7 +240,8 @@ def test_bound_methods_outlive_restore():
     assert torch.equal(held["forward"](x), twin(x))
     held["_apply"](lambda t: t.double())
     assert layer.base_layer.weight.dtype is torch.float64
-    held["update_layer"]("more", r=2, lora_alpha=2, config=LoraConfig(r=2))
+    before_0_19 = {"lora_dropout": 0.0, "init_lora_weights": True, "use_rslora": False}  # then one by one
+    held["update_layer"]("more", r=2, lora_alpha=2, config=LoraConfig(r=2), **before_0_19)
     assert "more" in layer.lora_A
     accelerate(ours)
     assert torch.equal(held["forward"](x.double()), layer(x.double()))
