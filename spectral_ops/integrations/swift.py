@@ -1,4 +1,4 @@
-"""ms-swift's callback: a file for ``--external_plugins`` that imports this module makes ``--callbacks spectral_ops`` known.
+"""ms-swift: a file for ``--external_plugins`` that imports this module makes ``--callbacks spectral_ops`` known.
 
 ms-swift builds its callbacks with (args, trainer) before the trainer's own ``__init__``, so the callback sees
 ``on_init_end``, where it accelerates. Its wrapper around lora_A and lora_B (``keep_device_forward``) is no hook where x
