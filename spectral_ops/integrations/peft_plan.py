@@ -89,6 +89,7 @@ class Facts:
         self.own: list[tuple[str, Any]] = []  # attributes of the layer
         self.entries: list[tuple[dict, str, Any]] = []  # of its modules' dicts
         self.plain: list[dict] = []  # modules without hooks, whose forward is their class's
+        self.beside: list[torch.Tensor] = []  # weights to whose device a wrapper moves x, so x must be there
         self.dtypes: list[tuple[torch.Tensor, torch.dtype]] = []
         self.versions: list[tuple[torch.Tensor, int, bool]] = []  # of tensors whose content was read
         self.frozen: torch.Tensor | None = None  # the base weight
@@ -113,7 +114,9 @@ class Facts:
     def module(self, module: nn.Module) -> nn.Module:
         """A module that is not called: it must do no more than its class's forward."""
         self.plain.append(module.__dict__)
-        self.entry(module.__dict__, "forward")
+        if self.entry(module.__dict__, "forward") is not None and keeps_device(module):
+            self.entry(module.__dict__, "forward_origin")
+            self.beside.append(module.weight)
         return module
 
     def attribute(self, layer: nn.Module, key: str) -> Any:
@@ -142,6 +145,9 @@ class Facts:
                 return False
         if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
             return False
+        for t in self.beside:
+            if t.device != x.device:
+                return False
         for t, dtype in self.dtypes:
             if t.dtype is not dtype:
                 return False
@@ -190,6 +196,18 @@ def replaced(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not own(module, module.__dict__["forward"])
 
 
+def keeps_device(module: nn.Module) -> bool:
+    """Whether the forward on the instance is ms-swift's, which moves x to the weight's device and calls the class's."""
+    wrapper = module.__dict__["forward"]
+    return (
+        "weight" in module._parameters
+        and type(wrapper) is MethodType
+        and wrapper.__self__ is module
+        and (wrapper.__func__.__module__, wrapper.__func__.__name__) == ("swift.tuners.peft", "keep_device_forward")
+        and own(module, module.__dict__.get("forward_origin"))
+    )
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, or a replaced one."""
     return bool(
@@ -197,7 +215,7 @@ def hooked(module: nn.Module) -> bool:
         or module._forward_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or replaced(module)
+        or (replaced(module) and not keeps_device(module))
     )
 
 
@@ -324,6 +342,9 @@ def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tenso
     check_tracing()
     if _has_any_global_hook():
         raise Unfit("a global module hook is registered, which must see every submodule called")
+    for t in facts.beside:
+        if t.device != x.device:
+            raise Unfit(f"x is on {x.device} and an adapter on {t.device}: ms-swift's keep_device_forward moves x")
     facts.settle(layer, x, parameters if base.weight is None else [base.weight, *parameters])
     dtype = x.dtype
     weight = x if base.weight is None else base.weight

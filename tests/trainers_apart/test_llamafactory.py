@@ -1,0 +1,32 @@
+"""LLaMA-Factory: run_exp(callbacks=[SpectralOpsCallback()]), and SPECTRAL_OPS_ACCELERATE=1 without a line of code."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+from runs import all_fused, need, run, same_training
+
+need("llamafactory")
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llamafactory")
+    tiny.save_model(folder / "model")
+    result = run("run_llamafactory.py", folder, "stock")
+    assert "refused" in result
+    return folder, result
+
+
+def test_callback(stock):
+    folder, plain = stock
+    result = run("run_llamafactory.py", folder, "callback")
+    all_fused(result)
+    same_training(folder, plain, result, "callback")
+
+
+def test_environment(stock):
+    folder, plain = stock
+    result = run("run_llamafactory.py", folder, "environment", SPECTRAL_OPS_ACCELERATE="1")
+    all_fused(result)
+    same_training(folder, plain, result, "environment")
