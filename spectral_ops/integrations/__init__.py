@@ -70,6 +70,11 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     return _peft().restore(model)
 
 
+def adapted(model: torch.nn.Module) -> bool:
+    """Whether the model has an adapter layer of PEFT's."""
+    return bool(_peft().tuner_layers(model))
+
+
 def _peft():
     try:
         from spectral_ops.integrations import peft_accelerate

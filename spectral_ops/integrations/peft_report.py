@@ -208,6 +208,18 @@ class Report:
         ]  # fmt: skip
         return ", ".join(parts) + ("" if self.called else " (planned: no call was seen yet)")
 
+    def remarks(self) -> list[str]:
+        """A line for each reason why a layer, or some of its calls, did not run fused."""
+        paths: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if row.path not in (FUSED, BASE_AGNOSTIC):
+                paths.setdefault((row.path, row.reason), []).append(row.name)
+        lines = [f"{path}: {len(names)} layers ({shorten(names)}): {reason}" for (path, reason), names in paths.items()]
+        for reason, names, calls in self.grouped():
+            if (PEFT, reason) not in paths or set(names) != set(paths[PEFT, reason]):
+                lines.append(f"fell back: {len(names)} layers ({shorten(names)}): {reason} ({calls} calls)")
+        return lines
+
     def __str__(self) -> str:
         lines = [self.headline()]
         groups: dict[tuple, list[Row]] = {}

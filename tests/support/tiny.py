@@ -26,22 +26,25 @@ def tokenizer():
     )  # fmt: skip
 
 
-def save_model(folder: Path) -> Path:
-    """A model and its tokenizer, as a trainer loads them from a folder."""
+def language_model():
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     words = tokenizer()
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(words), hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.15,
             bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
         )
     )  # fmt: skip
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
+
+
+def save_model(folder: Path) -> Path:
+    """A model and its tokenizer, as a trainer loads them from a folder."""
+    language_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,99 @@
+"""TRL's trainers with one line: the losses and files of stock PEFT, every layer fused."""
+
+import logging
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+from training import (  # noqa: E402
+    CONFIGS,
+    arguments,
+    judged,
+    preferences,
+    prompts,
+    texts,
+    the_same_with_the_callback,
+)
+from transformers import LlamaForSequenceClassification  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sft(folder, model, words, callbacks, config):
+    from trl import SFTConfig, SFTTrainer
+
+    args = arguments(SFTConfig, folder, max_length=64)
+    return SFTTrainer(
+        model, args, train_dataset=texts(), processing_class=words, peft_config=config, callbacks=callbacks
+    )
+
+
+def dpo(folder, model, words, callbacks, config):
+    from trl import DPOConfig, DPOTrainer
+
+    args = arguments(DPOConfig, folder, max_length=64)
+    return DPOTrainer(
+        model, args=args, train_dataset=preferences(), processing_class=words, peft_config=config, callbacks=callbacks
+    )
+
+
+def kto(folder, model, words, callbacks, config):
+    from trl import KTOConfig, KTOTrainer
+
+    args = arguments(KTOConfig, folder, max_length=64)
+    return KTOTrainer(
+        model, args=args, train_dataset=judged(), processing_class=words, peft_config=config, callbacks=callbacks
+    )
+
+
+def reward(folder, model, words, callbacks, config):
+    from trl import RewardConfig, RewardTrainer
+
+    model.config.num_labels = 1
+    scorer = LlamaForSequenceClassification(model.config)
+    scorer.model.load_state_dict(model.model.state_dict())
+    scorer.score.weight.data.fill_(0.1)
+    config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+    args = arguments(RewardConfig, folder, max_length=64)
+    return RewardTrainer(
+        scorer, args=args, train_dataset=preferences(), processing_class=words, peft_config=config, callbacks=callbacks
+    )
+
+
+def length(completions, **kwargs):
+    return [float(len(completion) % 7) for completion in completions]
+
+
+def grpo(folder, model, words, callbacks, config):
+    from trl import GRPOConfig, GRPOTrainer
+
+    args = arguments(GRPOConfig, folder, num_generations=2, max_completion_length=6, beta=0.1)
+    return GRPOTrainer(
+        model, length, args=args, train_dataset=prompts(), processing_class=words, peft_config=config,
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+def rloo(folder, model, words, callbacks, config):
+    from trl import RLOOConfig, RLOOTrainer
+
+    args = arguments(RLOOConfig, folder, num_generations=2, max_completion_length=6, beta=0.1)
+    return RLOOTrainer(
+        model, length, args=args, train_dataset=prompts(), processing_class=words, peft_config=config,
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+CASES = [(sft, method) for method in CONFIGS] + [(trainer, "lora") for trainer in (dpo, kto, reward, grpo, rloo)]
+
+
+@pytest.mark.parametrize(("trainer", "method"), CASES, ids=[f"{t.__name__}-{m}" for t, m in CASES])
+def test_same_as_stock_peft(trainer, method, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "spectral_ops")
+
+    def build(*args):
+        return trainer(*args, CONFIGS[method]())
+
+    the_same_with_the_callback(build, tmp_path, lambda: caplog.text)
