@@ -30,9 +30,9 @@ def say(line: str) -> None:
 class SpectralOpsCallback(TrainerCallback):
     """Accelerates the trainer's model, and says after the first optimizer step what really ran.
 
-    It acts at the end of the trainer's ``__init__``, and again when training begins, for adapters that came between. The
-    line after the first step says how many layers ran fused, and for the rest how many and why. It is a warning where
-    no layer ran fused, or some layers were never called.
+    It acts at the end of the trainer's ``__init__``, and again when training begins, for adapters that came between.
+    The line after the first step says how many layers ran fused, and for the rest how many and why. It is a warning
+    where no layer ran fused, or some layers were never called.
 
     Args:
         strict: raise a RuntimeError where a layer would be left to PEFT, where a call would fall back, where the model
