@@ -20,7 +20,6 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import adalora, lora, miss
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
-from torch._subclasses import FakeTensor
 
 from spectral_ops.core.autograd import autocast_arguments
 from spectral_ops.functional import bat, blocksum, column_norm, dora, lowrank
@@ -176,10 +175,10 @@ def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module,
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         if type(first) is SVD:
             A, B, E, rank, scale, p = first
-            if rank.requires_grad or capturing or type(rank) is FakeTensor or isinstance(scale, torch.Tensor):
+            if rank.requires_grad or capturing or not facts.lasting or isinstance(scale, torch.Tensor):
                 return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, first.factor(), p)
             scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
-            if p == 0.0 and facts.lasting:
+            if p == 0.0:
                 return Member(weight, A, B, bias, E, scale)
             return lambda layer, x: lowrank.linear(x, weight, A, B, bias, E, None, scale, p)
     return lambda layer, x: run(layer, x, base, adapters)

@@ -230,9 +230,10 @@ def test_a_logger_sees_one_operator_per_layer_and_direction(build, method):
 
 
 @models
-def test_fake_and_meta_tensors(build, method):
+@dtypes
+def test_fake_and_meta_tensors(build, method, dtype):
     """Shapes and dtypes come out, and nothing is computed."""
-    model, x = build(method, torch.bfloat16, True), inputs(torch.bfloat16)
+    model, x = build(method, dtype, True), inputs(dtype)
     want = gradients(model, x)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = gradients(model, torch.empty(x.shape, dtype=x.dtype))
