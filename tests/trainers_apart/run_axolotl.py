@@ -9,21 +9,22 @@ from pathlib import Path
 import tiny
 import yaml
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "trainers" / "axolotl.yaml"
+
 
 def settings(folder: Path, mode: str) -> dict:
-    result = {
-        "base_model": str(folder / "model"), "output_dir": str(folder / mode),
-        "datasets": [{"path": str(tiny.save_alpaca(folder / "tiny.json")), "type": "alpaca", "ds_type": "json"}],
+    """The example, at a tiny size."""
+    data = {"path": str(tiny.save_alpaca(folder / "tiny.json")), "type": "alpaca", "ds_type": "json"}
+    result = yaml.safe_load(EXAMPLE.read_text()) | {
+        "base_model": str(folder / "model"), "output_dir": str(folder / mode), "datasets": [data],
         "dataset_prepared_path": str(folder / "prepared"), "dataset_num_proc": 1, "sequence_len": 256,
-        "adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_linear": True,
-        "micro_batch_size": 2, "gradient_accumulation_steps": 1, "max_steps": 5, "learning_rate": 1e-2,
-        "optimizer": "adamw_torch", "logging_steps": 1, "save_strategy": "no", "val_set_size": 0, "seed": 1,
+        "lora_r": 4, "lora_alpha": 8, "max_steps": 5, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "val_set_size": 0, "seed": 1,
         "attn_implementation": "eager", "device": "cpu", "use_cpu": True, "bf16": False, "fp16": False, "tf32": False,
-        "plugins": ["spectral_ops.integrations.axolotl.SpectralOpsPlugin"],
     }  # fmt: skip
     if mode.startswith("dpo"):
-        pairs = str(tiny.save_pairs(folder / "pairs.json"))
-        result |= {"rl": "dpo", "datasets": [{"path": pairs, "type": "passthrough", "ds_type": "json", "split": "train"}]}
+        data |= {"path": str(tiny.save_pairs(folder / "pairs.json")), "type": "passthrough", "split": "train"}
+        result["rl"] = "dpo"
     if mode.endswith("stock"):
         del result["plugins"]
         result |= {"lora_mlp_kernel": False, "lora_qkv_kernel": False, "lora_o_kernel": False}
