@@ -1,4 +1,4 @@
-# make demo | methods | rlhf | test | peft | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
+# make demo | methods | rlhf | test | peft | trainers | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
 # The first run makes .venv and installs what requirements/ pins; later runs start in seconds.
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ STEPS  ?=
 DTYPE  ?=
 ARGS   ?=
 SECTIONS ?=
+TRAINERS ?= axolotl swift llamafactory
 VERSION ?= $(OLDEST_PEFT)
 
 # Without an NVIDIA GPU: the CPU build of torch where pip finds one, else the build that pip's index has. Where yours is
@@ -26,7 +27,7 @@ PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no
 WITHOUT_PEFT := $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
 with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=tests/peft
 
-.PHONY: demo methods rlhf test peft build bench lint gpu gpu-dry wheel sanitize clean
+.PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel sanitize clean
 
 demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa STEPS=n DTYPE=float32|bf16
 	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
@@ -47,6 +48,12 @@ test: $(VENV)/.built .cache/peft/$(OLDEST_PEFT)/.installed ## ARGS="-k dora": ev
 
 peft: $(VENV)/.built .cache/peft/$(VERSION)/.installed ## VERSION=0.18.1: tests/peft with that PEFT, installed apart
 	$(call with_peft,$(VERSION)) $(ARGS)
+
+trainers: $(VENV)/.built $(TRAINERS:%=.cache/trainers/%/.installed) ## TRAINERS="swift": each trainer whose pins do not go with ours, in a venv of its own
+	@trap 'exit 130' INT; failed=; for name in $(TRAINERS); do \
+	  PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 .cache/trainers/$$name/bin/python -m pytest tests/trainers_apart/test_$$name.py $(ARGS) \
+	    || failed="$$failed $$name"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 build: $(VENV)/.built
 
@@ -93,4 +100,12 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# What pip freeze said; --no-deps, because what is left out cannot be had without CUDA or is not reached: docs/trainers.md
+.cache/trainers/%/.installed: requirements/trainers/%.txt requirements/torch.txt
+	@echo "installing $* into $(@D)"
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(subst $(VENV),$(@D),$(TORCH_CPU)) || $(subst $(VENV),$(@D),$(PIP)) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
+	$(subst $(VENV),$(@D),$(PIP)) install --no-deps --ignore-requires-python -r $<
 	@touch $@

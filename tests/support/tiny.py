@@ -68,3 +68,10 @@ def save_messages(path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def save_pairs(path: Path) -> Path:
+    """The same conversations with a wrong answer beside each, for preference training."""
+    pairs = [{"prompt": c["instruction"], "chosen": c["output"], "rejected": "No."} for c in conversations()]
+    path.write_text(json.dumps(pairs))
+    return path

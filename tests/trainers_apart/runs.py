@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 HERE = Path(__file__).resolve().parent
+SEARCHED = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent / "support")))
 STEPS = 5
 
 
@@ -25,7 +26,8 @@ def run(script: str, folder: Path, mode: str, **environment: str) -> dict:
     """Trains in a process of its own; what Record wrote, and the process's output."""
     done = subprocess.run(
         [sys.executable, HERE / script, folder, mode],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"),
+             "PYTHONPATH": SEARCHED, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
@@ -37,13 +39,13 @@ def differences(stock: dict, other: dict) -> list[float]:
     return [abs(a - b) / a for a, b in zip(stock["losses"], other["losses"], strict=True)]
 
 
-def same_training(folder: Path, stock: dict, other: dict, name: str) -> None:
+def same_training(folder: Path, stock: dict, other: dict, name: str, without: str = "stock") -> None:
     """The loss curve of the run without us, and the same adapter file up to rounding."""
     from safetensors.torch import load_file
 
     assert max(differences(stock, other)) < 1e-5
     assert stock["losses"][-1] < stock["losses"][0]
-    one, two = (load_file(folder / mode / "adapter_model.safetensors") for mode in ("stock", name))
+    one, two = (load_file(folder / mode / "adapter_model.safetensors") for mode in (without, name))
     assert one.keys() == two.keys() and len(one) == 2 * tiny.ADAPTED
     for key, value in one.items():
         assert value.dtype == two[key].dtype
