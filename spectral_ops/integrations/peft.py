@@ -142,6 +142,9 @@ def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torc
     if bias is not None and bias.dtype is not base.weight.dtype:  # PEFT's bat takes one in another dtype
         bias = bias.to(base.weight.dtype)
     narrow, weight, bias = operands(x, base.weight, bias)
+    if narrow.dtype is not weight.dtype:  # PEFT casts x to the transformed weight's dtype, as wide as its wider part
+        dtype = torch.promote_types(narrow.dtype, weight.dtype)
+        narrow, weight, bias = (t if t is None else t.to(dtype) for t in (narrow, weight, bias))
     out = bat.linear(narrow, weight, adapter.B, bias, False, layer._spectral_ops.exact)
     return out if out.dtype is x.dtype else out.to(x.dtype)
 
@@ -149,6 +152,8 @@ def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torc
 def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SVD]) -> torch.Tensor:
     if base.weight is None:
         out, rest = base_result(base, x), adapters
+        if layer.widens:
+            out = out.to(torch.promote_types(out.dtype, adapters[0].rank.dtype))
     else:
         first, rest = adapters[0], adapters[1:]
         x, weight, bias = operands(x, base.weight, base.bias)
@@ -304,6 +309,7 @@ class FusedMissLinear(Fused, miss.MissLinear):
 
 class FusedAdaLora(Fused):
     _plan, _run = adalora_plan, run_adalora
+    widens = False
 
 
 class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
@@ -324,6 +330,8 @@ if is_bnb_available():
 
     class FusedSVDLinear8bitLt(FusedAdaLora, adalora.SVDLinear8bitLt):
         """``peft.tuners.adalora.SVDLinear8bitLt`` through lowrank_update with a diagonal core."""
+
+        widens = True  # PEFT divides by the number of triplets in a tensor [1] and adds, out of place, what that widens
 
     REPLACEMENTS |= {
         lora.Linear8bitLt: FusedLoraLinear8bitLt,

@@ -335,8 +335,11 @@ def check_tracing() -> None:
         raise Unfit("forward-mode differentiation is running")
 
 
-def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tensor], facts: Facts) -> None:
-    """x and the dtypes are such that PEFT would compute the same up to rounding."""
+def check_input(
+    layer, x: torch.Tensor, base: Base, parameters: list[torch.Tensor], facts: Facts, any_weight: bool = False
+) -> None:
+    """x and the dtypes are such that PEFT would compute the same up to rounding; with ``any_weight`` it casts x to the
+    base weight's dtype too."""
     if type(x) not in PLAIN:
         raise Unfit(f"x is a {type(x).__name__}, not a plain tensor")
     check_tracing()
@@ -347,6 +350,8 @@ def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tenso
             raise Unfit(f"x is on {x.device} and an adapter on {t.device}: ms-swift's keep_device_forward moves x")
     facts.settle(layer, x, parameters if base.weight is None else [base.weight, *parameters])
     dtype = x.dtype
+    if torch.is_autocast_enabled() and type(base.layer) in QUANTISED and dtype not in (torch.float32, facts.autocast):
+        raise Unfit(f"x is {dtype} under autocast to {facts.autocast}: over bitsandbytes PEFT returns float32")
     weight = x if base.weight is None else base.weight
     if weight.dtype is dtype and dtype in FLOATS:
         for p in parameters:
@@ -356,15 +361,14 @@ def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tenso
             return
     casts = facts.attribute(layer, "cast_input_dtype_enabled")
     autocast = facts.autocast is not None and dtype is not torch.float64
-    if autocast:
-        dtype = facts.autocast
-    elif weight.dtype is not dtype:
+    if weight.dtype is not dtype and not (autocast or (any_weight and casts)):
         raise Unfit(f"x is {dtype} over a base weight in {weight.dtype}")
-    if weight.dtype not in FLOATS[:3] or x.dtype not in FLOATS[:3]:
-        raise Unfit(f"x in {x.dtype} over {weight.dtype} is not a mix the fused operators take")
+    if weight.dtype not in FLOATS[:3] or dtype not in FLOATS[:3]:
+        raise Unfit(f"x in {dtype} over {weight.dtype} is not a mix the fused operators take")
+    dtype = facts.autocast if autocast else dtype
     for p in parameters:
-        if p.dtype is not dtype and p.dtype is not torch.float32:
-            raise Unfit(f"an adapter in {p.dtype} over {dtype} would be rounded differently")
+        if p.dtype not in FLOATS[:3]:
+            raise Unfit(f"an adapter in {p.dtype} over {dtype} is not a mix the fused operators take")
         if p.dtype is not dtype and not (autocast or casts):
             raise Unfit(f"an adapter in {p.dtype} over {dtype} with input casting disabled")
 
@@ -449,7 +453,7 @@ def bat_plan(layer, x, base: Base, blocks: nn.Module, names: list[str], facts: F
         if B.dim() != 3 or B.shape[1] != B.shape[2] or B.shape[0] * B.shape[1] != layer.out_features:
             raise Unfit(f"miss_block {list(B.shape)} does not fit the layer's kind (bat)")
     if x is not None:
-        check_input(layer, x, base, [a.B for a in adapters], facts)
+        check_input(layer, x, base, [a.B for a in adapters], facts, any_weight=True)
     return base, adapters
 
 
