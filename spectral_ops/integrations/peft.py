@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import adalora, lora, miss
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 from torch._subclasses import FakeTensor
@@ -301,6 +304,18 @@ class FusedTorchaoLoraLinear(FusedLora, TorchaoLoraLinear):
     """``peft.tuners.lora.torchao.TorchaoLoraLinear`` through lowrank_update and dora_update."""
 
 
+class FusedGPTQLoraLinear(FusedLora, GPTQLoraLinear):
+    """``peft.tuners.lora.gptq.GPTQLoraLinear`` through lowrank_update."""
+
+
+class FusedAwqLoraLinear(FusedLora, AwqLoraLinear):
+    """``peft.tuners.lora.awq.AwqLoraLinear`` through lowrank_update."""
+
+
+class FusedAqlmLoraLinear(FusedLora, AqlmLoraLinear):
+    """``peft.tuners.lora.aqlm.AqlmLoraLinear`` through lowrank_update."""
+
+
 class FusedMissLinear(Fused, miss.MissLinear):
     """``peft.tuners.miss.MissLinear`` through bone_linear and bat_linear."""
 
@@ -319,6 +334,9 @@ class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
 REPLACEMENTS: dict[type, type] = {
     lora.Linear: FusedLoraLinear,
     TorchaoLoraLinear: FusedTorchaoLoraLinear,
+    GPTQLoraLinear: FusedGPTQLoraLinear,
+    AwqLoraLinear: FusedAwqLoraLinear,
+    AqlmLoraLinear: FusedAqlmLoraLinear,
     miss.MissLinear: FusedMissLinear,
     adalora.SVDLinear: FusedSVDLinear,
 }

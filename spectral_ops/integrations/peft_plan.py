@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import variants
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
@@ -33,6 +36,9 @@ if is_bnb_available():
     QUANTISED += (bnb.nn.Linear8bitLt,)
     if is_bnb_4bit_available():
         QUANTISED += (bnb.nn.Linear4bit, bnb.nn.LinearFP4, bnb.nn.LinearNF4)
+
+
+CALLED = GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear  # they call their base layer, whatever it is, and read nothing
 
 
 class Unfit(Exception):
@@ -304,6 +310,10 @@ def base_of(layer: nn.Module, facts: Facts) -> Base:
         raise Unfit("the base layer is parametrized")
     if quantised(base):
         return Base(base, None, facts.parameter(base, "bias"), hooked(base))
+    if isinstance(layer, CALLED):
+        if layer._modules.get("quant_linear_module", base) is not base:
+            raise Unfit("the base layer was replaced under one of its two names")
+        return Base(base, None, None, True)
     if not isinstance(base, (nn.Linear, Conv1D)):
         raise Unfit(f"the base layer is a {kind.__name__}")
     if "weight" in base._parameters:
@@ -350,8 +360,8 @@ def check_input(
             raise Unfit(f"x is on {x.device} and an adapter on {t.device}: ms-swift's keep_device_forward moves x")
     facts.settle(layer, x, parameters if base.weight is None else [base.weight, *parameters])
     dtype = x.dtype
-    if torch.is_autocast_enabled() and type(base.layer) in QUANTISED and dtype not in (torch.float32, facts.autocast):
-        raise Unfit(f"x is {dtype} under autocast to {facts.autocast}: over bitsandbytes PEFT returns float32")
+    if base.weight is None and torch.is_autocast_enabled() and dtype not in (torch.float32, facts.autocast):
+        raise Unfit(f"x is {dtype} under autocast to {facts.autocast}: over a quantised base PEFT returns float32")
     weight = x if base.weight is None else base.weight
     if weight.dtype is dtype and dtype in FLOATS:
         for p in parameters:
