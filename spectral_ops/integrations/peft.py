@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import adalora, lora, miss
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
@@ -141,6 +144,9 @@ def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torc
     if bias is not None and bias.dtype is not base.weight.dtype:  # PEFT's bat takes one in another dtype
         bias = bias.to(base.weight.dtype)
     narrow, weight, bias = operands(x, base.weight, bias)
+    if narrow.dtype is not weight.dtype:  # PEFT casts x to the transformed weight's dtype, as wide as its wider part
+        dtype = torch.promote_types(narrow.dtype, weight.dtype)
+        narrow, weight, bias = (t if t is None else t.to(dtype) for t in (narrow, weight, bias))
     out = bat.linear(narrow, weight, adapter.B, bias, False, layer._spectral_ops.exact)
     return out if out.dtype is x.dtype else out.to(x.dtype)
 
@@ -148,6 +154,8 @@ def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torc
 def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SVD]) -> torch.Tensor:
     if base.weight is None:
         out, rest = base_result(base, x), adapters
+        if layer.widens:
+            out = out.to(torch.promote_types(out.dtype, adapters[0].rank.dtype))
     else:
         first, rest = adapters[0], adapters[1:]
         x, weight, bias = operands(x, base.weight, base.bias)
@@ -295,6 +303,18 @@ class FusedTorchaoLoraLinear(FusedLora, TorchaoLoraLinear):
     """``peft.tuners.lora.torchao.TorchaoLoraLinear`` through lowrank_update and dora_update."""
 
 
+class FusedGPTQLoraLinear(FusedLora, GPTQLoraLinear):
+    """``peft.tuners.lora.gptq.GPTQLoraLinear`` through lowrank_update."""
+
+
+class FusedAwqLoraLinear(FusedLora, AwqLoraLinear):
+    """``peft.tuners.lora.awq.AwqLoraLinear`` through lowrank_update."""
+
+
+class FusedAqlmLoraLinear(FusedLora, AqlmLoraLinear):
+    """``peft.tuners.lora.aqlm.AqlmLoraLinear`` through lowrank_update."""
+
+
 class FusedMissLinear(Fused, miss.MissLinear):
     """``peft.tuners.miss.MissLinear`` through bone_linear and bat_linear."""
 
@@ -303,6 +323,7 @@ class FusedMissLinear(Fused, miss.MissLinear):
 
 class FusedAdaLora(Fused):
     _plan, _run = adalora_plan, run_adalora
+    widens = False
 
 
 class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
@@ -312,6 +333,9 @@ class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
 REPLACEMENTS: dict[type, type] = {
     lora.Linear: FusedLoraLinear,
     TorchaoLoraLinear: FusedTorchaoLoraLinear,
+    GPTQLoraLinear: FusedGPTQLoraLinear,
+    AwqLoraLinear: FusedAwqLoraLinear,
+    AqlmLoraLinear: FusedAqlmLoraLinear,
     miss.MissLinear: FusedMissLinear,
     adalora.SVDLinear: FusedSVDLinear,
 }
@@ -323,6 +347,8 @@ if is_bnb_available():
 
     class FusedSVDLinear8bitLt(FusedAdaLora, adalora.SVDLinear8bitLt):
         """``peft.tuners.adalora.SVDLinear8bitLt`` through lowrank_update with a diagonal core."""
+
+        widens = True  # PEFT divides by the number of triplets in a tensor [1] and adds, out of place, what that widens
 
     REPLACEMENTS |= {
         lora.Linear8bitLt: FusedLoraLinear8bitLt,

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import variants
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
@@ -33,6 +36,9 @@ if is_bnb_available():
     QUANTISED += (bnb.nn.Linear8bitLt,)
     if is_bnb_4bit_available():
         QUANTISED += (bnb.nn.Linear4bit, bnb.nn.LinearFP4, bnb.nn.LinearNF4)
+
+
+CALLED = GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear  # they call their base layer, whatever it is, and read nothing
 
 
 class Unfit(Exception):
@@ -304,6 +310,10 @@ def base_of(layer: nn.Module, facts: Facts) -> Base:
         raise Unfit("the base layer is parametrized")
     if quantised(base):
         return Base(base, None, facts.parameter(base, "bias"), hooked(base))
+    if isinstance(layer, CALLED):
+        if layer._modules.get("quant_linear_module", base) is not base:
+            raise Unfit("the base layer was replaced under one of its two names")
+        return Base(base, None, None, True)
     if not isinstance(base, (nn.Linear, Conv1D)):
         raise Unfit(f"the base layer is a {kind.__name__}")
     if "weight" in base._parameters:
@@ -335,8 +345,11 @@ def check_tracing() -> None:
         raise Unfit("forward-mode differentiation is running")
 
 
-def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tensor], facts: Facts) -> None:
-    """x and the dtypes are such that PEFT would compute the same up to rounding."""
+def check_input(
+    layer, x: torch.Tensor, base: Base, parameters: list[torch.Tensor], facts: Facts, any_weight: bool = False
+) -> None:
+    """x and the dtypes are such that PEFT would compute the same up to rounding; with ``any_weight`` it casts x to the
+    base weight's dtype too."""
     if type(x) not in PLAIN:
         raise Unfit(f"x is a {type(x).__name__}, not a plain tensor")
     check_tracing()
@@ -347,6 +360,8 @@ def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tenso
             raise Unfit(f"x is on {x.device} and an adapter on {t.device}: ms-swift's keep_device_forward moves x")
     facts.settle(layer, x, parameters if base.weight is None else [base.weight, *parameters])
     dtype = x.dtype
+    if base.weight is None and torch.is_autocast_enabled() and dtype not in (torch.float32, facts.autocast):
+        raise Unfit(f"x is {dtype} under autocast to {facts.autocast}: over a quantised base PEFT returns float32")
     weight = x if base.weight is None else base.weight
     if weight.dtype is dtype and dtype in FLOATS:
         for p in parameters:
@@ -356,15 +371,14 @@ def check_input(layer, x: torch.Tensor, base: Base, parameters: list[torch.Tenso
             return
     casts = facts.attribute(layer, "cast_input_dtype_enabled")
     autocast = facts.autocast is not None and dtype is not torch.float64
-    if autocast:
-        dtype = facts.autocast
-    elif weight.dtype is not dtype:
+    if weight.dtype is not dtype and not (autocast or (any_weight and casts)):
         raise Unfit(f"x is {dtype} over a base weight in {weight.dtype}")
-    if weight.dtype not in FLOATS[:3] or x.dtype not in FLOATS[:3]:
-        raise Unfit(f"x in {x.dtype} over {weight.dtype} is not a mix the fused operators take")
+    if weight.dtype not in FLOATS[:3] or dtype not in FLOATS[:3]:
+        raise Unfit(f"x in {dtype} over {weight.dtype} is not a mix the fused operators take")
+    dtype = facts.autocast if autocast else dtype
     for p in parameters:
-        if p.dtype is not dtype and p.dtype is not torch.float32:
-            raise Unfit(f"an adapter in {p.dtype} over {dtype} would be rounded differently")
+        if p.dtype not in FLOATS[:3]:
+            raise Unfit(f"an adapter in {p.dtype} over {dtype} is not a mix the fused operators take")
         if p.dtype is not dtype and not (autocast or casts):
             raise Unfit(f"an adapter in {p.dtype} over {dtype} with input casting disabled")
 
@@ -449,7 +463,7 @@ def bat_plan(layer, x, base: Base, blocks: nn.Module, names: list[str], facts: F
         if B.dim() != 3 or B.shape[1] != B.shape[2] or B.shape[0] * B.shape[1] != layer.out_features:
             raise Unfit(f"miss_block {list(B.shape)} does not fit the layer's kind (bat)")
     if x is not None:
-        check_input(layer, x, base, [a.B for a in adapters], facts)
+        check_input(layer, x, base, [a.B for a in adapters], facts, any_weight=True)
     return base, adapters
 
 

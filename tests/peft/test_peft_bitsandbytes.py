@@ -113,6 +113,42 @@ def test_dropout(bits):
     assert not report.fallbacks()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dora", [False, True])
+def test_bfloat16_adapters_over_float32_x(bits, dora):
+    """A base computed in bfloat16 inside a float32 model: PEFT casts x to the adapter's dtype, and the product back."""
+    models = []
+    for model in fresh(bits, torch.bfloat16, use_dora=dora, lora_alpha=3):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.bfloat16()
+        models.append(model)
+    plain, ours = models
+    report = accelerate(ours, strict=True)
+    expected, got = results(plain, torch.float32), results(ours, torch.float32)
+    assert {n: g.dtype for n, g in got.items()} == {n: g.dtype for n, g in expected.items()}
+    assert max(errors(expected, got).values()) < 4 * 2.0**-8
+    assert not report.fallbacks()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_several_dora_and_a_tensor_as_the_scaling(bits):
+    models = []
+    for model in fresh(bits, torch.float32, use_dora=True):
+        torch.manual_seed(4)
+        model.add_adapter("other", LoraConfig(r=3, use_dora=True, target_modules=["first", "second"]))
+        model.add_adapter("third", LoraConfig(r=2, target_modules=["first", "second"]))
+        model.base_model.set_adapter(["default", "third", "other"])
+        for layer in (model.base_model.model.first, model.base_model.model.second):
+            layer.scaling["other"] = torch.tensor(0.7)
+        models.append(perturb(model))
+    plain, ours = models
+    report = accelerate(ours, strict=True)
+    assert {row.operators for row in report.rows} == {"column_norm, dora_update, lowrank_update"}
+    assert worst(results(plain, torch.float32), results(ours, torch.float32)) < 5e-6
+    assert not report.fallbacks()
+
+
 def allocated(model):
     """Losses of a run that prunes, and which triplets every choice of it kept."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)

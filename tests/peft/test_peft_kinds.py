@@ -8,12 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from peft import AdaLoraConfig, LoraConfig, MissConfig, get_peft_model  # noqa: E402
+from peft.tuners.lora.aqlm import AqlmLoraLinear  # noqa: E402
+from peft.tuners.lora.awq import AwqLoraLinear  # noqa: E402
+from peft.tuners.lora.gptq import GPTQLoraLinear  # noqa: E402
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap  # noqa: E402
 from peft_tiny import errors, pair, perturb, worst  # noqa: E402
 from transformers.models.falcon.modeling_falcon import FalconLinear  # noqa: E402
@@ -127,7 +131,10 @@ HOTSWAP = """
     import sys, tempfile, torch
     sys.path[:0] = [{support!r}, {here!r}]
     from peft import PeftModel
-    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+    from peft.tuners.lora.aqlm import AqlmLoraLinear  # noqa: E402
+from peft.tuners.lora.awq import AwqLoraLinear  # noqa: E402
+from peft.tuners.lora.gptq import GPTQLoraLinear  # noqa: E402
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from peft_tiny import worst
     from torch._dynamo.testing import CompileCounterWithBackend
     from spectral_ops import accelerate
@@ -238,6 +245,51 @@ def test_torchao_bat_is_left_to_peft():
     models = [adapted(quantised("int8", torch.float32), kind=MissConfig, init_weights="bat") for _ in range(2)]
     reason = "bat transforms the weight itself, and the base layer holds it quantised"
     assert {(row.path, row.reason) for row in accelerate(models[1]).rows} == {("PEFT", reason)}
+
+
+# --- layers that call whatever base they are given -------------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    """In the place of GPTQ's, AWQ's and AQLM's layers, which cannot be installed here: integers and a scale."""
+
+    def __init__(self, k, d):
+        super().__init__()
+        self.infeatures, self.outfeatures = k, d
+        generator = torch.Generator().manual_seed(d)
+        self.register_buffer("qweight", torch.randint(-8, 8, (d, k), generator=generator, dtype=torch.int8))
+
+    def forward(self, x):
+        return F.linear(x, self.qweight.to(x.dtype) / 16)
+
+
+@pytest.mark.parametrize("kind", [GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear])
+@pytest.mark.parametrize(("dtype", "adapter"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_a_layer_that_calls_its_base_whatever_it_is(kind, dtype, adapter):
+    config = LoraConfig(r=4, lora_alpha=3)
+    model = nn.Sequential(kind(Packed(12, 20), "default", config, r=4, lora_alpha=3), nn.Tanh())
+    model[0].update_layer("other", 3, lora_alpha=5, config=LoraConfig(r=3, lora_alpha=5))
+    model[0].set_adapter(["default", "other"])
+    plain, ours = pair(perturb(model.to(dtype)))
+    for m in (plain, ours):
+        for p in m.parameters():
+            p.data = p.data.to(adapter)
+    report = accelerate(ours, strict=True)
+    assert report.counts == {"fused": 0, "fused (base-agnostic)": 1, "PEFT": 0}
+    x = inputs(dtype=dtype)
+    expected, got = results(plain, x), results(ours, x)
+    assert {n: t.dtype for n, t in got.items()} == {n: t.dtype for n, t in expected.items()}
+    assert max(errors(expected, got).values()) < (EXACT if dtype is torch.float32 else 4 * 2.0**-8)
+    for m in (plain, ours):
+        m[0].enable_adapters(False)
+    assert torch.equal(plain(x), ours(x))
+    for m in (plain, ours):
+        m[0].enable_adapters(True)
+    assert not report.fallbacks()
+    if kind is not AqlmLoraLinear:  # PEFT calls the second name of the same layer
+        ours[0].base_layer = Packed(12, 20)
+        with pytest.raises(RuntimeError, match="replaced under one of its two names"):
+            ours(x)
 
 
 # --- several adapters, DoRA among them -------------------------------------------------------------------------------
