@@ -27,6 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, inert
+
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # a fake one stands for a plain one while shapes are traced
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTISED: tuple[type, ...] = ()  # base layers whose forward returns a fresh tensor that nobody else reads
@@ -110,11 +112,18 @@ class Facts:
         return value
 
     def parameter(self, module: nn.Module, name: str) -> torch.Tensor | None:
-        """A parameter, or the plain tensor that FSDP1 and DataParallel put in its place."""
+        """A parameter, or the plain tensor that FSDP1 and DataParallel put in its place; whole, whoever keeps it."""
         p = self.entry(module._parameters, name)
         if p is None and name in module.__dict__:
+            p = module.__dict__[name]
+        if type(p) is torch.Tensor or hasattr(p, "_fsdp_flattened"):
             self.lasting = False
-            return module.__dict__[name]
+            if freed(p):
+                raise Unsettled(f"the {name} of {type(module).__name__} is sharded by FSDP1")
+        elif hasattr(p, "ds_id"):
+            self.lasting = False
+            if (reason := fetch(module, name, p)) is not None:
+                raise Unsettled(f"the {name} of {type(module).__name__} is {reason}")
         return p
 
     def module(self, module: nn.Module) -> nn.Module:
@@ -225,6 +234,14 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def busy(module: nn.Module, facts: Facts) -> bool:
+    """Whether calling the module would do more in this call. Hooks that do nothing in this one may in the next."""
+    if not hooked(module):
+        return False
+    facts.lasting = False
+    return not inert(module)
+
+
 def read(module: nn.Module, name: str, role: str, facts: Facts) -> torch.Tensor:
     """A parameter that can be used without calling its module: whole, on a real device, and no tensor subclass."""
     p = facts.parameter(module, name)
@@ -233,8 +250,6 @@ def read(module: nn.Module, name: str, role: str, facts: Facts) -> torch.Tensor:
         raise kind(f"{role} is a {type(p).__name__}, not a plain tensor")
     if p.is_meta:
         raise Unsettled(f"{role} is on the meta device (offloaded)")
-    if hasattr(p, "ds_id"):
-        raise Unsettled(f"{role} is partitioned by ZeRO-3")
     return p
 
 
@@ -242,7 +257,7 @@ def leaf(module: nn.Module, kind: type, role: str, facts: Facts) -> torch.Tensor
     """The weight of a submodule that PEFT would call and the fast path does not."""
     if type(module) is not kind:
         raise Unfit(f"{role} is a {type(module).__name__}, not a plain {kind.__name__}")
-    if hooked(facts.module(module)):
+    if busy(facts.module(module), facts):
         raise Unfit(f"{role} carries hooks of its own")
     return read(module, "weight", role, facts)
 
@@ -256,7 +271,7 @@ def drop_rate(dropout: nn.Module, role: str, facts: Facts) -> float:
         p = facts.entry(state, "p") if facts.entry(state, "training") else 0.0
     else:
         raise Unfit(f"{role} is a {type(dropout).__name__}, not nn.Dropout")
-    if hooked(facts.module(dropout)):
+    if busy(facts.module(dropout), facts):
         raise Unfit(f"{role} carries hooks of its own")
     if p >= 1.0:
         raise Unfit(f"{role} drops everything (p = {p})")
@@ -294,9 +309,11 @@ def base_of(layer: nn.Module, facts: Facts) -> Base:
     """How the frozen layer takes part in this call."""
     base = facts.entry(layer._modules, "base_layer")
     kind = type(base)
-    if linear(kind) and not hooked(base) and not quantised(base) and "parametrizations" not in base._modules:
+    if linear(kind) and not busy(base, facts) and not quantised(base) and "parametrizations" not in base._modules:
         facts.module(base)
         weight = read(base, "weight", "the base weight", facts)
+        if weight.requires_grad and weight._is_view():
+            weight = frozen(base, "weight", weight)
         if weight.requires_grad and torch.is_grad_enabled():
             raise Unfit("the base weight is trained")
         facts.frozen = weight
@@ -309,7 +326,7 @@ def base_of(layer: nn.Module, facts: Facts) -> Base:
     if "parametrizations" in base._modules:
         raise Unfit("the base layer is parametrized")
     if quantised(base):
-        return Base(base, None, facts.parameter(base, "bias"), hooked(base))
+        return Base(base, None, facts.parameter(base, "bias"), busy(base, facts) or bool(base._forward_hooks))
     if isinstance(layer, CALLED):
         if layer._modules.get("quant_linear_module", base) is not base:
             raise Unfit("the base layer was replaced under one of its two names")
@@ -358,7 +375,11 @@ def check_input(
     for t in facts.beside:
         if t.device != x.device:
             raise Unfit(f"x is on {x.device} and an adapter on {t.device}: ms-swift's keep_device_forward moves x")
-    facts.settle(layer, x, parameters if base.weight is None else [base.weight, *parameters])
+    tensors = parameters if base.weight is None else [base.weight, *parameters]
+    for t in tensors:
+        if t.device != x.device:
+            raise Unfit(f"x is on {x.device}, a weight on {t.device}")
+    facts.settle(layer, x, tensors)
     dtype = x.dtype
     if base.weight is None and torch.is_autocast_enabled() and dtype not in (torch.float32, facts.autocast):
         raise Unfit(f"x is {dtype} under autocast to {facts.autocast}: over a quantised base PEFT returns float32")
