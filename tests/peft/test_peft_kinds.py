@@ -214,9 +214,14 @@ def quantised(form, dtype, bias=True):
     ids=["lora", "dora", "miss", "miss_mini", "adalora"],
 )
 def test_torchao(form, dtype, settings):
-    plain, ours = (adapted(quantised(form, dtype, bias=dtype is torch.float32), **settings) for _ in range(2))
+    bases = [quantised(form, dtype, bias=dtype is torch.float32) for _ in range(2)]
+    if "use_dora" in settings and type(bases[0].second.weight).__name__ == "LinearActivationQuantizedTensor":
+        pytest.skip("torchao before 0.18 cannot dequantise a weight whose activations it quantises, as DoRA must")
+    whole = sum(type(layer.weight) is nn.Parameter for layer in bases[0].children())  # by torchao 0.17: few features
+    assert whole < 2
+    plain, ours = (adapted(base, **settings) for base in bases)
     report = accelerate(ours, strict=True)
-    assert report.counts == {"fused": 0, "fused (base-agnostic)": 2, "PEFT": 0}
+    assert report.counts == {"fused": whole, "fused (base-agnostic)": 2 - whole, "PEFT": 0}
     x = inputs(dtype=dtype)
     expected, got = results(plain, x), results(ours, x)
     if dtype is torch.float32:
