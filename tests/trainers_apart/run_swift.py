@@ -1,4 +1,5 @@
-"""`swift sft` with the arguments a user gives: FOLDER MODE, mode stock, callback or environment."""
+"""`swift sft` with the arguments a user gives: FOLDER MODE, mode stock, callback or environment,
+or the name of a method, and the same with _stock behind it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ def main(folder: Path, mode: str) -> None:
         "from record import Record\nfrom swift.callbacks import callbacks_map\n"
         f"callbacks_map['record'] = lambda args, trainer: Record({str(folder / f'{mode}.json')!r})\n"
     )
-    if mode == "callback":
+    if mode != "environment" and not mode.endswith("stock"):
         plugins.append(HERE.parents[1] / "examples" / "trainers" / "swift_plugin.py")
         callbacks.insert(0, "spectral_ops")
     from swift.pipelines import sft_main
@@ -30,11 +31,16 @@ def main(folder: Path, mode: str) -> None:
         "gradient_accumulation_steps": 1, "learning_rate": 1e-2, "max_steps": 5, "logging_steps": 1, "seed": 1,
         "report_to": "none", "save_steps": 5,
     }  # fmt: skip
+    if mode.startswith("dora"):
+        options["use_dora"] = "true"
+    if mode.startswith("adalora"):
+        options["tuner_type"] = "adalora"
     sft_main(
         [word for key, value in options.items() for word in (f"--{key}", str(value))]
         + ["--external_plugins", *map(str, plugins), "--callbacks", *callbacks]
     )
-    (folder / mode / "checkpoint-5" / "adapter_model.safetensors").replace(folder / mode / "adapter_model.safetensors")
+    saved = folder / mode / "checkpoint-5" / "adapter_model.safetensors"
+    saved.replace(folder / mode / saved.name)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from runs import all_fused, need, run, same_training
+from runs import TOLD, all_fused, need, run, same_training
 
 need("axolotl")
 
@@ -30,6 +30,7 @@ def stock(folder):
 def test_plugin(folder, stock, mode):
     result = run("run_axolotl.py", folder, mode, **QUIET)
     all_fused(result)
+    assert TOLD in result["output"]
     same_training(folder, stock, result, mode)
     assert (f"lora_qkv_kernel, lora_o_kernel: {PAST}" in result["output"]) is (mode == "kernels")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from runs import all_fused, need, run, same_training
+from runs import TOLD, all_fused, need, run, same_training
 
 need("llamafactory")
 
@@ -22,6 +22,7 @@ def test_callback(stock):
     folder, plain = stock
     result = run("run_llamafactory.py", folder, "callback")
     all_fused(result)
+    assert TOLD in result["output"]
     same_training(folder, plain, result, "callback")
 
 

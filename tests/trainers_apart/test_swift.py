@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
-from runs import all_fused, need, run, same_training
+from runs import TOLD, all_fused, need, run, same_training
 
 need("swift")
 
@@ -22,7 +22,16 @@ def test_callback(stock):
     folder, plain = stock
     result = run("run_swift.py", folder, "callback")
     all_fused(result)
+    assert TOLD in result["output"]
     same_training(folder, plain, result, "callback")
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora"])  # ms-swift changes AdaLoRA's own functions
+def test_another_method(stock, method):
+    folder, _ = stock
+    plain, result = (run("run_swift.py", folder, mode) for mode in (f"{method}_stock", method))
+    all_fused(result)
+    same_training(folder, plain, result, method, f"{method}_stock", tensors=3)
 
 
 def test_environment(stock):
