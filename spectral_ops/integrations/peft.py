@@ -120,7 +120,7 @@ def dora_over(layer, out: torch.Tensor, x: torch.Tensor, base: Base, weight: tor
     x, bias = x.to(out.dtype), base.bias
     if adapter.p > 0:
         x, bias = F.dropout(x, adapter.p), None
-        product = F.linear(x, weight)
+        product = F.linear(x, weight.to(x.dtype))
         return out - product + dora.update(product, x, adapter.A, B, adapter.magnitude, bias, norm, scale)
     return dora.update(out, x, adapter.A, B, adapter.magnitude, bias, norm, scale)
 

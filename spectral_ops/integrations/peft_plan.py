@@ -344,7 +344,7 @@ def frozen_weight(base: Base) -> torch.Tensor:
         return base.weight
     weight = base.layer.weight
     if type(weight) in PLAIN:
-        return weight
+        return weight.t() if isinstance(base.layer, Conv1D) else weight
     if type(base.layer) in QUANTISED:
         return dequantize_bnb_weight(weight, state=getattr(base.layer, "state", None))
     return weight.dequantize()
@@ -449,7 +449,9 @@ def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float
     if layer.ephemeral_gpu_offload:
         raise Unfit("DoRA with ephemeral_gpu_offload")
     if base.weight is None and not quantised(base.layer):
-        read(base.layer, "weight", "the base weight", Facts())
+        dtype = read(base.layer, "weight", "the base weight", Facts()).dtype
+        if dtype not in FLOATS:
+            raise Unfit(f"DoRA reads the base weight, which is in {dtype}")
     elif base.weight is None and p > 0:
         raise Unfit("DoRA with dropout over a quantised base needs a second product with its weight")
 
