@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, inert
+from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, inert, keep
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # a fake one stands for a plain one while shapes are traced
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -101,6 +101,7 @@ class Facts:
         self.dtypes: list[tuple[torch.Tensor, torch.dtype]] = []
         self.versions: list[tuple[torch.Tensor, int, bool]] = []  # of tensors whose content was read
         self.frozen: torch.Tensor | None = None  # the base weight
+        self.fetched: list[torch.Tensor] = []  # parameters of ZeRO-3
         self.names: list[str] | str = []
         self.x_dtype: torch.dtype | None = None
         self.autocast: torch.dtype | None = None
@@ -122,8 +123,9 @@ class Facts:
                 raise Unsettled(f"the {name} of {type(module).__name__} is sharded by FSDP1")
         elif hasattr(p, "ds_id"):
             self.lasting = False
-            if (reason := fetch(module, name, p)) is not None:
+            if (reason := fetch(module, p)) is not None:
                 raise Unsettled(f"the {name} of {type(module).__name__} is {reason}")
+            self.fetched.append(p)
         return p
 
     def module(self, module: nn.Module) -> nn.Module:
@@ -177,6 +179,8 @@ class Facts:
 
     def settle(self, layer: nn.Module, x: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         """The facts that every plan has, noted once it is made."""
+        if self.fetched:
+            keep(layer, self.fetched)
         self.attribute(layer, "_modules")  # a replica of DataParallel has another
         active = layer._active_adapter
         self.names = list(active) if isinstance(active, list) else active

@@ -7,6 +7,7 @@ path calls no submodule. So it must know what such a hook would have done, and t
 from __future__ import annotations
 
 import functools
+import sys
 from types import MethodType
 
 import torch
@@ -51,18 +52,28 @@ def stays(hook: ModelHook, device: torch.device) -> bool:
     return to.type == device.type and to.index in (None, device.index)
 
 
-def fetch(module: nn.Module, name: str, p: torch.Tensor) -> str | None:
-    """Make a ZeRO-3 parameter whole for this call and its backward; why it cannot be, if so.
+def fetch(module: nn.Module, p: torch.Tensor) -> str | None:
+    """Make a ZeRO-3 parameter whole for this call; why it cannot be, if so."""
+    if getattr(module._parameters, "_in_forward", False) and not torch.compiler.is_compiling():
+        if p.ds_status.name == "NOT_AVAILABLE":
+            p.all_gather()
+        elif p.ds_status.name == "INFLIGHT":  # prefetched by the order of calls that DeepSpeed recorded earlier
+            for root in sys.modules[ZERO3[0]].FWD_MODULE_STACK:
+                if p in getattr(root, "ds_inflight_param_registry", ()):
+                    root.ds_inflight_param_registry.pop(p).wait()
+    return None if p.ds_status.name == "AVAILABLE" else "partitioned by ZeRO-3"
 
-    DeepSpeed hands it out gathered to a forward of its engine, and notes that the module whose forward is running
-    reads it: that module's hooks gather it from then on, before its forward and before its backward.
+
+def keep(layer: nn.Module, fetched: list[torch.Tensor]) -> None:
+    """Have the layer's own hooks gather what its call reads, from now on and before this call's backward.
+
+    All of its parameters at once: DeepSpeed fails where a module reads more than it did in the recorded order of calls,
+    as it would once another adapter is active.
     """
-    if not torch.compiler.is_compiling():
-        module._parameters[name]  # its dict gathers
-    status = p.ds_status.name
-    if status == "AVAILABLE":
-        return None
-    return "in flight" if status == "INFLIGHT" else "partitioned by ZeRO-3"
+    if any(id(p) not in layer._external_params for p in fetched):
+        for p in layer.parameters():
+            if hasattr(p, "ds_id"):
+                sys.modules["deepspeed"].zero.register_external_parameter(layer, p)
 
 
 def freed(p: torch.Tensor) -> bool:
