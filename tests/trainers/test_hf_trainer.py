@@ -105,7 +105,9 @@ def test_what_fell_back_and_what_never_ran_is_a_warning(tmp_path, caplog):
     record = line_of(caplog)
     lines = record.getMessage().split("\n  ")
     assert record.levelname == "WARNING"
-    assert lines[0] == "spectral_ops: 10 layers fused, 0 fused over their own base layer, 1 left to PEFT, 3 never called"
+    assert (
+        lines[0] == "spectral_ops: 10 layers fused, 0 fused over their own base layer, 1 left to PEFT, 3 never called"
+    )
     assert "PEFT: 1 layers (self_attn.q_proj): lora_A carries hooks of its own" in lines[1:]
     assert any(line.startswith("never called: 3 layers (gate_proj, up_proj, down_proj)") for line in lines[1:])
 
