@@ -260,6 +260,8 @@ def read(module: nn.Module, name: str, role: str, facts: Facts) -> torch.Tensor:
 def leaf(module: nn.Module, kind: type, role: str, facts: Facts) -> torch.Tensor:
     """The weight of a submodule that PEFT would call and the fast path does not."""
     if type(module) is not kind:
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise Unfit(f"{role} is an FSDP unit of its own, whole only while it is called: wrap blocks instead")
         raise Unfit(f"{role} is a {type(module).__name__}, not a plain {kind.__name__}")
     if busy(facts.module(module), facts):
         raise Unfit(f"{role} carries hooks of its own")

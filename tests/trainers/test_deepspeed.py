@@ -1,0 +1,205 @@
+"""Accelerated models under DeepSpeed's ZeRO, two processes on the CPU: what ran, and PEFT's numbers.
+
+With a threshold of 0 every parameter is partitioned outside the module that reads it, forward and backward: a tensor
+saved for the backward is empty unless somebody gathers it again.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib.util import find_spec
+
+import pytest
+import torch
+from processes import in_two_processes
+
+MISSING = [name for name in ("peft", "deepspeed", "datasets") if find_spec(name) is None]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
+
+STEPS, RATE = 6, 1e-2
+CASES = {  # method, ZeRO's settings, what else happens
+    "LoRA, all partitioned": ("lora", {"stage": 3, "stage3_param_persistence_threshold": 0}, ""),
+    "LoRA, small ones whole": ("lora", {"stage": 3}, "accelerated after initialize"),
+    "LoRA, accelerated while it trains": (
+        "lora",
+        {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "accelerated at step 4",
+    ),
+    "LoRA, another adapter from step 4 on": (
+        "lora",
+        {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "switched at step 4",
+    ),
+    "DoRA, all partitioned": ("dora", {"stage": 3, "stage3_param_persistence_threshold": 0}, "checkpointed"),
+    "DoRA, accelerated while it trains": (
+        "dora",
+        {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "accelerated at step 4",
+    ),
+    "MiSS, all partitioned": ("miss", {"stage": 3, "stage3_param_persistence_threshold": 0}, ""),
+    "bat, all partitioned": ("miss_bat", {"stage": 3, "stage3_param_persistence_threshold": 0}, ""),
+    "ZeRO-2": ("dora", {"stage": 2}, ""),
+    "ZeRO-1": ("miss", {"stage": 1}, ""),
+}
+
+
+class Net(torch.nn.Module):
+    def __init__(self, checkpointed: bool):
+        super().__init__()
+        self.up, self.act, self.down = torch.nn.Linear(16, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8)
+        self.checkpointed = checkpointed
+
+    def body(self, x):
+        return self.down(self.act(self.up(x)))
+
+    def forward(self, x):
+        if self.checkpointed:
+            return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+        return self.body(x)
+
+
+def build(method: str, extra: str):
+    import peft
+    from peft_tiny import config, perturb
+
+    torch.manual_seed(0)
+    targets = {"target_modules": ["up", "down"], "r": 8 if method == "miss_bat" else 4}
+    model = peft.get_peft_model(Net(extra == "checkpointed"), config(method, **targets))
+    if extra.startswith("switched"):
+        model.add_adapter("other", config(method, **targets))
+        model.base_model.set_adapter(["default", "other"])  # so that both are trained
+        perturb(model)
+        model.set_adapter("default")
+        model.base_model.set_requires_grad("other", True)
+    return perturb(model)
+
+
+def here(rank: int) -> None:
+    """What DeepSpeed reads from the environment, and no compiler run for an operator that gloo replaces."""
+    warnings.simplefilter("ignore")
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
+    import logging
+
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def train(rank: int, method: str, zero: dict, extra: str, fused: bool):
+    import deepspeed
+
+    import spectral_ops
+
+    model = build(method, extra)
+    planned = None
+    if fused and not extra.startswith("accelerated"):
+        planned = spectral_ops.accelerate(model, strict=True).counts
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    settings = {
+        "train_micro_batch_size_per_gpu": 5, "gradient_accumulation_steps": 2, "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if fused and extra == "accelerated after initialize":
+        planned = spectral_ops.accelerate(engine.module, strict=True).counts
+    generator = torch.Generator().manual_seed(rank)
+    losses = []
+    for step in range(STEPS):
+        if fused and extra == f"accelerated at step {step}":
+            planned = spectral_ops.accelerate(engine.module, strict=True).counts
+        if extra == f"switched at step {step}":
+            model.set_adapter("other")
+        x, target = torch.randn(5, 16, generator=generator), torch.randn(5, 8, generator=generator)
+        loss = (engine(x) - target).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    if not fused:
+        return losses, None, None
+    with torch.no_grad():
+        engine.eval()
+        losses.append(engine(x).square().mean().item())
+        report = spectral_ops.report(engine)
+        spectral_ops.restore(engine)
+        losses.append(engine(x).square().mean().item())
+    return losses, planned, (report.counts, sum(row.calls for row in report.rows), report.grouped())
+
+
+def compare(rank: int) -> dict:
+    here(rank)
+    results = {}
+    for case, (method, zero, extra) in CASES.items():
+        expected, *_ = train(rank, method, zero, extra, False)
+        results[case] = (expected, *train(rank, method, zero, extra, True))
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return in_two_processes(compare, tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_call_is_fused_and_training_agrees_with_peft(case, results):
+    for rank in results:
+        expected, losses, planned, (counts, calls, fallbacks) = rank[case]
+        *training, evaluated, restored = losses
+        assert training == pytest.approx(expected, rel=1e-5)
+        assert evaluated == pytest.approx(restored, rel=1e-5)
+        assert counts == {"fused": 2, "fused (base-agnostic)": 0, "PEFT": 0} and not fallbacks
+        extra = CASES[case][2]
+        served = STEPS - 4 if extra == "accelerated at step 4" else STEPS
+        assert calls == 2 * ((2 if extra == "checkpointed" else 1) * served + 1)
+        assert planned["PEFT"] == 0
+
+
+def test_a_partitioned_layer_is_undecided_before_its_call(results):
+    planned = results[0]["DoRA, accelerated while it trains"][2]
+    assert planned["decided at the first call"] == 2
+
+
+def settings_of_trainer() -> dict:
+    """As transformers recommends it: the threshold is derived from the model's size."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 3, "stage3_param_persistence_threshold": "auto", "stage3_prefetch_bucket_size": "auto",
+            "reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }  # fmt: skip
+
+
+def with_trainer(rank: int, folder):
+    here(rank)
+    import peft
+    from tiny import language_model, tokenizer
+    from training import CONFIGS, arguments, run, texts
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    from spectral_ops.integrations.transformers import SpectralOpsCallback
+
+    def build(where, _, words, callbacks):
+        # the arguments first: from then on transformers and PEFT know of ZeRO-3
+        args = arguments(TrainingArguments, where, deepspeed=settings_of_trainer(), gradient_accumulation_steps=2)
+        data = texts(16).map(lambda row: words(row["text"]), remove_columns=["text"])
+        model = peft.get_peft_model(language_model(), CONFIGS["dora"]())
+        collator = DataCollatorForLanguageModeling(words, mlm=False)
+        return Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
+
+    losses, adapter, _ = run(build, folder / f"plain{rank}")
+    callback = SpectralOpsCallback(strict=True)
+    fused_losses, fused_adapter, _ = run(build, folder / f"fused{rank}", callback)
+    return losses, fused_losses, adapter, fused_adapter, callback.report.counts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_through_transformers_trainer(tmp_path):
+    for losses, fused_losses, adapter, fused_adapter, counts in in_two_processes(with_trainer, tmp_path, tmp_path):
+        assert len(losses) == 3 and fused_losses == pytest.approx(losses, rel=1e-5)
+        assert counts == {"fused": 14, "fused (base-agnostic)": 0, "PEFT": 0}
+        assert adapter.keys() == fused_adapter.keys() and len(adapter) == 42
+        for name, tensor in adapter.items():
+            torch.testing.assert_close(fused_adapter[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
