@@ -26,6 +26,7 @@ from torch import nn
 
 from spectral_ops.core.autograd import autocast_arguments
 from spectral_ops.functional import bat, blocksum, column_norm, dora, lowrank
+from spectral_ops.integrations import peft_tensor_parallel as tensor_parallel
 from spectral_ops.integrations.peft_adalora import SVD, adalora_plan
 from spectral_ops.integrations.peft_plan import (
     Base,
@@ -66,6 +67,8 @@ def base_result(base: Base, x: torch.Tensor) -> torch.Tensor:
 def run_lora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRank]) -> torch.Tensor:
     """Each adapter in turn over what those before it have made, as PEFT adds them: DoRA scales all of that."""
     first, rest = adapters[0], adapters[1:]
+    if base.split is not None:
+        return run_split(layer, x, base, adapters)
     if base.weight is None:
         out, rest = base_result(base, x), adapters  # first: a fresh 8-bit layer completes its state in its own forward
     elif first.magnitude is None:
@@ -128,6 +131,8 @@ def dora_over(layer, out: torch.Tensor, x: torch.Tensor, base: Base, weight: tor
 def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone] | list[Bat]) -> torch.Tensor:
     if type(adapters[0]) is Bat:
         return run_bat(layer, x, base, adapters[0])
+    if base.split is not None:
+        return run_split(layer, x, base, adapters)
     if base.weight is None:
         out, rest = base_result(base, x), adapters
     else:
@@ -137,6 +142,21 @@ def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone]
     for D, p in rest:
         out = blocksum.update(out, x.to(out.dtype), D, p)
     return out if out.dtype is x.dtype else out.to(x.dtype)  # PEFT's MiSS returns x's dtype, also under autocast
+
+
+def run_split(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRank] | list[Bone]) -> torch.Tensor:
+    """Over a tensor-parallel base layer, on this process's shards."""
+    out = base.layer(x)
+    for a in adapters:
+        if out is not None and type(a) is Bone:
+            out = tensor_parallel.bone_over(out, x, a.D, base.split, layer.miss_fn == "mini")
+        elif out is not None:
+            out = tensor_parallel.low_rank_over(out, x, a.A, *a.scaled(), base.split)
+    if out is not None:
+        return out
+    layer._spectral_ops.calls -= 1
+    layer._spectral_ops.note("an adapter's sizes are not those of the tensor-parallel base layer's shards")
+    return super(Fused, layer).forward(x)
 
 
 def run_bat(layer: nn.Module, x: torch.Tensor, base: Base, adapter: Bat) -> torch.Tensor:

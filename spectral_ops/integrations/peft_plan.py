@@ -28,6 +28,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, inert, keep
+from spectral_ops.integrations.peft_tensor_parallel import Split, split_of, styled
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # a fake one stands for a plain one while shapes are traced
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +59,7 @@ class Base(NamedTuple):
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     observed: bool = False  # a hook may keep its result, so it must not be overwritten
+    split: Split | None = None  # how tensor parallelism cuts its weight
 
 
 class LowRank(NamedTuple):
@@ -257,8 +259,10 @@ def read(module: nn.Module, name: str, role: str, facts: Facts) -> torch.Tensor:
     return p
 
 
-def leaf(module: nn.Module, kind: type, role: str, facts: Facts) -> torch.Tensor:
+def leaf(module: nn.Module, kind: type, role: str, facts: Facts, split: Split | None = None) -> torch.Tensor:
     """The weight of a submodule that PEFT would call and the fast path does not."""
+    if split is not None and type(module) is kind and styled(module):
+        return module._parameters["weight"]
     if type(module) is not kind:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise Unfit(f"{role} is an FSDP unit of its own, whole only while it is called: wrap blocks instead")
@@ -311,10 +315,13 @@ def quantised(base: nn.Module) -> bool:
     )
 
 
-def base_of(layer: nn.Module, facts: Facts) -> Base:
+def base_of(layer: nn.Module, facts: Facts, x: torch.Tensor | None = None) -> Base:
     """How the frozen layer takes part in this call."""
     base = facts.entry(layer._modules, "base_layer")
     kind = type(base)
+    if x is not None and kind is nn.Linear and (split := split_of(base)) is not None:  # in a call: FSDP2 has gathered
+        facts.lasting = False
+        return Base(base, None, None, True, split)
     if linear(kind) and not busy(base, facts) and not quantised(base) and "parametrizations" not in base._modules:
         facts.module(base)
         weight = read(base, "weight", "the base weight", facts)
@@ -421,19 +428,21 @@ def variant_name(variant: Any) -> str:
 
 def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[LowRank]]:
     """The tensors of a LoRA layer's call, or Unfit. Without x the input is not looked at."""
-    base = base_of(layer, facts)
+    base = base_of(layer, facts, x)
     As, Bs, dropouts = (facts.entry(layer._modules, key)._modules for key in ("lora_A", "lora_B", "lora_dropout"))
     adapters, parameters = [], []
     for name in active(layer):
         if (module_A := facts.entry(As, name)) is None:
             continue
         module_B = facts.entry(Bs, name)
-        A, B = leaf(module_A, nn.Linear, "lora_A", facts), leaf(module_B, nn.Linear, "lora_B", facts)
+        A = leaf(module_A, nn.Linear, "lora_A", facts, base.split)
+        B = leaf(module_B, nn.Linear, "lora_B", facts, base.split)
         p = drop_rate(facts.entry(dropouts, name), "lora_dropout", facts)
         bias = facts.parameter(module_B, "bias")
         scale = scaling(facts.entry(facts.attribute(layer, "scaling"), name))
         magnitude = None
         variant = facts.entry(facts.attribute(layer, "lora_variant"), name)
+        check_split(base, p, "lora_bias" if bias is not None else "DoRA" if variant is not None else None)
         if variant is not None:
             if type(variant) is not variants.DoraLinearVariant:
                 raise Unfit(f"the LoRA variant {variant_name(variant)} is left to PEFT")
@@ -447,6 +456,12 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
     if x is not None:
         check_input(layer, x, base, parameters, facts)
     return base, adapters
+
+
+def check_split(base: Base, p: float, what: str | None) -> None:
+    """Tensor parallelism goes with LoRA and MiSS as they are."""
+    if base.split is not None and (what is not None or p > 0):
+        raise Unfit(f"{what or 'dropout'} over a tensor-parallel base layer")
 
 
 def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float) -> None:
@@ -464,16 +479,18 @@ def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float
 
 def miss_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Bone] | list[Bat]]:
     """The tensors of a MiSS layer's call, or Unfit."""
-    base, kind = base_of(layer, facts), facts.attribute(layer, "miss_fn")
+    base, kind = base_of(layer, facts, x), facts.attribute(layer, "miss_fn")
     dropouts = facts.entry(layer._modules, "miss_dropout")._modules
     names = [name for name in active(layer) if facts.entry(dropouts, name) is not None]
     blocks = facts.entry(layer._modules, "miss_block")
     if kind == "bat":
+        check_split(base, 0.0, "bat")
         return bat_plan(layer, x, base, blocks, names, facts)
     adapters = []
     for name in names:
         D = read(blocks, name, "miss_block", facts)
         p = drop_rate(dropouts[name], "miss_dropout", facts)
+        check_split(base, p, None)
         columns = layer.miss_mini_r[name] if kind == "mini" else layer.out_features
         if D.dim() != 2 or D.shape[1] != columns:
             raise Unfit(f"miss_block {list(D.shape)} does not fit the layer's kind ({kind})")
