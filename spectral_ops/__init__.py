@@ -15,9 +15,11 @@ from spectral_ops.adapters import *
 from spectral_ops.backends import BackendUnavailable, explain, use_backend
 from spectral_ops.functional import *
 from spectral_ops.integrations import accelerate, report, restore
+from spectral_ops.integrations.auto import auto, from_environment
 
 _loader.load()
 backends.activate()
+from_environment()
 
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     *functional.__all__,
     "BackendUnavailable",
     "accelerate",
+    "auto",
     "explain",
     "report",
     "restore",

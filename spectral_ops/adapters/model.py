@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -56,12 +57,24 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
     return model
 
 
+def refuse_peft(model: nn.Module) -> None:
+    """PEFT's layers hold linear layers of their own, base and adapter, which no adapter of ours belongs on."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    for path, module in model.named_modules() if tuners is not None else ():
+        if isinstance(module, tuners.BaseTunerLayer):
+            raise ValueError(
+                f"model: got one with PEFT's adapter layers ({path!r}: {type(module).__name__}), wanted one without."
+                " spectral_ops.accelerate(model) makes those layers fast; peft_model.unload() takes them out"
+            )
+
+
 def attach_adapter(
     model, config, adapter_name, autocast_adapter_dtype=True, progress=None, initialise=True, commit=True, file=None
 ):
     """:func:`attach` with its SVDFile. A loader fills the tensors itself, without ``initialise`` and ``commit``."""
     root, method = unwrap(model), layer_type(config)
     check_adapter_name(adapter_name)
+    refuse_peft(root)
     if adapter_name in adapter_configs(root):
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted a name this model does not have yet")
     chosen, copied = targets(root, config), modules_to_save(root, config)

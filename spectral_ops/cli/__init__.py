@@ -1,4 +1,4 @@
-"""Command line: ``python -m spectral_ops info | check | bench | cost | tune`` (also installed as ``spectral-ops``)."""
+"""Command line: ``python -m spectral_ops info | check | bench | cost | tune | run`` (also installed as ``spectral-ops``)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process' exit status."""
-    from spectral_ops.cli import bench, check, cost, info, tune
+    from spectral_ops.cli import bench, check, cost, info, run, tune
 
     parser = argparse.ArgumentParser(
         prog="spectral-ops", description="Fused adapter operators: what runs, is it right, how fast."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (info, check, bench, cost, tune):
+    for module in (info, check, bench, cost, tune, run):
         name = module.__name__.rsplit(".", 1)[1]
         description = module.__doc__ or ""
         command = commands.add_parser(name, help=description.split("\n")[0], description=description)

@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from spectral_ops.adapters.tree import adapter_layers
 from spectral_ops.integrations.peft import NARROW, ORIGINALS, REPLACEMENTS, service
 from spectral_ops.integrations.peft_adalora import FusedAdaLoraModel
 from spectral_ops.integrations.peft_plan import Bat, Facts, Unfit, Unsettled, own, replaced, variant_name
@@ -29,9 +30,7 @@ def accelerate(
     check_module(model)
     layers = tuner_layers(model)
     if not layers:
-        raise ValueError(
-            f"model: got a {type(model).__name__} without any PEFT adapter layer, wanted one that get_peft_model made"
-        )
+        raise ValueError(f"model: got a {type(model).__name__} {without_layers(model)}")
     obstacles = obstacles_of(layers)
     rows = survey(model, layers, obstacles, exact)
     left = [f"  {row.name}: {row.reason}" for row in rows if row.path == PEFT]
@@ -49,7 +48,7 @@ def accelerate(
             state.count_anew()
     for tuner in model.modules():
         if type(tuner) is AdaLoraModel:
-            tuner.__class__ = FusedAdaLoraModel
+            swap(tuner, FusedAdaLoraModel)
             tuner.take_over()
     return report_on(model, layers, rows)
 
@@ -82,13 +81,34 @@ def restore(model: nn.Module) -> nn.Module:
             del layer._spectral_ops
         if type(layer) is FusedAdaLoraModel:
             layer.give_back()
-            layer.__class__ = AdaLoraModel
+            swap(layer, AdaLoraModel)
     return model
 
 
 def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {model!r} ({type(model).__name__}), wanted a PEFT model (a torch.nn.Module)")
+
+
+def without_layers(model: nn.Module) -> str:
+    """What a model is that has no adapter layer of PEFT's, and what to do."""
+    configs = getattr(model, "peft_config", None)
+    kinds = [getattr(c, "peft_type", None) for c in configs.values()] if isinstance(configs, dict) else []
+    if kinds:
+        names = ", ".join(dict.fromkeys(str(getattr(kind, "value", kind)) for kind in kinds))
+        return (
+            f"whose adapter ({names}) has no layers, wanted one with adapter layers such as LoRA's."
+            " Prompt and prefix tuning change no layer: use the model as it is"
+        )
+    if adapter_layers(model):
+        return (
+            "with spectral_ops' own adapter layers (attach), wanted a PEFT model."
+            " Those layers are fused already: leave accelerate out"
+        )
+    return (
+        "without any PEFT adapter layer, wanted one that get_peft_model made."
+        " Call accelerate on what get_peft_model returns"
+    )
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

@@ -7,10 +7,15 @@ importance that PEFT had collected is taken over, and given back by :func:`resto
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from peft import AdaLoraConfig
 from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.adalora import RankAllocator as PeftAllocator
 from peft.tuners.adalora.layer import AdaLoraLayer, deepspeed_config
 from torch import nn
 
@@ -65,35 +70,88 @@ def adalora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tupl
     return base, adapters
 
 
-class RankPattern(dict):
-    """PEFT's rank_pattern, read from the device when somebody looks at it."""
-
-    def __init__(self, content=(), *, allocator: RankAllocator | None = None, names: list[str] | None = None) -> None:
-        super().__init__(content)
-        self._choice = None if allocator is None else (allocator.keep, allocator.chosen, names)
-
-    def _read(self) -> None:
-        if self._choice is not None:
-            (keep, ranks, names), self._choice = self._choice, None
-            self.update(zip(names, (kept.tolist() for kept in keep.split(ranks)), strict=True))
-
-    def __reduce__(self):
-        return dict, (dict(self.items()),)
+reading = threading.Lock()
+READS_ALL = ("rank_pattern", "__dict__", "__reduce_ex__", "__getstate__")
 
 
-def _reading(name: str):
-    def method(self, *args):
-        for pattern in (self, *args):
-            if isinstance(pattern, RankPattern):
-                pattern._read()
-        return getattr(dict, name)(self, *args)
+class PendingConfig(AdaLoraConfig):
+    """PEFT's config of an adapter whose last choice is still on the device: no step waits for it, only a reader.
 
-    return method
+    Whoever reads the pattern, or the fields all at once, gets a plain dict, and the config is PEFT's own class again.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":  # also what isinstance() asks, in every step: nothing is read for it
+            return AdaLoraConfig
+        if name in READS_ALL:
+            settle(self)
+        return object.__getattribute__(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "rank_pattern":
+            drop(self)
+        object.__setattr__(self, name, value)
 
 
-for _name in ("__getitem__", "__iter__", "__len__", "__contains__", "__eq__", "__ne__", "__repr__", "__or__", "get",
-              "keys", "values", "items", "copy"):  # fmt: skip
-    setattr(RankPattern, _name, _reading(_name))
+def contents(config: AdaLoraConfig) -> dict[str, Any]:
+    return object.__getattribute__(config, "__dict__")
+
+
+def postpone(config: AdaLoraConfig, allocator: RankAllocator, names: list[str]) -> None:
+    """Let the config's rank_pattern be the allocator's last choice."""
+    if type(config) not in (AdaLoraConfig, PendingConfig):  # a class of somebody's: the device is waited for
+        config.rank_pattern = allocator.pattern(names)
+        return
+    with reading:
+        contents(config)["_spectral_ops_choice"] = allocator.keep, list(allocator.chosen), names
+        object.__setattr__(config, "__class__", PendingConfig)
+
+
+def settle(config: AdaLoraConfig) -> None:
+    with reading:
+        fields = contents(config)
+        if "_spectral_ops_choice" in fields:
+            keep, ranks, names = fields["_spectral_ops_choice"]
+            kept = zip(names, keep.split(ranks), strict=True)
+            fields["rank_pattern"] = {name: k.tolist() for name, k in kept}
+            del fields["_spectral_ops_choice"]
+            object.__setattr__(config, "__class__", AdaLoraConfig)
+
+
+def drop(config: AdaLoraConfig) -> None:
+    """Somebody has set a pattern of his own."""
+    with reading:
+        contents(config).pop("_spectral_ops_choice", None)
+        object.__setattr__(config, "__class__", AdaLoraConfig)
+
+
+class FusedRankAllocator(PeftAllocator):
+    """PEFT's allocator while ours works: for a ``update_and_allocate`` of PEFT's that somebody has held bound."""
+
+    _spectral_ops: FusedAdaLoraModel
+
+    def update_and_allocate(self, model: nn.Module, global_step: int, force_mask: bool = False) -> tuple:
+        tuner = self._spectral_ops
+        if deepspeed_config() is not None:
+            return super().update_and_allocate(model, global_step, force_mask)
+        allocator, names = tuner._spectral_ops_allocator, tuner._names("lora_E")
+        return self.budget_schedule(global_step)[0], allocator.pattern(names) if allocator.update(global_step) else None
+
+
+def outliving(method: Callable) -> Callable:
+    """The method, also where somebody holds it bound to a tuner that :func:`restore` gave its class back; and a tuner
+    that was not complete when its class was swapped, in the midst of its ``__init__``, is taken over now."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, FusedAdaLoraModel):
+            return getattr(type(self), name)(self, *args, **kwargs)
+        if "_spectral_ops_allocator" not in self.__dict__:
+            self.take_over()
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 class FusedAdaLoraModel(AdaLoraModel):
@@ -108,6 +166,7 @@ class FusedAdaLoraModel(AdaLoraModel):
     def _names(self, key: str) -> list[str]:
         return [f"{path}.{key}.{self.trainable_adapter_name}" for path in self._spectral_ops_layers]
 
+    @outliving
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         matrices = [X for A, B, _ in self._triples() for X in (A, B.t())] if self._trains() else []
         if not matrices or any(X.numel() == 0 for X in matrices):
@@ -121,8 +180,9 @@ class FusedAdaLoraModel(AdaLoraModel):
         return outputs
 
     def _trains(self) -> bool:
-        return hasattr(self, "trainable_adapter_name")
+        return "rankallocator" in self.__dict__
 
+    @outliving
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's: call it after optimizer.step() and before zero_grad(), in every step."""
         config = self.peft_config[self.trainable_adapter_name]
@@ -133,7 +193,7 @@ class FusedAdaLoraModel(AdaLoraModel):
             )  # the choice is in a file's rank_pattern, or gradients are DeepSpeed's
             return
         if allocator.update(global_step):
-            config.rank_pattern = RankPattern(allocator=allocator, names=self._names("lora_E"))
+            postpone(config, allocator, self._names("lora_E"))
 
     # accelerate and restore
 
@@ -154,12 +214,17 @@ class FusedAdaLoraModel(AdaLoraModel):
                 flat = torch.cat([sums[name].detach().flatten() for name in names])
                 setattr(allocator, ours, flat.to(torch.promote_types(flat.dtype, torch.float32)))
             theirs.reset_ipt()
+        if type(theirs) is PeftAllocator:
+            theirs.__class__, theirs._spectral_ops = FusedRankAllocator, self
 
     def give_back(self) -> None:
         """Hand what our allocator has collected to PEFT's."""
-        if not self._trains():
+        if "_spectral_ops_allocator" not in self.__dict__:
             return
         allocator, theirs = self._spectral_ops_allocator, self.rankallocator
+        if type(theirs) is FusedRankAllocator:
+            theirs.__class__ = PeftAllocator
+            del theirs._spectral_ops
         parameters = [p for layer in self._triples() for p in layer]
         if allocator.exp_avg is not None and not any(hasattr(p, "to_local") for p in parameters):
             sizes = [p.numel() for p in parameters]
@@ -167,9 +232,7 @@ class FusedAdaLoraModel(AdaLoraModel):
                 for name, p, part in zip(self._parameter_names(), parameters, flat.split(sizes), strict=True):
                     sums[name] = part.view(p.shape).to(p.dtype, copy=True)
                     theirs.ipt.setdefault(name, torch.zeros_like(p))
-        config = self.peft_config[self.trainable_adapter_name]
-        if isinstance(config.rank_pattern, RankPattern):
-            config.rank_pattern = dict(config.rank_pattern.items())
+        settle(self.peft_config[self.trainable_adapter_name])
         del self._spectral_ops_allocator, self._spectral_ops_layers
 
     def _parameter_names(self) -> list[str]:
