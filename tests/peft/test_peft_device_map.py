@@ -1,4 +1,4 @@
-"""accelerate's device_map: its hooks around an accelerated layer, on the CPU, where they align and where they offload."""
+"""accelerate's device_map: its hooks around an accelerated layer, where they only align and where they offload."""
 
 from __future__ import annotations
 

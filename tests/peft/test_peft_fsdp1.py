@@ -1,7 +1,7 @@
 """An accelerated PEFT model under FSDP1 (accelerate's default), two processes on the CPU: PEFT's numbers, and no
 gradient for what is frozen.
 
-The views that FSDP1 gives to a forward inherit the flat parameter's `requires_grad`, so the frozen weight looks trained.
+The views that FSDP1 gives to a forward inherit the flat parameter's `requires_grad`: the frozen weight looks trained.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def train(rank: int, model) -> dict:
 
 
 def compare(rank: int) -> dict:
-    import spectral_ops
     from peft_tiny import adapted
+
+    import spectral_ops
 
     results = {}
     for case, (method, wrap, arguments, before) in CASES.items():

@@ -18,27 +18,18 @@ MISSING = [name for name in ("peft", "deepspeed", "datasets") if find_spec(name)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 
 STEPS, RATE = 6, 1e-2
+WHOLE, PARTED = {"stage": 3}, {"stage": 3, "stage3_param_persistence_threshold": 0}
+PREFETCHED = {**PARTED, "stage3_max_reuse_distance": 0}  # freed after each use, and on its way when it is wanted next
+LATER = "accelerated at step 4"
 CASES = {  # method, ZeRO's settings, what else happens
-    "LoRA, all partitioned": ("lora", {"stage": 3, "stage3_param_persistence_threshold": 0}, ""),
-    "LoRA, small ones whole": ("lora", {"stage": 3}, "accelerated after initialize"),
-    "LoRA, accelerated while it trains": (
-        "lora",
-        {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "accelerated at step 4",
-    ),
-    "LoRA, another adapter from step 4 on": (
-        "lora",
-        {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "switched at step 4",
-    ),
-    "DoRA, all partitioned": ("dora", {"stage": 3, "stage3_param_persistence_threshold": 0}, "checkpointed"),
-    "DoRA, accelerated while it trains": (
-        "dora",
-        {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "accelerated at step 4",
-    ),
-    "MiSS, all partitioned": ("miss", {"stage": 3, "stage3_param_persistence_threshold": 0}, ""),
-    "bat, all partitioned": ("miss_bat", {"stage": 3, "stage3_param_persistence_threshold": 0}, ""),
+    "LoRA, all partitioned": ("lora", PARTED, ""),
+    "LoRA, small ones whole": ("lora", WHOLE, "accelerated after initialize"),
+    "LoRA, accelerated while it trains": ("lora", PARTED, LATER),
+    "LoRA, another adapter from step 4 on": ("lora", PARTED, "switched at step 4"),
+    "DoRA, all partitioned": ("dora", PARTED, "checkpointed"),
+    "DoRA, accelerated while it is prefetched": ("dora", PREFETCHED, LATER),
+    "MiSS, all partitioned": ("miss", PARTED, ""),
+    "bat, all partitioned": ("miss_bat", PARTED, ""),
     "ZeRO-2": ("dora", {"stage": 2}, ""),
     "ZeRO-1": ("miss", {"stage": 1}, ""),
 }
@@ -76,9 +67,10 @@ def build(method: str, extra: str):
 
 
 def here(rank: int) -> None:
-    """What DeepSpeed reads from the environment, and no compiler run for an operator that gloo replaces."""
+    """What DeepSpeed and accelerate want in the environment, and no compiler run for an operator that gloo replaces."""
     warnings.simplefilter("ignore")
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, not used: the group is there
     import logging
 
     import deepspeed
@@ -150,56 +142,61 @@ def test_every_call_is_fused_and_training_agrees_with_peft(case, results):
         assert evaluated == pytest.approx(restored, rel=1e-5)
         assert counts == {"fused": 2, "fused (base-agnostic)": 0, "PEFT": 0} and not fallbacks
         extra = CASES[case][2]
-        served = STEPS - 4 if extra == "accelerated at step 4" else STEPS
+        served = STEPS - 4 if extra == LATER else STEPS
         assert calls == 2 * ((2 if extra == "checkpointed" else 1) * served + 1)
         assert planned["PEFT"] == 0
 
 
 def test_a_partitioned_layer_is_undecided_before_its_call(results):
-    planned = results[0]["DoRA, accelerated while it trains"][2]
+    planned = results[0]["DoRA, accelerated while it is prefetched"][2]
     assert planned["decided at the first call"] == 2
 
 
-def settings_of_trainer() -> dict:
-    """As transformers recommends it: the threshold is derived from the model's size."""
-    return {
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {
-            "stage": 3, "stage3_param_persistence_threshold": "auto", "stage3_prefetch_bucket_size": "auto",
-            "reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": True,
-        },
-    }  # fmt: skip
+ZERO_3 = {  # as transformers recommends it: the threshold follows from the model's size
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": "auto", "stage3_prefetch_bucket_size": "auto",
+        "reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}  # fmt: skip
 
 
 def with_trainer(rank: int, folder):
     here(rank)
     import peft
     from tiny import language_model, tokenizer
-    from training import CONFIGS, arguments, run, texts
+    from training import CONFIGS, arguments, texts
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     from spectral_ops.integrations.transformers import SpectralOpsCallback
 
-    def build(where, _, words, callbacks):
-        # the arguments first: from then on transformers and PEFT know of ZeRO-3
-        args = arguments(TrainingArguments, where, deepspeed=settings_of_trainer(), gradient_accumulation_steps=2)
-        data = texts(16).map(lambda row: words(row["text"]), remove_columns=["text"])
-        model = peft.get_peft_model(language_model(), CONFIGS["dora"]())
-        collator = DataCollatorForLanguageModeling(words, mlm=False)
-        return Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks)
+    words = tokenizer()
+    data = texts(16).map(lambda row: words(row["text"]), remove_columns=["text"])
+    collator = DataCollatorForLanguageModeling(words, mlm=False)
 
-    losses, adapter, _ = run(build, folder / f"plain{rank}")
+    def losses(where, *callbacks):
+        # the arguments first: from then on transformers and PEFT know of ZeRO-3
+        args = arguments(TrainingArguments, folder / where, deepspeed=dict(ZERO_3), gradient_accumulation_steps=2)
+        torch.manual_seed(0)
+        model = peft.get_peft_model(language_model(), CONFIGS["dora"]())
+        trainer = Trainer(model, args, train_dataset=data, data_collator=collator, callbacks=list(callbacks))
+        trainer.train()
+        trainer.save_model(str(folder / where))  # all gather, the first writes
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
     callback = SpectralOpsCallback(strict=True)
-    fused_losses, fused_adapter, _ = run(build, folder / f"fused{rank}", callback)
-    return losses, fused_losses, adapter, fused_adapter, callback.report.counts
+    return losses("plain"), losses("fused", callback), callback.report.counts
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_through_transformers_trainer(tmp_path):
-    for losses, fused_losses, adapter, fused_adapter, counts in in_two_processes(with_trainer, tmp_path, tmp_path):
-        assert len(losses) == 3 and fused_losses == pytest.approx(losses, rel=1e-5)
-        assert counts == {"fused": 14, "fused (base-agnostic)": 0, "PEFT": 0}
-        assert adapter.keys() == fused_adapter.keys() and len(adapter) == 42
-        for name, tensor in adapter.items():
-            torch.testing.assert_close(fused_adapter[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    from safetensors.torch import load_file
+
+    expected, losses, counts = in_two_processes(with_trainer, tmp_path, tmp_path)[0]
+    assert len(expected) == 3 and losses == pytest.approx(expected, rel=1e-5)
+    assert counts == {"fused": 14, "fused (base-agnostic)": 0, "PEFT": 0}
+    plain, fused = (load_file(tmp_path / where / "adapter_model.safetensors") for where in ("plain", "fused"))
+    assert plain.keys() == fused.keys() and len(plain) == 42
+    for name, tensor in plain.items():
+        torch.testing.assert_close(fused[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
