@@ -1,4 +1,4 @@
-"""LLaMA-Factory's run_exp as a user calls it: FOLDER MODE, mode stock, callback or environment."""
+"""LLaMA-Factory's run_exp as a user calls it: FOLDER MODE, mode stock, callback, environment, dora, dora_stock."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def main(folder: Path, mode: str) -> None:
         "per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_steps": 5, "logging_steps": 1, "seed": 1,
         "report_to": "none", "save_strategy": "no", "use_cpu": True,
     }  # fmt: skip
+    if mode.startswith("dora"):
+        options["use_dora"] = True
     run_exp, record = tuner.run_exp, Record(folder / f"{mode}.json")
-    if mode == "callback":  # the example, with the recording beside its callback
+    if mode in ("callback", "dora"):  # the example, with the recording beside its callback
         path = folder / "options.yaml"
         path.write_text(yaml.safe_dump(options))
         sys.argv[1:] = [str(path)]

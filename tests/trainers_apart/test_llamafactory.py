@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import tiny
 from runs import TOLD, all_fused, need, run, same_training
@@ -26,6 +28,14 @@ def test_callback(stock):
     same_training(folder, plain, result, "callback")
 
 
+def test_dora(stock):
+    folder, _ = stock
+    plain, result = (run("run_llamafactory.py", folder, mode) for mode in ("dora_stock", "dora"))
+    all_fused(result)
+    same_training(folder, plain, result, "dora", "dora_stock", tensors=3)
+
+
+@pytest.mark.skipif(find_spec("spectral_ops.integrations.auto") is None, reason="spectral_ops.auto is not there yet")
 def test_environment(stock):
     folder, plain = stock
     result = run("run_llamafactory.py", folder, "environment", SPECTRAL_OPS_ACCELERATE="1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import tiny
 from runs import TOLD, all_fused, need, run, same_training
@@ -34,6 +36,7 @@ def test_another_method(stock, method):
     same_training(folder, plain, result, method, f"{method}_stock", tensors=3)
 
 
+@pytest.mark.skipif(find_spec("spectral_ops.integrations.auto") is None, reason="spectral_ops.auto is not there yet")
 def test_environment(stock):
     folder, plain = stock
     result = run("run_swift.py", folder, "environment", SPECTRAL_OPS_ACCELERATE="1")
