@@ -433,7 +433,7 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
             vectors = facts.entry(layer._modules, "lora_magnitude_vector")._modules
             magnitude = leaf(facts.entry(vectors, name), DoraLinearLayer, "the magnitude", facts)
             p = p if facts.attribute(layer, "training") else 0.0
-            check_dora(layer, base, bias, p)
+            check_dora(layer, base, bias)
             parameters.append(magnitude)
         parameters += (A, B)
         adapters.append(LowRank(name, A, B, scale, p, bias, magnitude))
@@ -442,7 +442,7 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
     return base, adapters
 
 
-def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float) -> None:
+def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None) -> None:
     if bias is not None:
         raise Unfit("DoRA with lora_bias: PEFT counts the bias into every entry of the weight whose norm it takes")
     if layer.ephemeral_gpu_offload:
@@ -451,5 +451,3 @@ def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float
         dtype = read(base.layer, "weight", "the base weight", Facts()).dtype
         if dtype not in FLOATS:
             raise Unfit(f"DoRA reads the base weight, which is in {dtype}")
-    elif base.weight is None and p > 0:
-        raise Unfit("DoRA with dropout over a quantised base needs a second product with its weight")
