@@ -22,10 +22,12 @@ def accelerate(
     generator; at p > 0 the mask comes from one seed drawn there, so it is another mask than PEFT's, with the same law.
 
     Covered: LoRA, rsLoRA, PiSSA, DoRA, AdaLoRA (with its rank allocation and regulariser) on ``nn.Linear`` and
-    transformers' ``Conv1D``, MiSS (also mini and bat) on ``nn.Linear``, and all of them but bat over bitsandbytes
-    4-bit and 8-bit layers, whose own forward is called. Every other adapter layer, and every single call of a covered
-    one that the fast path does not fit, runs PEFT's own forward; the report says which and why. Calling it again is
-    fine: it also takes in the layers that ``add_adapter`` has created since, and the report counts from then on.
+    transformers' ``Conv1D``, MiSS (also mini and bat) on ``nn.Linear``, several active at once, and all of them but bat
+    over bitsandbytes 4-bit and 8-bit layers and torchao's weights, whose own forward is called; so is that of a
+    subclass of ``nn.Linear``, unless it keeps nn.Linear's. Of dtypes, whatever mix of base, adapter and x PEFT takes.
+    Scalings may be tensors (``prepare_model_for_compiled_hotswap``). Every other adapter layer, and every single call
+    of a covered one that the fast path does not fit, runs PEFT's own forward; the report says which and why. Calling it
+    again is fine: it also takes in the layers that ``add_adapter`` has created since, and the report counts from then.
 
     Args:
         model: a PeftModel, or any module that PEFT has injected adapter layers into.

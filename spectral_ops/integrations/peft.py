@@ -28,16 +28,14 @@ from spectral_ops.core.autograd import autocast_arguments
 from spectral_ops.functional import bat, blocksum, column_norm, dora, lowrank
 from spectral_ops.integrations import peft_tensor_parallel as tensor_parallel
 from spectral_ops.integrations.peft_adalora import SVD, adalora_plan
+from spectral_ops.integrations.peft_miss import Bat, Bone, miss_plan
 from spectral_ops.integrations.peft_plan import (
     Base,
-    Bat,
-    Bone,
     Facts,
     LowRank,
     Unfit,
     frozen_weight,
     lora_plan,
-    miss_plan,
 )
 from spectral_ops.integrations.peft_report import (
     BASE_AGNOSTIC,

@@ -78,19 +78,6 @@ class LowRank(NamedTuple):
         return (self.B * self.scale, 1.0) if isinstance(self.scale, torch.Tensor) else (self.B, self.scale)
 
 
-class Bone(NamedTuple):
-    """One active MiSS adapter."""
-
-    D: torch.Tensor
-    p: float
-
-
-class Bat(NamedTuple):
-    """The one active bat adapter of a MiSS layer; PEFT applies no dropout to it."""
-
-    B: torch.Tensor
-
-
 class Facts:
     """Everything a plan has read. The layer's own attributes are kept by name alone: a reference back to it would keep
     its weights alive after it."""
@@ -315,6 +302,16 @@ def quantised(base: nn.Module) -> bool:
     )
 
 
+def weight_of(base: nn.Module, facts: Facts) -> torch.Tensor:
+    """The weight of a base layer that is not called, which must take no gradient."""
+    weight = read(base, "weight", "the base weight", facts)
+    if weight.requires_grad and weight._is_view():
+        weight = frozen(base, "weight", weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise Unfit("the base weight is trained")
+    return weight
+
+
 def base_of(layer: nn.Module, facts: Facts, x: torch.Tensor | None = None) -> Base:
     """How the frozen layer takes part in this call."""
     base = facts.entry(layer._modules, "base_layer")
@@ -324,11 +321,7 @@ def base_of(layer: nn.Module, facts: Facts, x: torch.Tensor | None = None) -> Ba
         return Base(base, None, None, True, split)
     if linear(kind) and not busy(base, facts) and not quantised(base) and "parametrizations" not in base._modules:
         facts.module(base)
-        weight = read(base, "weight", "the base weight", facts)
-        if weight.requires_grad and weight._is_view():
-            weight = frozen(base, "weight", weight)
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise Unfit("the base weight is trained")
+        weight = weight_of(base, facts)
         facts.frozen = weight
         # a view of Conv1D's weight would outlive a new `.data`
         facts.lasting = facts.lasting and kind is not Conv1D
@@ -449,7 +442,7 @@ def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
             vectors = facts.entry(layer._modules, "lora_magnitude_vector")._modules
             magnitude = leaf(facts.entry(vectors, name), DoraLinearLayer, "the magnitude", facts)
             p = p if facts.attribute(layer, "training") else 0.0
-            check_dora(layer, base, bias, p)
+            check_dora(layer, base, bias)
             parameters.append(magnitude)
         parameters += (A, B)
         adapters.append(LowRank(name, A, B, scale, p, bias, magnitude))
@@ -464,7 +457,7 @@ def check_split(base: Base, p: float, what: str | None) -> None:
         raise Unfit(f"{what or 'dropout'} over a tensor-parallel base layer")
 
 
-def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float) -> None:
+def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None) -> None:
     if bias is not None:
         raise Unfit("DoRA with lora_bias: PEFT counts the bias into every entry of the weight whose norm it takes")
     if layer.ephemeral_gpu_offload:
@@ -473,55 +466,3 @@ def check_dora(layer: nn.Module, base: Base, bias: torch.Tensor | None, p: float
         dtype = read(base.layer, "weight", "the base weight", Facts()).dtype
         if dtype not in FLOATS:
             raise Unfit(f"DoRA reads the base weight, which is in {dtype}")
-    elif base.weight is None and p > 0:
-        raise Unfit("DoRA with dropout over a quantised base needs a second product with its weight")
-
-
-def miss_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Bone] | list[Bat]]:
-    """The tensors of a MiSS layer's call, or Unfit."""
-    base, kind = base_of(layer, facts, x), facts.attribute(layer, "miss_fn")
-    dropouts = facts.entry(layer._modules, "miss_dropout")._modules
-    names = [name for name in active(layer) if facts.entry(dropouts, name) is not None]
-    blocks = facts.entry(layer._modules, "miss_block")
-    if kind == "bat":
-        check_split(base, 0.0, "bat")
-        return bat_plan(layer, x, base, blocks, names, facts)
-    adapters = []
-    for name in names:
-        D = read(blocks, name, "miss_block", facts)
-        p = drop_rate(dropouts[name], "miss_dropout", facts)
-        check_split(base, p, None)
-        columns = layer.miss_mini_r[name] if kind == "mini" else layer.out_features
-        if D.dim() != 2 or D.shape[1] != columns:
-            raise Unfit(f"miss_block {list(D.shape)} does not fit the layer's kind ({kind})")
-        adapters.append(Bone(D, p))
-    if x is not None:
-        check_input(layer, x, base, [a.D for a in adapters], facts)
-    return base, adapters
-
-
-def bat_plan(layer, x, base: Base, blocks: nn.Module, names: list[str], facts: Facts) -> tuple[Base, list[Bat]]:
-    if len(names) > 1:
-        raise Unfit("several active bat adapters: each transforms the weight that the one before it made")
-    base = bat_base(base, facts) if names else base
-    adapters = [Bat(read(blocks, name, "miss_block", facts)) for name in names]
-    for (B,) in adapters:
-        if B.dim() != 3 or B.shape[1] != B.shape[2] or B.shape[0] * B.shape[1] != layer.out_features:
-            raise Unfit(f"miss_block {list(B.shape)} does not fit the layer's kind (bat)")
-    if x is not None:
-        check_input(layer, x, base, [a.B for a in adapters], facts, any_weight=True)
-    return base, adapters
-
-
-def bat_base(base: Base, facts: Facts) -> Base:
-    """The base with its weight, which PEFT's bat reads and transforms; it never calls the layer, nor its hooks."""
-    if quantised(base.layer):
-        raise Unfit("bat transforms the weight itself, and the base layer holds it quantised")
-    if type(base.layer) is Conv1D:
-        raise Unfit("PEFT's bat takes the weight of a Conv1D as it is stored, transposed")
-    if base.weight is not None:
-        return base
-    weight = read(base.layer, "weight", "the base weight", facts)
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise Unfit("the base weight is trained")
-    return base._replace(weight=weight)

@@ -178,17 +178,17 @@ def test_adalora_allocates_as_peft_does(bits):
     assert not report.fallbacks()
 
 
-def test_dora_with_dropout_falls_back():
-    plain, ours = fresh(4, torch.float32, use_dora=True, lora_dropout=0.4)
-    report = accelerate(ours)
-    got = []
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dora_with_dropout(bits):
+    """PEFT multiplies the dropped x by the dequantised weight. Torch draws the masks of both."""
+    plain, ours = fresh(bits, torch.float32, use_dora=True, lora_dropout=0.4)
+    report, got = accelerate(ours, strict=True), []
     for model in (plain, ours):
         torch.manual_seed(3)
         got.append(results(model, torch.float32))
-    assert worst(*got) == 0.0
-    assert {f.reason for f in report.fallbacks()} == {
-        "DoRA with dropout over a quantised base needs a second product with its weight"
-    }
+    assert worst(*got) < 5e-6
+    assert worst(got[1], results(ours, torch.float32)) > 1e-3
+    assert not report.fallbacks()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

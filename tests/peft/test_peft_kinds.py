@@ -223,6 +223,16 @@ def test_torchao_dropout_and_disabling():
     assert not report.fallbacks()
 
 
+def test_torchao_dora_with_dropout():
+    models = [adapted(quantised("int8", torch.float32), use_dora=True, lora_dropout=0.4) for _ in range(2)]
+    report, x, found = accelerate(models[1], strict=True), inputs(2, 5, 32), []
+    for model in models:
+        torch.manual_seed(3)
+        found.append(results(model, x))
+    assert worst(*found) < EXACT
+    assert not report.fallbacks()
+
+
 def test_torchao_bat_is_left_to_peft():
     models = [adapted(quantised("int8", torch.float32), kind=MissConfig, init_weights="bat") for _ in range(2)]
     reason = "bat transforms the weight itself, and the base layer holds it quantised"
