@@ -38,10 +38,10 @@ def accelerate(
     if strict and left:
         raise RuntimeError(f"strict=True, and {len(left)} layers would be left to PEFT:\n" + "\n".join(left))
     for name, layer in layers.items():
-        if type(layer) in REPLACEMENTS and obstacles[name] is None:
+        if kind(layer) in REPLACEMENTS and obstacles[name] is None:
             layer._spectral_ops = LayerState(name)
-            swap(layer, REPLACEMENTS[type(layer)])
-        if type(layer) in ORIGINALS:
+            swap(layer, REPLACEMENTS[kind(layer)])
+        if kind(layer) in ORIGINALS:
             state = layer._spectral_ops
             state.name, state.strict, state.recompute, state.exact = name, strict, recompute, exact
             state.siblings = siblings
@@ -58,7 +58,7 @@ def report(model: nn.Module) -> Report:
     """See :func:`spectral_ops.report`."""
     check_module(model)
     layers = tuner_layers(model)
-    states = {name: layer._spectral_ops for name, layer in layers.items() if type(layer) in ORIGINALS}
+    states = {name: layer._spectral_ops for name, layer in layers.items() if kind(layer) in ORIGINALS}
     if not states:
         raise ValueError(
             f"model: got a {type(model).__name__} without any accelerated layer, wanted one that"
@@ -66,7 +66,7 @@ def report(model: nn.Module) -> Report:
         )
     obstacles = obstacles_of(layers)
     for name, layer in layers.items():
-        if type(layer) in REPLACEMENTS and obstacles[name] is None:
+        if kind(layer) in REPLACEMENTS and obstacles[name] is None:
             obstacles[name] = "added after accelerate: call it again"
         if name in states:
             states[name].name = name
@@ -77,8 +77,8 @@ def restore(model: nn.Module) -> nn.Module:
     """See :func:`spectral_ops.restore`."""
     check_module(model)
     for layer in model.modules():
-        if type(layer) in ORIGINALS:
-            swap(layer, ORIGINALS[type(layer)])
+        if kind(layer) in ORIGINALS:
+            swap(layer, ORIGINALS[kind(layer)])
             del layer._spectral_ops
         if type(layer) is FusedAdaLoraModel:
             layer.give_back()
@@ -116,9 +116,33 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
+def kind(layer: nn.Module) -> type:
+    """The layer's class; where fully_shard has put one of its own before it, the one behind that."""
+    cls = type(layer)
+    bases = cls.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.") else cls
+
+
+classes: dict[tuple[type, type], type] = {}  # (what stands before, the class behind it) -> both
+
+
+def under(cls: type, to: type) -> type:
+    """What fully_shard would have made of the class ``to``: ``cls`` is what it has made of another."""
+    before, behind = cls.__bases__
+    classes.setdefault((before, behind), cls)
+    if (before, to) not in classes:
+        content = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+        classes[before, to] = type(cls.__name__.replace(behind.__name__, to.__name__), (before, to), content)
+    return classes[before, to]
+
+
 def swap(layer: nn.Module, to: type) -> None:
     """Change the layer's class, and with it the old class's methods that somebody has stored bound on the layer."""
-    old, layer.__class__ = type(layer), to
+    old = kind(layer)
+    if type(layer) is old:
+        layer.__class__ = to
+    else:
+        layer.__class__ = under(type(layer), to)
     for key, value in list(layer.__dict__.items()):
         if type(value) is MethodType and value.__self__ is layer:
             name = value.__func__.__name__
@@ -139,12 +163,12 @@ def obstacles_of(layers: dict[str, BaseTunerLayer]) -> dict[str, str | None]:
 
 def obstacle(name: str, layer: BaseTunerLayer, attention: tuple[str, ...]) -> str | None:
     """Why the layer's class is not replaced; ``attention``: prefixes of the names inside a MultiheadAttention layer."""
-    original = ORIGINALS.get(type(layer), type(layer))
+    original = ORIGINALS.get(kind(layer), kind(layer))
     if name.startswith(attention):
         return "lora.MultiheadAttention uses its weight, not its forward"
     if original not in REPLACEMENTS:
         return f"{original.__name__} layers of the {tuner_of(layer)} tuner are left to PEFT"
-    if type(layer) is original and not reaches(layer):
+    if kind(layer) is original and not reaches(layer):
         return "its own forward was replaced by one that does not lead to its class's"
     return None
 
@@ -157,7 +181,7 @@ def survey(model: nn.Module, layers: dict[str, BaseTunerLayer], obstacles: dict[
 
 def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], reason: str | None, exact: bool) -> Row:
     """The row of one layer: decided from its present state, the input still unknown."""
-    original = ORIGINALS.get(type(layer), type(layer))
+    original = ORIGINALS.get(kind(layer), kind(layer))
     head = (name, f"{tuner_of(layer)}.{original.__name__}", method_of(layer, configs))
     if reason is not None:
         return Row(*head, PEFT, reason=reason)
@@ -175,7 +199,7 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], reason: 
 
 def tuner_of(layer: BaseTunerLayer) -> str:
     """The package of PEFT that the layer's class comes from: "lora", "miss", "adalora"."""
-    module = ORIGINALS.get(type(layer), type(layer)).__module__
+    module = ORIGINALS.get(kind(layer), kind(layer)).__module__
     return module.split(".")[2] if module.startswith("peft.tuners.") else module
 
 
@@ -204,7 +228,7 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
 
 def report_on(model: nn.Module, layers: dict[str, BaseTunerLayer], rows: list[Row]) -> Report:
     """The report over layers that have been swapped. It holds their states, not the layers."""
-    states = [layer._spectral_ops for layer in layers.values() if type(layer) in ORIGINALS]
+    states = [layer._spectral_ops for layer in layers.values() if kind(layer) in ORIGINALS]
     adalora = sum(type(tuner) is FusedAdaLoraModel for tuner in model.modules())
     notes = ["AdaLoRA's update_and_allocate and regulariser: fused, one operator for all layers"] * adalora
     reference, known = weakref.ref(model), set(layers)
@@ -212,6 +236,6 @@ def report_on(model: nn.Module, layers: dict[str, BaseTunerLayer], rows: list[Ro
     def newcomers() -> list[str]:
         alive = reference()
         now = {} if alive is None else tuner_layers(alive)
-        return [name for name, layer in now.items() if type(layer) in REPLACEMENTS and name not in known]
+        return [name for name, layer in now.items() if kind(layer) in REPLACEMENTS and name not in known]
 
     return Report(rows, states, newcomers, notes, lambda: shared_notes(states))
