@@ -1,4 +1,4 @@
-"""Command line: ``python -m spectral_ops info | check | bench | cost | tune | run`` (also installed as ``spectral-ops``)."""
+"""Command line: ``python -m spectral_ops info | check | bench | cost | tune | run`` (or ``spectral-ops``)."""
 
 from __future__ import annotations
 

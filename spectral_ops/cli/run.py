@@ -1,6 +1,6 @@
 """Run a script or a module with every PEFT model in it accelerated, as ``python`` would run it.
 
-Under a launcher it stands in the script's place: ``torchrun --nproc-per-node 2 -m spectral_ops run train.py --lr 1e-4``.
+Under a launcher it stands in the place of the script: ``torchrun --nproc-per-node 2 -m spectral_ops run train.py``.
 """
 
 from __future__ import annotations
