@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -99,6 +100,8 @@ WAYS = [value for name, value in list(globals().items()) if name.startswith("by_
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_every_way_that_builds_a_model(way, tmp_path):
+    if "transformers" in way.__name__ and find_spec("peft.utils.transformers_weight_conversion") is None:
+        pytest.skip("transformers 5 imports what this PEFT does not have")
     torch.manual_seed(1)
     plain = way(tmp_path)
     assert not any(fused(plain))

@@ -75,10 +75,11 @@ def test_run_under_a_launcher(tmp_path):
 
 
 def test_run_of_a_module(tmp_path):
+    """DeepSpeed's launcher puts its --local_rank before everything of the script's."""
     (tmp_path / "train.py").write_text(SAY + 'print(os.environ["SPECTRAL_OPS_ACCELERATE"])\nraise SystemExit(0)')
-    out = run(tmp_path, "-m", "spectral_ops", "run", "-m", "train", "--strict", "a")
+    out = run(tmp_path, "-m", "spectral_ops", "--local_rank=0", "run", "-m", "train", "--strict", "a")
     folder = os.path.realpath(tmp_path)
-    assert out == f"argv ['--strict', 'a'] name __main__ path {folder} file train.py\n1\n"
+    assert out == f"argv ['--local_rank=0', '--strict', 'a'] name __main__ path {folder} file train.py\n1\n"
 
 
 def test_the_line_for_a_sitecustomize(tmp_path):
