@@ -1,4 +1,4 @@
-"""Command line: ``python -m spectral_ops info | check | bench | cost | tune | run`` (also installed as ``spectral-ops``)."""
+"""Command line: ``python -m spectral_ops info | check | bench | cost | tune | run`` (or ``spectral-ops``)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="spectral-ops", description="Fused adapter operators: what runs, is it right, how fast."
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it before the script's own
     commands = parser.add_subparsers(dest="command", required=True)
     for module in (info, check, bench, cost, tune, run):
         name = module.__name__.rsplit(".", 1)[1]

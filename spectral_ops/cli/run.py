@@ -1,6 +1,6 @@
 """Run a script or a module with every PEFT model in it accelerated, as ``python`` would run it.
 
-Under a launcher it stands in the script's place: ``torchrun --nproc-per-node 2 -m spectral_ops run train.py --lr 1e-4``.
+Under a launcher it stands in the place of the script: ``torchrun --nproc-per-node 2 -m spectral_ops run train.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not command:
         print("spectral-ops run: got nothing to run, wanted SCRIPT or -m MODULE", file=sys.stderr)
         return 2
+    if arguments.local_rank is not None:
+        command = [command[0], f"--local_rank={arguments.local_rank}", *command[1:]]
     # also for processes that it starts
     os.environ[VARIABLE] = "strict" if arguments.strict else os.environ.get(VARIABLE) or "1"
     spectral_ops.auto(strict=os.environ[VARIABLE] == "strict")

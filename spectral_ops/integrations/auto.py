@@ -63,7 +63,8 @@ def auto(
     (info) for every adapter injected. Raises TypeError for an ``enabled`` that is not a bool.
     """
     if not isinstance(enabled, bool):
-        raise TypeError(f"enabled: got {enabled!r} ({type(enabled).__name__}), wanted True or False")
+        kind = type(enabled).__name__
+        raise TypeError(f"enabled: got a {kind}, wanted True or False; for one model there is accelerate(model)")
     options = {"strict": strict, "recompute": recompute, "exact": exact, "siblings": siblings}
     return Switch(switch(options if enabled else None))
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
 import json
+import pickle
+import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +20,16 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_tiny as tiny  # noqa: E402
+import yaml  # noqa: E402  (PEFT needs it)
+from peft.tuners.adalora import RankAllocator  # noqa: E402
 
 import spectral_ops  # noqa: E402
-from spectral_ops.integrations.peft_adalora import FusedAdaLoraModel  # noqa: E402
+from spectral_ops.integrations.peft_adalora import (  # noqa: E402
+    FusedAdaLoraModel,
+    PendingConfig,
+    contents,
+    postpone,
+)
 
 STEPS = 10
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,13 +198,97 @@ def compare(got, want):
         assert got == want and dict(got.items()) == want and list(got) == list(want)
 
 
-def test_a_pattern_is_read_only_when_looked_at():
-    _, ours, _ = pair()
+def fields_of(config):
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def saved(config):
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return json.loads((Path(folder) / "adapter_config.json").read_text())
+
+
+READERS = {
+    "attribute": lambda c: c.rank_pattern,
+    "to_dict": lambda c: c.to_dict()["rank_pattern"],
+    "asdict": lambda c: dataclasses.asdict(c)["rank_pattern"],
+    "replace": lambda c: dataclasses.replace(c, total_step=9).rank_pattern,
+    "fields": lambda c: fields_of(c)["rank_pattern"],
+    "vars": lambda c: vars(c)["rank_pattern"],
+    "dict(**)": lambda c: dict(**c.__dict__)["rank_pattern"],
+    "deepcopy": lambda c: copy.deepcopy(c).rank_pattern,
+    "copy": lambda c: copy.copy(c).rank_pattern,
+    "pickle": lambda c: pickle.loads(pickle.dumps(c)).rank_pattern,
+    "pickle in Python": lambda c: pickle.loads(pickle._dumps(c)).rank_pattern,
+    "json": lambda c: json.loads(json.dumps(c.to_dict(), default=list))["rank_pattern"],
+    "yaml": lambda c: yaml.unsafe_load(yaml.dump(c)).rank_pattern,
+    "save_pretrained": lambda c: saved(c)["rank_pattern"],
+    "repr": lambda c: ast.literal_eval(re.search(r" rank_pattern=({.*?})", repr(c)).group(1)),
+    "hidden in a dict": lambda c: copy.deepcopy({"peft_config": {"default": c}})["peft_config"]["default"].rank_pattern,
+}
+
+
+def test_a_pattern_is_read_only_when_looked_at_and_by_everybody():
+    """No step waits for the device, and no reader, however it reads, finds the pattern of an earlier choice."""
+    theirs, ours, _ = pair()
+    train(theirs, range(1, 5))
+    config, seen, optimizer = ours.peft_config["default"], [], adamw(ours)
+    train(ours, range(1, 4), optimizer, each=lambda step: seen.append(type(config)))
+    assert seen == [peft.AdaLoraConfig, PendingConfig, PendingConfig]
+    config.rank_pattern = {"stale": [True]}
+    assert type(config) is peft.AdaLoraConfig and config.rank_pattern == {"stale": [True]}
+    train(ours, [4], optimizer)
+    assert type(config) is PendingConfig and isinstance(config, peft.AdaLoraConfig)
+    assert not isinstance(config, peft.PromptTuningConfig) and type(config) is PendingConfig  # asked in every step
+    allocator, names = ours.base_model._spectral_ops_allocator, ours.base_model._names("lora_E")
+    wanted = pattern_of(theirs)
+    for name, read in READERS.items():
+        contents(config)["rank_pattern"] = None
+        postpone(config, allocator, names)
+        got = read(config)
+        assert got == wanted and (type(got), type(config)) == (dict, peft.AdaLoraConfig), name
+    other = copy.deepcopy(config)
+    postpone(config, allocator, names)
+    postpone(other, allocator, names)
+    assert config == other and other == config and config.__class__ is peft.AdaLoraConfig
+
+
+def test_a_config_class_of_somebody_s_is_read_at_once():
+    class Config(peft.AdaLoraConfig):
+        pass
+
+    theirs, ours, _ = pair()
+    config = ours.peft_config["default"]
+    config.__class__ = Config
+    train(theirs, range(1, 5))
     train(ours, range(1, 5))
-    pattern = pattern_of(ours)
-    assert type(pattern) is dict
-    copied = copy.deepcopy(pattern)
-    assert pattern._choice is None and type(copied) is dict and copied == pattern and len(pattern) == 14
+    assert contents(config)["rank_pattern"] == pattern_of(theirs) and type(config) is Config
+
+
+@pytest.mark.parametrize("cut", [3, 8])
+@pytest.mark.parametrize("held_before", [True, False], ids=["PEFT's", "ours"])
+def test_bound_methods_that_outlive_the_swap(held_before, cut):
+    """update_and_allocate and forward held from before accelerate(), or from before restore(), give the same run."""
+    plain = built().train()
+    wanted = train(plain, range(1, STEPS + 1))
+    model = built().train()
+    optimizer, tuner = adamw(model), model.base_model
+    if not held_before:
+        spectral_ops.accelerate(model)
+    update, forward, losses = tuner.update_and_allocate, tuner.forward, []
+    for step in range(1, STEPS + 1):
+        if step == cut:
+            (spectral_ops.accelerate if held_before else spectral_ops.restore)(model)
+        ids = tiny.tokens(seed=step)
+        loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        update(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == pytest.approx(wanted, rel=1e-4) and pattern_of(model) == pattern_of(plain)
+    spectral_ops.restore(model)
+    assert type(tuner.rankallocator) is RankAllocator and not hasattr(tuner.rankallocator, "_spectral_ops")
 
 
 @pytest.mark.parametrize("cut", [3, 8])
