@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, inert, keep
+from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, inert, keep, unit, unit_weight
 from spectral_ops.integrations.peft_tensor_parallel import Split, split_of, styled
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # a fake one stands for a plain one while shapes are traced
@@ -91,6 +91,7 @@ class Facts:
         self.versions: list[tuple[torch.Tensor, int, bool]] = []  # of tensors whose content was read
         self.frozen: torch.Tensor | None = None  # the base weight
         self.fetched: list[torch.Tensor] = []  # parameters of ZeRO-3
+        self.called = False  # else it is only asked what a call would do
         self.names: list[str] | str = []
         self.x_dtype: torch.dtype | None = None
         self.autocast: torch.dtype | None = None
@@ -251,8 +252,13 @@ def leaf(module: nn.Module, kind: type, role: str, facts: Facts, split: Split | 
     if split is not None and type(module) is kind and styled(module):
         return module._parameters["weight"]
     if type(module) is not kind:
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise Unfit(f"{role} is an FSDP unit of its own, whole only while it is called: wrap blocks instead")
+        if (inner := unit(module)) is not None and type(inner) is kind:
+            facts.lasting = False
+            if not facts.called or busy(facts.module(inner), facts):
+                raise (Unfit if facts.called else Unsettled)(f"{role} is an FSDP unit of its own")
+            if (weight := unit_weight(module, inner)) is None:
+                raise Unfit(f"{role} is an FSDP unit with more than a weight")
+            return weight
         raise Unfit(f"{role} is a {type(module).__name__}, not a plain {kind.__name__}")
     if busy(facts.module(module), facts):
         raise Unfit(f"{role} carries hooks of its own")
@@ -421,6 +427,7 @@ def variant_name(variant: Any) -> str:
 
 def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[LowRank]]:
     """The tensors of a LoRA layer's call, or Unfit. Without x the input is not looked at."""
+    facts.called = x is not None
     base = base_of(layer, facts, x)
     As, Bs, dropouts = (facts.entry(layer._modules, key)._modules for key in ("lora_A", "lora_B", "lora_dropout"))
     adapters, parameters = [], []

@@ -96,3 +96,25 @@ def frozen(module: nn.Module, name: str, p: torch.Tensor) -> torch.Tensor:
             if info[1] is module and info[0] == name:
                 return p if original.requires_grad else p.detach()
     return p
+
+
+def unit(module: nn.Module) -> nn.Module | None:
+    """What FSDP1 wraps in a unit of its own; PEFT's wrap policy does so with each lora_A."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrapped = fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    return module.module if wrapped else None
+
+
+def unit_weight(module: nn.Module, inner: nn.Module) -> torch.Tensor | None:
+    """A copy of the weight in an FSDP1 unit, made in a call of the unit; None where it holds more than that.
+
+    Only a call gathers it and sends its gradient back to the shards. The copy lasts until the backward, the weight does
+    not.
+    """
+    if torch.compiler.is_compiling() or len(module._handle.flat_param._param_infos) != 1:
+        return None
+    inner.__dict__["forward"] = lambda: inner.weight.clone()
+    try:
+        return module()
+    finally:
+        del inner.__dict__["forward"]

@@ -19,7 +19,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not i
 
 STEPS, RATE = 6, 1e-2
 WHOLE, PARTED = {"stage": 3}, {"stage": 3, "stage3_param_persistence_threshold": 0}
-PREFETCHED = {**PARTED, "stage3_max_reuse_distance": 0}  # freed after each use, and on its way when it is wanted next
+PREFETCHED = {
+    **PARTED,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 1,
+}  # on its way when it is wanted
 LATER = "accelerated at step 4"
 CASES = {  # method, ZeRO's settings, what else happens
     "LoRA, all partitioned": ("lora", PARTED, ""),
