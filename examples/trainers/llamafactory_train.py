@@ -1,6 +1,6 @@
 """LLaMA-Factory: python examples/trainers/llamafactory_train.py FILE.yaml, instead of llamafactory-cli train FILE.yaml.
 
-Without a line of code: SPECTRAL_OPS_ACCELERATE=1 llamafactory-cli train FILE.yaml (docs/trainers.md).
+Without this file, in one process: python -m spectral_ops run -m llamafactory.cli train FILE.yaml
 """
 
 from llamafactory.train.tuner import run_exp

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's run_exp as a user calls it: FOLDER MODE, mode stock, callback, environment, dora, dora_stock."""
+"""LLaMA-Factory's run_exp as a user calls it: FOLDER MODE, mode stock, callback, launched, dora, dora_stock."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""`swift sft` with the arguments a user gives: FOLDER MODE, mode stock, callback or environment,
+"""`swift sft` with the arguments a user gives: FOLDER MODE, mode stock, callback or launched,
 or the name of a method, and the same with _stock behind it."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,11 +18,9 @@ def main(folder: Path, mode: str) -> None:
         "from record import Record\nfrom swift.callbacks import callbacks_map\n"
         f"callbacks_map['record'] = lambda args, trainer: Record({str(folder / f'{mode}.json')!r})\n"
     )
-    if mode != "environment" and not mode.endswith("stock"):
+    if mode != "launched" and not mode.endswith("stock"):
         plugins.append(HERE.parents[1] / "examples" / "trainers" / "swift_plugin.py")
         callbacks.insert(0, "spectral_ops")
-    from swift.pipelines import sft_main
-
     options = {
         "model": folder / "model", "model_type": "llama", "template": "llama3", "use_hf": "true",
         "dataset": tiny.save_messages(folder / "tiny.jsonl"), "split_dataset_ratio": 0,
@@ -35,10 +34,14 @@ def main(folder: Path, mode: str) -> None:
         options["use_dora"] = "true"
     if mode.startswith("adalora"):
         options["tuner_type"] = "adalora"
-    sft_main(
-        [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        + ["--external_plugins", *map(str, plugins), "--callbacks", *callbacks]
-    )
+    arguments = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    arguments += ["--external_plugins", *map(str, plugins), "--callbacks", *callbacks]
+    if mode == "launched":
+        subprocess.run([sys.executable, "-m", "spectral_ops", "run", "-m", "swift.cli.sft", *arguments], check=True)
+    else:
+        from swift.pipelines import sft_main
+
+        sft_main(arguments)
     saved = folder / mode / "checkpoint-5" / "adapter_model.safetensors"
     saved.replace(folder / mode / saved.name)
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 HERE = Path(__file__).resolve().parent
-SEARCHED = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent / "support")))
+SEARCHED = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent / "support", HERE)))
 STEPS = 5
 TOLD = f"spectral_ops: {tiny.ADAPTED} layers fused, 0 fused over their own base layer, 0 left to PEFT"
 
@@ -23,10 +23,10 @@ def need(package: str) -> None:
         pytest.skip(f"{package} is installed apart, by `make trainers`", allow_module_level=True)
 
 
-def run(script: str, folder: Path, mode: str, **environment: str) -> dict:
-    """Trains in a process of its own; what Record wrote, and the process's output."""
+def run(script: str, folder: Path, mode: str, *before: str, **environment: str) -> dict:
+    """Trains in a process of its own, ``before`` in front of the script: what Record wrote, and all it printed."""
     done = subprocess.run(
-        [sys.executable, HERE / script, folder, mode],
+        [sys.executable, *before, HERE / script, folder, mode],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"),
              "PYTHONPATH": SEARCHED, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,

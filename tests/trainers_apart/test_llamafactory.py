@@ -1,8 +1,6 @@
-"""LLaMA-Factory: run_exp(callbacks=[SpectralOpsCallback()]), and SPECTRAL_OPS_ACCELERATE=1 without a line of code."""
+"""LLaMA-Factory: run_exp(callbacks=[SpectralOpsCallback()]), and `python -m spectral_ops run`."""
 
 from __future__ import annotations
-
-from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -35,9 +33,8 @@ def test_dora(stock):
     same_training(folder, plain, result, "dora", "dora_stock", tensors=3)
 
 
-@pytest.mark.skipif(find_spec("spectral_ops.integrations.auto") is None, reason="spectral_ops.auto is not there yet")
-def test_environment(stock):
+def test_without_a_line_of_code(stock):
     folder, plain = stock
-    result = run("run_llamafactory.py", folder, "environment", SPECTRAL_OPS_ACCELERATE="1")
+    result = run("run_llamafactory.py", folder, "launched", "-m", "spectral_ops", "run")
     all_fused(result)
-    same_training(folder, plain, result, "environment")
+    same_training(folder, plain, result, "launched")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import tiny
 from runs import TOLD, all_fused, need, run, same_training
@@ -36,12 +34,11 @@ def test_another_method(stock, method):
     same_training(folder, plain, result, method, f"{method}_stock", tensors=3)
 
 
-@pytest.mark.skipif(find_spec("spectral_ops.integrations.auto") is None, reason="spectral_ops.auto is not there yet")
-def test_environment(stock):
+def test_without_a_line_of_code(stock):
     folder, plain = stock
-    result = run("run_swift.py", folder, "environment", SPECTRAL_OPS_ACCELERATE="1")
+    result = run("run_swift.py", folder, "launched")
     all_fused(result)
-    same_training(folder, plain, result, "environment")
+    same_training(folder, plain, result, "launched")
 
 
 def test_its_wrapper_is_the_one_that_is_seen_through():
