@@ -3,20 +3,27 @@
 import logging
 
 import pytest
+import torch
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
+from peft import get_peft_model  # noqa: E402
+from tiny import ADAPTED  # noqa: E402
 from training import (  # noqa: E402
     CONFIGS,
+    STEPS,
     arguments,
     judged,
     preferences,
     prompts,
+    run,
     texts,
     the_same_with_the_callback,
 )
 from transformers import LlamaForSequenceClassification  # noqa: E402
+
+from spectral_ops import auto, report  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,3 +104,19 @@ def test_same_as_stock_peft(trainer, method, tmp_path, caplog):
         return trainer(*args, CONFIGS[method]())
 
     the_same_with_the_callback(build, tmp_path, lambda: caplog.text)
+
+
+def test_auto_serves_the_reference_adapter_that_trl_adds(tmp_path):
+    """From a model that is adapted already DPO makes a second adapter, "ref", to measure against."""
+
+    def build(folder, model, words, callbacks):
+        return dpo(folder, get_peft_model(model, CONFIGS["lora"]()), words, callbacks, None)
+
+    losses, adapter, _ = run(build, tmp_path / "plain")
+    with auto(strict=True):
+        fused_losses, fused_adapter, model = run(build, tmp_path / "fused")
+    assert fused_losses == pytest.approx(losses, rel=1e-5) and "ref" in model.peft_config
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(fused_adapter[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    now = report(model)
+    assert now.counts["fused"] == ADAPTED and min(row.calls for row in now.rows) >= 2 * STEPS  # both adapters'
