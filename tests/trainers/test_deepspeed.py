@@ -14,7 +14,7 @@ import pytest
 import torch
 from processes import in_two_processes
 
-MISSING = [name for name in ("peft", "deepspeed", "datasets") if find_spec(name) is None]
+MISSING = [name for name in ("peft", "deepspeed", "datasets", "trl") if find_spec(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 
 STEPS, RATE = 6, 1e-2
@@ -31,6 +31,7 @@ CASES = {  # method, ZeRO's settings, what else happens
     "LoRA, accelerated while it trains": ("lora", PARTED, LATER),
     "LoRA, another adapter from step 4 on": ("lora", PARTED, "switched at step 4"),
     "DoRA, all partitioned": ("dora", PARTED, "checkpointed"),
+    "DoRA, generating between steps": ("dora", PARTED, "generating"),
     "DoRA, accelerated while it is prefetched": ("dora", PREFETCHED, LATER),
     "MiSS, all partitioned": ("miss", PARTED, ""),
     "bat, all partitioned": ("miss_bat", PARTED, ""),
@@ -83,6 +84,18 @@ def here(rank: int) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
+def generate(engine) -> float:
+    """As TRL does it for GRPO: everything gathered, and DeepSpeed's hooks taken off meanwhile."""
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(engine.module.parameters()):
+        remove_hooks(engine)
+        result = engine.module(torch.ones(3, 16)).square().mean().item()
+        add_hooks(engine)
+    return result
+
+
 def train(rank: int, method: str, zero: dict, extra: str, fused: bool):
     import deepspeed
 
@@ -107,6 +120,8 @@ def train(rank: int, method: str, zero: dict, extra: str, fused: bool):
             planned = spectral_ops.accelerate(engine.module, strict=True).counts
         if extra == f"switched at step {step}":
             model.set_adapter("other")
+        if extra == "generating":
+            losses.append(generate(engine))
         x, target = torch.randn(5, 16, generator=generator), torch.randn(5, 8, generator=generator)
         loss = (engine(x) - target).square().mean()
         engine.backward(loss)
@@ -147,7 +162,7 @@ def test_every_call_is_fused_and_training_agrees_with_peft(case, results):
         assert counts == {"fused": 2, "fused (base-agnostic)": 0, "PEFT": 0} and not fallbacks
         extra = CASES[case][2]
         served = STEPS - 4 if extra == LATER else STEPS
-        assert calls == 2 * ((2 if extra == "checkpointed" else 1) * served + 1)
+        assert calls == 2 * ((2 if extra in ("checkpointed", "generating") else 1) * served + 1)
         assert planned["PEFT"] == 0
 
 
