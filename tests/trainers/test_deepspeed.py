@@ -138,39 +138,6 @@ def train(rank: int, method: str, zero: dict, extra: str, fused: bool):
     return losses, planned, (report.counts, sum(row.calls for row in report.rows), report.grouped())
 
 
-def compare(rank: int) -> dict:
-    here(rank)
-    results = {}
-    for case, (method, zero, extra) in CASES.items():
-        expected, *_ = train(rank, method, zero, extra, False)
-        results[case] = (expected, *train(rank, method, zero, extra, True))
-    return results
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return in_two_processes(compare, tmp_path_factory.mktemp("deepspeed"))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_call_is_fused_and_training_agrees_with_peft(case, results):
-    for rank in results:
-        expected, losses, planned, (counts, calls, fallbacks) = rank[case]
-        *training, evaluated, restored = losses
-        assert training == pytest.approx(expected, rel=1e-5)
-        assert evaluated == pytest.approx(restored, rel=1e-5)
-        assert counts == {"fused": 2, "fused (base-agnostic)": 0, "PEFT": 0} and not fallbacks
-        extra = CASES[case][2]
-        served = STEPS - 4 if extra == LATER else STEPS
-        assert calls == 2 * ((2 if extra in ("checkpointed", "generating") else 1) * served + 1)
-        assert planned["PEFT"] == 0
-
-
-def test_a_partitioned_layer_is_undecided_before_its_call(results):
-    planned = results[0]["DoRA, accelerated while it is prefetched"][2]
-    assert planned["decided at the first call"] == 2
-
-
 ZERO_3 = {  # as transformers recommends it: the threshold follows from the model's size
     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
     "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
@@ -181,8 +148,7 @@ ZERO_3 = {  # as transformers recommends it: the threshold follows from the mode
 }  # fmt: skip
 
 
-def with_trainer(rank: int, folder):
-    here(rank)
+def with_trainer(folder) -> tuple:
     import peft
     from tiny import language_model, tokenizer
     from training import CONFIGS, arguments, texts
@@ -208,14 +174,53 @@ def with_trainer(rank: int, folder):
     return losses("plain"), losses("fused", callback), callback.report.counts
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_through_transformers_trainer(tmp_path):
+def compare(rank: int, folder) -> tuple:
+    """All of it in one pair of processes: starting them takes longer than any case."""
+    here(rank)
+    results = {}
+    for case, (method, zero, extra) in CASES.items():
+        expected, *_ = train(rank, method, zero, extra, False)
+        results[case] = (expected, *train(rank, method, zero, extra, True))
+    return results, with_trainer(folder)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    return in_two_processes(compare, folder, folder), folder
+
+
+@pytest.fixture(scope="module")
+def results(both):
+    return [results for results, _ in both[0]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_call_is_fused_and_training_agrees_with_peft(case, results):
+    for rank in results:
+        expected, losses, planned, (counts, calls, fallbacks) = rank[case]
+        *training, evaluated, restored = losses
+        assert training == pytest.approx(expected, rel=1e-5)
+        assert evaluated == pytest.approx(restored, rel=1e-5)
+        assert counts == {"fused": 2, "fused (base-agnostic)": 0, "PEFT": 0} and not fallbacks
+        extra = CASES[case][2]
+        served = STEPS - 4 if extra == LATER else STEPS
+        assert calls == 2 * ((2 if extra in ("checkpointed", "generating") else 1) * served + 1)
+        assert planned["PEFT"] == 0
+
+
+def test_a_partitioned_layer_is_undecided_before_its_call(results):
+    planned = results[0]["DoRA, accelerated while it is prefetched"][2]
+    assert planned["decided at the first call"] == 2
+
+
+def test_through_transformers_trainer(both):
     from safetensors.torch import load_file
 
-    expected, losses, counts = in_two_processes(with_trainer, tmp_path, tmp_path)[0]
+    ((_, (expected, losses, counts)), _), folder = both
     assert len(expected) == 3 and losses == pytest.approx(expected, rel=1e-5)
     assert counts == {"fused": 14, "fused (base-agnostic)": 0, "PEFT": 0}
-    plain, fused = (load_file(tmp_path / where / "adapter_model.safetensors") for where in ("plain", "fused"))
+    plain, fused = (load_file(folder / where / "adapter_model.safetensors") for where in ("plain", "fused"))
     assert plain.keys() == fused.keys() and len(plain) == 42
     for name, tensor in plain.items():
         torch.testing.assert_close(fused[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
