@@ -18,8 +18,9 @@ from torch import nn
 from spectral_ops.adapters.tree import adapter_layers
 from spectral_ops.integrations.peft import NARROW, ORIGINALS, REPLACEMENTS, service
 from spectral_ops.integrations.peft_adalora import FusedAdaLoraModel
+from spectral_ops.integrations.peft_hooks import own, replaced
 from spectral_ops.integrations.peft_miss import Bat
-from spectral_ops.integrations.peft_plan import Facts, Unfit, Unsettled, own, replaced, variant_name
+from spectral_ops.integrations.peft_plan import Facts, Unfit, Unsettled, variant_name
 from spectral_ops.integrations.peft_report import FUSED, PEFT, UNDECIDED, LayerState, Report, Row
 from spectral_ops.integrations.peft_siblings import notes as shared_notes
 

@@ -8,7 +8,6 @@ where reading it all anew costs ten. A submodule that is more than its class's f
 from __future__ import annotations
 
 import sys
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, inert, keep, unit, unit_weight
+from spectral_ops.integrations.peft_hooks import hooked, inert, keeps_device
+from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, keep, unit, unit_weight
 from spectral_ops.integrations.peft_tensor_parallel import Split, split_of, styled
 
 PLAIN = (torch.Tensor, nn.Parameter, FakeTensor)  # a fake one stands for a plain one while shapes are traced
@@ -192,39 +192,6 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _has_any_global_hook()
-    )
-
-
-def own(module: nn.Module, method: Any) -> bool:
-    """Whether a value is nothing but the forward of the module's class, bound: the accelerate library leaves one."""
-    return type(method) is MethodType and method.__self__ is module and method.__func__ is type(module).forward
-
-
-def replaced(module: nn.Module) -> bool:
-    """Whether somebody put another forward on the instance (device_map offload does)."""
-    return "forward" in module.__dict__ and not own(module, module.__dict__["forward"])
-
-
-def keeps_device(module: nn.Module) -> bool:
-    """Whether the forward on the instance is ms-swift's, which moves x to the weight's device and calls the class's."""
-    wrapper = module.__dict__["forward"]
-    return (
-        "weight" in module._parameters
-        and type(wrapper) is MethodType
-        and wrapper.__self__ is module
-        and (wrapper.__func__.__module__, wrapper.__func__.__name__) == ("swift.tuners.peft", "keep_device_forward")
-        and own(module, module.__dict__.get("forward_origin"))
-    )
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: hooks, or a replaced one."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or (replaced(module) and not keeps_device(module))
     )
 
 

@@ -1,55 +1,17 @@
-"""Weights that somebody else keeps: DeepSpeed's ZeRO-3, FSDP1, accelerate's device_map.
+"""Weights that somebody else keeps in shards, DeepSpeed's ZeRO-3 and FSDP1, made whole for a call.
 
-Each of them puts a hook where a module is called, to make its weights whole or to bring its input to them. The fused
-path calls no submodule. So it must know what such a hook would have done, and that reading the weight does the same.
+Each of them gathers a weight where its own module is called, and the fused path calls no submodule. So the weight is
+gathered here in their way, or the call is left to PEFT.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
-from types import MethodType
 
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import nn
 
-ZERO3 = ("deepspeed.runtime.zero.parameter_offload", "deepspeed.utils.nvtx")  # where ZeRO-3's hooks are from
-
-
-def inert(module: nn.Module) -> bool:
-    """Whether a module's hooks would do nothing in this call that reading its parameters does not."""
-    if module._backward_hooks or module._backward_pre_hooks:
-        return False
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        if any(getattr(hook, "__module__", None) not in ZERO3 for hook in hooks.values()):
-            return False
-    forward = module.__dict__.get("forward")
-    return forward is None or plain(module, forward) or aligned(module, forward)
-
-
-def plain(module: nn.Module, method) -> bool:
-    """Whether a bound method is the forward of the module's class."""
-    return type(method) is MethodType and method.__self__ is module and method.__func__ is type(module).forward
-
-
-def aligned(module: nn.Module, forward) -> bool:
-    """Whether a replaced forward is accelerate's, and only brings the input to where the weight is."""
-    hook, weight = module.__dict__.get("_hf_hook"), module._parameters.get("weight")
-    if weight is None or not isinstance(forward, functools.partial) or forward.func.__module__ != ModelHook.__module__:
-        return False
-    hooks = hook.hooks if type(hook) is SequentialHook else [hook]
-    return plain(module, module.__dict__.get("_old_forward")) and all(stays(h, weight.device) for h in hooks)
-
-
-def stays(hook: ModelHook, device: torch.device) -> bool:
-    """Whether a hook leaves an input on this device as it is, and offloads nothing."""
-    if type(hook) is not AlignDevicesHook or hook.offload or hook.no_grad:
-        return False
-    if hook.execution_device is None:
-        return True
-    to = torch.device(hook.execution_device)
-    return to.type == device.type and to.index in (None, device.index)
+OFFLOAD = "deepspeed.runtime.zero.parameter_offload"
 
 
 def fetch(module: nn.Module, p: torch.Tensor) -> str | None:
@@ -58,7 +20,7 @@ def fetch(module: nn.Module, p: torch.Tensor) -> str | None:
         if p.ds_status.name == "NOT_AVAILABLE":
             p.all_gather()
         elif p.ds_status.name == "INFLIGHT":  # prefetched by the order of calls that DeepSpeed recorded earlier
-            for root in sys.modules[ZERO3[0]].FWD_MODULE_STACK:
+            for root in sys.modules[OFFLOAD].FWD_MODULE_STACK:
                 if p in getattr(root, "ds_inflight_param_registry", ()):
                     root.ds_inflight_param_registry.pop(p).wait()
     return None if p.ds_status.name == "AVAILABLE" else "partitioned by ZeRO-3"
