@@ -5,6 +5,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 os.environ.pop("SPECTRAL_OPS_BACKEND", None)  # a forced backend would hide the ones under test
+os.environ.pop("SPECTRAL_OPS_ACCELERATE", None)  # stock PEFT would be accelerated too
 os.environ["SPECTRAL_OPS_TUNED"] = ""  # the defaults are tested, whatever was measured on this machine
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses deterministic mode
 
