@@ -23,6 +23,7 @@ from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from spectral_ops.core.autograd import autocast_arguments
 from spectral_ops.functional import bat, blocksum, column_norm, dora, lowrank
@@ -145,6 +146,8 @@ def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone]
 def run_split(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRank] | list[Bone]) -> torch.Tensor:
     """Over a tensor-parallel base layer, on this process's shards."""
     out = base.layer(x)
+    if isinstance(out, DTensor) or out.shape[:-1] != x.shape[:-1]:  # tokens in parts, too
+        out = None
     for a in adapters:
         if out is not None and type(a) is Bone:
             out = tensor_parallel.bone_over(out, x, a.D, base.split, layer.miss_fn == "mini")

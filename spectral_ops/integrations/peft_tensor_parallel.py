@@ -115,20 +115,20 @@ def low_rank_over(out, x, A, B, scale, split: Split) -> torch.Tensor | None:
 
 def bone_over(out, x, D, split: Split, mini: bool) -> torch.Tensor | None:
     """out + (block sums of x) D on this process's shards, D [r, d] or, for mini, [r, q] over and over; or None."""
-    (columns, rows), width, start = cut(split, x, out), out.shape[-1], 0
-    h = block_sum(x, D.shape[0])
-    if rows:  # the first feature here belongs to another block than the first of all
-        h = Summed.apply(h.roll(split.start % D.shape[0], -1), split.group)
-    elif columns:
-        h, start = GradientSummed.apply(h, split.group), split.start
-        if mini or D.shape[1] != width:  # one block on every process
-            D = GradientSummed.apply(D, split.group)
-        else:
-            start = 0
-    if D.shape[1] != (width if not mini else D.shape[1]) and D.shape[1] != split.whole:
+    (columns, rows), (r, q), width = cut(split, x, out), D.shape, out.shape[-1]
+    parted = columns and not mini and q == width  # D holds this process's columns alone
+    if not (mini or q == width or (columns and q == split.whole)):
         return None
-    if D.shape[1] != width:
-        D = D[:, torch.arange(start, start + width, device=D.device) % D.shape[1]]
+    h = block_sum(x, r)
+    if rows:  # the first feature here belongs to another block than the first of all
+        h = Summed.apply(h.roll(split.start % r, -1), split.group)
+    elif columns:
+        h = GradientSummed.apply(h, split.group)
+    if columns and not parted:
+        D = GradientSummed.apply(D, split.group)
+    if q != width:
+        start = split.start if columns else 0
+        D = D[:, torch.arange(start, start + width, device=D.device) % q]
     return spread(out, h, D.t(), 1.0)
 
 
