@@ -161,6 +161,7 @@ def cases(rank: int, folder: str):
     return torch_cases(rank), llama_cases(rank, folder)
 
 
+@pytest.mark.slow
 def test_fused_on_the_shards_in_the_numbers_of_one_process(tmp_path):
     folder = save_model(tmp_path / "model")
     for of_torch, of_llama in in_two_processes(cases, tmp_path, str(folder)):
