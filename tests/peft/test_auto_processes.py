@@ -58,11 +58,13 @@ def run(folder: Path, *command: str, **variables: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_variable_waits_for_peft(tmp_path):
     (tmp_path / "train.py").write_text(f"{LAZILY}\nprint('done')")
     assert run(tmp_path, "train.py", SPECTRAL_OPS_ACCELERATE="1") == "done\n"
 
 
+@pytest.mark.slow
 def test_run_under_a_launcher(tmp_path):
     """The script never names spectral_ops."""
     (tmp_path / "sub").mkdir()

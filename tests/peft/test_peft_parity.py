@@ -471,6 +471,7 @@ COMPILE = """
 """
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     script = textwrap.dedent(COMPILE.format(tests=Path(__file__).parents[1] / "support", exact=EXACT))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
@@ -514,6 +515,7 @@ GRAPHS = """
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_gets_no_more_of_a_lora_layer_than_of_peft_s():
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(GRAPHS)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("compiled\n"), done.stdout + done.stderr
