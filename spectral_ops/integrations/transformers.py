@@ -30,7 +30,8 @@ def say(line: str) -> None:
 class SpectralOpsCallback(TrainerCallback):
     """Accelerates the trainer's model, and says after the first optimizer step what really ran.
 
-    It acts at the end of the trainer's ``__init__``, and again when training begins, for adapters that came between.
+    It acts at the end of the trainer's ``__init__``, and again when training begins, for adapters that came between
+    and for a model that ``model_init`` has made anew.
     The line after the first step says how many layers ran fused, and for the rest how many and why. It is a warning
     where no layer ran fused, or some layers were never called.
 
@@ -49,18 +50,22 @@ class SpectralOpsCallback(TrainerCallback):
         self.report = None
         self.told = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or pickle has not seen a model: the report belongs to this one's."""
+        return {**vars(self), "report": None, "told": False}
+
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         if model is not None and integrations.adapted(model):
             self.report = integrations.accelerate(model, **self.options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        if self.report is not None and not self.report.newcomers():
-            return
-        try:
+        self.told = False  # train() may come again, for another model too
+        try:  # always: the trainer may have made the model anew (model_init), or adapters may have come
             self.report = integrations.accelerate(model, **self.options)
         except ValueError as nothing:  # it has no layer of PEFT's: the message says what it is
             if self.strict:
                 raise
+            self.report = None
             logger.warning("nothing was accelerated: %s", nothing)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,6 +1,8 @@
 """transformers' Trainer with SpectralOpsCallback: PEFT's numbers, a line after the first step, what strict refuses."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -201,3 +203,26 @@ def test_a_model_that_is_accelerated_already(tmp_path):
     running = trainer(tmp_path, model, tokenizer(), [callback])
     running.train()
     assert callback.report.counts["fused"] == ADAPTED and isinstance(running.model, PeftModel)
+
+
+def test_the_model_that_model_init_makes_is_the_one_that_trains(tmp_path, capsys):
+    """With model_init train() makes the model anew, after on_init_end."""
+    callback = SpectralOpsCallback(strict=True)
+    running = Trainer(
+        model_init=lambda: get_peft_model(language_model(), CONFIGS["lora"]()),
+        args=arguments(TrainingArguments, tmp_path), callbacks=[callback],
+        train_dataset=texts().map(lambda row: tokenizer()(row["text"]), remove_columns=["text"]),
+        data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm=False),
+    )  # fmt: skip
+    for _ in range(2):
+        running.train()
+        assert report(running.model).counts["fused"] == ADAPTED
+        assert min(row.calls for row in callback.report.rows) == STEPS
+    assert capsys.readouterr().err.count(f"spectral_ops: {ADAPTED} layers fused") == 2
+
+
+def test_it_can_be_copied_and_pickled_after_training(tmp_path):
+    callback = SpectralOpsCallback(strict=True, exact=True)
+    ready(callback, tmp_path, CONFIGS["lora"]()).train()
+    for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert other.options == callback.options and other.report is None and callback.report is not None
