@@ -142,6 +142,38 @@ def torch_cases(rank: int):
     return found
 
 
+def refusals(rank: int) -> dict[str, tuple[str, list]]:
+    """What is left to PEFT, and why; PEFT refuses some of it itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    import spectral_ops
+
+    mesh = init_device_mesh("cpu", (2,))
+    local = ColwiseParallel(), RowwiseParallel()
+    sequence = ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel(output_layouts=Shard(1))
+    settings = {
+        "tokens in parts": (sequence, {}),
+        "DTensors given out": ((ColwiseParallel(use_local_output=False), RowwiseParallel()), {}),
+        "dropout": (local, {"lora_dropout": 0.5}),
+        "DoRA": (local, {"use_dora": True}),
+        "lora_bias": (local, {"lora_bias": True}),
+    }
+    found = {}
+    for name, ((column, row), more) in settings.items():
+        model = peft.get_peft_model(net(), peft.LoraConfig(r=4, target_modules=["0", "2"], **more))
+        parallelize_module(model, mesh, {f"base_model.model.{n}.base_layer": s for n, s in (("0", column), ("2", row))})
+        spectral_ops.accelerate(model)
+        try:
+            model(X)
+            outcome = "served"
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # whichever PEFT raises
+            outcome = type(error).__name__
+        found[name] = outcome, [reason for reason, _, _ in spectral_ops.report(model).grouped()]
+    return found
+
+
 def llama_cases(rank: int, folder: str):
     from transformers import AutoModelForCausalLM
 
@@ -158,13 +190,14 @@ def llama_cases(rank: int, folder: str):
 
 def cases(rank: int, folder: str):
     torch.manual_seed(0)
-    return torch_cases(rank), llama_cases(rank, folder)
+    return torch_cases(rank), llama_cases(rank, folder), refusals(rank)
 
 
 @pytest.mark.slow
 def test_fused_on_the_shards_in_the_numbers_of_one_process(tmp_path):
     folder = save_model(tmp_path / "model")
-    for of_torch, of_llama in in_two_processes(cases, tmp_path, str(folder)):
+    sizes = "an adapter's sizes are not those of the tensor-parallel base layer's shards"
+    for of_torch, of_llama, refused in in_two_processes(cases, tmp_path, str(folder)):
         for name, (difference, counts, fallbacks) in of_torch.items():
             assert not difference and not fallbacks, (name, difference, fallbacks)
             assert counts["before"]["decided at the first call"] == 2 == counts["after"]["fused (base-agnostic)"], name
@@ -172,3 +205,6 @@ def test_fused_on_the_shards_in_the_numbers_of_one_process(tmp_path):
             assert not difference and not fallbacks, (name, difference, fallbacks)
             assert counts["after"]["fused (base-agnostic)"] == 2 * len(TARGETS), (name, counts)
         assert len(of_torch) == 9 and len(of_llama) == 3
+        for name, (_, reasons) in refused.items():
+            in_parts = name in ("tokens in parts", "DTensors given out")
+            assert reasons[0] == (sizes if in_parts else f"{name} over a tensor-parallel base layer"), (name, reasons)

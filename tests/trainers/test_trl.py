@@ -24,6 +24,7 @@ from training import (  # noqa: E402
 from transformers import LlamaForSequenceClassification  # noqa: E402
 
 from spectral_ops import auto, report  # noqa: E402
+from spectral_ops.integrations.transformers import SpectralOpsCallback  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,15 +107,17 @@ def test_same_as_stock_peft(trainer, method, tmp_path, caplog):
     the_same_with_the_callback(build, tmp_path, lambda: caplog.text)
 
 
-def test_auto_serves_the_reference_adapter_that_trl_adds(tmp_path):
+@pytest.mark.parametrize("way", ["auto", "callback"])
+def test_the_reference_adapter_that_trl_adds_is_served(way, tmp_path):
     """From a model that is adapted already DPO makes a second adapter, "ref", to measure against."""
 
     def build(folder, model, words, callbacks):
         return dpo(folder, get_peft_model(model, CONFIGS["lora"]()), words, callbacks, None)
 
     losses, adapter, _ = run(build, tmp_path / "plain")
-    with auto(strict=True):
-        fused_losses, fused_adapter, model = run(build, tmp_path / "fused")
+    with auto(way == "auto", strict=True):
+        callbacks = [SpectralOpsCallback(strict=True)] if way == "callback" else []
+        fused_losses, fused_adapter, model = run(build, tmp_path / "fused", *callbacks)
     assert fused_losses == pytest.approx(losses, rel=1e-5) and "ref" in model.peft_config
     for name, tensor in adapter.items():
         torch.testing.assert_close(fused_adapter[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
