@@ -114,6 +114,8 @@ def one_case(rank: int, method: str, build, call, targets, parallel, first: bool
     report = spectral_ops.accelerate(model, strict=True)
     before = report.counts
     difference = close(expected, results(model, call, rank, whole), rank)
+    operators = {row.operators for row in report.rows}
+    assert operators == {"lowrank_update" if method == "lora" else "block_sum, lowrank_update"}, operators
     return difference, {"before": before, "after": report.counts}, report.grouped()
 
 
