@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,8 +12,10 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft_tiny as tiny  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from peft import get_peft_model  # noqa: E402  (imported before auto(), as trainers do)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: E402
+from transformers.integrations.peft import MIN_PEFT_VERSION  # noqa: E402
 
 import spectral_ops  # noqa: E402
 from spectral_ops.integrations.auto import from_environment  # noqa: E402
@@ -100,8 +101,8 @@ WAYS = [value for name, value in list(globals().items()) if name.startswith("by_
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_every_way_that_builds_a_model(way, tmp_path):
-    if "transformers" in way.__name__ and find_spec("peft.utils.transformers_weight_conversion") is None:
-        pytest.skip("transformers 5 imports what this PEFT does not have")
+    if "transformers" in way.__name__ and Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers wants PEFT ≥ {MIN_PEFT_VERSION}, and this is {peft.__version__}")
     torch.manual_seed(1)
     plain = way(tmp_path)
     assert not any(fused(plain))

@@ -194,17 +194,16 @@ def test_torchao(form, dtype, settings):
     bases = [quantised(form, dtype, bias=dtype is torch.float32) for _ in range(2)]
     if "use_dora" in settings and type(bases[0].second.weight).__name__ == "LinearActivationQuantizedTensor":
         pytest.skip("torchao before 0.18 cannot dequantise a weight whose activations it quantises, as DoRA must")
-    whole = sum(type(layer.weight) is nn.Parameter for layer in bases[0].children())  # by torchao 0.17: few features
-    assert whole < 2
     plain, ours = (adapted(base, **settings) for base in bases)
     report = accelerate(ours, strict=True)
-    assert report.counts == {"fused": whole, "fused (base-agnostic)": 2 - whole, "PEFT": 0}
+    assert report.counts == {"fused": 0, "fused (base-agnostic)": 2, "PEFT": 0}
     x = inputs(2, 5, 32, dtype=dtype)
     expected, got = results(plain, x), results(ours, x)
     if dtype is torch.float32 and form != "int8_dynamic":
         assert worst(expected, got) < EXACT
     else:  # x is rounded too, to bfloat16 or int8: a difference in the last place may become one of a step
-        assert max(errors(expected, got).values()) < 4 * 2.0**-8
+        off = errors(expected, got)  # AdaLoRA's ranknum, which PEFT trains here, is one number in which much cancels
+        assert max(e / (4.0 if "ranknum" in name else 1.0) for name, e in off.items()) < 4 * 2.0**-8
     assert worst(got, results(ours, x)) == 0.0  # again, the same
     assert not report.fallbacks()
 
