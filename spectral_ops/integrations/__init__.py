@@ -77,6 +77,11 @@ def adapted(model: torch.nn.Module) -> bool:
     return bool(_peft().tuner_layers(model))
 
 
+def options_of(model: torch.nn.Module) -> dict[str, bool]:
+    """The options that the model's layers were accelerated with; empty where none is."""
+    return _peft().options_of(model)
+
+
 def _peft():
     try:
         from spectral_ops.integrations import peft_accelerate

@@ -142,7 +142,8 @@ def take(tuner: Any, options: dict[str, Any]) -> None:
         logger.warning("auto: nothing is accelerated: %s", error)
         return
     kind = type(tuner).__name__
-    report = integrations.accelerate(tuner, **options)
+    # what somebody chose for this model goes before what holds for all
+    report = integrations.accelerate(tuner, **options | integrations.options_of(tuner))
     logger.info("auto: %s in %s: %s", kind, type(tuner.model).__name__, report.headline())
 
 

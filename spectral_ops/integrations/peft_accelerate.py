@@ -87,6 +87,13 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+def options_of(model: nn.Module) -> dict[str, bool]:
+    """See :func:`spectral_ops.integrations.options_of`."""
+    state = next((layer._spectral_ops for layer in model.modules() if type(layer) in ORIGINALS), None)
+    names = () if state is None else ("strict", "recompute", "exact", "siblings")
+    return {name: getattr(state, name) for name in names}
+
+
 def check_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {model!r} ({type(model).__name__}), wanted a PEFT model (a torch.nn.Module)")

@@ -136,6 +136,15 @@ def test_switching_nests_and_is_undone_exactly():
         spectral_ops.auto(tiny.llama())
 
 
+def test_a_model_s_own_options_stay():
+    model = tiny.adapted("lora")
+    spectral_ops.accelerate(model, recompute=True, exact=True, siblings=False)
+    with spectral_ops.auto():
+        model.add_adapter("other", tiny.config("lora", target_modules=["q_proj"]))
+    states = [m._spectral_ops for m in model.modules() if type(m) in ORIGINALS]
+    assert {(s.strict, s.recompute, s.exact, s.siblings) for s in states} == {(False, True, True, False)}
+
+
 def test_strict_refuses_in_the_call_that_builds():
     config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
