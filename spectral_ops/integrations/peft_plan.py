@@ -131,7 +131,7 @@ class Facts:
         return getattr(layer, key)
 
     def version(self, t: torch.Tensor) -> None:
-        if t.is_inference():
+        if torch.compiler.is_compiling() or t.is_inference():  # a graph keeps no plan
             self.lasting = False
         else:
             self.versions.append((t, t._version, t.requires_grad))

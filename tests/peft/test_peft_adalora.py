@@ -391,3 +391,10 @@ def test_sharded_parameters_are_pruned_alike_on_all_ranks(kind, tmp_path):
     assert results[0][1] == results[1][1] == pattern and sum(map(sum, pattern.values())) == 4
     for got, _ in results:
         assert got == pytest.approx(losses, rel=1e-4)
+
+
+def test_compiles_without_a_graph_break():
+    plain, ours, _ = pair()
+    compiled = torch.compile(ours.base_model.model, backend="aot_eager", fullgraph=True)
+    x = tiny.tokens()
+    torch.testing.assert_close(compiled(x).logits, plain(x).logits, rtol=1e-4, atol=1e-5)
