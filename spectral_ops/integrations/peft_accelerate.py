@@ -236,7 +236,7 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
 
 def report_on(model: nn.Module, layers: dict[str, BaseTunerLayer], rows: list[Row]) -> Report:
     """The report over layers that have been swapped. It holds their states, not the layers."""
-    states = [layer._spectral_ops for layer in layers.values() if kind(layer) in ORIGINALS]
+    states = {name: layer._spectral_ops for name, layer in layers.items() if kind(layer) in ORIGINALS}
     adalora = sum(type(tuner) is FusedAdaLoraModel for tuner in model.modules())
     notes = ["AdaLoRA's update_and_allocate and regulariser: fused, one operator for all layers"] * adalora
     reference, known = weakref.ref(model), set(layers)
@@ -246,4 +246,4 @@ def report_on(model: nn.Module, layers: dict[str, BaseTunerLayer], rows: list[Ro
         now = {} if alive is None else tuner_layers(alive)
         return [name for name, layer in now.items() if kind(layer) in REPLACEMENTS and name not in known]
 
-    return Report(rows, states, newcomers, notes, lambda: shared_notes(states))
+    return Report(rows, states, newcomers, notes, lambda: shared_notes(states.values()))

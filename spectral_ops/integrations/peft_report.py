@@ -33,12 +33,12 @@ class LayerState:
         self.alone()
         self.count_anew()
         self.norms: dict[str, NormCache] = {}  # adapter name -> DoRA's column norm
-        self.plan: tuple | None = None  # what the last call computed with, and the facts under which the next may
         self.key = LayerState.next_key
         LayerState.next_key += 1
         LayerState.by_key[self.key] = self
 
     def count_anew(self) -> None:
+        self.plan: tuple | None = None  # what the last call computed with, and the facts under which the next may
         self.calls = 0  # served by the fused operators
         self.idle = 0  # served by the base layer alone: no adapter was active
         self.reasons: dict[str, int] = {}  # why PEFT's forward ran -> how many calls
@@ -154,10 +154,14 @@ class Report:
     """
 
     planned: list[Row]
-    states: list[LayerState] = field(repr=False, default_factory=list)
+    named: dict[str, LayerState] = field(repr=False, default_factory=dict)  # a state's own name may change
     newcomers: Callable[[], list[str]] = field(repr=False, default=list)
     notes: list[str] = field(default_factory=list)  # what was taken over besides layers
     shared: Callable[[], list[str]] = field(repr=False, default=list)  # the projections formed once, so far
+
+    @property
+    def states(self) -> list[LayerState]:
+        return list(self.named.values())
 
     @property
     def called(self) -> bool:
@@ -167,7 +171,7 @@ class Report:
     @property
     def rows(self) -> list[Row]:
         """A row per adapter layer, in the model's order."""
-        states, called = {s.name: s for s in self.states}, self.called
+        states, called = self.named, self.called
         return [observed(row, states[row.name], called) if row.name in states else row for row in self.planned]
 
     @property
@@ -182,7 +186,7 @@ class Report:
 
         Layers that PEFT added after accelerate are listed too, with 0 calls. A compiled model counts once per trace.
         """
-        seen = [Fallback(s.name, reason, calls) for s in self.states for reason, calls in s.reasons.items()]
+        seen = [Fallback(name, reason, n) for name, s in self.named.items() for reason, n in s.reasons.items()]
         return seen + [Fallback(name, "added after accelerate: call it again", 0) for name in self.newcomers()]
 
     def grouped(self) -> list[tuple[str, list[str], int]]:

@@ -279,3 +279,35 @@ def test_a_copy_of_a_hooked_layer_is_its_own():
 
 def test_the_public_name():
     assert spectral_ops.report is report and "report" in spectral_ops.__all__
+
+
+def test_counting_anew_while_a_plan_lasts():
+    model = adapted("lora")
+    accelerate(model)
+    model(tokens())  # an evaluation before training
+    again = accelerate(model)
+    model(tokens())
+    assert {(row.path, row.operators, row.calls) for row in again.rows} == {(FUSED, "lowrank_linear", 1)}
+
+
+def test_a_report_is_live_whatever_another_calls_its_layers():
+    model = adapted("lora")
+    mine = accelerate(model)
+    hook_a(model, "q_proj")
+    wrapped = report(nn.Sequential(model))
+    model(tokens())
+    hooked = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert {row.calls for row in mine.rows if row.name != hooked} == {1}
+    assert [f.name for f in mine.fallbacks()] == [hooked] and [f.name for f in wrapped.fallbacks()] == ["0." + hooked]
+    assert [row.path for row in mine.rows] == [row.path for row in wrapped.rows]
+
+
+def test_a_bound_forward_outlives_restore_in_a_graph():
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), LoraConfig(r=2, target_modules=["0"]))
+    layer, x = model.base_model.model[0], torch.randn(3, 6)
+    accelerate(model)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)
+    restore(model)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), lora.Linear.forward(layer, x))
