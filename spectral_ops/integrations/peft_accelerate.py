@@ -80,6 +80,7 @@ def restore(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if kind(layer) in ORIGINALS:
             swap(layer, ORIGINALS[kind(layer)])
+            layer._spectral_ops.forget()
             del layer._spectral_ops
         if type(layer) is FusedAdaLoraModel:
             layer.give_back()
@@ -237,6 +238,8 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
 def report_on(model: nn.Module, layers: dict[str, BaseTunerLayer], rows: list[Row]) -> Report:
     """The report over layers that have been swapped. It holds their states, not the layers."""
     states = {name: layer._spectral_ops for name, layer in layers.items() if kind(layer) in ORIGINALS}
+    for name, state in states.items():
+        state.outlive(layers[name])
     adalora = sum(type(tuner) is FusedAdaLoraModel for tuner in model.modules())
     notes = ["AdaLoRA's update_and_allocate and regulariser: fused, one operator for all layers"] * adalora
     reference, known = weakref.ref(model), set(layers)

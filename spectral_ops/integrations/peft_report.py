@@ -58,6 +58,10 @@ class LayerState:
         self.chain: list | None = None  # who got the same x after this layer, when it was last called
         self.watched = 0
 
+    def outlive(self, layer: torch.nn.Module) -> None:
+        """A report keeps this state, but not the weights of a plan whose layer is gone."""
+        self.layer = weakref.ref(layer, lambda _: self.forget())
+
     def forget(self) -> None:
         """Start anew: the weights may have changed without a trace."""
         self.norms.clear()

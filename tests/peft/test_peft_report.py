@@ -2,7 +2,9 @@
 
 import copy
 import functools
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -311,3 +313,16 @@ def test_a_bound_forward_outlives_restore_in_a_graph():
     restore(model)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), lora.Linear.forward(layer, x))
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_report_keeps_no_weights(restored):
+    model = adapted("dora")
+    rows = accelerate(model)
+    model(tokens())
+    weight = weakref.ref(layers(model)[0].base_layer.weight)
+    if restored:
+        restore(model)
+    del model
+    gc.collect()
+    assert weight() is None and {row.calls for row in rows.rows} == {1}
