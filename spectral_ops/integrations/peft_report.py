@@ -14,6 +14,7 @@ from spectral_ops.functional import NormCache
 
 FUSED, BASE_AGNOSTIC, PEFT = "fused", "fused (base-agnostic)", "PEFT"
 UNDECIDED, NEVER = "decided at the first call", "never called"
+IDLE = "no adapter was active in its calls: the base layer alone"
 
 logger = logging.getLogger("spectral_ops")
 told = False  # whether this process has said that a call fell back
@@ -142,7 +143,7 @@ def observed(row: Row, state: LayerState, called: bool) -> Row:
         reason = max(state.reasons, key=state.reasons.__getitem__)
         row = replace(row, path=PEFT, operators="", reason=reason)
     elif state.idle:
-        row = replace(row, reason="no adapter was active in its calls: the base layer alone")
+        row = replace(row, reason=IDLE)
     elif traces > state.traces:
         row = replace(row, reason="no call outside torch.compile's graphs, whose calls are not counted")
     elif called:
@@ -220,7 +221,7 @@ class Report:
         """A line for each reason why a layer, or some of its calls, did not run fused."""
         paths: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
-            if row.path not in (FUSED, BASE_AGNOSTIC):
+            if row.path not in (FUSED, BASE_AGNOSTIC) or row.reason == IDLE:
                 paths.setdefault((row.path, row.reason), []).append(row.name)
         lines = [f"{path}: {len(names)} layers ({shorten(names)}): {reason}" for (path, reason), names in paths.items()]
         for reason, names, calls in self.grouped():

@@ -326,3 +326,14 @@ def test_a_report_keeps_no_weights(restored):
     del model
     gc.collect()
     assert weight() is None and {row.calls for row in rows.rows} == {1}
+
+
+def test_layers_whose_adapters_were_off_are_remarked_on():
+    model = adapted("lora")
+    now = accelerate(model)
+    with model.disable_adapter():
+        model(tokens())
+    (line,) = now.remarks()
+    assert line.startswith("fused: 14 layers") and "no adapter was active" in line
+    model(tokens())
+    assert not now.remarks()
