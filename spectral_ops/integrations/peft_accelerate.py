@@ -90,7 +90,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 def options_of(model: nn.Module) -> dict[str, bool]:
     """See :func:`spectral_ops.integrations.options_of`."""
-    state = next((layer._spectral_ops for layer in model.modules() if type(layer) in ORIGINALS), None)
+    state = next((layer._spectral_ops for layer in model.modules() if kind(layer) in ORIGINALS), None)
     names = () if state is None else ("strict", "recompute", "exact", "siblings")
     return {name: getattr(state, name) for name in names}
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from spectral_ops import integrations
-from spectral_ops.integrations.peft_report import BASE_AGNOSTIC, FUSED, NEVER, PEFT
+from spectral_ops.integrations.peft_report import BASE_AGNOSTIC, FUSED, NEVER, PEFT, Report
 
 logger = logging.getLogger("spectral_ops")
 
@@ -38,15 +38,24 @@ class SpectralOpsCallback(TrainerCallback):
     Args:
         strict: raise a RuntimeError where a layer would be left to PEFT, where a call would fall back, where the model
             has no adapter, and after the first step where a layer was never called.
-        recompute, exact, siblings: as for :func:`spectral_ops.accelerate`.
+        recompute, exact, siblings: as for :func:`spectral_ops.accelerate`. One that is not given stays what it is in a
+            model that is accelerated already.
 
     Attributes:
         report: the :class:`~spectral_ops.integrations.peft_report.Report`, live; None before the model was seen.
     """
 
-    def __init__(self, strict: bool = False, *, recompute: bool = False, exact: bool = False, siblings: bool = True):
+    def __init__(
+        self,
+        strict: bool = False,
+        *,
+        recompute: bool | None = None,
+        exact: bool | None = None,
+        siblings: bool | None = None,
+    ):
         self.strict = strict
-        self.options = {"strict": strict, "recompute": recompute, "exact": exact, "siblings": siblings}
+        given = {"recompute": recompute, "exact": exact, "siblings": siblings}
+        self.options = {name: value for name, value in given.items() if value is not None}
         self.report = None
         self.told = False
 
@@ -56,12 +65,15 @@ class SpectralOpsCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         if model is not None and integrations.adapted(model):
-            self.report = integrations.accelerate(model, **self.options)
+            self.report = self.accelerated(model)
+
+    def accelerated(self, model: nn.Module) -> Report:
+        return integrations.accelerate(model, **integrations.options_of(model) | self.options | {"strict": self.strict})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         self.told = False  # train() may come again, for another model too
         try:  # always: the trainer may have made the model anew (model_init), or adapters may have come
-            self.report = integrations.accelerate(model, **self.options)
+            self.report = self.accelerated(model)
         except ValueError as nothing:  # it has no layer of PEFT's: the message says what it is
             if self.strict:
                 raise

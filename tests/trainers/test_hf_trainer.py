@@ -199,9 +199,11 @@ def test_without_a_logger_set_up_the_line_is_printed(tmp_path, capsys):
 def test_a_model_that_is_accelerated_already(tmp_path):
     callback = SpectralOpsCallback(strict=True)
     model = get_peft_model(language_model(), CONFIGS["lora"]())
-    accelerate(model)
+    accelerate(model, recompute=True, siblings=False)
     running = trainer(tmp_path, model, tokenizer(), [callback])
     running.train()
+    wanted = {"strict": True, "recompute": True, "exact": False, "siblings": False}  # its own, but what was asked for
+    assert all({name: getattr(s, name) for name in wanted} == wanted for s in callback.report.states)
     assert callback.report.counts["fused"] == ADAPTED and isinstance(running.model, PeftModel)
 
 
