@@ -42,6 +42,8 @@ def freed(p: torch.Tensor) -> bool:
     """Whether FSDP1 holds the parameter in shards: it gives whole views to its forward, no Parameters."""
     if getattr(p, "_fsdp_flattened", False):
         return p.dim() < 2
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False  # torch.func's wrappers have no storage; the call is left to PEFT for that reason
     return p.device.type != "meta" and p.untyped_storage().size() == 0 and p.numel() > 0
 
 
