@@ -1,6 +1,6 @@
 """TRL's DPOTrainer: python examples/trainers/trl_dpo.py [MODEL [DATASET of preferences]]
 
-Reward, KTO, RLOO and GRPO take the same line (docs/trainers.md).
+Reward, KTO, RLOO and GRPO take the same line (docs/trainers.md). Without a GPU: main(..., use_cpu=True).
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""TRL's GRPOTrainer: python examples/trainers/trl_grpo.py [MODEL [DATASET of prompts]]"""
+"""TRL's GRPOTrainer: python examples/trainers/trl_grpo.py [MODEL [DATASET of prompts]]
+
+Without a GPU: main(..., use_cpu=True).
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer, which makes the PEFT model: python examples/trainers/trl_sft.py [MODEL [DATASET]]"""
+"""TRL's SFTTrainer, which makes the PEFT model: python examples/trainers/trl_sft.py [MODEL [DATASET]]
+
+Without a GPU: main(..., use_cpu=True).
+"""
 
 import sys
 

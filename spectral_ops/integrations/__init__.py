@@ -23,8 +23,9 @@ def accelerate(
 
     Covered: LoRA, rsLoRA, PiSSA, DoRA, AdaLoRA (with its rank allocation and regulariser) on ``nn.Linear`` and
     transformers' ``Conv1D``, MiSS (also mini and bat) on ``nn.Linear``, several active at once, and all of them but bat
-    over bitsandbytes 4-bit and 8-bit layers and torchao's weights, whose own forward is called; so is that of a
-    subclass of ``nn.Linear``, unless it keeps nn.Linear's. Of dtypes, whatever mix of base, adapter and x PEFT takes.
+    over bitsandbytes 4-bit and 8-bit layers and torchao's weights, whose own forward is called; LoRA over GPTQ, AWQ and
+    AQLM as well. A subclass of ``nn.Linear`` is called too, unless it keeps nn.Linear's forward. LoRA and MiSS without
+    dropout run over tensor-parallel layers. Of dtypes, whatever mix of base, adapter and x PEFT takes.
     Scalings may be tensors (``prepare_model_for_compiled_hotswap``). Every other adapter layer, and every single call
     of a covered one that the fast path does not fit, runs PEFT's own forward; the report says which and why. Calling it
     again is fine: it also takes in the layers that ``add_adapter`` has created since, and the report counts from then.
@@ -68,7 +69,10 @@ def report(model: torch.nn.Module) -> Report:
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo :func:`accelerate` in place: every layer is PEFT's own class again. Returns ``model``."""
+    """Undo :func:`accelerate` in place: every layer is PEFT's own class again. Returns ``model``.
+
+    A model that is not accelerated comes back as it is. Raises TypeError for something that is not a module.
+    """
     return _peft().restore(model)
 
 
