@@ -226,7 +226,7 @@ class Report:
         lines = [f"{path}: {len(names)} layers ({shorten(names)}): {reason}" for (path, reason), names in paths.items()]
         for reason, names, calls in self.grouped():
             if (PEFT, reason) not in paths or set(names) != set(paths[PEFT, reason]):
-                lines.append(f"fell back: {len(names)} layers ({shorten(names)}): {reason} ({calls} calls)")
+                lines.append(fell_back(reason, names, calls))
         return lines
 
     def __str__(self) -> str:
@@ -242,10 +242,11 @@ class Report:
             table.append((str(len(rows)), peft_class, method, path, operators, calls, which, reason))
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines += ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
-        lines += [*self.notes, *self.shared()]
-        for reason, names, calls in self.grouped():
-            lines.append(f"fell back: {len(names)} layers ({shorten(names)}): {reason} ({calls} calls)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes, *self.shared(), *(fell_back(*group) for group in self.grouped())])
+
+
+def fell_back(reason: str, names: list[str], calls: int) -> str:
+    return f"fell back: {len(names)} layers ({shorten(names)}): {reason} ({calls} calls)"
 
 
 def shorten(names: list[str]) -> str:

@@ -18,6 +18,7 @@ import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -44,6 +45,7 @@ class Summed(Function):
         return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return dy, None
 
@@ -57,6 +59,7 @@ class GradientSummed(Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return collectives.wait_tensor(collectives.all_reduce(dy.contiguous(), "sum", ctx.group)), None
 
