@@ -46,8 +46,8 @@ class BatConfig(AdapterConfig):
     def claims(cls, fields: dict[str, Any]) -> bool:
         return super().claims(fields) or fields.get("peft_type") == ROW
 
-    def to_peft(self) -> dict[str, Any]:
-        fields = super().to_peft()
+    def peft_fields(self) -> dict[str, Any]:
+        fields = super().peft_fields()
         if self.mode == "row":
             return {**fields, "peft_type": ROW}
         del fields["mode"]

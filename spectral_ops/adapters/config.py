@@ -113,7 +113,7 @@ class AdapterConfig:
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in fields.items() if name in names})
 
-    def to_peft(self) -> dict[str, Any]:
+    def peft_fields(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"peft_type": self.peft_type, **self.peft_flags, **fields}

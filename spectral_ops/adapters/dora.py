@@ -31,8 +31,8 @@ class DoRAConfig(LoRAConfig):
         if isinstance(self.magnitude_only, str):
             self.magnitude_only = [self.magnitude_only]
 
-    def to_peft(self) -> dict[str, Any]:
-        fields = super().to_peft()
+    def peft_fields(self) -> dict[str, Any]:
+        fields = super().peft_fields()
         if self.magnitude_only is None:
             del fields["magnitude_only"]
         return fields

@@ -64,7 +64,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True):
     for path, unit in units(root).items():
         if isinstance(unit, TrainedCopy) and name in unit.copies:
             tensors |= {f"{PREFIX}{path}.{key}": t for key, t in unit.copies[name].state_dict().items()}
-    fields = config.to_peft()
+    fields = config.peft_fields()
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         fields["target_modules"] = list(layers)
     if any(layer.transposed for layer in layers.values()):

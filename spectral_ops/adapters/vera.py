@@ -54,8 +54,8 @@ class VeRAConfig(AdapterConfig):
     def unsaved(self) -> frozenset[str]:
         return frozenset() if self.save_projection else VeRALinear.tied_keys
 
-    def to_peft(self) -> dict[str, Any]:
-        fields = super().to_peft()
+    def peft_fields(self) -> dict[str, Any]:
+        fields = super().peft_fields()
         if self.exclude_modules is None:  # which PEFT's VeraConfig does not have
             del fields["exclude_modules"]
         return fields

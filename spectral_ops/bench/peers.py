@@ -193,7 +193,7 @@ def peft_config(config: spectral_ops.AdapterConfig):
     """The same configuration in PEFT's class."""
     import peft
 
-    fields = config.to_peft()
+    fields = config.peft_fields()
     return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")](**fields)
 
 
