@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from spectral_ops.adapters.config import AdapterConfig
+from spectral_ops.adapters.config import TokensConfig
+from spectral_ops.adapters.lora import ABSENT, LoRAConfig
 from spectral_ops.adapters.lowrank import LowRankLinear, fused_linear, fused_update
 from spectral_ops.core import checks
 
@@ -21,8 +22,9 @@ STD = 0.02  # of A and B at the start
 
 
 @dataclass
-class AdaLoRAConfig(AdapterConfig):
-    """AdaLoRA under PEFT's field names; see :class:`AdapterConfig` for the common ones (``r`` has no effect).
+class AdaLoRAConfig(TokensConfig):
+    """AdaLoRA under PEFT's field names; see :class:`AdapterConfig` and :class:`TokensConfig` for the common ones (``r``
+    has no effect).
 
     init_r, target_r: triplets of a layer at the start, and on average at the end. tinit: optimizer steps before the
     first is pruned; tfinal: steps at the end with the choice frozen; total_step: all of them; deltaT: steps from one
@@ -47,7 +49,12 @@ class AdaLoRAConfig(AdapterConfig):
     rank_pattern: dict[str, list[bool]] | None = field(default=None, repr=False)
 
     peft_type: ClassVar[str] = "ADALORA"
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"use_rslora", "alpha_pattern"})
+    peft_idle: ClassVar[dict[str, str]] = {
+        **LoRAConfig.peft_idle,
+        "use_rslora": "PEFT's AdaLoRA does not read it",
+        "alpha_pattern": "PEFT's AdaLoRA does not read it",
+    }
+    peft_refused: ClassVar[dict[str, str]] = {**ABSENT, "use_dora": "PEFT refuses it too"}
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "lora_only")
 
     def __post_init__(self) -> None:

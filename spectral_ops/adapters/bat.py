@@ -32,7 +32,11 @@ class BatConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "MISS"
     peft_flags: ClassVar[dict[str, Any]] = {"init_weights": "bat"}
-    peft_ignored: ClassVar[frozenset[str]] = frozenset({"miss_dropout", "mini_r"})
+    peft_idle: ClassVar[dict[str, str]] = {
+        **AdapterConfig.peft_idle,
+        "miss_dropout": "PEFT applies none to Bat",
+        "mini_r": 'only beside init_weights="mini"',
+    }
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "MiSS_only")
 
     def __post_init__(self) -> None:

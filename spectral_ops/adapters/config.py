@@ -9,15 +9,26 @@ from typing import Any, ClassVar
 
 from spectral_ops.core import checks
 
+TASKS: dict[str | None, tuple[str, ...]] = {  # PEFT's task types, and the heads that train under each
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_2_SEQ_LM": (),
+    "CAUSAL_LM": (),
+    "FEATURE_EXTRACTION": (),
+}
+
 
 @dataclass
 class AdapterConfig:
     """Fields every method has, under PEFT's names.
 
     r: rank or block size. target_modules: names that end a module's path, a regular expression for the whole path, or
-    "all-linear" (every linear layer but the output head). exclude_modules: the same, left out. layers_to_transform: the
-    layer indices to keep, with layers_pattern the name before the index. bias: which base biases train ("none", "all",
-    or those of the adapted layers). modules_to_save: modules trained whole in a copy of their own. task_type: for PEFT.
+    "all-linear" (every linear layer but the output head); None: what PEFT chooses for this transformers architecture.
+    exclude_modules: the same, left out. layers_to_transform: the layer indices to keep, with layers_pattern the name
+    before the index. bias: which base biases train ("none", "all", or those of the adapted layers). modules_to_save:
+    ends of the paths of modules that are trained whole, in a copy of their own. task_type: one of PEFT's, such as
+    "CAUSAL_LM"; "SEQ_CLS" and "TOKEN_CLS" train the modules called classifier or score too, "QUESTION_ANS" qa_outputs.
     """
 
     r: int = 8
@@ -31,7 +42,15 @@ class AdapterConfig:
 
     peft_type: ClassVar[str]
     peft_flags: ClassVar[dict[str, Any]] = {}  # fields of PEFT's config that tell this method from its siblings
-    peft_ignored: ClassVar[frozenset[str]] = frozenset()  # fields of PEFT's config that have no effect on this method
+    peft_idle: ClassVar[dict[str, str]] = {  # those that this class lacks and need not have: why they change no number
+        "auto_mapping": "names the base model's class",
+        "base_model_name_or_path": "names the base model",
+        "revision": "names the base model's version",
+        "inference_mode": "load_adapter(trainable=) decides that",
+        "peft_type": "tells the method",
+        "peft_version": "names the writer",
+    }
+    peft_refused: ClassVar[dict[str, str]] = {}  # those that change the numbers and are not here: what they do
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all")
 
     def __post_init__(self) -> None:
@@ -46,6 +65,9 @@ class AdapterConfig:
             self.wrong("layers_to_transform", layers, "None where target_modules is a string (put the index into it)")
         if self.layers_pattern and layers is None:
             self.wrong("layers_to_transform", None, "layer indices, as layers_pattern is given")
+        self.task_type = getattr(self.task_type, "value", self.task_type)  # PEFT's TaskType
+        if self.task_type is not None and self.task_type not in TASKS:
+            self.wrong("task_type", self.task_type, f"None or one of {', '.join(map(repr, TASKS))}")
         if self.bias not in self.bias_choices:
             self.wrong("bias", self.bias, f"one of {', '.join(map(repr, self.bias_choices))}")
 
@@ -81,6 +103,12 @@ class AdapterConfig:
         """Whether the initialisation of a whole model is worth a progress line."""
         return self.changes_base
 
+    def for_task(self) -> AdapterConfig:
+        """This config with the head of its task among the modules_to_save, as PEFT has it."""
+        saved = self.modules_to_save or []
+        heads = [name for name in TASKS.get(self.task_type, ()) if name not in saved]
+        return dataclasses.replace(self, modules_to_save=[*saved, *heads]) if heads else self
+
     def for_layer(self, path: str) -> AdapterConfig:
         """This config as it applies to the layer at ``path`` (rank and alpha patterns resolved)."""
         return self
@@ -108,6 +136,11 @@ class AdapterConfig:
         )
 
     @classmethod
+    def known_fields(cls) -> set[str]:
+        """The fields of PEFT's config that this class has, or knows to do without."""
+        return {f.name for f in dataclasses.fields(cls)} | set(cls.peft_flags) | set(cls.peft_idle)
+
+    @classmethod
     def from_peft(cls, fields: dict[str, Any]) -> AdapterConfig:
         """The config from those fields of an adapter_config.json that this class has."""
         names = {f.name for f in dataclasses.fields(cls)}
@@ -122,3 +155,32 @@ class AdapterConfig:
 def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that matches the end of ``path`` (PEFT's rule), or ``default``."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+@dataclass
+class TokensConfig(AdapterConfig):
+    """The fields that PEFT has for LoRA and what descends from it.
+
+    trainable_token_indices: rows of the input embedding to train, or a dict from the ends of module paths to such rows.
+    ensure_weight_tying: an embedding among the modules_to_save and the modules tied to it train as one.
+    """
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tokens = self.trainable_token_indices
+        for name, rows in tokens.items() if isinstance(tokens, dict) else [("", tokens)]:
+            self._check_tokens(name, rows)
+        if not isinstance(self.ensure_weight_tying, bool):
+            self.wrong("ensure_weight_tying", self.ensure_weight_tying, "True or False")
+
+    def _check_tokens(self, name: Any, rows: Any) -> None:
+        wanted = "None, a list of different token indices, or a dict from module names to such lists"
+        if rows is None and name == "":
+            return
+        if not isinstance(name, str) or not isinstance(rows, (list, tuple)) or not rows:
+            self.wrong("trainable_token_indices", self.trainable_token_indices, wanted)
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in rows) or len(set(rows)) != len(rows):
+            self.wrong("trainable_token_indices", self.trainable_token_indices, wanted)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +21,75 @@ from torch import nn
 from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
 from spectral_ops._version import __version__
+from spectral_ops.adapters import embeddings
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.frozen import linear_size
-from spectral_ops.adapters.methods import METHODS, config_type, layer_type
+from spectral_ops.adapters.methods import layer_type
 from spectral_ops.adapters.model import attach_adapter
-from spectral_ops.adapters.targets import modules_to_save, targets
+from spectral_ops.adapters.saved_config import CONFIG, modern_key, read_config
+from spectral_ops.adapters.targets import Choice, choose, is_all_linear
 from spectral_ops.adapters.trained_copy import TrainedCopy
-from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap, walk
+from spectral_ops.adapters.trained_tokens import TrainedTokens
+from spectral_ops.adapters.tree import Unit, adapter_configs, adapter_layers, elsewhere, units, unwrap, walk
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
+ROWS = "token_adapter.trainable_tokens_delta"
 FORMAT = 1  # of the metadata below; a higher one comes from a later version
 SAMPLES = 16
-# fields of PEFT's configs that say nothing about the tensors, or that config_type() has already read
-IGNORED = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "revision", "runtime_config",
-}  # fmt: skip
 
 
 # --- save ------------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model, directory, adapter_name=None, *, plain=True):
+def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedding_layers="auto", state_dict=None):
     """Write an adapter as PEFT does, into ``directory``/adapter_model.safetensors and adapter_config.json.
 
     adapter_name: default, the active one. plain: write PiSSA and MiLoRA as LoRA of rank 2r, which PEFT (and anyone)
     loads onto the original base; False keeps the trained form, to go on training it with :func:`load_adapter`.
+    save_embedding_layers: write the base embeddings too; "auto" does where one of them is adapted, or where the
+    vocabulary differs from that in the base model's folder. state_dict: tensors by their names in
+    ``model.state_dict()`` to write in place of the model's own, such as those gathered from shards.
     """
-    safetensors = _safetensors()
     root = unwrap(model)
     configs = adapter_configs(root)
     name = adapter_name or next((unit.active for unit in units(root).values() if unit.active), None)
     if name not in configs:
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted one of {sorted(configs)}")
-    config = configs[name].for_file(plain)
     layers = {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
+    with _standing_in(root, state_dict or {}):
+        tensors = adapter_tensors(root, name, plain=plain, save_embedding_layers=save_embedding_layers)
+        samples = {path: sample for path, layer in layers.items() if (sample := _sample(layer))}
+    if shared := _shared(root, layers):
+        warnings.warn(f"{_PARTLY.format(*shared)}: it will not compute the same from this file", stacklevel=2)
+    fields = _fields(root, configs[name].for_file(plain), layers)
+    note = {"format": FORMAT, "version": __version__, "method": type(next(iter(layers.values()))).__name__}
+    metadata = {"format": "pt", "spectral_ops": json.dumps({**note, "base": samples})}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save = _safetensors().torch.save_file
+    _write(directory / WEIGHTS, lambda path: save(tensors, path, metadata=metadata))
+    _write(directory / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2, sort_keys=True)))
+
+
+_PARTLY = "the layer {!r} is also {!r}, and PEFT adapts only the first of these"
+
+
+def _shared(root: nn.Module, layers) -> tuple[str, str] | None:
+    """The two paths of an adapted layer that hangs under two parents; None where there is none."""
+    count: dict[int, int] = {}
+    for _, parent in walk(root):
+        for child in map(id, parent._modules.values()) if not isinstance(parent, Unit) else ():
+            count[child] = count.get(child, 0) + 1
+    suspects = [path for path in layers if count.get(id(root.get_submodule(path)), 0) > 1]
+    return next(((path, other) for path in suspects if (other := elsewhere(root, path))), None)
+
+
+def adapter_tensors(model, name: str, *, plain=True, save_embedding_layers="auto") -> dict[str, torch.Tensor]:
+    """What a file holds of adapter ``name``, by its keys there: copies on the CPU."""
+    root = unwrap(model)
+    layers = {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
+    config = adapter_configs(root)[name]
     tensors = {
         layer.file_key(path, suffix): tensor
         for path, layer in layers.items()
@@ -64,30 +99,58 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True):
     for path, unit in units(root).items():
         if isinstance(unit, TrainedCopy) and name in unit.copies:
             tensors |= {f"{PREFIX}{path}.{key}": t for key, t in unit.copies[name].state_dict().items()}
+        if isinstance(unit, TrainedTokens):
+            tensors |= {f"{PREFIX}{path}.{key}": t for key, t in unit.file_tensors(name).items()}
+    base = embeddings.travelling(root, config, save_embedding_layers)
+    tensors |= {f"{PREFIX}{path}": tensor for path, tensor in base.items()}
+    return {key: _whole(tensor.detach()).cpu().clone().contiguous() for key, tensor in tensors.items()}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered, which every process must take part in; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@contextmanager
+def _standing_in(root: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with these tensors, by their names in its state_dict, in place of its own."""
+    replaced = []
+    try:
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = root.get_submodule(path)
+            holder = module._parameters if leaf in module._parameters else module._buffers
+            if leaf not in holder:
+                continue
+            replaced.append((holder, leaf, holder[leaf]))
+            holder[leaf] = nn.Parameter(tensor, requires_grad=False) if holder is module._parameters else tensor
+        yield
+    finally:
+        for holder, leaf, own in reversed(replaced):
+            holder[leaf] = own
+
+
+def _fields(root: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLinear]) -> dict[str, Any]:
+    """The content of adapter_config.json."""
     fields = config.peft_fields()
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+    if is_all_linear(config.target_modules) or (config.exclude_modules and "exclude_modules" not in fields):
         fields["target_modules"] = list(layers)
-    if any(layer.transposed for layer in layers.values()):
+    if any(layer.transposed for layer in layers.values()) and "fan_in_fan_out" in config.peft_idle:
         fields["fan_in_fan_out"] = True
     fields["inference_mode"] = True
-    fields["base_model_name_or_path"] = getattr(getattr(root, "config", None), "_name_or_path", None) or None
-    note = {"format": FORMAT, "version": __version__, "method": type(next(iter(layers.values()))).__name__}
-    note["base"] = {path: sample for path, layer in layers.items() if (sample := _sample(layer))}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    metadata = {"format": "pt", "spectral_ops": json.dumps(note)}
-    _write(directory / WEIGHTS, lambda path: safetensors.torch.save_file(contiguous, path, metadata=metadata))
-    _write(directory / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2, sort_keys=True)))
+    fields["base_model_name_or_path"] = embeddings.base_name(root)
+    if config.task_type is None:
+        fields["auto_mapping"] = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+    return fields
 
 
 def _biases(root: nn.Module, config: AdapterConfig, chosen) -> dict[str, torch.Tensor]:
     """The base biases that train under ``config``, by their key in PEFT's file; ``chosen`` are the adapted paths."""
-    found = {}
+    found, beside = {}, (TrainedCopy, TrainedTokens)
     for path, module in walk(root) if config.bias != "none" else ():
         base = module.base_layer if isinstance(module, AdapterLinear) else module
         bias = base._parameters.get("bias")
-        if bias is not None and (path in chosen or config.bias == "all") and not isinstance(module, TrainedCopy):
+        if bias is not None and (path in chosen or config.bias == "all") and not isinstance(module, beside):
             found[f"{PREFIX}{path}{'.base_layer' if path in chosen else ''}.bias"] = bias
     return found
 
@@ -117,104 +180,137 @@ def load_adapter(
     """Attach the adapter of ``directory`` (ours or PEFT's) to ``model`` and make it active; returns the model.
 
     trainable: leave its parameters trainable. check_base: raise if the base weights are not those the adapter was saved
-    with (files of ours say; pass False for a quantised or deliberately changed base).
+    with (files of ours say; pass False for a quantised or deliberately changed base). Base embeddings that the file
+    holds are copied into the model, as PEFT does.
 
     Raises FileNotFoundError/ValueError saying what is wrong with which file or tensor, and leaves the model untouched.
     """
     directory, root = Path(directory), unwrap(model)
     config = read_config(directory)
-    method = layer_type(config)
     tensors, note = _read_tensors(directory / WEIGHTS)
     try:
-        chosen, copied = targets(root, config), modules_to_save(root, config)
-        sized = config.for_model({path: linear_size(module) for path, module in chosen.items()})
+        choice = choose(root, config)
+        sized = choice.config.for_model({path: linear_size(module) for path, module in choice.layers.items()})
     except ValueError as error:
         raise ValueError(f"{directory}: the adapter does not fit this model: {error}") from None
-    initial = any(key.endswith(suffix) for key in tensors for suffix in method.initial_keys.values())
-    expected: dict[str, torch.Size] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for path, module in chosen.items():
-        layer = module if isinstance(module, AdapterLinear) else method(module)
-        sizes = sized.for_layer(path), layer.out_features, layer.in_features
-        indices = method.index_shapes(*sizes)
-        shapes = method.shapes(*sizes) | indices | (method.initial_shapes(*sizes) if initial else {})
-        names = {
-            key: method.file_key(path, suffix)
-            for key, suffix in (method.tensor_keys | method.index_keys | method.initial_keys).items()
-            if key not in config.unsaved
-        }
-        dtypes |= {names[key]: torch.int32 for key in indices}
-        expected |= {names[key]: torch.Size(shape) for key, shape in shapes.items() if key in names}
-        if check_base and path in note.get("base", {}):
-            _check_sample(directory, path, layer, note["base"][path])
-    for key, tensor in tensors.items():
-        if key in expected and not (tensor.dtype == dtypes[key] if key in dtypes else tensor.is_floating_point()):
-            wanted = f"{dtypes[key]}" if key in dtypes else "floating-point tensors"
-            raise ValueError(f"{directory / WEIGHTS}: got {key} {tensor.dtype}, wanted {wanted}")
-    biases = _biases(root, config, chosen)
-    expected |= {key: bias.shape for key, bias in biases.items()}
-    for path, module in copied.items():
-        module = module.original_module if isinstance(module, TrainedCopy) else module
-        expected |= {f"{PREFIX}{path}.{key}": value.shape for key, value in module.state_dict().items()}
-    _compare(directory / WEIGHTS, tensors, expected)
-    for path, module in chosen.items():
-        layer = module if isinstance(module, AdapterLinear) else method(module)
-        names = {key: method.file_key(path, s) for key, s in (method.tensor_keys | method.index_keys).items()}
-        found = {key: tensors[name] for key, name in names.items() if name in tensors}
-        try:
-            method.check_tensors(config.for_layer(path), layer.out_features, layer.in_features, found)
-        except (IndexError, ValueError) as error:
-            raise type(error)(f"{directory / WEIGHTS}: {path}: {error}") from None
-
+    if not note and (shared := _shared(root, choice.layers)):
+        raise ValueError(f"{directory}: {_PARTLY.format(*shared)}, wanted a model without that, or a file of ours")
+    base = _base_tensors(root, choice)
+    _drop_twins(tensors, choice)
+    initial = _check(directory, root, choice, sized, tensors, note if check_base else {}, base)
     search = config.changes_base and not initial  # PEFT's own PiSSA file: the start is computed again, as PEFT does
     attach_adapter(
-        model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialise=search, commit=search
+        model, choice, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialise=search, commit=search
     )
+    fill_adapter(root, adapter_name, tensors)
     with torch.no_grad():
-        for path in chosen:
-            _fill(root.get_submodule(path), adapter_name, path, tensors, initial)
-        for path in copied:
-            copy = root.get_submodule(path).copies[adapter_name]
-            copy.load_state_dict({key: tensors[f"{PREFIX}{path}.{key}"] for key in copy.state_dict()})
-        for key, bias in biases.items():
-            bias.copy_(tensors[key])
+        for key, tensor in base.items():
+            if key in tensors:
+                tensor.copy_(tensors[key])
     if not trainable:
         root.requires_grad_(False)
     return model
 
 
-def _fill(layer: AdapterLinear, name: str, path: str, tensors: dict[str, torch.Tensor], initial: bool) -> None:
-    for key, suffix in layer.held(name).items():
-        if key not in layer.settings[name].unsaved:
-            getattr(layer, key)[name].copy_(tensors[layer.file_key(path, suffix)])
-    if initial:
-        layer.set_initial(name, *(tensors[layer.file_key(path, suffix)] for suffix in layer.initial_keys.values()))
-        layer.commit(name)
+@torch.no_grad()
+def fill_adapter(model, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Give adapter ``name`` of ``model`` the tensors of a file, by their keys there, in the form that is trained.
+
+    Layers whose base gave up a part of its weight get it back first, and give up what the file says.
+    """
+    root = unwrap(model)
+    layers = {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
+    for path, layer in layers.items():
+        for key, suffix in layer.held(name).items():
+            if key not in layer.settings[name].unsaved:
+                getattr(layer, key)[name].copy_(tensors[layer.file_key(path, suffix)])
+        names = [layer.file_key(path, suffix) for suffix in layer.initial_keys.values()]
+        if names and all(key in tensors for key in names):
+            if all(name in getattr(layer, key) for key in layer.initial_keys):
+                layer.restore()
+            layer.set_initial(name, *(tensors[key] for key in names))
+            layer.commit(name)
+    for path, unit in units(root).items():
+        if isinstance(unit, TrainedCopy) and name in unit.copies:
+            copy = unit.copies[name]
+            copy.load_state_dict({key: tensors[f"{PREFIX}{path}.{key}"] for key in copy.state_dict()})
+        for key in unit.file_tensors(name) if isinstance(unit, TrainedTokens) else ():
+            unit.rows[name].copy_(tensors[f"{PREFIX}{path}.{key}"])
+    for key, bias in _biases(root, adapter_configs(root)[name], layers).items():
+        bias.copy_(tensors[key])
 
 
-def read_config(directory) -> AdapterConfig:
-    """The config in ``directory``/adapter_config.json; ValueError where it is damaged or asks for what we lack."""
-    path = Path(directory) / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"directory: got {str(directory)!r}, wanted one that holds {CONFIG}")
-    try:
-        fields: Any = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: got invalid JSON ({error}), wanted an adapter's configuration") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: got a JSON {type(fields).__name__}, wanted an object")
-    config = config_type(fields)
-    if config is None:
-        known = sorted({method.config_type.peft_type for method in METHODS})
-        raise ValueError(f"{path}: peft_type: got {fields.get('peft_type')!r}, wanted one of {known}")
-    names = set(config.__dataclass_fields__) | IGNORED | set(config.peft_flags) | config.peft_ignored
-    unknown = {name: value for name, value in fields.items() if name not in names and value}
-    if unknown:
-        raise ValueError(f"{path}: got {unknown}, wanted these off: this package does not have them")
-    try:
-        return config.from_peft(fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+def _base_tensors(root: nn.Module, choice: Choice) -> dict[str, torch.Tensor]:
+    """The base tensors that a file may hold beside the adapter, by their keys there."""
+    inside = {path: "" for path, _ in embeddings.embedding_pair(root)} | dict.fromkeys(
+        choice.copies, "original_module."
+    )
+    inside |= dict.fromkeys((*choice.tokens, *choice.tied_tokens), "token_adapter.base_layer.")
+    inside |= {path: "base_layer." for path in inside if path in choice.layers}
+    return {f"{PREFIX}{path}": tensor for path, tensor in embeddings.base_tensors(root, inside).items()}
+
+
+def _drop_twins(tensors: dict[str, torch.Tensor], choice: Choice) -> None:
+    """Forget what PEFT wrote a second time: whole wrappers with an embedding or a bias, and what is tied."""
+    twins = [f"{PREFIX}{path}.modules_to_save." for path in choice.copies]
+    twins += [f"{PREFIX}{path}.token_adapter.trainable_tokens_original" for path in choice.tokens]
+    twins += [f"{PREFIX}{path}.token_adapter.trainable_tokens_" for path in choice.tied_tokens]
+    for key in [key for key in tensors if key.startswith(tuple(twins))] if twins else ():
+        del tensors[key]
+
+
+def _check(
+    directory: Path, root: nn.Module, choice: Choice, sized: AdapterConfig, tensors: dict[str, torch.Tensor],
+    note: dict[str, Any], base: dict[str, torch.Tensor],
+) -> bool:  # fmt: skip
+    """Raise ValueError where the file's tensors are not those of the adapter on this model.
+
+    Returns whether they hold the pair that the adapter started from.
+    """
+    file, config, method = directory / WEIGHTS, choice.config, layer_type(choice.config)
+    initial = any(key.endswith(suffix) for key in tensors for suffix in method.initial_keys.values())
+    expected: dict[str, torch.Size] = {}
+    integers: dict[str, torch.dtype] = {}
+    for path, module in choice.layers.items():
+        layer = module if isinstance(module, AdapterLinear) else method(module)
+        try:
+            sizes = sized.for_layer(path), layer.out_features, layer.in_features
+            indices = method.index_shapes(*sizes)
+            shapes = method.shapes(*sizes) | indices | (method.initial_shapes(*sizes) if initial else {})
+        except ValueError as error:
+            raise ValueError(f"{directory}: the adapter does not fit this model: {path}: {error}") from None
+        names = {
+            key: method.file_key(path, suffix)
+            for key, suffix in (method.tensor_keys | method.index_keys | method.initial_keys).items()
+            if key not in config.unsaved
+        }
+        integers |= {names[key]: torch.int32 for key in indices}
+        expected |= {names[key]: torch.Size(shape) for key, shape in shapes.items() if key in names}
+        if path in note.get("base", {}):
+            _check_sample(directory, path, layer, note["base"][path])
+    expected |= {key: bias.shape for key, bias in _biases(root, config, choice.layers).items()}
+    for path, module in choice.copies.items():
+        for key, value in embeddings.original(module).state_dict().items():
+            expected[f"{PREFIX}{path}.{key}"] = value.shape
+            integers |= {} if value.is_floating_point() else {f"{PREFIX}{path}.{key}": value.dtype}
+    for path, rows in choice.tokens.items():
+        width = embeddings.original(root.get_submodule(path)).weight.shape[1]
+        expected[f"{PREFIX}{path}.{ROWS}"] = torch.Size([len(rows), width])
+    _compare(file, tensors, expected, {key: tensor.shape for key, tensor in base.items()})
+    for key, tensor in tensors.items():
+        if not (tensor.dtype is integers[key] if key in integers else tensor.is_floating_point()):
+            raise ValueError(f"{file}: got {key} {tensor.dtype}, wanted {integers.get(key, 'floating-point tensors')}")
+        if key not in integers and not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: got {key} with values that are not finite, wanted finite ones")
+    for path, module in choice.layers.items():
+        size = linear_size(module)
+        names = {key: method.file_key(path, s) for key, s in (method.tensor_keys | method.index_keys).items()}
+        found = {key: tensors[name] for key, name in names.items() if name in tensors}
+        try:
+            method.check_tensors(config.for_layer(path), *size, found)
+        except (IndexError, ValueError) as error:
+            raise type(error)(f"{file}: {path}: {error}") from None
+    return initial
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -232,22 +328,28 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: got a truncated or damaged file ({error}), wanted safetensors") from None
     if not isinstance(note, dict) or note.get("format", FORMAT) > FORMAT:
         raise ValueError(f"{path}: got format {note!r:.60}, wanted at most {FORMAT} (a later spectral_ops wrote it)")
-    renamed = {key.removesuffix(".weight") if "lora_magnitude_vector" in key else key: t for key, t in tensors.items()}
-    return renamed, note
+    return {modern_key(key): tensor for key, tensor in tensors.items()}, note
 
 
-def _compare(path: Path, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size]) -> None:
+def _compare(
+    path: Path, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size], allowed: dict[str, torch.Size]
+) -> None:
     missing = [key for key in expected if key not in tensors]
-    extra = [key for key in tensors if key not in expected]
+    extra = [key for key in tensors if key not in expected and key not in allowed]
     shapes = {
         key: f"{list(tensors[key].shape)}, wanted {list(shape)}"
-        for key, shape in expected.items()
+        for key, shape in {**allowed, **expected}.items()
         if key in tensors and tensors[key].shape != shape
     }
     if missing:
         raise ValueError(f"{path}: got no {_some(missing)}, wanted every tensor of the adapter on this model")
     if extra:
         raise ValueError(f"{path}: got {_some(extra)}, wanted no tensor that the adapter on this model lacks")
+    resized = [key for key in shapes if key in allowed and tensors[key].dim() == len(allowed[key]) == 2]
+    if resized:
+        rows = tensors[resized[0]].shape[0]
+        hint = f"resize_token_embeddings({rows}) gives the model as many rows as the adapter was trained with"
+        raise ValueError(f"{path}: got {_some({k: shapes[k] for k in resized})} ({hint})")
     if shapes:
         raise ValueError(f"{path}: got {_some(shapes)} (rank and this model's layers)")
 

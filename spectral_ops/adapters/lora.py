@@ -14,16 +14,30 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from spectral_ops.adapters.config import AdapterConfig, match_pattern
+from spectral_ops.adapters.config import TokensConfig, match_pattern
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.functional import segmented_lowrank_linear, segmented_lowrank_update
 from spectral_ops.init import svd
 
+ABSENT = {  # fields of PEFT's LoraConfig that change the numbers, and what they do
+    "alora_invocation_tokens": "adapts the tokens after an invocation only",
+    "arrow_config": "routes between adapters",
+    "kasa_config": "cuts singular values out of the base weight",
+    "layer_replication": "repeats layers of the model",
+    "lora_bias": "adds a bias to B",
+    "megatron_config": "adapts Megatron's parallel layers",
+    "monteclora_config": "samples the weights",
+    "target_parameters": "adapts parameters that are no layer's weight, such as experts",
+    "use_bdlora": "makes A or B block-diagonal",
+    "use_qalora": "pools the inputs of a quantised layer",
+    "velora_config": "compresses what A's gradient is computed from",
+}
+
 
 @dataclass
-class LoRAConfig(AdapterConfig):
-    """LoRA under PEFT's field names; see :class:`AdapterConfig` for the common ones.
+class LoRAConfig(TokensConfig):
+    """LoRA under PEFT's field names; see :class:`AdapterConfig` and :class:`TokensConfig` for the common ones.
 
     lora_alpha, use_rslora: γ = α/r, or α/√r. lora_dropout: on the adapter branch. init_lora_weights: True (A Kaiming,
     B zero), False (both Kaiming), "gaussian" (A normal), "pissa", "pissa_niter_N", "milora" or "milora_" with min, mid,
@@ -39,6 +53,18 @@ class LoRAConfig(AdapterConfig):
 
     peft_type: ClassVar[str] = "LORA"
     peft_flags: ClassVar[dict[str, Any]] = {"use_dora": False}
+    peft_idle: ClassVar[dict[str, str]] = {
+        **TokensConfig.peft_idle,
+        "corda_config": "says how A and B started",
+        "eva_config": "says how A and B started",
+        "fan_in_fan_out": "every layer says that itself",
+        "loftq_config": "says how A and B started",
+        "lora_ga_config": "says how A and B started",
+        "megatron_core": "only beside megatron_config",
+        "qalora_group_size": "only beside use_qalora",
+        "runtime_config": "PEFT never writes it",
+    }
+    peft_refused: ClassVar[dict[str, str]] = ABSENT
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "lora_only")
 
     def __post_init__(self) -> None:

@@ -9,19 +9,21 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spectral_ops.adapters import quantised
+from spectral_ops.adapters import embeddings, quantised
 from spectral_ops.adapters.base import AdapterLinear, check_adapter_name
 from spectral_ops.adapters.frozen import linear_size
 from spectral_ops.adapters.methods import layer_type
 from spectral_ops.adapters.progress import progressing
-from spectral_ops.adapters.targets import modules_to_save, names_path, targets
+from spectral_ops.adapters.targets import Choice, choose, unmatched
 from spectral_ops.adapters.trained_copy import TrainedCopy
+from spectral_ops.adapters.trained_tokens import TrainedTokens
 from spectral_ops.adapters.tree import (
     Unit,
     adapter_configs,
     adapter_layers,
     holders,
     memory,
+    place,
     replace,
     tied,
     units,
@@ -47,13 +49,13 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
     Biases and modules_to_save train as the config says. Raises TypeError/ValueError that name the field.
     """
     file = None if svd_cache_dir is None else SVDFile(svd_cache_dir)
-    attach_adapter(model, config, adapter_name, autocast_adapter_dtype, progress, file=file)
-    paths = [path for path, _ in walk(unwrap(model))]
-    for field in ("target_modules", "modules_to_save"):
-        names = getattr(config, field)
-        unused = [n for n in names if not any(names_path([n], p) for p in paths)] if isinstance(names, list) else []
-        if unused:
-            warnings.warn(f"{field}: {unused} match nothing in this model", stacklevel=2)
+    root = unwrap(model)
+    layer_type(config)
+    choice = choose(root, config)
+    embeddings.warn_tied(root, choice.config)
+    attach_adapter(model, choice, adapter_name, autocast_adapter_dtype, progress, file=file)
+    for field, unused in unmatched(root, config).items():
+        warnings.warn(f"{field}: {unused} match nothing in this model", stacklevel=2)
     return model
 
 
@@ -69,15 +71,22 @@ def refuse_peft(model: nn.Module) -> None:
 
 
 def attach_adapter(
-    model, config, adapter_name, autocast_adapter_dtype=True, progress=None, initialise=True, commit=True, file=None
+    model,
+    choice: Choice,
+    adapter_name,
+    autocast_adapter_dtype=True,
+    progress=None,
+    initialise=True,
+    commit=True,
+    file=None,
 ):
     """:func:`attach` with its SVDFile. A loader fills the tensors itself, without ``initialise`` and ``commit``."""
-    root, method = unwrap(model), layer_type(config)
+    root, config, chosen = unwrap(model), choice.config, choice.layers
+    method = layer_type(config)
     check_adapter_name(adapter_name)
     refuse_peft(root)
     if adapter_name in adapter_configs(root):
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted a name this model does not have yet")
-    chosen, copied = targets(root, config), modules_to_save(root, config)
     config = config.for_model({path: linear_size(module) for path, module in chosen.items()})
     for path, module in chosen.items():
         if isinstance(module, AdapterLinear) and type(module) is not method:
@@ -87,6 +96,7 @@ def attach_adapter(
             )
         if config.changes_base and not isinstance(module, AdapterLinear) and tied(root, module.weight):
             raise ValueError(f"target_modules: got {path!r}, wanted no tied weight where the base is changed")
+    rows = _trained_rows(root, choice, adapter_name, autocast_adapter_dtype)
     built: dict[str, AdapterLinear] = {}
     holding = holders(root)
     try:
@@ -109,18 +119,49 @@ def attach_adapter(
         for path, layer in built.items():
             if layer is chosen[path]:
                 layer.remove_adapter(adapter_name)
+        for unit in rows.values():
+            unit.remove_adapter(adapter_name)
         raise
     method.link(built, adapter_name)
-    copies = {id(m): m if isinstance(m, TrainedCopy) else TrainedCopy(m) for m in copied.values()}
-    for copy in copies.values():
-        copy.add_adapter(adapter_name)
     replace(root, [(chosen[path], layer) for path, layer in built.items()])
-    replace(root, [(module, copies[id(module)]) for module in copied.values()])
+    _place_copies(root, choice, adapter_name)
+    for path, unit in rows.items():
+        place(root, path, unit)
     for layer in built.values() if commit else ():
         layer.commit(adapter_name)
     root.requires_grad_(False)
     set_adapter(root, adapter_name)
     return model
+
+
+def _place_copies(root: nn.Module, choice: Choice, name: str) -> None:
+    """Put a trained copy wherever a module is to be trained whole; those that are tied get their source's weight."""
+    copies = {path: m if isinstance(m, TrainedCopy) else TrainedCopy(m) for path, m in choice.copies.items()}
+    for path, unit in copies.items():
+        if path not in choice.tied:
+            unit.add_adapter(name)
+    for path, source in choice.tied.items():
+        copies[path].add_adapter(name, copies[source].copies[name])
+    for path, unit in copies.items():
+        place(root, path, unit)
+
+
+def _trained_rows(root: nn.Module, choice: Choice, name: str, autocast: bool) -> dict[str, TrainedTokens]:
+    """The units that train rows of embeddings, with the new adapter; not in the model yet."""
+    units: dict[str, TrainedTokens] = {}
+    try:
+        for path, indices in choice.tokens.items():
+            module = root.get_submodule(path)
+            units[path] = module if isinstance(module, TrainedTokens) else TrainedTokens(module)
+            units[path].add_adapter(name, indices, autocast_adapter_dtype=autocast)
+        for path, source in choice.tied_tokens.items():
+            module = root.get_submodule(path)
+            units[path] = module if isinstance(module, TrainedTokens) else TrainedTokens(module, tied=units[source])
+    except BaseException:
+        for unit in units.values():
+            unit.remove_adapter(name)
+        raise
+    return units
 
 
 def set_adapter(model, name):
@@ -167,6 +208,8 @@ def detach(model, adapter_name=None):
             unit.remove_adapter(adapter_name)
         elif isinstance(unit, TrainedCopy):
             bare.append((unit, unit.original_module if unit.merged is None else unit.copies[unit.merged]))
+        elif isinstance(unit, TrainedTokens):
+            bare.append((unit, unit.original_module))
         else:
             if unit.merged is None:
                 unit.restore()
@@ -218,19 +261,15 @@ def merge(model, *, safe=False, keep_base=False):
                 layer.check_undo(layer.active)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-    for layer in layers.values():
-        layer.merge(keep_base=keep_base)
     for unit in todo.values():
-        unit.merged = unit.active
+        unit.merge(**({"keep_base": keep_base} if isinstance(unit, AdapterLinear) else {}))
     return model
 
 
 def unmerge(model):
     """Take the merged adapter out of the base weights again; returns the model. Does nothing where none is merged."""
     for unit in units(model).values():
-        if isinstance(unit, AdapterLinear):
-            unit.unmerge()
-        unit.merged = None
+        unit.unmerge()
     return model
 
 
@@ -246,7 +285,7 @@ def disabled(model):
         for unit in units(model).values():
             merged = unit.merged is not None
             kept = isinstance(unit, AdapterLinear) and unit._snapshot is not None
-            if merged and isinstance(unit, AdapterLinear):
+            if merged:
                 unit.unmerge()
             if isinstance(unit, AdapterLinear):
                 unit.release()
@@ -256,5 +295,5 @@ def disabled(model):
     finally:
         for unit, merged, kept in entered:
             unit._disabled -= 1
-            if merged and isinstance(unit, AdapterLinear):
-                unit.merge(keep_base=kept)
+            if merged:
+                unit.merge(**({"keep_base": kept} if isinstance(unit, AdapterLinear) else {}))

@@ -23,9 +23,12 @@ class TrainedCopy(nn.Module):
     def adapter_names(self) -> list[str]:
         return list(self.copies)
 
-    def add_adapter(self, name: str) -> None:
-        """A copy of the original, trainable once it is active."""
-        self.copies[name] = copy.deepcopy(self.original_module).requires_grad_(False)
+    def add_adapter(self, name: str, source: nn.Module | None = None) -> None:
+        """A copy of the original, trainable once it is active; with the very weight of ``source`` where it is given."""
+        new = copy.deepcopy(self.original_module).requires_grad_(False)
+        if source is not None:
+            new.weight = source.weight
+        self.copies[name] = new
 
     def remove_adapter(self, name: str) -> None:
         if name in self.copies:
@@ -36,6 +39,13 @@ class TrainedCopy(nn.Module):
         self.active = name
         for owner, module in self.copies.items():
             module.requires_grad_(owner == name)
+
+    def merge(self) -> None:
+        """Let the active copy stand for the original until :meth:`unmerge`."""
+        self.merged = self.active
+
+    def unmerge(self) -> None:
+        self.merged = None
 
     @property
     def current(self) -> nn.Module:

@@ -11,8 +11,9 @@ from torch import nn
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.trained_copy import TrainedCopy
+from spectral_ops.adapters.trained_tokens import TrainedTokens
 
-Unit = AdapterLinear | TrainedCopy
+Unit = AdapterLinear | TrainedCopy | TrainedTokens
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -77,6 +78,23 @@ def replace(model: nn.Module, changes: list[tuple[nn.Module, nn.Module]]) -> Non
         for name, child in list(parent._modules.items()):
             if id(child) in new:
                 setattr(parent, name, new[id(child)])
+
+
+def elsewhere(model: nn.Module, path: str) -> str | None:
+    """Another path of the module at ``path``, where another parent holds it too; None where there is none."""
+    module = model.get_submodule(path)
+    held: dict[tuple[int, str], str] = {}
+    for other, parent in walk(model):
+        for name, child in parent._modules.items() if not isinstance(parent, Unit) else ():
+            if child is module:
+                held.setdefault((id(parent), name), f"{other}.{name}" if other else name)
+    return next((found for found in held.values() if found != path), None)
+
+
+def place(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at ``path``, and nowhere else."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def tied(model: nn.Module, weight: nn.Parameter) -> bool:

@@ -35,6 +35,10 @@ class VeRAConfig(AdapterConfig):
     largest = None  # out_features and in_features at most, of a model's layers; of the layer's own, where None
 
     peft_type: ClassVar[str] = "VERA"
+    peft_idle: ClassVar[dict[str, str]] = {
+        **AdapterConfig.peft_idle,
+        "fan_in_fan_out": "every layer says that itself",
+    }
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "vera_only")
 
     def __post_init__(self) -> None:
@@ -56,8 +60,7 @@ class VeRAConfig(AdapterConfig):
 
     def peft_fields(self) -> dict[str, Any]:
         fields = super().peft_fields()
-        if self.exclude_modules is None:  # which PEFT's VeraConfig does not have
-            del fields["exclude_modules"]
+        del fields["exclude_modules"]  # which PEFT's VeraConfig does not have: the file names the layers instead
         return fields
 
     def for_model(self, sizes: dict[str, tuple[int, int]]) -> VeRAConfig:

@@ -735,10 +735,9 @@ def test_bad_configs(config, fields, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoRAConfig(), r"target_modules: got None, wanted \"all-linear\".*\['0', '2', '4'\] \(3 linear layers"),
+        (LoRAConfig(), r"got None for a model without config.model_type, .*\['0', '2', '4'\] \(3 linear layers"),
         (LoRAConfig(target_modules=["q"]), r"got \['q'\], which matches nothing; wanted .*'0', '2', '4'"),
         (LoRAConfig(target_modules=["1"]), r"matches '1' \(GELU\), wanted linear layers only"),
-        (LoRAConfig(target_modules=["0"], modules_to_save=["head"]), r"modules_to_save: got \['head'\], which matches"),
         (BoneConfig(r=19, target_modules=["2", "0"]), r"0: BoneConfig\.r: got 19, wanted at most in_features \(18\)"),
         (BatConfig(r=4, target_modules=["0"]), r"0: BatConfig\.r: got 4, wanted a divisor of out_features \(24\) and"),
         (BoneConfig(r=2, init_weights="mini", mini_r=7, target_modules=["0"]), r"mini_r: got 7, wanted a divisor"),

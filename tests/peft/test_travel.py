@@ -1,0 +1,342 @@
+"""What travels beside an adapter's matrices: heads, tied and resized embeddings, trained rows, fields of the config."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import safetensors.torch as safetensors  # noqa: E402
+import torch  # noqa: E402
+from models import perturb  # noqa: E402
+
+import spectral_ops as so  # noqa: E402
+from spectral_ops.adapters.architectures import OTHERWISE, TARGETS  # noqa: E402
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def llama(tied=True, **sizes):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, **sizes}, tie_word_embeddings=tied, initializer_range=0.1)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def roberta(kind):
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**SIZES, num_labels=2, max_position_embeddings=40, initializer_range=0.1)
+    return getattr(transformers, f"RobertaFor{kind}")(config).eval()
+
+
+def tokens():
+    return torch.arange(12).reshape(2, 6) + 3
+
+
+def output(model):
+    with torch.no_grad():
+        return model(tokens())[0]
+
+
+def trained(model):
+    """Names of trained parameters, in PEFT's spelling without its prefix and without adapter names."""
+    found = set()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", ".copies.default")
+            name = name.replace("token_adapter.trainable_tokens_delta", "rows")
+            found.add(name.removesuffix(".default.weight").removesuffix(".default"))
+    return found
+
+
+def keys(folder):
+    return set(safetensors.load_file(folder / WEIGHTS))
+
+
+def both_ways(build, ours, theirs, tmp_path, same_keys=True):
+    """Train ours and PEFT's, save each, load it by the other: the same outputs, the same trained parameters."""
+    mine = perturb(so.attach(build(), ours), 0.1).eval()
+    so.save_adapter(mine, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(build(), tmp_path / "ours", is_trainable=True).eval()
+    assert torch.allclose(output(loaded), output(mine), atol=2e-5)
+    assert not torch.allclose(output(build()), output(mine), atol=1e-2)
+    assert trained(loaded) == trained(mine)
+
+    other = perturb(peft.get_peft_model(build(), theirs), 0.1).eval()
+    other.save_pretrained(tmp_path / "theirs")
+    back = so.load_adapter(build(), tmp_path / "theirs").eval()
+    assert torch.allclose(output(back), output(other), atol=2e-5)
+    assert not torch.allclose(output(build()), output(other), atol=1e-2)
+    assert trained(back) == trained(other) == trained(mine)
+    if same_keys:
+        assert keys(tmp_path / "ours") == keys(tmp_path / "theirs")
+    return mine, other
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("SEQ_CLS", "SequenceClassification"),
+        ("TOKEN_CLS", "TokenClassification"),
+        ("QUESTION_ANS", "QuestionAnswering"),
+    ],
+)
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_the_head_of_a_task_trains_and_travels(task, kind, targets, tmp_path):
+    def build():
+        return roberta(kind)
+
+    if targets == "all-linear" and task != "SEQ_CLS":  # where PEFT adapts the head and then fails to copy it
+        mine = so.attach(build(), so.LoRAConfig(r=2, task_type=task, target_modules=targets))
+        assert any("copies" in name for name in trained(mine)) and len(so.adapter_layers(mine)) == 12
+        return
+    fields = {"r": 2, "task_type": task, "target_modules": targets}
+    mine, _ = both_ways(build, so.LoRAConfig(**fields), peft.LoraConfig(**fields), tmp_path)
+    head = "qa_outputs" if task == "QUESTION_ANS" else "classifier"
+    assert any(name.startswith(f"{head}.copies") for name in trained(mine))
+    saved = json.loads((tmp_path / "ours" / CONFIG).read_text())
+    assert saved["task_type"] == task and head in saved["modules_to_save"]
+
+
+def test_a_task_type_of_pefts_enumeration():
+    config = so.LoRAConfig(task_type=peft.TaskType.SEQ_CLS)
+    assert config.task_type == "SEQ_CLS" and type(config.task_type) is str
+    with pytest.raises(ValueError, match=r"LoRAConfig\.task_type: got 'CHAT', wanted None or one of 'SEQ_CLS'"):
+        so.LoRAConfig(task_type="CHAT")
+    assert set(so.adapters.config.TASKS) == {task.value for task in peft.TaskType}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_beside_a_head(bias, tmp_path):
+    fields = {"r": 2, "task_type": "SEQ_CLS", "bias": bias}
+    build = lambda: roberta("SequenceClassification")  # noqa: E731
+    both_ways(build, so.LoRAConfig(**fields), peft.LoraConfig(**fields), tmp_path, same_keys=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [[3, 7, 11], {"embed_tokens": [4, 5]}, {"embed_tokens": [4], "lm_head": [6, 9]}])
+def test_trainable_tokens(tied, rows, tmp_path):
+    fields = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": rows}
+    if not tied and "lm_head" in rows:
+        with pytest.raises((TypeError, ValueError), match="trainable_token_indices|nn.Embedding"):
+            so.attach(llama(tied), so.LoRAConfig(**fields))
+        return
+    if tied and "lm_head" in rows:
+        with pytest.raises(ValueError, match="trainable_token_indices"):
+            so.attach(llama(tied), so.LoRAConfig(**fields))
+        return
+    mine, _ = both_ways(lambda: llama(tied), so.LoRAConfig(**fields), peft.LoraConfig(**fields), tmp_path)
+    before = output(mine)
+    assert torch.allclose(output(so.merge(mine)), before, atol=1e-5)
+    assert torch.allclose(output(so.unmerge(mine)), before, atol=1e-5)
+    with so.disabled(mine):
+        assert torch.allclose(output(mine), output(llama(tied)), atol=1e-6)
+
+
+def test_trainable_tokens_that_match_nothing():
+    config = so.LoRAConfig(target_modules=["q_proj"], trainable_token_indices={"wte": [1]})
+    with pytest.raises(ValueError, match="trainable_token_indices: got .*'wte' matches nothing"):
+        so.attach(llama(), config)
+    for wrong in ([], [1, 1], [-1], [True], {"embed_tokens": []}, {3: [1]}, "3"):
+        with pytest.raises(ValueError, match="trainable_token_indices: got"):
+            so.LoRAConfig(trainable_token_indices=wrong)
+    with pytest.raises(ValueError, match="trainable_token_indices: got .* wanted one or the other"):
+        so.attach(
+            llama(),
+            so.LoRAConfig(target_modules=["q_proj"], trainable_token_indices=[1], modules_to_save=["embed_tokens"]),
+        )
+
+
+@pytest.mark.parametrize("ensure", [True, False])
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_embeddings_trained_whole(ensure, saved, tmp_path):
+    fields = {"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": ensure}
+    ours, theirs = (kind(**fields, modules_to_save=list(saved)) for kind in (so.LoRAConfig, peft.LoraConfig))
+    mine, _ = both_ways(llama, ours, theirs, tmp_path, same_keys=ensure or saved != ["lm_head"])
+    if ensure:
+        copies = [unit.copies["default"].weight for unit in (mine.model.embed_tokens, mine.lm_head)]
+        assert copies[0] is copies[1]
+
+
+@pytest.mark.parametrize("ensure", [True, False])
+def test_warnings_about_tied_weights_are_pefts(ensure):
+    def warned(run):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+        return bool(
+            [w for w in caught if "tied" in str(w.message) or "ties" in str(w.message) or "tying" in str(w.message)]
+        )
+
+    for tied in (True, False):
+        for fields in (
+            {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+            {"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        ):  # fmt: skip
+            if ensure and "lm_head" in fields["target_modules"] and tied:
+                continue  # PEFT ties an adapter of the embedding to it; there is none here
+            fields = {"r": 2, "ensure_weight_tying": ensure, **fields}
+            theirs = warned(lambda: peft.get_peft_model(llama(tied), peft.LoraConfig(**fields)))  # noqa: B023
+            ours = warned(lambda: so.attach(llama(tied), so.LoRAConfig(**fields)))  # noqa: B023
+            assert ours == theirs, (tied, fields)
+    if ensure:
+        with pytest.raises(ValueError, match="ensure_weight_tying: got True, wanted False where target_modules adapts"):
+            so.attach(llama(), so.LoRAConfig(target_modules=["lm_head"], ensure_weight_tying=True))
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resized_embeddings_travel(tied, tmp_path):
+    llama(tied).save_pretrained(tmp_path / "base")
+
+    def resized():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        torch.manual_seed(2)
+        model.resize_token_embeddings(53, mean_resizing=False)
+        return model
+
+    def blank():
+        model = resized()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[50:] = 0
+            model.get_output_embeddings().weight[50:] = 0
+        return model
+
+    ids = torch.tensor([[50, 3, 51, 52]])
+    mine = perturb(so.attach(resized(), so.LoRAConfig(r=2, target_modules=["q_proj"])), 0.1).eval()
+    so.save_adapter(mine, tmp_path / "ours")
+    theirs = perturb(peft.get_peft_model(resized(), peft.LoraConfig(r=2, target_modules=["q_proj"])), 0.1).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert keys(tmp_path / "ours") == keys(tmp_path / "theirs")
+    assert any("embed_tokens" in key for key in keys(tmp_path / "ours"))
+    for folder, model in (("ours", mine), ("theirs", theirs)):
+        want = model(ids).logits
+        assert torch.allclose(so.load_adapter(blank(), tmp_path / folder)(ids).logits, want, atol=2e-5)
+        again = peft.PeftModel.from_pretrained(blank(), tmp_path / folder).eval()
+        assert torch.allclose(again(ids).logits, want, atol=2e-5)
+        small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        before = {name: p.clone() for name, p in small.named_parameters()}
+        with pytest.raises(
+            ValueError, match=r"embed_tokens.weight \[53, 32\], wanted \[50, 32\].*resize_token_embeddings\(53\)"
+        ):
+            so.load_adapter(small, tmp_path / folder)
+        assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+    so.save_adapter(mine, tmp_path / "without", save_embedding_layers=False)
+    assert not any("embed" in key or "lm_head" in key for key in keys(tmp_path / "without"))
+    with pytest.raises(ValueError, match='save_embedding_layers: got "?.?maybe'):
+        so.save_adapter(mine, tmp_path / "wrong", save_embedding_layers="maybe")
+
+
+@pytest.mark.parametrize("save", ["auto", True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ".*(lm_head|v_proj)"},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_save_embedding_layers(save, fields, tmp_path):
+    base = llama(tied=False)
+    mine = perturb(so.attach(base, so.LoRAConfig(r=2, **fields)), 0.1).eval()
+    so.save_adapter(mine, tmp_path / "ours", save_embedding_layers=save)
+    theirs = perturb(peft.get_peft_model(llama(tied=False), peft.LoraConfig(r=2, **fields)), 0.1).eval()
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=save)
+    twins = {key for key in keys(tmp_path / "theirs") if ".modules_to_save." in key or "tokens_original" in key}
+    assert keys(tmp_path / "ours") == keys(tmp_path / "theirs") - twins
+    for folder, model in (("ours", mine), ("theirs", theirs)):
+        assert torch.allclose(output(so.load_adapter(llama(tied=False), tmp_path / folder)), output(model), atol=2e-5)
+
+
+# --- fields ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_architectures_that_peft_knows():
+    for kind in ("LORA", "MISS", "ADALORA", "VERA"):
+        table = getattr(peft.utils.constants, f"TRANSFORMERS_MODELS_TO_{kind}_TARGET_MODULES_MAPPING")
+        ours = {**TARGETS, **OTHERWISE.get(kind, {})}
+        missing = {name for name in table if ours.get(name) != table[name]}
+        assert not missing, kind  # an older PEFT may know fewer
+
+
+def write(folder, fields, tensors):
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(fields))
+    safetensors.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("bat", "bias"), [(False, "none"), (True, "none"), (False, "Bone_only")])
+def test_files_of_pefts_bone(bat, bias, tmp_path):
+    torch.manual_seed(1)
+    base = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, num_key_value_heads=2, initializer_range=0.1)
+    ).eval()
+    new = peft.MissConfig(
+        r=8, target_modules=["q_proj", "v_proj"], init_weights="bat" if bat else True,
+        bias=bias.replace("Bone", "MiSS"),
+    )  # fmt: skip
+    theirs = perturb(peft.get_peft_model(base, new), 0.1).eval()
+    theirs.save_pretrained(tmp_path / "miss")
+    fields = json.loads((tmp_path / "miss" / CONFIG).read_text())
+    for name in ("mini_r", "miss_dropout", "peft_version"):
+        del fields[name]
+    old = {
+        k.replace("miss_block", "bone_block"): v for k, v in safetensors.load_file(tmp_path / "miss" / WEIGHTS).items()
+    }
+    folder = write(tmp_path / "bone", {**fields, "peft_type": "BONE", "bias": bias}, old)
+    want = output(theirs)
+    torch.manual_seed(1)
+    fresh = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, num_key_value_heads=2, initializer_range=0.1)
+    ).eval()
+    ours = so.load_adapter(fresh, folder)
+    assert torch.allclose(output(ours), want, atol=2e-5)
+    assert trained(ours) == trained(theirs)
+
+
+def test_unknown_fields_are_left_out_with_a_warning(tmp_path):
+    so.save_adapter(so.attach(llama(), so.LoRAConfig(r=2)), tmp_path)
+    fields = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**fields, "lora_of_the_future": 3, "and_off": None}))
+    with pytest.warns(UserWarning, match=r"left out \{'lora_of_the_future': 3\}, which no LoRAConfig has"):
+        so.load_adapter(llama(), tmp_path)
+    for name, what in so.LoRAConfig.peft_refused.items():
+        (tmp_path / CONFIG).write_text(json.dumps({**fields, name: {"x": 1}}))
+        with pytest.raises(ValueError, match=f"got {name}=.*which {what}, wanted it off"):
+            so.load_adapter(llama(), tmp_path)
+
+
+def test_values_that_are_not_finite(tmp_path):
+    model = so.attach(llama(), so.LoRAConfig(r=2))
+    with torch.no_grad():
+        next(iter(so.adapter_layers(model).values())).lora_A["default"][0, 0] = float("nan")
+    so.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="lora_A.weight with values that are not finite, wanted finite ones"):
+        so.load_adapter(llama(), tmp_path)
+
+
+def test_a_layer_under_two_parents(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        shared = torch.nn.Linear(8, 8)
+        return torch.nn.Sequential(shared, torch.nn.GELU(), shared)
+
+    x = torch.randn(3, 8)
+    theirs = perturb(peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules="all-linear")), 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="the layer '0' is also '2', and PEFT adapts only the first of these"):
+        so.load_adapter(build(), tmp_path / "theirs")
+    mine = perturb(so.attach(build(), so.LoRAConfig(r=2, target_modules="all-linear")), 0.3)
+    with pytest.warns(UserWarning, match="will not compute the same from this file"):
+        so.save_adapter(mine, tmp_path / "ours")
+    assert torch.equal(so.load_adapter(build(), tmp_path / "ours")(x), mine(x))
+    assert not torch.allclose(theirs(x), build()(x))
