@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,9 +56,14 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         checks.integer(self._field("r"), self.r, 1, None, "rank or block size")
+        self.layers_pattern = self.layers_pattern or None
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             self._check_names(name)
-        self.layers_pattern = self.layers_pattern or None
+        for name in ("layers_pattern", "modules_to_save"):
+            entries = getattr(self, name) or []
+            check_expressions(self, name, [entries] if isinstance(entries, str) else entries)
+        for name in ("target_modules", "exclude_modules"):  # a list of these is compared, not matched
+            check_expressions(self, name, [value] if isinstance(value := getattr(self, name), str) else [])
         layers = self.layers_to_transform = None if self.layers_to_transform == [] else self.layers_to_transform
         for layer in [layers] if isinstance(layers, int) else layers or []:
             checks.integer(self._field("layers_to_transform"), layer, 0, None, "the index of a layer")
@@ -153,8 +159,27 @@ class AdapterConfig:
 
 
 def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first key that matches the end of ``path`` (PEFT's rule), or ``default``."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    """The value of the first key that matches the end of ``path``, else of the key that is ``path`` (PEFT's rule)."""
+    matching = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path))
+    return next(matching, pattern.get(path, default))
+
+
+def check_pattern(config: AdapterConfig, name: str) -> None:
+    """Raise ValueError where a field is no dict whose keys are regular expressions; None becomes an empty one."""
+    setattr(config, name, getattr(config, name) or {})
+    value = getattr(config, name)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        config.wrong(name, value, "a dict from module names to numbers")
+    check_expressions(config, name, value)
+
+
+def check_expressions(config: AdapterConfig, name: str, entries: Iterable[str]) -> None:
+    """Raise ValueError where an entry of a field, which is matched as a regular expression, is none."""
+    for entry in entries:
+        try:
+            re.compile(f"(?:{entry})")
+        except (re.error, RecursionError, OverflowError) as error:
+            config.wrong(name, entry, f"a regular expression ({error})")
 
 
 @dataclass

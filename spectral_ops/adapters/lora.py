@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from spectral_ops.adapters.config import TokensConfig, match_pattern
+from spectral_ops.adapters.config import TokensConfig, check_pattern, match_pattern
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.functional import segmented_lowrank_linear, segmented_lowrank_update
@@ -70,10 +70,8 @@ class LoRAConfig(TokensConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.probability(self._field("lora_dropout"), self.lora_dropout)
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), dict):
-                self.wrong(name, getattr(self, name), "a dict from module names to numbers")
+            check_pattern(self, name)
         for key, r in self.rank_pattern.items():
             checks.integer(f"{self._field('rank_pattern')}[{key!r}]", r, 1, None, "rank")
         for key, alpha in {"": self.lora_alpha, **self.alpha_pattern}.items():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters.config import AdapterConfig, match_pattern
+from spectral_ops.adapters.config import AdapterConfig, check_pattern, match_pattern
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.init import truncated_svd
@@ -41,9 +41,7 @@ class PiCaConfig(AdapterConfig):
         if self.niter is not None:
             checks.integer(self._field("niter"), self.niter, 0, None, "power iterations")
         checks.probability(self._field("pica_dropout"), self.pica_dropout)
-        self.rank_pattern = self.rank_pattern or {}
-        if not isinstance(self.rank_pattern, dict):
-            self.wrong("rank_pattern", self.rank_pattern, "a dict from module names to ranks")
+        check_pattern(self, "rank_pattern")
         for key, r in self.rank_pattern.items():
             checks.integer(f"{self._field('rank_pattern')}[{key!r}]", r, 1, None, "rank")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters import lowrank
-from spectral_ops.adapters.config import match_pattern
+from spectral_ops.adapters.config import check_pattern, match_pattern
 from spectral_ops.adapters.frozen import why_not_dense
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.core import checks, steps
@@ -61,9 +61,7 @@ class RoSAConfig(LoRAConfig):
         super().__post_init__()
         if self.changes_base:
             self.wrong("init_lora_weights", self.init_lora_weights, 'True, False or "gaussian" (S belongs to all of W)')
-        self.density_pattern = self.density_pattern or {}
-        if not isinstance(self.density_pattern, dict):
-            self.wrong("density_pattern", self.density_pattern, "a dict from module names to numbers")
+        check_pattern(self, "density_pattern")
         for key, density in {"": self.d, **self.density_pattern}.items():
             name = f"{self._field('density_pattern')}[{key!r}]" if key else self._field("d")
             checks.number(name, density)

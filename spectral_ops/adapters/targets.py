@@ -20,6 +20,9 @@ from spectral_ops.adapters.trained_copy import TrainedCopy
 from spectral_ops.adapters.tree import walk
 
 
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
 @dataclass
 class Choice:
     """What a config chooses in a model; ``config`` is the one to attach: with its task's head and its targets filled
@@ -173,7 +176,14 @@ def modules_to_save(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mod
         if any(path.startswith(f"{parent}.") for parent in found):
             continue  # it is copied with its parent
         if any(isinstance(m, AdapterLinear) for m in module.modules()):
-            raise ValueError(f"modules_to_save: got {names!r}, wanted modules without adapters ({path!r} has some)")
+            raise ValueError(
+                f"modules_to_save: got {list(names)!r}, wanted modules without adapters ({path!r} has some)"
+            )
+        if isinstance(module, CONTAINERS):
+            kind = type(module).__name__
+            raise ValueError(
+                f"modules_to_save: got {list(names)!r}, wanted modules that are called ({path!r} is a {kind})"
+            )
         found[path] = module
     return found
 
