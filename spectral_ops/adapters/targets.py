@@ -19,7 +19,6 @@ from spectral_ops.adapters.frozen import is_linear
 from spectral_ops.adapters.trained_copy import TrainedCopy
 from spectral_ops.adapters.tree import walk
 
-
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
