@@ -237,7 +237,8 @@ def fill_adapter(model, name: str, tensors: dict[str, torch.Tensor]) -> None:
         for key in unit.file_tensors(name) if isinstance(unit, TrainedTokens) else ():
             unit.rows[name].copy_(tensors[f"{PREFIX}{path}.{key}"])
     for key, bias in _biases(root, adapter_configs(root)[name], layers).items():
-        bias.copy_(tensors[key])
+        if key in tensors:
+            bias.copy_(tensors[key])
 
 
 def _base_tensors(root: nn.Module, choice: Choice) -> dict[str, torch.Tensor]:
@@ -288,7 +289,12 @@ def _check(
         expected |= {names[key]: torch.Size(shape) for key, shape in shapes.items() if key in names}
         if path in note.get("base", {}):
             _check_sample(directory, path, layer, note["base"][path])
-    expected |= {key: bias.shape for key, bias in _biases(root, config, choice.layers).items()}
+    biases = _biases(root, config, choice.layers)
+    if biases and config.bias.endswith("_only") and not any(key in tensors for key in biases):
+        why = f"{file}: no biases, though bias={config.bias!r} trains them (PEFT 0.18 and before leave them out)"
+        warnings.warn(f"{why}; the model's own stay", stacklevel=3)
+        biases = {}
+    expected |= {key: bias.shape for key, bias in biases.items()}
     for path, module in choice.copies.items():
         for key, value in embeddings.original(module).state_dict().items():
             expected[f"{PREFIX}{path}.{key}"] = value.shape
