@@ -13,23 +13,23 @@ from spectral_ops.adapters.tensor_dicts import BufferDict
 
 
 class TrainedTokens(nn.Module):
-    """An embedding [V, d] of which the active adapter replaces some rows, or the linear head tied to one.
+    """An embedding [V, d] of which the active adapter replaces some rows, or a head or embedding tied to one.
 
     A row is replaced, not added to: what a file holds is then the same over an embedding that was resized and
-    initialised anew. ``rows[name]`` [n, d] holds the values, ``indices[name]`` says which rows they are. The head of a
-    tied pair has no tensors of its own and uses the rows of ``tied``.
+    initialised anew. ``rows[name]`` [n, d] holds the values, ``indices[name]`` says which rows they are. What
+    is tied has no tensors of its own and uses the rows of ``tied``.
 
     Attributes that the model reads come from the original module, ``weight`` excepted: where rows are in force it is
     the weight [V, d] with them in it, made anew at each read and differentiable, since a model may multiply by it.
     """
 
     def __init__(self, original: nn.Module, tied: TrainedTokens | None = None) -> None:
-        """original: an nn.Embedding, or with ``tied`` an nn.Linear that shares its weight. ValueError for any other."""
+        """original: an nn.Embedding, or with ``tied`` a layer that shares its weight. ValueError for any other."""
         super().__init__()
         if tied is None:
             _check_embedding(original)
         else:
-            _check_head(original, tied)
+            _check_tied(original, tied)
         self.original_module = original
         self._tied = (tied,) if tied is not None else ()  # in a tuple: no submodule, so nothing is saved twice
         if tied is None:
@@ -131,12 +131,12 @@ class TrainedTokens(nn.Module):
         name = self.running
         if name is None:
             return out
-        return self._head(x, out, name) if self._tied else self._embed(x, out, name)
+        return self._head(x, out, name) if isinstance(self.original_module, nn.Linear) else self._embed(x, out, name)
 
     def _embed(self, ids: torch.Tensor, out: torch.Tensor, name: str) -> torch.Tensor:
-        base, rows = self.original_module, self.rows[name]
+        base, rows = self.original_module, self._owner.rows[name]
         count = len(rows)
-        slot = self.slots[name][ids]
+        slot = self._owner.slots[name][ids]
         table = F.pad(_scaled(base, rows.to(base.weight.dtype)), (0, 0, 0, 1))  # a row more, for ids not chosen
         padding = base.padding_idx
         skip = self.indices[name].index(padding) if padding in self.indices[name] else count
@@ -210,9 +210,11 @@ def _check_embedding(base: nn.Module) -> None:
         raise ValueError(f"{got} that changes its rows, wanted one that looks them up (times embed_scale, if any)")
 
 
-def _check_head(head: nn.Module, tied: TrainedTokens) -> None:
+def _check_tied(head: nn.Module, tied: TrainedTokens) -> None:
     got = f"trainable_token_indices: got a tied layer {type(head).__name__}"
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if isinstance(head, nn.Embedding):
+        _check_embedding(head)
+    elif not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise ValueError(f"{got}, wanted a plain nn.Linear")
     if head.weight is not tied.original_module.weight:
         raise ValueError(f"{got} with a weight of its own, wanted the embedding's")

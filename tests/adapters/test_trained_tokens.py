@@ -333,7 +333,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="weight of its own"):
             TrainedTokens(nn.Linear(D, V), unit)
         with pytest.raises(ValueError, match=r"wanted a plain nn\.Linear"):
-            TrainedTokens(nn.Embedding(V, D), unit)
+            TrainedTokens(nn.GELU(), unit)
 
 
 def llama(tied):

@@ -142,6 +142,38 @@ def test_trainable_tokens(tied, rows, tmp_path):
         assert torch.allclose(output(mine), output(llama(tied)), atol=1e-6)
 
 
+def test_trainable_tokens_of_embeddings_tied_to_another(tmp_path):
+    """T5 looks tokens up in two stacks, and multiplies by the same weight at its head."""
+
+    def build():
+        torch.manual_seed(0)
+        config = transformers.T5Config(
+            vocab_size=50, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, dropout_rate=0.0,
+            tie_word_embeddings=True, initializer_factor=0.5, decoder_start_token_id=0,
+        )  # fmt: skip
+        return transformers.T5ForConditionalGeneration(config).eval()
+
+    def logits(model):
+        with torch.no_grad():
+            return model(input_ids=tokens(), decoder_input_ids=tokens()).logits
+
+    fields = {"r": 2, "trainable_token_indices": [3, 5, 9]}
+    mine = perturb(so.attach(build(), so.LoRAConfig(**fields)), 0.3).eval()
+    so.save_adapter(mine, tmp_path / "ours")
+    theirs = perturb(peft.get_peft_model(build(), peft.LoraConfig(**fields)), 0.3).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert trained(mine) == trained(theirs) and keys(tmp_path / "ours") == keys(tmp_path / "theirs")
+    for folder, model in (("ours", mine), ("theirs", theirs)):
+        want = logits(model)
+        assert torch.allclose(logits(so.load_adapter(build(), tmp_path / folder).eval()), want, atol=2e-5)
+        assert torch.allclose(
+            logits(peft.PeftModel.from_pretrained(build(), tmp_path / folder).eval()), want, atol=2e-5
+        )
+        assert not torch.allclose(logits(build()), want, atol=1e-2)
+    before = logits(mine)
+    assert torch.allclose(logits(so.merge(mine)), before, atol=1e-5)
+
+
 def test_trainable_tokens_that_match_nothing():
     config = so.LoRAConfig(target_modules=["q_proj"], trainable_token_indices={"wte": [1]})
     with pytest.raises(ValueError, match="trainable_token_indices: got .*'wte' matches nothing"):
