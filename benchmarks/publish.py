@@ -3,6 +3,7 @@
     python -m benchmarks.publish results FILE.json [PAGE...]   a run's tables into each page; without one, printed
     python -m benchmarks.publish costs [docs/methods]          the tables of costs below ``<!-- cost: name -->``
     python -m benchmarks.publish estimates [PAGE]              what GPU kernels should take, from benchmarks/estimates
+    python -m benchmarks.publish fields [PAGE]                 what becomes of every field of an adapter_config.json
 
 A run has two tables. Each ends at ``<!-- end -->``.
 
@@ -25,6 +26,15 @@ import torch
 
 from benchmarks.estimates import table
 from benchmarks.estimates.cases import TOKENS
+from spectral_ops.adapters import (
+    AdaLoRAConfig,
+    AdapterConfig,
+    BatConfig,
+    BoneConfig,
+    DoRAConfig,
+    LoRAConfig,
+    VeRAConfig,
+)
 from spectral_ops.bench.counting import CEILINGS, cost
 from spectral_ops.bench.methods import BLOCKS
 from spectral_ops.bench.results import Layer, Results, read
@@ -291,6 +301,50 @@ def write_costs(directory: Path, write: bool = True) -> list[str]:
     return changed
 
 
+FIELDS = {"LoRA": LoRAConfig, "DoRA": DoRAConfig, "AdaLoRA": AdaLoRAConfig, "Bone": BoneConfig, "Bat": BatConfig,
+          "VeRA": VeRAConfig}  # fmt: skip
+
+
+def fields_table() -> str:
+    """What a config does with every field that it has, or that PEFT's config of the method has."""
+    names = {name for config in FIELDS.values() for name in (*config.known_fields(), *config.peft_refused)}
+    rows = [
+        [f"`{name}`", *(_fate(config, name) for config in FIELDS.values()), _reason(name)] for name in sorted(names)
+    ]
+    return _markdown([["field", *FIELDS, "why"], *rows])
+
+
+def _fate(config: type[AdapterConfig], name: str) -> str:
+    if name in config.peft_refused:
+        return "refused"
+    if name in config.peft_idle:
+        return "no effect"
+    if name in config.known_fields():
+        return "ours" if name in config.ours_only else "as PEFT"
+    return ""
+
+
+def _reason(name: str) -> str:
+    reasons = {
+        text: None
+        for config in FIELDS.values()
+        for text in (config.peft_refused.get(name), config.peft_idle.get(name), config.ours_only.get(name))
+        if text
+    }
+    return "; ".join(reasons)
+
+
+def write_fields(page: Path, write: bool = True) -> bool:
+    """Renew the table ``<!-- fields -->``; whether it changed."""
+    text = page.read_text()
+    new, found = _between(text, "<!-- fields -->", fields_table())
+    if not found:
+        raise ValueError(f"{page}: got no section <!-- fields --> that ends with <!-- end -->, wanted one")
+    if write and new != text:
+        page.write_text(new)
+    return new != text
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write what was asked for; prints the names of pages that changed, or the table where no page was named."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__.splitlines()[0])
@@ -302,7 +356,12 @@ def main(argv: list[str] | None = None) -> int:
     counted.add_argument("directory", type=Path, nargs="?", default=Path("docs/methods"))
     estimated = commands.add_parser("estimates", help="the tables of what GPU kernels should take")
     estimated.add_argument("page", type=Path, nargs="?", default=Path("docs/PERFORMANCE.md"))
+    told = commands.add_parser("fields", help="the table of config fields")
+    told.add_argument("page", type=Path, nargs="?", default=Path("docs/files.md"))
     arguments = parser.parse_args(argv)
+    if arguments.command == "fields":
+        print(f"{arguments.page} changed" if write_fields(arguments.page) else "nothing changed")
+        return 0
     if arguments.command == "estimates":
         changed = [write_estimates(arguments.page), write_routes(arguments.page)]
         print(f"{arguments.page} changed" if any(changed) else "nothing changed")

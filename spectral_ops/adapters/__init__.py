@@ -6,7 +6,7 @@ from spectral_ops.adapters.adalora_schedule import AdaLoRASchedule
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.bat import BatConfig, BatLinear
 from spectral_ops.adapters.bone import BoneConfig, BoneLinear
-from spectral_ops.adapters.config import AdapterConfig
+from spectral_ops.adapters.config import AdapterConfig, TokensConfig
 from spectral_ops.adapters.dash import LoRADashConfig, LoRADashLinear
 from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
 from spectral_ops.adapters.dvora import DVoRAConfig, DVoRALinear
@@ -50,6 +50,7 @@ __all__ = [
     "RoSASchedule",
     "SpectralConfig",
     "SpectralLinear",
+    "TokensConfig",
     "VeRAConfig",
     "VeRALinear",
     "adapter_configs",

@@ -37,6 +37,10 @@ class BatConfig(AdapterConfig):
         "miss_dropout": "PEFT applies none to Bat",
         "mini_r": 'only beside init_weights="mini"',
     }
+    ours_only: ClassVar[dict[str, str]] = {
+        "mode": f'a file of mode "row" is of the type {ROW}',
+        "exact": "written where it is on; PEFT leaves it out and rounds W'",
+    }
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "MiSS_only")
 
     def __post_init__(self) -> None:

@@ -52,6 +52,7 @@ class AdapterConfig:
         "peft_version": "names the writer",
     }
     peft_refused: ClassVar[dict[str, str]] = {}  # those that change the numbers and are not here: what they do
+    ours_only: ClassVar[dict[str, str]] = {}  # fields that PEFT's config of this method lacks: what a file says instead
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all")
 
     def __post_init__(self) -> None:

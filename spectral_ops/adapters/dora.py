@@ -24,6 +24,9 @@ class DoRAConfig(LoRAConfig):
     magnitude_only: list[str] | None = None
 
     peft_flags: ClassVar[dict[str, Any]] = {"use_dora": True}
+    ours_only: ClassVar[dict[str, str]] = {
+        "magnitude_only": "written where it is given; PEFT leaves it out and trains A and B there too",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,7 @@ class VeRAConfig(AdapterConfig):
         **AdapterConfig.peft_idle,
         "fan_in_fan_out": "every layer says that itself",
     }
+    ours_only: ClassVar[dict[str, str]] = {"exclude_modules": "a file of VeRA names the layers that are left"}
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "vera_only")
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ def test_every_page_of_a_method_has_its_example_and_its_costs():
 
 def test_tables_of_costs_are_current():
     assert publish.write_costs(DOCS / "methods", write=False) == [], "python -m benchmarks.publish costs"
+    assert not publish.write_fields(DOCS / "files.md", write=False), "python -m benchmarks.publish fields"
     for renew in (publish.write_estimates, publish.write_routes):
         assert not renew(DOCS / "PERFORMANCE.md", write=False), "python -m benchmarks.publish estimates"
 
