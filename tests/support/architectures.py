@@ -15,7 +15,7 @@ SMALL = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_at
 DECODER = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 32, "head_dim": 8}
 ENCODER = {
     **SMALL, "intermediate_size": 48, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0, "num_labels": 3,
+    "attention_probs_dropout_prob": 0.0, "num_labels": 8,
 }  # fmt: skip
 N_STYLE = {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 EXPERTS = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -25,7 +25,7 @@ ODD = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # where the def
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a model and what to ask it. ``knows_targets``: PEFT has target_modules for it (in every release)."""
+    """How to build a model, what to ask it, and which tensor its answer is."""
 
     model_class: str
     config_class: str
@@ -33,7 +33,7 @@ class Architecture:
     inputs: Callable[[], dict[str, torch.Tensor]]
     output: Callable[[Any], torch.Tensor] = lambda out: out.logits
     task_type: str | None = None
-    knows_targets: bool = True
+    targets: tuple[str, ...] | None = None  # where PEFT finds none by itself, and neither "all-linear" works in PEFT
 
     def build(self) -> nn.Module:
         config = getattr(hf, self.config_class)(**self.fields)
@@ -57,12 +57,13 @@ def images() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))}
 
 
-def causal(name: str, fields: dict[str, Any], config: str = "", **more) -> Architecture:
-    return Architecture(f"{name}ForCausalLM", config or f"{name}Config", fields, text, task_type="CAUSAL_LM", **more)
+def causal(name: str, fields: dict[str, Any], config: str = "", targets=None) -> Architecture:
+    config = config or f"{name}Config"
+    return Architecture(f"{name}ForCausalLM", config, fields, text, task_type="CAUSAL_LM", targets=targets)
 
 
 class Plain(nn.Module):
-    """No transformers model: names that end in each other's, one layer under two paths, no config."""
+    """No transformers model: names that end in each other's, a layer called "0", no config."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +73,8 @@ class Plain(nn.Module):
             nn.ModuleDict({"q": nn.Linear(32, 48), "q_norm": nn.LayerNorm(48), "0": nn.Linear(48, 32)})
             for _ in range(2)
         )
-        self.also = nn.ModuleList([self.aq])
-        self.final = nn.Linear(32, 9)
+        self.also = nn.ModuleList([nn.Linear(32, 32)])
+        self.final = nn.Linear(32, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.aq(torch.tanh(self.q(x)))
@@ -97,14 +98,14 @@ def itself(out: torch.Tensor) -> torch.Tensor:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": causal("Llama", DECODER),
-    "llama_tied": causal("Llama", DECODER | TIED, ""),
+    "llama_tied": causal("Llama", DECODER | TIED),
     "mistral": causal("Mistral", DECODER | {"sliding_window": 4}),
     "qwen2": causal("Qwen2", DECODER),
     "qwen3": causal("Qwen3", DECODER),
     "gemma2": causal("Gemma2", DECODER | {"query_pre_attn_scalar": 8, "sliding_window": 4}),
     "gemma3_text": causal("Gemma3", DECODER | {"query_pre_attn_scalar": 8, "sliding_window": 4}, "Gemma3TextConfig"),
     "phi": causal("Phi", DECODER | ODD),
-    "phi3": causal("Phi3", DECODER | ODD, knows_targets=False),
+    "phi3": causal("Phi3", DECODER | ODD),
     "stablelm": causal("StableLm", DECODER | {"use_qkv_bias": True}),
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", N_STYLE | ODD, text, task_type="CAUSAL_LM"),
     "gpt_neox": causal("GPTNeoX", SMALL | {"intermediate_size": 48, "max_position_embeddings": 32}),
@@ -116,8 +117,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpt": causal(
         "Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": WORDS, "max_seq_len": 32, "expansion_ratio": 2}
     ),
-    "mixtral": causal("Mixtral", EXPERTS | {"num_local_experts": 3}),
-    "qwen3_moe": causal("Qwen3Moe", EXPERTS | {"num_experts": 3}, knows_targets=False),
+    "mixtral": causal("Mixtral", EXPERTS | {"num_local_experts": 3}, targets=("q_proj", "o_proj")),
+    "qwen3_moe": causal("Qwen3Moe", EXPERTS | {"num_experts": 3}, targets=("k_proj", "v_proj")),
     "t5": Architecture(
         "T5ForConditionalGeneration", "T5Config",
         {"vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, sequences,
@@ -142,21 +143,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         "DistilBertForSequenceClassification", "DistilBertConfig",
         {
             "vocab_size": WORDS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "dropout": 0.0,
-            "attention_dropout": 0.0, "max_position_embeddings": 32, "num_labels": 3,
-        }, text, task_type="SEQ_CLS", knows_targets=False,
+            "attention_dropout": 0.0, "max_position_embeddings": 32, "num_labels": 8,
+        }, text, task_type="SEQ_CLS", targets=("q_lin", "lin1"),
     ),
     "deberta_v2": Architecture(
         "DebertaV2ForTokenClassification", "DebertaV2Config", ENCODER | {"relative_attention": True}, text,
         task_type="TOKEN_CLS",
     ),
     "llama_cls": Architecture(
-        "LlamaForSequenceClassification", "LlamaConfig", DECODER | ODD | {"num_labels": 3}, text, task_type="SEQ_CLS",
+        "LlamaForSequenceClassification", "LlamaConfig", DECODER | ODD | {"num_labels": 8}, text, task_type="SEQ_CLS",
     ),
     "vit": Architecture(
         "ViTForImageClassification", "ViTConfig",
-        {**ENCODER, "image_size": 8, "patch_size": 4}, images, knows_targets=False,
+        {**ENCODER, "image_size": 8, "patch_size": 4}, images,
     ),
-    "plain": PlainArchitecture("", "", {}, features, itself, knows_targets=False),
+    "plain": PlainArchitecture("", "", {}, features, itself),
 }  # fmt: skip
 
 
