@@ -114,9 +114,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": causal("OPT", SMALL | {"ffn_dim": 48, "max_position_embeddings": 32, "word_embed_proj_dim": 32}),
     "bloom": causal("Bloom", SMALL | {"n_head": 4, "n_layer": 2}),
     "falcon": causal("Falcon", SMALL | ODD),
-    "mpt": causal(
-        "Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": WORDS, "max_seq_len": 32, "expansion_ratio": 2}
-    ),
+    "mpt": causal("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": WORDS, "max_seq_len": 32}),
     "mixtral": causal("Mixtral", EXPERTS | {"num_local_experts": 3}, targets=("q_proj", "o_proj")),
     "qwen3_moe": causal("Qwen3Moe", EXPERTS | {"num_experts": 3}, targets=("k_proj", "v_proj")),
     "t5": Architecture(
