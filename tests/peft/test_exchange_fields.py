@@ -98,7 +98,7 @@ def test_saved_by_peft_loaded_by_us(name, method, fields, tmp_path):
 @pytest.mark.parametrize("name", ["distilbert", "bert_qa", "deberta_v2", "llama_cls", "roberta", "vit"])
 @pytest.mark.parametrize("method", ["lora", "miss"])
 def test_all_linear_and_a_head(name, method, tmp_path):
-    """PEFT raises where its "all-linear" takes a module that it trains whole too. We do, or write a file it can read."""
+    """PEFT raises where its "all-linear" takes a module that it trains whole too. We do, or write a file for it."""
     try:
         theirs = their_model(name, method, target_modules="all-linear")
     except TypeError as error:
