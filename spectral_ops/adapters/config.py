@@ -64,7 +64,7 @@ class AdapterConfig:
             entries = getattr(self, name) or []
             check_expressions(self, name, [entries] if isinstance(entries, str) else entries)
         for name in ("target_modules", "exclude_modules"):  # a list of these is compared, not matched
-            check_expressions(self, name, [value] if isinstance(value := getattr(self, name), str) else [])
+            check_expressions(self, name, [value] if isinstance(value := getattr(self, name), str) else [], "{}")
         layers = self.layers_to_transform = None if self.layers_to_transform == [] else self.layers_to_transform
         for layer in [layers] if isinstance(layers, int) else layers or []:
             checks.integer(self._field("layers_to_transform"), layer, 0, None, "the index of a layer")
@@ -174,11 +174,11 @@ def check_pattern(config: AdapterConfig, name: str) -> None:
     check_expressions(config, name, value)
 
 
-def check_expressions(config: AdapterConfig, name: str, entries: Iterable[str]) -> None:
-    """Raise ValueError where an entry of a field, which is matched as a regular expression, is none."""
+def check_expressions(config: AdapterConfig, name: str, entries: Iterable[str], form: str = "({})") -> None:
+    """Raise ValueError where an entry of a field, which is matched as a regular expression in ``form``, is none."""
     for entry in entries:
         try:
-            re.compile(f"(?:{entry})")
+            re.compile(form.format(entry))
         except (re.error, RecursionError, OverflowError) as error:
             config.wrong(name, entry, f"a regular expression ({error})")
 
