@@ -189,14 +189,20 @@ class AdapterLinear(FrozenBase):
         found = holder._parameters.get(name)
         return holder[name] if found is None else found
 
-    def add_adapter(self, name, config, path="", *, autocast_adapter_dtype=True, initialise=True):
-        """Give the layer an adapter, not active yet; leaves the base alone. ``path`` resolves the config's patterns."""
+    def add_adapter(
+        self, name, config, path="", *, autocast_adapter_dtype=True, initialise=True, beside: str | None = None
+    ):
+        """Give the layer an adapter, not active yet; leaves the base alone. ``path`` resolves the config's patterns.
+
+        beside: an adapter whose values the new one is going to have, so that the base is right for it as it is.
+        """
         check_adapter_name(name)
         if name in self.settings:
             raise ValueError(f"adapter_name: got {name!r}, wanted a name this layer does not have yet")
         if self.merged is not None:
             raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted an unmerged layer")
-        self.admit(config)
+        if beside is None:
+            self.admit(config)
         settings = config.for_layer(path)
         weight = self.base_layer.weight
         shapes = self.shapes(settings, self.out_features, self.in_features)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+from spectral_ops.adapters.to_peft import to_peft
 from spectral_ops.core import checks
 
 
@@ -117,6 +118,22 @@ class AdapterConfig:
         """The content of PEFT's adapter_config.json."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"peft_type": self.peft_type, **self.peft_flags, **fields}
+
+    def to_peft(self) -> Any:
+        """PEFT's config object of the same adapter, for what takes a ``peft_config``; PEFT then attaches it.
+
+        Raises ImportError without PEFT, ValueError where the installed PEFT lacks the method or what a field asks for.
+        """
+        return to_peft(self)
+
+    @property
+    def base_model_name_or_path(self) -> NoReturn:
+        """What PEFT asks a config for first: TypeError, which says where this one belongs."""
+        name = type(self).__name__
+        raise TypeError(
+            f"peft_config: got spectral_ops' {name}, wanted a config of PEFT's: {name}(...).to_peft() makes it;"
+            " spectral_ops.attach(model, config) needs none"
+        )
 
 
 def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:

@@ -106,7 +106,7 @@ def local_folder(directory, name: str) -> str:
     """``directory`` where it is one; ValueError where it may be the name of a repository."""
     if directory is None or not Path(directory).is_dir():
         raise ValueError(
-            f"{name}: got {directory!r}, wanted a local folder (huggingface_hub.snapshot_download makes one of a repository)"
+            f"{name}: got {directory!r}, wanted a local folder (huggingface_hub.snapshot_download makes one)"
         )
     return directory
 
@@ -117,8 +117,8 @@ class Configs(dict):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
-            "model: got one with adapters of spectral_ops, wanted one without for PEFT's own. spectral_ops.attach(model,"
-            " config, name) adds an adapter beside them, spectral_ops.detach(model) takes them out"
+            "model: got one with adapters of spectral_ops, wanted one without for PEFT's own."
+            " spectral_ops.attach(model, config, name) adds an adapter, spectral_ops.detach(model) takes them out"
         )
 
     __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
@@ -150,7 +150,14 @@ class Adapted:
     # files
 
     def save_pretrained(
-        self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, *, selected_adapters=None, **more
+        self,
+        save_directory,
+        is_main_process=True,
+        state_dict=None,
+        push_to_hub=False,
+        *,
+        selected_adapters=None,
+        **more,
     ) -> None:
         """Write the adapters only, as PEFT lays them out: adapter_config.json and adapter_model.safetensors.
 
@@ -204,7 +211,7 @@ class Adapted:
         attach(self, adapter_config, adapter_name or "default")
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, *, is_trainable=False, **more) -> None:
-        """:func:`load_adapter` from a local folder; it becomes the active adapter. ValueError for what PEFT's has more."""
+        """:func:`load_adapter` from a local folder; it becomes active. ValueError for arguments beyond these."""
         if given := {name for name, value in more.items() if value not in (None, False, "auto", {})}:
             raise ValueError(f"load_adapter: got {sorted(given)}, wanted peft_model_id, adapter_name and is_trainable")
         folder = local_folder(peft_model_id, "peft_model_id")
@@ -231,7 +238,7 @@ class Adapted:
         switch(self, True)
 
     def delete_adapter(self, adapter_names) -> None:
-        """:func:`detach`, of one name or a list; with the last, the model is again what it was before :func:`attach`."""
+        """:func:`detach`, of one name or a list; with the last, the model is what it was before :func:`attach`."""
         remove_adapters(self, adapter_names)
 
     def get_adapter_state_dict(self, adapter_name=None, state_dict=None) -> dict[str, torch.Tensor]:
