@@ -14,7 +14,7 @@ from spectral_ops._version import __version__ as __version__
 from spectral_ops.adapters import *
 from spectral_ops.backends import BackendUnavailable, explain, use_backend
 from spectral_ops.functional import *
-from spectral_ops.integrations import accelerate, report, restore
+from spectral_ops.integrations import accelerate, as_peft_model, report, restore
 from spectral_ops.integrations.auto import auto, from_environment
 
 _loader.load()
@@ -27,6 +27,7 @@ __all__ = [
     *functional.__all__,
     "BackendUnavailable",
     "accelerate",
+    "as_peft_model",
     "auto",
     "explain",
     "report",

@@ -14,6 +14,7 @@ from spectral_ops.adapters.io import load_adapter, save_adapter
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.adapters.model import attach, detach, disabled, merge, quantize_base, set_adapter, unmerge
 from spectral_ops.adapters.pica import PiCaConfig, PiCaLinear
+from spectral_ops.adapters.pretrained import print_trainable_parameters
 from spectral_ops.adapters.rosa import RoSAConfig, RoSALinear
 from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
 from spectral_ops.adapters.segments import segments, train_adapters
@@ -61,6 +62,7 @@ __all__ = [
     "fuse_spectral",
     "load_adapter",
     "merge",
+    "print_trainable_parameters",
     "quantize_base",
     "save_adapter",
     "segments",

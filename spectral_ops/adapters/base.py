@@ -163,13 +163,16 @@ class AdapterLinear(FrozenBase):
         """The entries of ``tensor_keys`` and ``index_keys`` that adapter ``name`` has."""
         return {k: suffix for k, suffix in {**self.tensor_keys, **self.index_keys}.items() if name in getattr(self, k)}
 
+    def saved(self, name: str) -> dict[str, str]:
+        """Those of :meth:`held` that a file has."""
+        return {key: s for key, s in self.held(name).items() if key not in self.settings[name].unsaved}
+
     def file_tensors(self, name: str, plain: bool) -> dict[str, torch.Tensor]:
         """What a file holds of adapter ``name``, by the key that follows the module's path.
 
         plain: in a form that another library loads onto the original base. Otherwise in the form this class trains.
         """
-        saved = {key: s for key, s in self.held(name).items() if key not in self.settings[name].unsaved}
-        return {suffix: getattr(self, key)[name].detach() for key, suffix in saved.items()}
+        return {suffix: getattr(self, key)[name].detach() for key, suffix in self.saved(name).items()}
 
     # what all methods do alike
 
@@ -189,14 +192,20 @@ class AdapterLinear(FrozenBase):
         found = holder._parameters.get(name)
         return holder[name] if found is None else found
 
-    def add_adapter(self, name, config, path="", *, autocast_adapter_dtype=True, initialise=True):
-        """Give the layer an adapter, not active yet; leaves the base alone. ``path`` resolves the config's patterns."""
+    def add_adapter(
+        self, name, config, path="", *, autocast_adapter_dtype=True, initialise=True, beside: str | None = None
+    ):
+        """Give the layer an adapter, not active yet; leaves the base alone. ``path`` resolves the config's patterns.
+
+        beside: an adapter whose values the new one is going to have, so that the base is right for it as it is.
+        """
         check_adapter_name(name)
         if name in self.settings:
             raise ValueError(f"adapter_name: got {name!r}, wanted a name this layer does not have yet")
         if self.merged is not None:
             raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted an unmerged layer")
-        self.admit(config)
+        if beside is None:
+            self.admit(config)
         settings = config.for_layer(path)
         weight = self.base_layer.weight
         shapes = self.shapes(settings, self.out_features, self.in_features)

@@ -6,8 +6,9 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
+from spectral_ops.adapters.to_peft import to_peft
 from spectral_ops.core import checks
 
 TASKS: dict[str | None, tuple[str, ...]] = {  # PEFT's task types, and the heads that train under each
@@ -157,6 +158,22 @@ class AdapterConfig:
         """The content of PEFT's adapter_config.json."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"peft_type": self.peft_type, **self.peft_flags, **fields}
+
+    def to_peft(self) -> Any:
+        """PEFT's config object of the same adapter, for what takes a ``peft_config``; PEFT then attaches it.
+
+        Raises ImportError without PEFT, ValueError where the installed PEFT lacks the method or what a field asks for.
+        """
+        return to_peft(self)
+
+    @property
+    def base_model_name_or_path(self) -> NoReturn:
+        """What PEFT asks a config for first: TypeError, which says where this one belongs."""
+        name = type(self).__name__
+        raise TypeError(
+            f"peft_config: got spectral_ops' {name}, wanted a config of PEFT's: {name}(...).to_peft() makes it;"
+            " spectral_ops.attach(model, config) needs none"
+        )
 
 
 def match_pattern(pattern: dict[str, Any], path: str, default: Any) -> Any:

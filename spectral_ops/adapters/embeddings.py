@@ -108,8 +108,13 @@ def travelling(model: nn.Module, config: AdapterConfig, save: bool | str) -> dic
     tokens = getattr(config, "trainable_token_indices", None) is not None
     if save == "auto":
         save = (targeted and not tokens) or resized(model)
-    found = base_tensors(model, {path: _inside(module) for path, module in embedding_pair(model)}) if save else {}
+    found = standing(model) if save else {}
     return {path: tensor for path, tensor in found.items() if not targeted or ".base_layer." in path}
+
+
+def standing(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base tensors of the input and output embedding, by the path they have in PEFT's model."""
+    return base_tensors(model, {path: _inside(module) for path, module in embedding_pair(model)})
 
 
 def _targeted(model: nn.Module, config: AdapterConfig) -> bool:

@@ -56,7 +56,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     name = adapter_name or next((unit.active for unit in units(root).values() if unit.active), None)
     if name not in configs:
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted one of {sorted(configs)}")
-    layers = {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
+    layers = _layers(root, name)
     with _standing_in(root, state_dict or {}):
         tensors = adapter_tensors(root, name, plain=plain, save_embedding_layers=save_embedding_layers)
         samples = {path: sample for path, layer in layers.items() if (sample := _sample(layer))}
@@ -88,22 +88,40 @@ def _shared(root: nn.Module, layers) -> tuple[str, str] | None:
 def adapter_tensors(model, name: str, *, plain=True, save_embedding_layers="auto") -> dict[str, torch.Tensor]:
     """What a file holds of adapter ``name``, by its keys there: copies on the CPU."""
     root = unwrap(model)
-    layers = {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
-    config = adapter_configs(root)[name]
-    tensors = {
-        layer.file_key(path, suffix): tensor
-        for path, layer in layers.items()
-        for suffix, tensor in layer.file_tensors(name, plain).items()
+    layers, others = held_tensors(root, name, plain)
+    base = embeddings.travelling(root, adapter_configs(root)[name], save_embedding_layers)
+    others |= {f"{PREFIX}{path}": tensor for path, tensor in base.items()}
+    tensors = {key: tensor for group in (*layers.values(), others) for key, tensor in group.items()}
+    return {key: _whole(tensor.detach()).cpu().clone().contiguous() for key, tensor in tensors.items()}
+
+
+def held_tensors(
+    root: nn.Module, name: str, plain=False
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """What a file holds of an adapter, under the file's keys: of each layer, and what else trains with it.
+
+    In the trained form, which is not ``plain``, the memory is the model's own.
+    """
+    held = {
+        path: {layer.file_key(path, suffix): t for suffix, t in layer.file_tensors(name, plain).items()}
+        for path, layer in _layers(root, name).items()
     }
-    tensors |= _biases(root, config, layers)
+    return held, _beside(root, name)
+
+
+def _layers(root: nn.Module, name: str) -> dict[str, AdapterLinear]:
+    return {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
+
+
+def _beside(root: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """What trains with the layers of adapter ``name``, by its keys in the file: biases, copies, rows."""
+    found = _biases(root, adapter_configs(root)[name], _layers(root, name))
     for path, unit in units(root).items():
         if isinstance(unit, TrainedCopy) and name in unit.copies:
-            tensors |= {f"{PREFIX}{path}.{key}": t for key, t in unit.copies[name].state_dict().items()}
+            found |= {f"{PREFIX}{path}.{key}": t for key, t in unit.copies[name].state_dict().items()}
         if isinstance(unit, TrainedTokens):
-            tensors |= {f"{PREFIX}{path}.{key}": t for key, t in unit.file_tensors(name).items()}
-    base = embeddings.travelling(root, config, save_embedding_layers)
-    tensors |= {f"{PREFIX}{path}": tensor for path, tensor in base.items()}
-    return {key: _whole(tensor.detach()).cpu().clone().contiguous() for key, tensor in tensors.items()}
+            found |= {f"{PREFIX}{path}.{key}": t for key, t in unit.file_tensors(name).items()}
+    return found
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -196,7 +214,7 @@ def load_adapter(
     if not note and (shared := _shared(root, choice.layers)):
         raise ValueError(f"{directory}: {_PARTLY.format(*shared)}, wanted a model without that, or a file of ours")
     base = _base_tensors(root, choice)
-    _drop_twins(tensors, choice)
+    drop_twins(tensors, choice.copies, choice.tokens, choice.tied_tokens)
     initial = _check(directory, root, choice, sized, tensors, note if check_base else {}, base)
     search = config.changes_base and not initial  # PEFT's own PiSSA file: the start is computed again, as PEFT does
     attach_adapter(
@@ -216,29 +234,27 @@ def load_adapter(
 def fill_adapter(model, name: str, tensors: dict[str, torch.Tensor]) -> None:
     """Give adapter ``name`` of ``model`` the tensors of a file, by their keys there, in the form that is trained.
 
-    Layers whose base gave up a part of its weight get it back first, and give up what the file says.
+    Where an initialisation moved a part of the base into the adapter, and the file's is another than the model's, the
+    base gets its own part back and gives up the file's.
     """
     root = unwrap(model)
-    layers = {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
-    for path, layer in layers.items():
-        for key, suffix in layer.held(name).items():
-            if key not in layer.settings[name].unsaved:
-                getattr(layer, key)[name].copy_(tensors[layer.file_key(path, suffix)])
-        names = [layer.file_key(path, suffix) for suffix in layer.initial_keys.values()]
-        if names and all(key in tensors for key in names):
-            if all(name in getattr(layer, key) for key in layer.initial_keys):
-                layer.restore()
-            layer.set_initial(name, *(tensors[key] for key in names))
+    for path, layer in _layers(root, name).items():
+        layer.release()
+        own = {layer.file_key(path, suffix): getattr(layer, key)[name] for key, suffix in layer.saved(name).items()}
+        starts = {layer.file_key(path, suffix): getattr(layer, key) for key, suffix in layer.initial_keys.items()}
+        given = bool(starts) and all(key in tensors for key in starts)
+        known = given and all(name in held for held in starts.values())
+        moved = known and any(not torch.equal(tensors[key].to(held[name]), held[name]) for key, held in starts.items())
+        if moved:
+            layer.restore()
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+        if given and (moved or not known):
+            layer.set_initial(name, *(tensors[key] for key in starts))
             layer.commit(name)
-    for path, unit in units(root).items():
-        if isinstance(unit, TrainedCopy) and name in unit.copies:
-            copy = unit.copies[name]
-            copy.load_state_dict({key: tensors[f"{PREFIX}{path}.{key}"] for key in copy.state_dict()})
-        for key in unit.file_tensors(name) if isinstance(unit, TrainedTokens) else ():
-            unit.rows[name].copy_(tensors[f"{PREFIX}{path}.{key}"])
-    for key, bias in _biases(root, adapter_configs(root)[name], layers).items():
-        if key in tensors:
-            bias.copy_(tensors[key])
+    for key, tensor in _beside(root, name).items():
+        if key in tensors:  # else a bias that stays the model's: see _check
+            tensor.copy_(tensors[key])
 
 
 def _base_tensors(root: nn.Module, choice: Choice) -> dict[str, torch.Tensor]:
@@ -251,11 +267,11 @@ def _base_tensors(root: nn.Module, choice: Choice) -> dict[str, torch.Tensor]:
     return {f"{PREFIX}{path}": tensor for path, tensor in embeddings.base_tensors(root, inside).items()}
 
 
-def _drop_twins(tensors: dict[str, torch.Tensor], choice: Choice) -> None:
+def drop_twins(tensors: dict[str, torch.Tensor], copies, tokens, tied_tokens) -> None:
     """Forget what PEFT wrote a second time: whole wrappers with an embedding or a bias, and what is tied."""
-    twins = [f"{PREFIX}{path}.modules_to_save." for path in choice.copies]
-    twins += [f"{PREFIX}{path}.token_adapter.trainable_tokens_original" for path in choice.tokens]
-    twins += [f"{PREFIX}{path}.token_adapter.trainable_tokens_" for path in choice.tied_tokens]
+    twins = [f"{PREFIX}{path}.modules_to_save." for path in copies]
+    twins += [f"{PREFIX}{path}.token_adapter.trainable_tokens_original" for path in tokens]
+    twins += [f"{PREFIX}{path}.token_adapter.trainable_tokens_" for path in tied_tokens]
     for key in [key for key in tensors if key.startswith(tuple(twins))] if twins else ():
         del tensors[key]
 
@@ -302,7 +318,7 @@ def _check(
     for path, rows in choice.tokens.items():
         width = embeddings.original(root.get_submodule(path)).weight.shape[1]
         expected[f"{PREFIX}{path}.{ROWS}"] = torch.Size([len(rows), width])
-    _compare(file, tensors, expected, {key: tensor.shape for key, tensor in base.items()})
+    compare(file, tensors, expected, {key: tensor.shape for key, tensor in base.items()})
     for key, tensor in tensors.items():
         if not (tensor.dtype is integers[key] if key in integers else tensor.is_floating_point()):
             raise ValueError(f"{file}: got {key} {tensor.dtype}, wanted {integers.get(key, 'floating-point tensors')}")
@@ -337,7 +353,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return {modern_key(key): tensor for key, tensor in tensors.items()}, note
 
 
-def _compare(
+def compare(
     path: Path, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Size], allowed: dict[str, torch.Size]
 ) -> None:
     missing = [key for key in expected if key not in tensors]

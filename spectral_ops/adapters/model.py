@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spectral_ops.adapters import embeddings, quantised
+from spectral_ops.adapters import adopted, embeddings, quantised
 from spectral_ops.adapters.base import AdapterLinear, check_adapter_name
 from spectral_ops.adapters.frozen import linear_size
 from spectral_ops.adapters.methods import layer_type
@@ -131,6 +131,7 @@ def attach_adapter(
         layer.commit(adapter_name)
     root.requires_grad_(False)
     set_adapter(root, adapter_name)
+    adopted.adopt(root)
     return model
 
 
@@ -215,6 +216,8 @@ def detach(model, adapter_name=None):
                 unit.restore()
             bare.append((unit, unit.base_layer))
     replace(root, bare)
+    if not units(root):
+        adopted.release(root)
     return model
 
 

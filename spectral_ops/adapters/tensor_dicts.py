@@ -36,8 +36,6 @@ class Tied(nn.Module):
 class TiedDict(nn.Module):
     """Parameters by name, as in an nn.ParameterDict; :meth:`tie` makes one that of another layer too."""
 
-    _tied_weights_keys = {r"[^.]+\.weight$": "weight"}  # tells transformers' save_pretrained to write one of them
-
     def __getitem__(self, name: str) -> nn.Parameter:
         return self._modules[name].weight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 from torch import nn
 
@@ -37,8 +38,12 @@ class TrainedCopy(nn.Module):
 
     def set_active(self, name: str) -> None:
         self.active = name
+        self.train_only([name])
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Let the copies of these adapters train, and no other."""
         for owner, module in self.copies.items():
-            module.requires_grad_(owner == name)
+            module.requires_grad_(owner in names)
 
     def merge(self) -> None:
         """Let the active copy stand for the original until :meth:`unmerge`."""

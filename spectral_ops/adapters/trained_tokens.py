@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +92,12 @@ class TrainedTokens(nn.Module):
 
     def set_active(self, name: str) -> None:
         self.active = name
+        self.train_only([name])
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Let the rows of these adapters train, and no other."""
         for owner, rows in self.rows.items() if not self._tied else ():
-            rows.requires_grad_(owner == name)
+            rows.requires_grad_(owner in names)
 
     def file_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What a file holds of adapter ``name`` by the key after the module's path; nothing of a tied head."""

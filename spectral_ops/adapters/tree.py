@@ -17,7 +17,7 @@ Unit = AdapterLinear | TrainedCopy | TrainedTokens
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or DistributedDataParallel's wrapper."""
+    """The model inside torch.compile's, DistributedDataParallel's or :func:`as_peft_model`'s wrapper."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module")
     while True:
@@ -25,6 +25,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
+        elif getattr(type(model), "holds_adapted_model", False):
+            model = model.get_base_model()
         else:
             return model
 

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from spectral_ops.integrations.peft_report import Report
 
-__all__ = ["accelerate", "report", "restore"]
+__all__ = ["accelerate", "as_peft_model", "report", "restore"]
 
 
 def accelerate(
@@ -74,6 +74,26 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     A model that is not accelerated comes back as it is. Raises TypeError for something that is not a module.
     """
     return _peft().restore(model)
+
+
+def as_peft_model(model: torch.nn.Module) -> torch.nn.Module:
+    """A model with native adapters as a ``peft.PeftModel``, whose adapters they are.
+
+    Pass it to a trainer in place of the model. Trainer saves, resumes and reloads the best adapter as it does PEFT's;
+    TRL's DPO, KTO, GRPO and RLOO take their reference from this model, with the adapter as it was when the trainer was
+    made, instead of loading a second one. ``wrapped.get_base_model()`` is the model again. What a PeftModel offers and
+    this one does not raises NotImplementedError or AttributeError by name.
+
+    Args:
+        model: what :func:`attach` has given adapters; not copied.
+
+    Raises ValueError where the model has no adapters, or one on its output head, whose weight TRL reads past the layer;
+    TypeError for something that is not a module; ImportError without PEFT.
+    """
+    _peft()
+    from spectral_ops.integrations import native
+
+    return native.as_peft_model(model)
 
 
 def adapted(model: torch.nn.Module) -> bool:

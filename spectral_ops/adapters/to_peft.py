@@ -1,0 +1,41 @@
+"""PEFT's config object of one of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+def to_peft(config: Any) -> Any:
+    """See :meth:`AdapterConfig.to_peft`."""
+    ours = type(config).__name__
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(f"{ours}.to_peft: needs PEFT (pip install -U peft): {error}") from error
+    fields = config.peft_fields()
+    method = fields.pop("peft_type")
+    kind = {str(name.value): kind for name, kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(method)
+    here = f"PEFT {peft.__version__}"
+    if kind is None:
+        raise ValueError(
+            f"{ours}: got {method}, wanted a method that {here} has: spectral_ops.attach(model, config) takes this one"
+        )
+    defaults = {field.name: _default(field) for field in dataclasses.fields(config)}
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name, value in fields.items():
+        wanted = None
+        if name not in known and value != defaults.get(name) and value is not None:
+            wanted = repr(defaults.get(name))
+        elif name == "init_lora_weights" and str(value).startswith("milora"):
+            wanted = "another initialisation"
+        if wanted is not None:
+            raise ValueError(
+                f"{ours}.{name}: got {value!r}, wanted {wanted} for {here}, which has no counterpart:"
+                " spectral_ops.attach(model, config) takes it"
+            )
+    return kind(**{name: value for name, value in fields.items() if name in known})
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
