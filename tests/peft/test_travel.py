@@ -397,3 +397,56 @@ def test_a_layer_under_two_parents(tmp_path):
         so.save_adapter(mine, tmp_path / "ours")
     assert torch.equal(so.load_adapter(build(), tmp_path / "ours")(x), mine(x))
     assert not torch.allclose(theirs(x), build()(x))
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def mixture(kind="Qwen3Moe"):
+    torch.manual_seed(0)
+    more = {"Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0], "head_dim": 16},
+            "Mixtral": {"num_local_experts": 4}}[kind]  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(
+        **SIZES, **more, num_key_value_heads=2, num_experts_per_tok=2, initializer_range=0.1
+    )
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "Mixtral"])
+def test_all_linear_names_the_experts_that_pefts_includes(kind, tmp_path):
+    with pytest.warns(
+        UserWarning, match=r'"all-linear" means the experts too in PEFT \(model\.layers\.[01]\.mlp\.experts'
+    ):
+        mine = so.attach(mixture(kind), so.LoRAConfig(r=2, target_modules="all-linear"))
+    assert {path.rpartition(".")[2] for path in so.adapter_layers(mine)} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not [path for path in so.adapter_layers(mine) if path.endswith(("gate_proj", "up_proj", "down_proj"))]
+    so.save_adapter(perturb(mine, 0.1), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(mixture(kind), tmp_path).eval()
+    assert torch.allclose(output(theirs), output(mine.eval()), atol=2e-5)
+
+
+def test_names_that_mean_experts_to_peft():
+    with pytest.raises(ValueError, match="'gate_proj' means the experts of a qwen3_moe .* to PEFT"):
+        so.attach(mixture(), so.LoRAConfig(r=2, target_modules=["q_proj", "gate_proj"]))
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj' means the experts"):
+        so.attach(mixture(), so.LoRAConfig(r=2, target_modules=r".*mlp\.up_proj"))
+    so.attach(mixture(), so.BoneConfig(r=4, target_modules=["gate_proj"]))  # only PEFT's LoRA renames them
+
+
+@pytest.mark.parametrize("method", ["dora", "adalora"])
+def test_tokens_and_tying_under_other_methods(method, tmp_path):
+    ours, theirs = {
+        "dora": (so.DoRAConfig, lambda **f: peft.LoraConfig(use_dora=True, **f)),
+        "adalora": (so.AdaLoRAConfig, peft.AdaLoraConfig),
+    }[method]
+    size = {"init_r": 3, "target_r": 2, "total_step": 9} if method == "adalora" else {"r": 2}
+    both_ways(
+        llama, ours(**size, target_modules=["q_proj"], trainable_token_indices=[3, 7]),
+        theirs(**size, target_modules=["q_proj"], trainable_token_indices=[3, 7]), tmp_path / "tokens",
+    )  # fmt: skip
+    if not OLD:
+        fields = {**size, "target_modules": ["q_proj"], "ensure_weight_tying": True}
+        both_ways(
+            llama, ours(**fields, modules_to_save=["embed_tokens"]), theirs(**fields, modules_to_save=["embed_tokens"]),
+            tmp_path / "tied",
+        )  # fmt: skip
