@@ -348,7 +348,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             note = json.loads((file.metadata() or {}).get("spectral_ops", "{}"))
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: got a truncated or damaged file ({error}), wanted safetensors") from None
-    if not isinstance(note, dict) or note.get("format", FORMAT) > FORMAT:
+    form = note.get("format", FORMAT) if isinstance(note, dict) else None
+    if not isinstance(form, int) or form > FORMAT or not isinstance(note.get("base", {}), dict):
         raise ValueError(f"{path}: got format {note!r:.60}, wanted at most {FORMAT} (a later spectral_ops wrote it)")
     return {modern_key(key): tensor for key, tensor in tensors.items()}, note
 
@@ -386,7 +387,10 @@ def _check_sample(directory: Path, path: str, layer: AdapterLinear, saved: str) 
     now = _sample(layer)
     if now is None:
         return
-    was, is_ = (torch.tensor(struct.unpack(f"<{SAMPLES}f", base64.b64decode(s))) for s in (saved, now))
+    try:
+        was, is_ = (torch.tensor(struct.unpack(f"<{SAMPLES}f", base64.b64decode(s))) for s in (saved, now))
+    except (TypeError, ValueError, struct.error) as error:
+        raise ValueError(f"{directory / WEIGHTS}: got a damaged note on {path!r} ({error}), wanted values") from None
     slack = 2**-8 * was.square().mean().sqrt().item()
     if not torch.allclose(is_, was, rtol=2**-8, atol=slack):
         raise ValueError(

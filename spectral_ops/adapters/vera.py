@@ -44,7 +44,7 @@ class VeRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.integer(self._field("projection_prng_key"), self.projection_prng_key, 0, None, "a seed")
+        checks.integer(self._field("projection_prng_key"), self.projection_prng_key, 0, 2**64 - 1, "a seed")
         checks.probability(self._field("vera_dropout"), self.vera_dropout)
         checks.number(self._field("d_initial"), self.d_initial)
         for name in ("save_projection", "init_weights"):
