@@ -23,11 +23,12 @@ CONFIGS = {
 
 def arguments(kind, folder: Path, **more):
     """Every step logged, and in float32: TRL's default is bfloat16, where 1e-5 would be luck."""
-    return kind(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
-        save_strategy="no", report_to=[], use_cpu=True, seed=0, disable_tqdm=True, lr_scheduler_type="constant",
-        bf16=False, **more,
-    )  # fmt: skip
+    usual = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "seed": 0, "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "bf16": False,
+    }  # fmt: skip
+    return kind(**{**usual, **more})
 
 
 def texts(count: int = 8) -> Dataset:
