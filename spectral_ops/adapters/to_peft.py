@@ -21,17 +21,16 @@ def to_peft(config: Any) -> Any:
         raise ValueError(
             f"{ours}: got {method}, wanted a method that {here} has: spectral_ops.attach(model, config) takes this one"
         )
-    defaults = {field.name: _default(field) for field in dataclasses.fields(config)}
     known = {field.name for field in dataclasses.fields(kind)}
-    for name, value in fields.items():
-        wanted = None
-        if name not in known and value != defaults.get(name) and value is not None:
-            wanted = repr(defaults.get(name))
-        elif name == "init_lora_weights" and str(value).startswith("milora"):
+    for field in dataclasses.fields(config):
+        value, wanted = getattr(config, field.name), None
+        if field.name not in known and value != _default(field):
+            wanted = repr(_default(field))
+        elif field.name == "init_lora_weights" and str(value).startswith("milora"):
             wanted = "another initialisation"
         if wanted is not None:
             raise ValueError(
-                f"{ours}.{name}: got {value!r}, wanted {wanted} for {here}, which has no counterpart:"
+                f"{ours}.{field.name}: got {value!r}, wanted {wanted} for {here}, which has no counterpart:"
                 " spectral_ops.attach(model, config) takes it"
             )
     return kind(**{name: value for name, value in fields.items() if name in known})

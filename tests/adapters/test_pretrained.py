@@ -1,0 +1,217 @@
+"""A transformers model with native adapters: its class, its files, and PreTrainedModel's methods over our adapters."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from models import perturb  # noqa: E402
+
+import spectral_ops as so  # noqa: E402
+
+
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=0.1,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def lora(**fields):
+    return so.LoRAConfig(**{"r": 3, "target_modules": ["q_proj", "v_proj"], **fields})
+
+
+def adapted(config=None, name="default"):
+    return perturb(so.attach(llama(), config or lora(), name), 0.2)
+
+
+IDS = torch.arange(3, 13).unsqueeze(0)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_the_class_comes_and_goes():
+    model = llama()
+    assert type(model) is transformers.LlamaForCausalLM
+    so.attach(model, lora())
+    assert isinstance(model, transformers.LlamaForCausalLM) and type(model) is not transformers.LlamaForCausalLM
+    assert (
+        type(model).__name__ == "LlamaForCausalLM"
+        and type(model).__module__ == transformers.LlamaForCausalLM.__module__
+    )
+    so.attach(model, lora(), "second")
+    assert type(model) is type(adapted())
+    so.detach(model, "second")
+    assert type(model) is not transformers.LlamaForCausalLM
+    so.detach(model)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert not getattr(model, "_hf_peft_config_loaded", False)
+    with pytest.raises(ValueError):
+        so.attach(model, lora(target_modules=["nothing"]))
+    assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_any_other_module_keeps_its_class():
+    model = so.attach(nn.Sequential(nn.Linear(4, 4)), lora(target_modules=["0"]))
+    assert type(model) is nn.Sequential
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies(way):
+    model = adapted()
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert type(other) is type(model)
+    assert torch.equal(logits(other), logits(model))
+    perturb(other, 0.1)
+    assert not torch.equal(logits(other), logits(model))
+    assert type(so.detach(other)) is transformers.LlamaForCausalLM
+
+
+def test_files_hold_the_adapter_and_load_back(tmp_path):
+    model = adapted(so.DoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "model.safetensors"
+    }  # fmt: skip
+    fresh = llama()
+    size = sum(p.numel() for p in fresh.parameters())
+    assert (tmp_path / "model.safetensors").stat().st_size < 4 * size / 2
+    assert torch.equal(logits(so.load_adapter(fresh, tmp_path)), logits(model))
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.allclose(logits(theirs), logits(model), atol=1e-5)
+    other = llama()
+    so.attach(other, lora(), "mine")
+    with pytest.raises(ValueError, match="peft_model_id: got .* wanted a local folder"):
+        other.load_adapter("some/repository")
+
+
+def test_the_base_model_is_found_again(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    perturb(so.attach(model, lora()), 0.2).save_pretrained(tmp_path / "adapter")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.allclose(logits(again), logits(model.eval()), atol=1e-5)
+
+
+def test_who_writes_and_from_what(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "rank 1", is_main_process=False)
+    assert not (tmp_path / "rank 1").exists()
+    gathered = {name: 2 * t if ".lora_B." in name else t for name, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    other = so.load_adapter(llama(), tmp_path / "gathered")
+    for path, layer in so.adapter_layers(model).items():
+        twice = so.adapter_layers(other)[path]
+        assert torch.equal(twice.lora_B["default"], 2 * layer.lora_B["default"])
+        assert torch.equal(twice.lora_A["default"], layer.lora_A["default"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for wrong in ({"variant": "fp16"}, {"safe_serialization": False}, {"save_peft_format": False}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            model.save_pretrained(tmp_path / "wrong", **wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_the_adapter_methods_of_a_transformers_model(tmp_path):
+    model = adapted()
+    want, bare = logits(model), logits(llama())
+    assert model.active_adapters() == ["default"]
+    model.disable_adapters()
+    model.disable_adapters()
+    assert torch.equal(logits(model), bare)
+    model.enable_adapters()
+    assert torch.equal(logits(model), want)
+    state = model.get_adapter_state_dict()
+    assert set(state) == {
+        f"model.layers.0.self_attn.{name}.lora_{side}.weight" for name in ("q_proj", "v_proj") for side in "AB"
+    }
+    model.add_adapter(lora(r=2), "second")
+    assert model.active_adapters() == ["second"]
+    model.set_adapter("default")
+    assert torch.equal(logits(model), want)
+    with pytest.raises(ValueError, match="wanted one"):
+        model.set_adapter(["default", "second"])
+    with pytest.raises(TypeError, match="wanted a config of spectral_ops"):
+        model.add_adapter(peft.LoraConfig(), "third")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="'second' is active now"):
+        model.delete_adapter("default")
+    model.load_adapter(tmp_path, "loaded", is_trainable=True)
+    assert torch.equal(logits(model), want) and model.active_adapters() == ["loaded"]
+    model.delete_adapter(["second", "loaded"])
+    assert type(model) is transformers.LlamaForCausalLM and torch.equal(logits(model), bare)
+
+
+def test_checkpointing_lets_gradients_through_frozen_inputs():
+    model = adapted().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_counted_as_peft_counts(capsys):
+    fields = {"r": 3, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**fields))
+    model = so.attach(llama(), so.LoRAConfig(**fields))
+    assert model.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    theirs.print_trainable_parameters()
+    wanted = capsys.readouterr().out
+    model.print_trainable_parameters()
+    so.print_trainable_parameters(model)
+    assert capsys.readouterr().out == 2 * wanted
+    so.print_trainable_parameters(nn.Linear(3, 2))
+    assert capsys.readouterr().out == "trainable params: 8 || all params: 8 || trainable%: 100.0000\n"
+    with pytest.raises(TypeError, match="model: got int"):
+        so.print_trainable_parameters(3)
+
+
+def test_a_state_dict_of_the_whole_model_loads_as_ever():
+    model, other = adapted(), so.attach(llama(), lora())
+    assert other.load_state_dict(model.state_dict()) == ([], [])
+    assert torch.equal(logits(other), logits(model))
+    state = {"model.norm.weight": torch.zeros(32)}
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert len(missing) > 3 and not unexpected
+
+
+def test_compiled_and_sharded_classes_on_top():
+    model = adapted()
+    want = logits(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(logits(compiled), want, atol=1e-6)
+    assert so.adapter_configs(compiled)["default"].r == 3
+
+
+# --- PEFT over ours --------------------------------------------------------------------------------------------------
+
+
+def test_peft_says_whose_adapters_are_there():
+    model = adapted()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(TypeError, match=r"adapters of spectral_ops.*spectral_ops\.detach\(model\) takes them out"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_pefts_functions_say_what_to_do_with_our_configs():
+    with pytest.raises(TypeError, match=r"got spectral_ops' LoRAConfig, .*LoRAConfig\(\.\.\.\)\.to_peft\(\) makes it"):
+        peft.get_peft_model(llama(), lora())
