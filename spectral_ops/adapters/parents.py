@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from spectral_ops.adapters import reads
@@ -31,7 +32,8 @@ class _Judge:
         found = self.reader.found(parent)
         if its := found.of(path):
             places = " and ".join(dict.fromkeys(read.function for read in its))
-            if any(read.certain for read in its) or not found.uses(path):
+            never_called = "." not in path and not found.uses(path)  # who calls a deeper one is another's to say
+            if never_called or any(read.certain for read in its):
                 return True, f"{places} computes with the weight of {path} itself"
             return False, f"{places} computes with the weight of {path} itself on some of its paths"
         if kind.__module__.startswith("torch.nn.") and _WITHOUT_SOURCE.get(kind.__name__) == path:
@@ -74,9 +76,9 @@ def check(model: nn.Module, chosen: dict[str, nn.Module], explicit: bool) -> dic
             f" effect (name it in exclude_modules)"
         )
     for why, paths in _by_reason(refused).items():
-        warnings.warn(f'target_modules: "all-linear" leaves {_listed(paths)} out; {why}', stacklevel=2)
+        warnings.warn(f'target_modules: "all-linear" leaves {_listed(paths)} out; {why}', stacklevel=5)
     for why, paths in doubtful.items():
-        warnings.warn(f"target_modules: {why}, where an adapter on {_listed(paths)} is without effect", stacklevel=2)
+        warnings.warn(f"target_modules: {why}, where an adapter on {_listed(paths)} is without effect", stacklevel=5)
     return stay
 
 
@@ -103,11 +105,19 @@ def settle(model: nn.Module) -> None:
 
     In eval mode without gradients nn.TransformerEncoderLayer gives the weights of its linear layers to one operator,
     and nn.TransformerEncoder makes nested tensors for it. Each looks at an attribute first, which is what is changed
-    here; the layers then run as they do with gradients. Call it after adapters came into a model or left it.
+    here; the layers then run as they do with gradients. Nested tensors, which only the fast path can take, are a
+    ValueError meanwhile. Call this after adapters came into a model or left it.
     """
     for _, module in walk(model):
         if isinstance(module, nn.TransformerEncoderLayer):
-            _switch(module, "activation_relu_or_gelu", 0, _adapted(module))
+            adapted = _adapted(module)
+            _switch(module, "activation_relu_or_gelu", 0, adapted)
+            hooks = module._forward_pre_hooks
+            if adapted and _refuse_nested not in hooks.values():
+                module.register_forward_pre_hook(_refuse_nested, with_kwargs=True)
+            elif not adapted:
+                for key in [key for key, hook in hooks.items() if hook is _refuse_nested]:
+                    del hooks[key], module._forward_pre_hooks_with_kwargs[key]
         elif isinstance(module, nn.TransformerEncoder):
             _switch(module, "use_nested_tensor", False, any(map(_adapted, module.layers)))
 
@@ -122,3 +132,8 @@ def _switch(module: nn.Module, attribute: str, off: int, adapted: bool) -> None:
         setattr(module, attribute, off)
     elif not adapted and "_without_adapters" in module.__dict__:
         setattr(module, attribute, module.__dict__.pop("_without_adapters"))
+
+
+def _refuse_nested(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    if any(value.is_nested for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)):
+        raise ValueError(f"src: got a nested tensor for a {type(layer).__name__} with adapters, wanted a padded one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
 import re
 import textwrap
 from collections.abc import Collection, Iterator
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-Chain = tuple[str, ...]  # self.layers[0].proj is ("layers", "*", "proj")
+Chain = tuple[str, ...]  # self.layers[i].proj is ("layers", "*", "proj")
 Guards = tuple[tuple[ast.expr, bool], ...]  # conditions on the way to a place, and what they must be
 
 _NOT_VALUES = frozenset(
@@ -122,9 +123,13 @@ def _names(code: CodeType) -> frozenset[str]:
 
 @lru_cache(maxsize=4096)
 def _parsed(function: FunctionType) -> _Function:
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename)[
+        code.co_firstlineno - 1 :
+    ]  # inspect.getsource goes through all modules
     try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, ValueError):  # no source, or a piece of a line
+        body = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))).body[0]
+    except (SyntaxError, ValueError, IndexError):  # no source, or a piece of a line
         body = None
     return _Function(body if isinstance(body, ast.FunctionDef) else None, function)
 
@@ -178,7 +183,8 @@ class _Function:
         if isinstance(node, ast.Attribute):
             return {(*chain, node.attr) for chain in self._chains(node.value)}
         if isinstance(node, ast.Subscript):
-            return {(*chain, "*") for chain in self._chains(node.value)}
+            index = node.slice.value if isinstance(node.slice, ast.Constant) else "*"
+            return {(*chain, str(index)) for chain in self._chains(node.value)}
         return set()
 
     def _is_value(self, node: ast.AST) -> bool:
