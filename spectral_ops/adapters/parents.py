@@ -32,10 +32,11 @@ class _Judge:
         found = self.reader.found(parent)
         if its := found.of(path):
             places = " and ".join(dict.fromkeys(read.function for read in its))
+            child = ".".join(its[0].chain)  # with * for any number, so that layers alike are one warning
             never_called = "." not in path and not found.uses(path)  # who calls a deeper one is another's to say
             if never_called or any(read.certain for read in its):
-                return True, f"{places} computes with the weight of {path} itself"
-            return False, f"{places} computes with the weight of {path} itself on some of its paths"
+                return True, f"{places} computes with the weight of {child} itself"
+            return False, f"{places} computes with the weight of {child} itself on some of its paths"
         if kind.__module__.startswith("torch.nn.") and _WITHOUT_SOURCE.get(kind.__name__) == path:
             return True, f"{kind.__name__}.forward computes with the weight of {path} itself"
         return None

@@ -22,8 +22,9 @@ _NOT_VALUES = frozenset(
     "is_floating_point data_ptr".split()
 )
 _ASKING = frozenset("isinstance hasattr getattr type id len".split())
-_STATED = ast.Name | ast.Attribute | ast.Compare | ast.Constant | ast.cmpop | ast.expr_context
-_SETTING_UP = re.compile(r"init|reset|tie_|repr|state|resize|prune|from_|^load|convert")
+# what a condition on a module's settings is made of
+_STATED = ast.Name | ast.Call | ast.Attribute | ast.Compare | ast.Constant | ast.cmpop | ast.expr_context
+_SETTING_UP = re.compile(r"^_*(init|reset|tie|resize|prune|load|convert|from)_|^__init|initialize|repr__|extra_repr|state_*(_dict)?$|state__$")
 
 
 class Read(NamedTuple):
@@ -123,10 +124,8 @@ def _names(code: CodeType) -> frozenset[str]:
 
 @lru_cache(maxsize=4096)
 def _parsed(function: FunctionType) -> _Function:
-    code = function.__code__
-    lines = linecache.getlines(code.co_filename)[
-        code.co_firstlineno - 1 :
-    ]  # inspect.getsource goes through all modules
+    code = function.__code__  # inspect.getsource would go through all modules that are imported
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
     try:
         body = ast.parse(textwrap.dedent("".join(inspect.getblock(lines)))).body[0]
     except (SyntaxError, ValueError, IndexError):  # no source, or a piece of a line
@@ -237,13 +236,12 @@ class _Function:
             state = self._holds(test.operand, module)
             return None if state is None else not state
         for node in ast.walk(test):
-            plain = isinstance(
-                node, ast.Name | ast.Attribute | ast.Compare | ast.Constant | ast.cmpop | ast.expr_context
-            )
-            local = isinstance(node, ast.Name) and node.id != self.self_name
-            if not plain or local or (isinstance(node, ast.Attribute) and node.attr == "training"):
+            local = isinstance(node, ast.Name) and node.id not in (self.self_name, "hasattr")
+            varying = isinstance(node, ast.Attribute) and node.attr == "training"
+            if local or varying or not isinstance(node, _STATED):
                 return None
         try:
-            return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), {self.self_name: module}))
+            names = {self.self_name: module, "hasattr": hasattr}
+            return bool(eval(compile(ast.Expression(test), "<condition>", "eval"), names))
         except Exception:
             return None
