@@ -24,7 +24,9 @@ _NOT_VALUES = frozenset(
 _ASKING = frozenset("isinstance hasattr getattr type id len".split())
 # what a condition on a module's settings is made of
 _STATED = ast.Name | ast.Call | ast.Attribute | ast.Compare | ast.Constant | ast.cmpop | ast.expr_context
-_SETTING_UP = re.compile(r"^_*(init|reset|tie|resize|prune|load|convert|from)_|^__init|initialize|repr__|extra_repr|state_*(_dict)?$|state__$")
+_SETTING_UP = re.compile(
+    r"^_*(init|reset_|tie_|resize_|prune_|load_|convert_|from_)|repr(__)?$|(get|set)state__$|state_dict$"
+)
 
 
 class Read(NamedTuple):

@@ -25,6 +25,7 @@ def took_the_fast_path(call):
     return any("_transformer_encoder_layer_fwd" in event.name for event in profile.events())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 class TestEncoderFastPath:
     """torch takes it in eval mode without gradients; an adapter would be without effect there."""
 
@@ -90,7 +91,6 @@ class TestEncoderFastPath:
         with torch.no_grad():
             assert took_the_fast_path(lambda: model(torch.randn(2, 5, 16)))
 
-    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     def test_nested_tensors(self, model):
         nested = torch.nested.nested_tensor([torch.randn(5, 16), torch.randn(3, 16)])
         with torch.no_grad():

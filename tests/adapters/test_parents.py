@@ -339,6 +339,7 @@ class TestTransformers:
         with pytest.warns(UserWarning, match=f"{kind}Mixer.forward .*x_proj.* and 1 more like it is without effect"):
             so.attach(model, LoRAConfig(r=2, target_modules=["x_proj"]))
 
+    @pytest.mark.filterwarnings("ignore:target_modules. MambaMixer.forward computes")
     @pytest.mark.parametrize(
         ("build", "names"),
         [
