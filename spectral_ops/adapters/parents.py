@@ -61,14 +61,14 @@ def check(model: nn.Module, chosen: dict[str, nn.Module], explicit: bool) -> dic
     judge, first = _Judge(), {id(module): path for path, module in chosen.items()}
     modules = dict(walk(model))
     refused: dict[str, str] = {}
-    doubtful: dict[str, list[str]] = {}
+    doubtful: dict[str, str] = {}
     for path, module in modules.items():
         for ancestor, rest in _ancestors(path) if id(module) in first else ():
             judged = judge(modules[ancestor], rest)
             if judged is not None and judged[0]:
                 refused.setdefault(first[id(module)], judged[1])
             elif judged is not None:
-                doubtful.setdefault(judged[1], []).append(path)
+                doubtful[first[id(module)]] = judged[1]
     stay = {path: module for path, module in chosen.items() if path not in refused}
     if refused and (explicit or not stay):
         path, why = next(iter(refused.items()))
@@ -78,7 +78,7 @@ def check(model: nn.Module, chosen: dict[str, nn.Module], explicit: bool) -> dic
         )
     for why, paths in _by_reason(refused).items():
         warnings.warn(f'target_modules: "all-linear" leaves {_listed(paths)} out; {why}', stacklevel=5)
-    for why, paths in doubtful.items():
+    for why, paths in _by_reason({path: why for path, why in doubtful.items() if path in stay}).items():
         warnings.warn(f"target_modules: {why}, where an adapter on {_listed(paths)} is without effect", stacklevel=5)
     return stay
 
@@ -90,9 +90,9 @@ def _ancestors(path: str) -> Iterator[tuple[str, str]]:
         yield ".".join(names[:depth]), ".".join(names[depth:])
 
 
-def _by_reason(refused: dict[str, str]) -> dict[str, list[str]]:
+def _by_reason(judged: dict[str, str]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
-    for path, why in refused.items():
+    for path, why in judged.items():
         reasons.setdefault(why, []).append(path)
     return reasons
 
