@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spectral_ops.adapters import adopted, embeddings, quantised
+from spectral_ops.adapters import adopted, embeddings, parents, quantised
 from spectral_ops.adapters.base import AdapterLinear, check_adapter_name
 from spectral_ops.adapters.frozen import linear_size
 from spectral_ops.adapters.methods import layer_type
@@ -124,6 +124,7 @@ def attach_adapter(
         raise
     method.link(built, adapter_name)
     replace(root, [(chosen[path], layer) for path, layer in built.items()])
+    parents.settle(root)
     _place_copies(root, choice, adapter_name)
     for path, unit in rows.items():
         place(root, path, unit)
@@ -216,6 +217,7 @@ def detach(model, adapter_name=None):
                 unit.restore()
             bare.append((unit, unit.base_layer))
     replace(root, bare)
+    parents.settle(root)
     if not units(root):
         adopted.release(root)
     return model

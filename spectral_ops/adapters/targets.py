@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from spectral_ops.adapters import embeddings, experts
+from spectral_ops.adapters import embeddings, experts, parents
 from spectral_ops.adapters.architectures import default_targets, model_type
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import TASKS, AdapterConfig
@@ -116,17 +116,12 @@ def targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
                 f"target_modules: got {names!r}, which matches {path!r} ({type(module).__name__}),"
                 " wanted linear layers only (narrow it, or name that module in exclude_modules)"
             )
-        if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ValueError(
-                f"target_modules: got {names!r}, which matches {path!r}, wanted a layer that is called;"
-                " nn.MultiheadAttention reads that weight directly"
-            )
     if stacked and not everything:
         _refuse_experts(model, config, found, stacked)
     if not found:
         narrowed = "" if config.layers_to_transform is None else f" in layers {config.layers_to_transform}"
         raise ValueError(f"target_modules: got {names!r}, which matches nothing{narrowed}; wanted {_wanted(linear)}")
-    return found
+    return parents.check(model, found, explicit=not everything)
 
 
 def _without_experts(model: nn.Module, paths: list[str], stacked: frozenset[str]) -> list[str]:

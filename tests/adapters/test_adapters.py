@@ -777,7 +777,7 @@ def test_more_misuse():
         LoRALinear.from_linear(nn.GELU(), LoRAConfig())
     with pytest.raises(TypeError, match="config: got BoneConfig, wanted LoRAConfig"):
         LoRALinear.from_linear(nn.Linear(3, 3), BoneConfig())
-    with pytest.raises(ValueError, match="nn.MultiheadAttention reads that weight directly"):
+    with pytest.raises(ValueError, match="MultiheadAttention.forward computes with the weight of out_proj itself"):
         so.attach(nn.TransformerEncoderLayer(8, 2), LoRAConfig(r=2, target_modules=["out_proj"]))
     with pytest.warns(UserWarning, match=r"target_modules: \['9'\] match nothing"):
         so.attach(mlp(), on("lora", target_modules=["0", "9"]))
