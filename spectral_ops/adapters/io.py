@@ -207,13 +207,15 @@ def load_adapter(
     config = read_config(directory)
     tensors, note = _read_tensors(directory / WEIGHTS)
     try:
-        choice = choose(root, config)
+        choice = choose(root, config, loading=True)
         sized = choice.config.for_model({path: linear_size(module) for path, module in choice.layers.items()})
     except ValueError as error:
         raise ValueError(f"{directory}: the adapter does not fit this model: {error}") from None
     if not note and (shared := _shared(root, choice.layers)):
         raise ValueError(f"{directory}: {_PARTLY.format(*shared)}, wanted a model without that, or a file of ours")
     base = _base_tensors(root, choice)
+    skipped = tuple(f"{PREFIX}{path}." for path in choice.skipped)
+    tensors = {key: tensor for key, tensor in tensors.items() if not (skipped and key.startswith(skipped))}
     drop_twins(tensors, choice.copies, choice.tokens, choice.tied_tokens)
     initial = _check(directory, root, choice, sized, tensors, note if check_base else {}, base)
     search = config.changes_base and not initial  # PEFT's own PiSSA file: the start is computed again, as PEFT does

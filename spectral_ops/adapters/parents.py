@@ -77,9 +77,9 @@ def check(model: nn.Module, chosen: dict[str, nn.Module], explicit: bool) -> dic
             f" effect (name it in exclude_modules)"
         )
     for why, paths in _by_reason(refused).items():
-        warnings.warn(f'target_modules: "all-linear" leaves {_listed(paths)} out; {why}', stacklevel=5)
+        warnings.warn(f"target_modules: {_listed(paths)} is left out, as {why}", stacklevel=4)
     for why, paths in _by_reason({path: why for path, why in doubtful.items() if path in stay}).items():
-        warnings.warn(f"target_modules: {why}, where an adapter on {_listed(paths)} is without effect", stacklevel=5)
+        warnings.warn(f"target_modules: {why}, where an adapter on {_listed(paths)} is without effect", stacklevel=4)
     return stay
 
 

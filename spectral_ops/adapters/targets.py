@@ -33,6 +33,7 @@ class Choice:
     tied: dict[str, str] = field(default_factory=dict)  # among copies: whose copy's weight each of these uses
     tokens: dict[str, list[int]] = field(default_factory=dict)  # embeddings, and the rows of theirs that train
     tied_tokens: dict[str, str] = field(default_factory=dict)  # modules that use the rows of one in ``tokens``
+    skipped: list[str] = field(default_factory=list)  # chosen layers on which an adapter would have no effect
 
 
 def names_path(entries: Iterable[str], path: str) -> bool:
@@ -121,7 +122,7 @@ def targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     if not found:
         narrowed = "" if config.layers_to_transform is None else f" in layers {config.layers_to_transform}"
         raise ValueError(f"target_modules: got {names!r}, which matches nothing{narrowed}; wanted {_wanted(linear)}")
-    return parents.check(model, found, explicit=not everything)
+    return found
 
 
 def _without_experts(model: nn.Module, paths: list[str], stacked: frozenset[str]) -> list[str]:
@@ -182,15 +183,20 @@ def modules_to_save(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Mod
     return found
 
 
-def choose(model: nn.Module, config: AdapterConfig) -> Choice:
-    """Everything that ``config`` chooses in ``model``; ValueError where that cannot be."""
+def choose(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Choice:
+    """Everything that ``config`` chooses in ``model``; ValueError where that cannot be.
+
+    loading: leave out what a file names without effect, with a warning, where attaching would be an error.
+    """
     config = config.for_task()
     if config.target_modules is None:
         config = dataclasses.replace(config, target_modules=default_targets(model, config.peft_type))
     tied: dict[str, str] = {}
     if getattr(config, "ensure_weight_tying", False):
         config, tied = _tie(model, config)
-    layers = targets(model, config)
+    found = targets(model, config)
+    layers = parents.check(model, found, explicit=not (loading or is_all_linear(config.target_modules)))
+    skipped = [path for path in found if path not in layers]
     copies = modules_to_save(model, config)
     copies |= {path: model.get_submodule(path) for path in tied}
     for path in copies:
@@ -207,7 +213,7 @@ def choose(model: nn.Module, config: AdapterConfig) -> Choice:
                 f"trainable_token_indices: got {config.trainable_token_indices!r} for {path!r}, which target_modules or"
                 " modules_to_save names too, wanted one or the other"
             )
-    return Choice(config, layers, copies, tied, tokens, tied_tokens)
+    return Choice(config, layers, copies, tied, tokens, tied_tokens, skipped)
 
 
 def _tie(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, dict[str, str]]:

@@ -450,3 +450,23 @@ def test_tokens_and_tying_under_other_methods(method, tmp_path):
             llama, ours(**fields, modules_to_save=["embed_tokens"]), theirs(**fields, modules_to_save=["embed_tokens"]),
             tmp_path / "tied",
         )  # fmt: skip
+
+
+def test_a_file_of_pefts_with_layers_that_are_never_called(tmp_path):
+    """PEFT adapts the output layer of torch's attention, which reads that weight: without effect."""
+
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2), "up": torch.nn.Linear(8, 8)})
+
+    x = torch.randn(3, 1, 8)
+    theirs = perturb(peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules=["out_proj", "up"])), 0.3)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="'attention.out_proj' is left out, as .*MultiheadAttention.*computes with"):
+        ours = so.load_adapter(build(), tmp_path)
+    assert list(so.adapter_layers(ours)) == ["up"]
+    inner = theirs.base_model.model
+    assert torch.allclose(ours["up"](x), inner["up"](x), atol=1e-6)
+    assert torch.allclose(ours["attention"](x, x, x)[0], inner["attention"](x, x, x)[0], atol=1e-6)
+    with pytest.raises(ValueError, match="got 'attention.out_proj', wanted layers that are called"):
+        so.attach(build(), so.LoRAConfig(r=2, target_modules=["out_proj", "up"]))
