@@ -308,8 +308,8 @@ def _check(
         if path in note.get("base", {}):
             _check_sample(directory, path, layer, note["base"][path])
     biases = _biases(root, config, choice.layers)
-    if biases and config.bias.endswith("_only") and not any(key in tensors for key in biases):
-        why = f"{file}: no biases, though bias={config.bias!r} trains them (PEFT 0.18 and before leave them out)"
+    if biases and not any(key in tensors for key in biases):
+        why = f"{file}: no biases, though bias={config.bias!r} trains them (PEFT 0.18 leaves some out)"
         warnings.warn(f"{why}; the model's own stay", stacklevel=3)
         biases = {}
     expected |= {key: bias.shape for key, bias in biases.items()}

@@ -343,7 +343,7 @@ def test_files_of_pefts_bone(bat, bias, tmp_path):
 
 
 def test_biases_that_peft_did_not_write(tmp_path):
-    """PEFT 0.18 and before leave the biases of "lora_only" out of the file."""
+    """PEFT 0.18 leaves the biases of "lora_only" out of the file."""
     mine = so.attach(roberta("SequenceClassification"), so.LoRAConfig(r=2, bias="lora_only"))
     so.save_adapter(perturb(mine), tmp_path)
     tensors = safetensors.load_file(tmp_path / WEIGHTS)
