@@ -115,10 +115,16 @@ def _cached_samples(s):
     samples=_cached_samples,
 )
 def column_norm_cached_op(norm, stamp, weight, A, B, scale, force):
-    """Recompute norm [d] unless A and B are, bit for bit, those it was last computed for.
+    """Recompute norm [d] unless A, B and a sample of W are, bit for bit, those it was last computed for.
 
-    ``stamp`` [2] int64 holds a fingerprint of A and B; the comparison happens on the device, so nothing waits for it.
-    ``force`` recomputes in any case. This reference always does: it must not depend on the fingerprint it replaces.
+    ``stamp`` [2] int64 holds the fingerprint; the comparison happens on the device, so nothing waits for it. ``force``
+    recomputes in any case. This reference always does: it must not depend on the fingerprint it replaces.
+
+    The sample is one entry of W in about s, s = d k / 4096 (at most min(d, k), rounded down to a power of two), or all
+    of W below 8192 entries. It lies evenly and meets each row and column. So a change of all entries (a merge, noise, a
+    factor), of a whole row, column or matrix, of s neighbours in a row or column, or of a square of side 2 √s is seen. A change of
+    n entries elsewhere is missed with probability (1 - 1/s)ⁿ: one of a few entries nearly always, unless it raises
+    W's version, which :class:`NormCache` watches besides.
     """
     norm.copy_(column_norm_op(weight, A, B, scale))
 
