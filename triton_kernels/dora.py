@@ -162,8 +162,8 @@ def _mix(source, n, columns, s0, s1, k, spacing, skew, first, program, PRINTS: t
 
 
 def sample(d: int, k: int) -> tuple[int, int, int]:
-    """What a fingerprint reads of W [d, k]: of row o the columns (o * skew & spacing - 1) + u * spacing, u < per_row, as
-    far as there are so many; as (spacing, skew, per_row). See WeightSample in csrc/ops/dora.h."""
+    """What a fingerprint reads of W [d, k], as (spacing, skew, per_row): of row o the columns
+    (o * skew & spacing - 1) + u * spacing, u < per_row, as far as there are so many. See csrc/ops/dora.h."""
     spacing = 1 << max(min(d, k, d * k // SAMPLE), 1).bit_length() - 1
     return spacing, spacing * 40503 >> 16 | 1, cdiv(k, spacing)
 
