@@ -111,10 +111,11 @@ __device__ __forceinline__ void fingerprint(const Factor& f, int units, uint64_t
   else fingerprint<Bits, 1>(f, first, low, high);
 }
 
-// The same for the sample of W: rarely more than one element per thread, so nothing here is batched.
+// The same for the sample of W: rarely more than one element per thread, so nothing here is batched or unrolled.
 template <class Bits>
 __device__ __forceinline__ void fingerprint(const Factor& W, const WeightSample& s, uint64_t first, uint64_t& low, uint64_t& high) {
   const int64_t total = W.rows * s.per_row;
+#pragma unroll 1
   for (int64_t n = int64_t{blockIdx.x} * kNormThreads + threadIdx.x; n < total; n += kStampBlocks * kNormThreads) {
     const int64_t i = n / s.per_row, j = (i * s.skew & (s.spacing - 1)) + (n - i * s.per_row) * s.spacing;
     if (j < W.columns)

@@ -122,7 +122,7 @@ def column_norm_cached_op(norm, stamp, weight, A, B, scale, force):
 
     The sample is one entry of W in about s, s = d k / 4096 (at most min(d, k), rounded down to a power of two), or all
     of W below 8192 entries. It lies evenly and meets each row and column. So a change of all entries (a merge, noise, a
-    factor), of a whole row or column, of s neighbours in one, or of a square of side 2 √s is seen. A change of n entries
+    factor), of a row or column, of s neighbours in one, or of a square of side 2 √s is seen. A change of n entries
     elsewhere is missed with probability (1 - 1/s)ⁿ: one of a few entries nearly always, unless it raises W's version,
     which :class:`NormCache` watches besides.
     """
@@ -469,8 +469,8 @@ def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scal
 
     Saves x, h [T, r] and, for the magnitude's gradient, [T, d]: the output itself, which costs memory only where nobody
     else keeps it; with a bias a tensor of its own, z = base_out - b + scale h Bᵀ, since beside b the rounded output
-    loses z where g is small. Without a bias the gradient of a magnitude that is 0 is 0. Whoever overwrites the output in
-    place makes backward raise RuntimeError; with ``recompute`` a copy is saved (without W nothing can be computed
+    loses z where g is small. Without a bias the gradient of a magnitude that is 0 is 0. Whoever overwrites it in place
+    makes backward raise RuntimeError; with ``recompute`` a copy is saved (without W nothing can be computed
     again). METHODS 1.1 and 1.2.
     """
     checks.base(base_out, x)
