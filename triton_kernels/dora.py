@@ -28,6 +28,8 @@ from spectral_ops.triton_kernels.common import (
 
 VANISHING = tl.constexpr(2.0**-14)  # functional/dora.py's, which says why
 MOST_PRINTS = 128  # programs per fingerprinted tensor, at most
+BITS = {2: torch.int16, 4: torch.int32}
+SAMPLE = 4096  # entries of W that a fingerprint reads, at least where W has them
 
 # inputs and ranks per step are halved where A is float32 or rows are not aligned; rows are doubled for TF32 products,
 # whose A is split anew for every block of rows
@@ -80,17 +82,16 @@ def norm_kernel(
     BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
     PRINTS: tl.constexpr,
 ):  # fmt: skip
-    """partial [ranges, d]. With ``stamp`` [2], every program first compares it with the sums of ``prints`` [2, PRINTS],
-    and stops where A and B are those of the stamp; ``changed`` tells the next kernel."""
+    """partial [ranges, d]. With ``stamp`` [2], every program first compares it with the sums of ``prints`` [3, PRINTS]
+    (A's; B's and W's), and stops where they are those of the stamp; ``changed`` tells the next kernel."""
     o = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     begin = part * span
     run = True
     if stamp is not None:
         i = tl.arange(0, PRINTS)
-        same = (tl.sum(tl.load(prints + i), 0) == tl.load(stamp)) & (
-            tl.sum(tl.load(prints + PRINTS + i), 0) == tl.load(stamp + 1)
-        )
+        rest = tl.load(prints + PRINTS + i) + tl.load(prints + 2 * PRINTS + i)
+        same = (tl.sum(tl.load(prints + i), 0) == tl.load(stamp)) & (tl.sum(rest, 0) == tl.load(stamp + 1))
         run = (force != 0) | (same == 0)
         if (tl.program_id(0) == 0) & (part == 0):
             tl.store(changed, run.to(tl.int32))
@@ -120,37 +121,51 @@ def finish_kernel(
         if stamp is not None:
             if tl.program_id(0) == 0:
                 i = tl.arange(0, PRINTS)
+                rest = tl.load(prints + PRINTS + i) + tl.load(prints + 2 * PRINTS + i)
                 tl.store(stamp, tl.sum(tl.load(prints + i), 0))
-                tl.store(stamp + 1, tl.sum(tl.load(prints + PRINTS + i), 0))
+                tl.store(stamp + 1, tl.sum(rest, 0))
 
 
 @triton.jit
 def fingerprint_kernel(
-    prints, A, B, A_n, A_columns, B_n, B_columns, A_p, A_i, B_o, B_p, PRINTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """prints [2, PRINTS] int64: sums over A's and B's elements of a 64-bit mix (SplitMix64) of their bits and position.
-    Integer sums wrap and commute, so their order does not matter."""
+    prints, A, B, w, A_n, A_columns, B_n, B_columns, w_n, w_columns, A_p, A_i, B_o, B_p, w_o, w_i, k, spacing, skew,
+    PRINTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """prints [3, PRINTS] int64: sums over the elements of A, of B and of W's sample of a 64-bit mix (SplitMix64) of
+    their bits and position. Integer sums wrap and commute, so their order does not matter."""
     which, program = tl.program_id(1), tl.program_id(0)
     if which == 0:
-        total = _mix(A, A_n, A_columns, A_p, A_i, program, PRINTS, BLOCK)
+        total = _mix(A, A_n, A_columns, A_p, A_i, A_columns, 1, 0, 0, program, PRINTS, BLOCK)
+    elif which == 1:
+        total = _mix(B, B_n, B_columns, B_o, B_p, B_columns, 1, 0, 0, program, PRINTS, BLOCK)
     else:
-        total = _mix(B, B_n, B_columns, B_o, B_p, program, PRINTS, BLOCK)
+        total = _mix(w, w_n, w_columns, w_o, w_i, k, spacing, skew, B_n, program, PRINTS, BLOCK)
     # the one keeps nothing (r = 0) apart from the zeros that a new stamp holds
     tl.store(prints + which * PRINTS + program, tl.sum(total.to(tl.int64, bitcast=True), 0) + 1)
 
 
 @triton.jit
-def _mix(source, n, columns, s0, s1, program, PRINTS: tl.constexpr, BLOCK: tl.constexpr):
+def _mix(source, n, columns, s0, s1, k, spacing, skew, first, program, PRINTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the n elements that :func:`sample` names, ``columns`` from each row, numbered from ``first``."""
     total = tl.zeros([BLOCK], tl.uint64)
     for e0 in range(program * BLOCK, n, PRINTS * BLOCK):
         e = e0 + tl.arange(0, BLOCK)
-        place = (e // columns).to(tl.int64) * s0 + (e % columns).to(tl.int64) * s1
-        bits = tl.load(source + place, mask=e < n, other=0).to(tl.int64).to(tl.uint64, bitcast=True)
-        z = bits + (e + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+        row = (e // columns).to(tl.int64)
+        column = (row * skew & (spacing - 1)) + (e % columns).to(tl.int64) * spacing
+        live = (e < n) & (column < k)
+        bits = tl.load(source + row * s0 + column * s1, mask=live, other=0).to(tl.int64).to(tl.uint64, bitcast=True)
+        z = bits + (e.to(tl.int64) + 1 + first).to(tl.uint64) * 0x9E3779B97F4A7C15
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-        total += tl.where(e < n, z ^ (z >> 31), 0)
+        total += tl.where(live, z ^ (z >> 31), 0)
     return total
+
+
+def sample(d: int, k: int) -> tuple[int, int, int]:
+    """What a fingerprint reads of W [d, k], as (spacing, skew, per_row): of row o the columns
+    (o * skew & spacing - 1) + u * spacing, u < per_row, as far as there are so many. See csrc/ops/dora.h."""
+    spacing = 1 << max(min(d, k, d * k // SAMPLE), 1).bit_length() - 1
+    return spacing, spacing * 40503 >> 16 | 1, cdiv(k, spacing)
 
 
 def _norms(out, weight, A, B, scale, stamp=None, force=False, tiles="") -> None:
@@ -172,13 +187,14 @@ def _norms(out, weight, A, B, scale, stamp=None, force=False, tiles="") -> None:
     with on_device(weight):
         prints, changed, PRINTS = None, None, 1
         if stamp is not None:
-            PRINTS = power_of_2(cdiv(max(A.numel(), B.numel()), 1024), 1, MOST_PRINTS)
-            prints = torch.empty(2 * PRINTS + 1, dtype=torch.int64, device=weight.device)
-            changed = prints[2 * PRINTS :]
-            bits = {2: torch.int16, 4: torch.int32}
-            fingerprint_kernel[(PRINTS, 2)](
-                prints, A.view(bits[A.element_size()]), B.view(bits[B.element_size()]),
-                A.numel(), A.shape[1], B.numel(), B.shape[1], *A.stride(), *B.stride(),
+            spacing, skew, per_row = sample(d, k)
+            PRINTS = power_of_2(cdiv(max(A.numel(), B.numel(), d * per_row), 1024), 1, MOST_PRINTS)
+            prints = torch.empty(3 * PRINTS + 1, dtype=torch.int64, device=weight.device)
+            changed = prints[3 * PRINTS :]
+            fingerprint_kernel[(PRINTS, 3)](
+                prints, *(t.view(BITS[t.element_size()]) for t in (A, B, weight)),
+                A.numel(), A.shape[1], B.numel(), B.shape[1], d * per_row, per_row,
+                *A.stride(), *B.stride(), *weight.stride(), k, spacing, skew,
                 PRINTS=PRINTS, BLOCK=1024, num_warps=4,
             )  # fmt: skip
         norm_kernel[(cdiv(d, BM), ranges)](

@@ -28,14 +28,21 @@ def _splits(d: int, k: int, r: int) -> int:
     return plan("norm_plan", d, k, r, BFLOAT16, 1, 0)[5]
 
 
+def _sample(d: int, k: int) -> int:
+    """Entries that a fingerprint reads of W [d, k], as WeightSample in csrc/ops/dora.h says."""
+    spacing = 1 << max(min(d, k, d * k // 4096), 1).bit_length() - 1
+    return d * ceil(k / spacing)
+
+
 def _prepare(launch: Launch, args: tuple) -> Work:
-    """A once, or A and B where there is a fingerprint. Each tile of A Aᵀ from the diagonal on reads 32 rows, in 670
-    issue slots for each of four warps and 128 columns; a warp's fingerprint of 512 float32 values takes 593."""
+    """A once, or A, B and a sector for each entry of W's sample where there is a fingerprint. Each tile of A Aᵀ from the
+    diagonal on reads 32 rows, in 670 issue slots for each of four warps and 128 columns; a warp's fingerprint of 512
+    float32 values takes 593, that of 32 entries of the sample 110."""
     (d, k, r), A = _sizes(args), args[1]
     side = ceil(r / 16)
-    stamped = r * (d + k) if len(args) == 5 else 0
-    read = A.element_size() * r * k + (args[2].element_size() * d * r if stamped else 0)
-    slots = side * (side + 1) // 2 * ceil(k / 128) * 4 * 670 + stamped / 512 * 593
+    stamped, sample = (r * (d + k), _sample(d, k)) if len(args) == 5 else (0, 0)
+    read = A.element_size() * r * k + (args[2].element_size() * d * r if stamped else 0) + 32 * sample
+    slots = side * (side + 1) // 2 * ceil(k / 128) * 4 * 670 + stamped / 512 * 593 + sample / 32 * 110
     return Work({}, read, in_flight=64 * launch.threads, l2=4 * r * k * (side + 1), slots=slots)
 
 

@@ -88,11 +88,14 @@ template <class T> void norms(const NormFinish& f, int64_t task) {
 // Sums over elements of well-mixed functions of (bits, position): their order does not matter.
 template <class Bits> void fingerprint_of(const Fingerprint& f, int64_t task) {
   typedef Bits U __attribute__((may_alias));
-  const int64_t begin = task * f.kElements, end = smaller(begin + f.kElements, f.rows * f.columns);
+  const auto [spacing, skew, per_row] = f.sample;
+  const int64_t begin = task * f.kElements, end = smaller(begin + f.kElements, f.rows * per_row), stride = f.a.column * spacing;
   uint64_t low = 0, high = 0;
-  for (int64_t e = begin; e < end;) {
-    const int64_t i = e / f.columns, j = e % f.columns, n = smaller(f.columns - j, end - e);
-    const U* x = static_cast<const U*>(f.a.data) + i * f.a.row + j * f.a.column;
+  int64_t i = begin / per_row, j = begin % per_row;
+  for (int64_t e = begin; e < end; ++i, j = 0) {
+    const int64_t column = (i * skew & (spacing - 1)) + j * spacing, there = (f.columns - column + spacing - 1) / spacing;
+    const int64_t left = smaller(per_row - j, end - e), n = smaller(left, there);
+    const U* x = static_cast<const U*>(f.a.data) + i * f.a.row + column * f.a.column;
     const uint64_t position = static_cast<uint64_t>(f.first + e) + 1;
     const auto add = [&](int64_t k, int64_t stride) {
       uint64_t z = x[k * stride] + (position + static_cast<uint64_t>(k)) * 0x9E3779B97F4A7C15;
@@ -101,11 +104,11 @@ template <class Bits> void fingerprint_of(const Fingerprint& f, int64_t task) {
       low += z ^ (z >> 31);
       high += (z >> 32) * (z & 0xffffffff);
     };
-    if (f.a.column == 1)
+    if (stride == 1)
       for (int64_t k = 0; k < n; ++k) add(k, 1);
     else
-      for (int64_t k = 0; k < n; ++k) add(k, f.a.column);
-    e += n;
+      for (int64_t k = 0; k < n; ++k) add(k, stride);
+    e += left;
   }
   f.parts[2 * task] = low, f.parts[2 * task + 1] = high;
 }

@@ -23,15 +23,16 @@ struct NormFinish {
   static int64_t tasks(const ColumnNorm& a) { return tiles(a.rows); }
 };
 
-// The fingerprint of a [rows, columns], whose elements are numbered from `first`. A task's share of it is parts[2 * task] and
-// the next.
+// The fingerprint of a [rows, columns], or of a sample of it. The elements read are numbered from `first`. A task's share of it
+// is parts[2 * task] and the next.
 struct Fingerprint {
   static constexpr int64_t kElements = 4096;  // of a task
   Matrix a;
   int64_t rows, columns, first;
   uint64_t* parts;
+  WeightSample sample;  // {1, 1, columns}: every element
 
-  int64_t tasks() const { return (rows * columns + kElements - 1) / kElements; }
+  int64_t tasks() const { return (rows * sample.per_row + kElements - 1) / kElements; }
 };
 
 // dm of every column by division, and which columns m has erased.
@@ -103,8 +104,10 @@ inline void compute_norm(const ColumnNorm& a, const Tensor& like) {
 inline void run(const ColumnNorm& a, const Tensor& like) {
   if (!a.stamp) return compute_norm(a, like);
   Fingerprint parts[] = {
-      {{a.A, a.A_strides[0], a.A_strides[1], a.A_dtype}, a.r, a.columns, 0, nullptr},
-      {{a.B, a.B_strides[0], a.B_strides[1], a.B_dtype}, a.rows, a.r, a.r * a.columns, nullptr},
+      {{a.A, a.A_strides[0], a.A_strides[1], a.A_dtype}, a.r, a.columns, 0, nullptr, {1, 1, a.columns}},
+      {{a.B, a.B_strides[0], a.B_strides[1], a.B_dtype}, a.rows, a.r, a.r * a.columns, nullptr, {1, 1, a.r}},
+      {{a.weight, a.weight_strides[0], a.weight_strides[1], a.dtype},
+       a.rows, a.columns, a.r * (a.columns + a.rows), nullptr, WeightSample::of(a.rows, a.columns)},
   };
   uint64_t sums[2] = {};
   for (Fingerprint& part : parts) {

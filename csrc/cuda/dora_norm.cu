@@ -41,6 +41,8 @@ struct Stamp {
   int64_t* previous;  // [2]
   Factor A, B;        // in as few rows as their memory allows
   int A_units, B_units;  // elements read at once
+  Factor W;
+  WeightSample sample;  // of W
   bool force;
 };
 
@@ -57,13 +59,23 @@ template <class T> struct Norm {
   Stamp stamp;
 };
 
-// --- first kernel: fingerprint of A and B, A's copy, A Aᵀ ---
+// --- first kernel: fingerprint of A, B and W's sample, A's copy, A Aᵀ ---
 
-// Adds the fingerprint of a factor whose first element has position `first` (counted from 1) to the sums: well-mixed functions
-// of (bits, position). They are sums of integers, so their order does not matter. Bits [V] are read at once.
+constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+
+// Adds an element to the sums: well-mixed functions of its bits and kGolden times its position.
+__device__ __forceinline__ void mix(uint64_t bits, uint64_t place, uint64_t& low, uint64_t& high) {
+  uint64_t z = bits + place;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  low += z ^ (z >> 31);
+  high += (z >> 32) * (z & 0xffffffffu);
+}
+
+// Adds the fingerprint of a factor whose first element has position `first` (counted from 1) to the sums. They are sums of
+// integers, so their order does not matter. Bits [V] are read at once.
 template <class Bits, int V>
 __device__ __forceinline__ void fingerprint(const Factor& f, uint64_t first, uint64_t& low, uint64_t& high) {
-  constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
   constexpr int kBatch = 4, kStep = static_cast<int>(kStampBlocks) * kNormThreads;
   struct alignas(sizeof(Bits) * V) Unit { Bits bits[V]; };
   const int64_t units = f.columns / V, total = f.rows * units;
@@ -87,13 +99,7 @@ __device__ __forceinline__ void fingerprint(const Factor& f, uint64_t first, uin
       if (n >= total) continue;
       const uint64_t base = (first + static_cast<uint64_t>(n) * V) * kGolden;
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        uint64_t z = unit[u].bits[e] + (base + e * kGolden);
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-        low += z ^ (z >> 31);
-        high += (z >> 32) * (z & 0xffffffffu);
-      }
+      for (int e = 0; e < V; ++e) mix(unit[u].bits[e], base + e * kGolden, low, high);
     }
   }
 }
@@ -103,6 +109,19 @@ __device__ __forceinline__ void fingerprint(const Factor& f, int units, uint64_t
   constexpr int kWide = 16 / sizeof(Bits);
   if (units == kWide) fingerprint<Bits, kWide>(f, first, low, high);
   else fingerprint<Bits, 1>(f, first, low, high);
+}
+
+// The same for the sample of W: rarely more than one element per thread, so nothing here is batched or unrolled.
+template <class Bits>
+__device__ __forceinline__ void fingerprint(const Factor& W, const WeightSample& s, uint64_t first, uint64_t& low, uint64_t& high) {
+  const int64_t total = W.rows * s.per_row;
+#pragma unroll 1
+  for (int64_t n = int64_t{blockIdx.x} * kNormThreads + threadIdx.x; n < total; n += kStampBlocks * kNormThreads) {
+    const int64_t i = n / s.per_row, j = (i * s.skew & (s.spacing - 1)) + (n - i * s.per_row) * s.spacing;
+    if (j < W.columns)
+      mix(static_cast<const Bits*>(W.data)[i * W.row_stride + j * W.column_stride], (first + static_cast<uint64_t>(n)) * kGolden,
+          low, high);
+  }
 }
 
 __device__ __forceinline__ void leave_fingerprint(const Stamp& stamp) {
@@ -117,6 +136,12 @@ __device__ __forceinline__ void leave_fingerprint(const Stamp& stamp) {
       case DType::float32: fingerprint<uint32_t>(f, units, first, low, high); break;
       default: fingerprint<uint16_t>(f, units, first, low, high);
     }
+  }
+  const uint64_t first = 1 + stamp.A.rows * stamp.A.columns + stamp.B.rows * stamp.B.columns;
+  switch (stamp.W.dtype) {
+    case DType::float64: fingerprint<uint64_t>(stamp.W, stamp.sample, first, low, high); break;
+    case DType::float32: fingerprint<uint32_t>(stamp.W, stamp.sample, first, low, high); break;
+    default: fingerprint<uint16_t>(stamp.W, stamp.sample, first, low, high);
   }
   low = warp_sum(low), high = warp_sum(high);
   if (threadIdx.x % 32 == 0) parts[0][threadIdx.x / 32] = low, parts[1][threadIdx.x / 32] = high;
@@ -253,7 +278,7 @@ template <class T> __global__ void __launch_bounds__(kNormThreads) prepare(Norm<
 
 // --- second kernel: P = W Aᵀ ---
 
-// Whether A and B are unchanged, the same in every thread. The first block tells the third kernel, which moves the stamp.
+// Whether A, B and W's sample are unchanged, the same in every thread. The first block tells the third kernel, which moves the stamp.
 template <class T> __device__ __forceinline__ bool unchanged(const Norm<T>& a) {
   if (!a.stamp.parts) return false;
   const bool same = !a.stamp.force & (fingerprint_sum(a.stamp, 0) == static_cast<uint64_t>(a.stamp.previous[0])) &
@@ -606,6 +631,8 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
     a.stamp.previous = from.stamp, a.stamp.force = from.force;
     a.stamp.A = a.A, a.stamp.B = a.B;
     a.stamp.A_units = whole_units(a.stamp.A), a.stamp.B_units = whole_units(a.stamp.B);
+    a.stamp.W = {from.weight, from.rows, from.columns, from.weight_strides[0], from.weight_strides[1], from.dtype};
+    a.stamp.sample = WeightSample::of(from.rows, from.columns);
     grid += kStampBlocks;
   }
   cudaError_t error = enqueue(prepare<T>, grid, kNormThreads, sizeof(A) * 2 * kPiece * kGramPitch<A>, stream, a);
@@ -630,7 +657,7 @@ template <class T> cudaError_t launch_norm(const ColumnNorm& from, cudaStream_t 
 
 }  // namespace
 
-// With a.stamp: recomputes only where a.force, or where A and B are not those that the stamp was taken of.
+// With a.stamp: recomputes only where a.force, or where A, B and W's sample are not those that the stamp was taken of.
 cudaError_t column_norm(const ColumnNorm& a, cudaStream_t stream) {
   if (a.columns > kMaxColumns || a.r > 4096) return cudaErrorInvalidValue;
   if (a.rows == 0) return cudaSuccess;

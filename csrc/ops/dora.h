@@ -15,13 +15,27 @@ namespace spectral_ops {
 struct ColumnNorm {
   const void *weight, *A, *B;
   void* norm;
-  int64_t* stamp;  // [2] fingerprint of A and B, or null where nothing is cached
+  int64_t* stamp;  // [2] fingerprint of A, B and a sample of W, or null where nothing is cached
   void* workspace;  // CUDA: norm_plan(...).bytes
   double scale;
   int64_t rows, columns, r;
   int64_t weight_strides[2], A_strides[2], B_strides[2];
   DType dtype, A_dtype, B_dtype;  // dtype: of weight
   bool force;                     // recompute even if the fingerprint is the stamp
+};
+
+// What the fingerprint reads of W [rows, columns]: of row o the columns (o * skew & spacing - 1) + u * spacing, u < per_row, as
+// far as there are so many. spacing is a power of two and skew odd, spacing times the golden ratio: the entries read lie evenly,
+// one to about `spacing` of W, at least one in each row and column; all of a W below 2 kSample entries.
+struct WeightSample {
+  static constexpr int64_t kSample = 4096;
+  int64_t spacing, skew, per_row;
+
+  static WeightSample of(int64_t rows, int64_t columns) {
+    int64_t spacing = 1;
+    while (2 * spacing <= rows && 2 * spacing <= columns && 2 * spacing * kSample <= rows * columns) spacing *= 2;
+    return {spacing, spacing * 40503 >> 16 | 1, (columns + spacing - 1) / spacing};
+  }
 };
 
 // dm [columns] = dyz / (g norm), or where |g| < vanishing_g, or |g| norm < |bias| / vanishing_bias,

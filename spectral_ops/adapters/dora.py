@@ -19,9 +19,13 @@ SMALL = 1e-4  # a row scaled by less than this cannot be unmerged by division
 
 @dataclass
 class DoRAConfig(LoRAConfig):
-    """LoRA's fields, and ``magnitude_only``: the layers (names that end a path) that train their magnitude alone."""
+    """LoRA's fields; see :class:`LoRAConfig`. magnitude_only: the layers (names that end a path) that train their
+    magnitude alone. recompute: save no output for backward, compute it again there: needed where the model overwrites a
+    layer's output in place. It changes no number, and no file holds it.
+    """
 
     magnitude_only: list[str] | None = None
+    recompute: bool = False
 
     peft_flags: ClassVar[dict[str, Any]] = {"use_dora": True}
     ours_only: ClassVar[dict[str, str]] = {
@@ -33,12 +37,20 @@ class DoRAConfig(LoRAConfig):
         self._check_names("magnitude_only")
         if isinstance(self.magnitude_only, str):
             self.magnitude_only = [self.magnitude_only]
+        check_recompute(self)
 
     def peft_fields(self) -> dict[str, Any]:
         fields = super().peft_fields()
+        del fields["recompute"]
         if self.magnitude_only is None:
             del fields["magnitude_only"]
         return fields
+
+
+def check_recompute(config: Any) -> None:
+    """Raise where a config's ``recompute`` is no truth value."""
+    if not isinstance(config.recompute, bool):
+        config.wrong("recompute", config.recompute, "True or False")
 
 
 class MagnitudeLinear(AdapterLinear):
@@ -84,7 +96,8 @@ class MagnitudeLinear(AdapterLinear):
 
     def _linear(self, x, weight, bias, A, B, scale, p, name):
         norm = self.norms[name].get(self.matrix, A, B, scale)
-        return dora.linear(x, weight, A, B, self.magnitude(name), bias, norm, scale, p)
+        recompute = self.settings[name].recompute
+        return dora.linear(x, weight, A, B, self.magnitude(name), bias, norm, scale, p, recompute)
 
     def _update(self, out, x, A, B, scale, p, name):
         """The output over what the base layer returned. With dropout that layer runs a second time, on drop(x)."""
@@ -94,7 +107,7 @@ class MagnitudeLinear(AdapterLinear):
         else:  # not cached: only the dequantised weight could tell whether it is stale
             norm = column_norm(self.full_matrix(), A, B, scale)
         if not p:
-            return dora_update(out, x, A, B, m, norm, self.bias, scale=scale)
+            return dora_update(out, x, A, B, m, norm, self.bias, scale=scale, recompute=self.settings[name].recompute)
         x = F.dropout(x, p)
         plain = self.base_layer(x)
         plain = plain if self.bias is None else plain - self.bias

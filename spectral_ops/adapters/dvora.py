@@ -4,19 +4,30 @@ arXiv:2402.09353)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from spectral_ops.adapters.dora import MagnitudeLinear
+from spectral_ops.adapters.dora import MagnitudeLinear, check_recompute
 from spectral_ops.adapters.vera import VeRAConfig, VeRALinear
 
 
 @dataclass
 class DVoRAConfig(VeRAConfig):
-    """VeRA's fields; see :class:`VeRAConfig`. PEFT has no DVoRA."""
+    """VeRA's fields, and ``recompute`` as in :class:`DoRAConfig`; see :class:`VeRAConfig`. PEFT has no DVoRA."""
+
+    recompute: bool = False
 
     peft_type: ClassVar[str] = "DVORA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_recompute(self)
+
+    def peft_fields(self) -> dict[str, Any]:
+        fields = super().peft_fields()
+        del fields["recompute"]
+        return fields
 
 
 class DVoRALinear(MagnitudeLinear, VeRALinear):

@@ -115,10 +115,16 @@ def _cached_samples(s):
     samples=_cached_samples,
 )
 def column_norm_cached_op(norm, stamp, weight, A, B, scale, force):
-    """Recompute norm [d] unless A and B are, bit for bit, those it was last computed for.
+    """Recompute norm [d] unless A, B and a sample of W are, bit for bit, those it was last computed for.
 
-    ``stamp`` [2] int64 holds a fingerprint of A and B; the comparison happens on the device, so nothing waits for it.
-    ``force`` recomputes in any case. This reference always does: it must not depend on the fingerprint it replaces.
+    ``stamp`` [2] int64 holds the fingerprint; the comparison happens on the device, so nothing waits for it. ``force``
+    recomputes in any case. This reference always does: it must not depend on the fingerprint it replaces.
+
+    The sample is one entry of W in about s, s = d k / 4096 (at most min(d, k), rounded down to a power of two), or all
+    of W below 8192 entries. It lies evenly and meets each row and column. So a change of all entries (a merge, noise, a
+    factor), of a row or column, of s neighbours in one, or of a square of side 2 √s is seen. A change of n entries
+    elsewhere is missed with probability (1 - 1/s)ⁿ: one of a few entries nearly always, unless it raises W's version,
+    which :class:`NormCache` watches besides.
     """
     norm.copy_(column_norm_op(weight, A, B, scale))
 
@@ -287,6 +293,20 @@ def dora_linear_backward_op(dy, x, weight, A, B, magnitude, bias, gains, h, y, z
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+def _saved(ctx) -> tuple[torch.Tensor, ...]:
+    """What forward saved. Where that is an output which somebody has overwritten, the error says how to save none."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if f"output 0 of {ctx._forward_cls.__name__}" not in str(error):
+            raise
+        raise RuntimeError(
+            "dora: got an output that was overwritten in place before its backward, which reads it, wanted it unchanged"
+            " (DoRAConfig(recompute=True), accelerate(model, recompute=True) or, for the functions, recompute=True"
+            " makes backward do without it)"
+        ) from error
+
+
 class DoraFunction(Function):
     """Dense tier; saves x, h and y (or computes y again), with dropout z in y's place."""
 
@@ -307,7 +327,7 @@ class DoraFunction(Function):
     def backward(ctx, dy):
         need_x, _, need_A, need_B, need_m, need_bias, *_ = ctx.needs_input_grad
         needs = need_x | need_A << 1 | need_B << 2 | need_m << 3 | need_bias << 4
-        dx, dA, dB, dm, db, _ = dora_linear_backward_op(dy, *ctx.saved_tensors, ctx.scale, ctx.p, needs)
+        dx, dA, dB, dm, db, _ = dora_linear_backward_op(dy, *_saved(ctx), ctx.scale, ctx.p, needs)
         return (
             dx if need_x else None, None, dA if need_A else None, dB if need_B else None, dm if need_m else None,
             db if need_bias else None, None, None, None, None, None,
@@ -315,7 +335,7 @@ class DoraFunction(Function):
 
     @staticmethod
     def twice(ctx, dy):
-        x, weight, A, B, magnitude, bias, gains, _, _, _, seed = ctx.saved_tensors
+        x, weight, A, B, magnitude, bias, gains, _, _, _, seed = _saved(ctx)
         if x is None:
             raise RuntimeError("create_graph: got a second derivative where A is frozen, for which x is not kept")
         dropped = dropout.dropped(x, seed, ctx.p)
@@ -327,10 +347,11 @@ class DoraFunction(Function):
 
 
 class DoraUpdateFunction(Function):
-    """Base-agnostic tier, in place on ``base_out`` or on a copy; saves x, h and that output, or z with a bias."""
+    """Base-agnostic tier, in place on ``base_out`` or on a copy; saves x, h and that output (or a copy), or z with a
+    bias."""
 
     @staticmethod
-    def forward(ctx, base_out, x, A, B, magnitude, bias, norm, scale, inplace):
+    def forward(ctx, base_out, x, A, B, magnitude, bias, norm, scale, inplace, recompute):
         _, _, need_A, need_B, need_m, *_ = ctx.needs_input_grad
         args = A, B, magnitude, bias, norm
         if inplace:
@@ -338,9 +359,10 @@ class DoraUpdateFunction(Function):
             ctx.mark_dirty(base_out)
         else:
             y, h, gains, z = dora_linear_forward_op(x, None, base_out, *args, None, scale, 0.0, need_m)
+        need_y = need_m and bias is None
         ctx.save_for_backward(
             x if need_A else None, A, B, magnitude, gains, h if need_B else None,
-            y if need_m and bias is None else None, z if need_m and bias is not None else None,
+            (y.clone() if recompute else y) if need_y else None, z if need_m and bias is not None else None,
         )  # fmt: skip
         ctx.scale = scale
         return y
@@ -348,13 +370,13 @@ class DoraUpdateFunction(Function):
     @staticmethod
     @backward_pass
     def backward(ctx, dy):
-        x, A, B, magnitude, gains, h, y, z = ctx.saved_tensors
+        x, A, B, magnitude, gains, h, y, z = _saved(ctx)
         out, *wanted = ctx.needs_input_grad[:6]
         wanted.append(out)
         needs = sum(need << bit for bit, need in enumerate(wanted))
         grads = dora_linear_backward_op(dy, x, None, A, B, magnitude, None, gains, h, y, z, None, ctx.scale, 0.0, needs)
         *grads, dout = (grad if need else None for grad, need in zip(grads, wanted, strict=True))
-        return dout, *grads, None, None, None
+        return dout, *grads, None, None, None, None
 
 
 def linear(x, weight, A, B, magnitude, bias, norm, scale, p, recompute=False):
@@ -366,11 +388,11 @@ def linear(x, weight, A, B, magnitude, bias, norm, scale, p, recompute=False):
     return apply_op(dora_linear_forward_op, x, x, weight, None, *args, False)[0]
 
 
-def update(base_out, x, A, B, magnitude, bias, norm, scale):
+def update(base_out, x, A, B, magnitude, bias, norm, scale, recompute=False):
     """:func:`dora_update` past its checks."""
     inplace, args = overwritable(base_out), (A, B, magnitude, bias, norm)
     if torch.is_grad_enabled():
-        return apply(DoraUpdateFunction, x, base_out, x, *args, scale, inplace)
+        return apply(DoraUpdateFunction, x, base_out, x, *args, scale, inplace, recompute)
     if inplace:
         apply_op(dora_update_forward_op, x, base_out, x, *args, scale, False)
         return base_out
@@ -422,7 +444,7 @@ def dora_linear(
         norm: c [d] where the caller has it already (it depends on the weights only); computed when None.
         dropout_p, training: with dropout, PEFT's form: y = x Wᵀ + b + (g-1) * (x̃ Wᵀ) + g * scale (x̃ Aᵀ) Bᵀ.
         recompute: save no y for backward; costs a second forward product there. The default saves y, this function's
-            own output: whoever overwrites it in place makes backward raise.
+            own output: whoever overwrites it in place makes backward raise RuntimeError.
 
     Returns y [..., d] in x's dtype. Saves x, h [T, r] and y. METHODS 1.2; DoRA, arXiv:2402.09353.
     """
@@ -438,7 +460,7 @@ def dora_linear(
 
 
 @calls(dora_update_forward_op, dora_linear_forward_op, dora_linear_backward_op)
-def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scale=1.0):
+def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scale=1.0, recompute=False):
     """DoRA over a base layer somebody else computed: base_out [..., d] becomes g * (base_out - b + scale h Bᵀ) + b.
 
     ``base_out`` = base(x), bias included, is overwritten and returned (a view or a trained leaf is copied first);
@@ -447,7 +469,9 @@ def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scal
 
     Saves x, h [T, r] and, for the magnitude's gradient, [T, d]: the output itself, which costs memory only where nobody
     else keeps it; with a bias a tensor of its own, z = base_out - b + scale h Bᵀ, since beside b the rounded output
-    loses z where g is small. Without a bias the gradient of a magnitude that is 0 is 0. METHODS 1.1 and 1.2.
+    loses z where g is small. Without a bias the gradient of a magnitude that is 0 is 0. Whoever overwrites it in place
+    makes backward raise RuntimeError; with ``recompute`` a copy is saved (without W nothing can be computed
+    again). METHODS 1.1 and 1.2.
     """
     checks.base(base_out, x)
     checks.device("x", x, bias=bias)
@@ -456,4 +480,4 @@ def dora_update(base_out, x, lora_A, lora_B, magnitude, norm, bias=None, *, scal
     x = x.to(base_out.dtype)
     checks.vector("norm", norm, base_out.shape[-1], "out_features")
     _check_dora(x, base_out.shape[-1], lora_A, lora_B, magnitude, norm, scale)
-    return update(base_out, x, lora_A, lora_B, magnitude, bias, norm, float(scale))
+    return update(base_out, x, lora_A, lora_B, magnitude, bias, norm, float(scale), recompute)

@@ -2,7 +2,9 @@
 
 The norm depends on the weights only, so micro-batches and checkpoint recomputation share it. ``_version`` alone cannot
 tell when it goes stale: a fused AdamW, writes through ``.data`` and FSDP2 leave it unchanged. So reuse ends at any
-optimizer's step (a global hook), and within a step a fingerprint of A and B is compared on the device, without a sync.
+optimizer's step (a global hook), and within a step a fingerprint of A, B and a sample of W is compared on the device,
+without a sync. So a merge, noise or another matrix written through ``.data`` is seen; ``column_norm_cached_`` says what
+a sample cannot see.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class NormCache:
         self.invalidate()
 
     def invalidate(self) -> None:
-        """Forget everything: call it after changing W in place through ``.data``."""
+        """Forget everything: needed only after changing a few entries of a large W through ``.data``."""
         self._weight_key = self._storage = self._key = self._step = None
         self._norm = self._stamp = None
 

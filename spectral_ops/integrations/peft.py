@@ -119,12 +119,12 @@ def dora_linear(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank)
 def dora_over(layer, out: torch.Tensor, x: torch.Tensor, base: Base, weight: torch.Tensor, adapter: LowRank):
     """DoRA over a result. With dropout PEFT scales not that, but the base weight's product with the dropped x."""
     norm, (B, scale) = norm_of(layer, weight, base, adapter), adapter.scaled()
-    x, bias = x.to(out.dtype), base.bias
+    x, bias, recompute = x.to(out.dtype), base.bias, layer._spectral_ops.recompute
     if adapter.p > 0:
         x, bias = F.dropout(x, adapter.p), None
         product = F.linear(x, weight.to(x.dtype))
         return out - product + dora.update(product, x, adapter.A, B, adapter.magnitude, bias, norm, scale)
-    return dora.update(out, x, adapter.A, B, adapter.magnitude, bias, norm, scale)
+    return dora.update(out, x, adapter.A, B, adapter.magnitude, bias, norm, scale, recompute)
 
 
 def run_miss(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Bone] | list[Bat]) -> torch.Tensor:

@@ -204,7 +204,8 @@ class Report:
         return [(reason, names, sum(calls)) for reason, (names, calls) in groups.items()]
 
     def invalidate(self) -> None:
-        """Forget every cached DoRA norm: call it after writing to a frozen base weight through ``.data``."""
+        """Forget every cached DoRA norm. Needed only after writing a few entries of a large base weight through
+        ``.data``: other writes are noticed."""
         for state in self.states:
             state.forget()
 

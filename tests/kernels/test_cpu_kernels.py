@@ -22,6 +22,7 @@ from cpu_kernels import (
     sparse,
 )
 from instruments import fresh_python
+from oracles import sampled_entries
 from tensors import DTYPES, accumulate
 
 from spectral_ops.core import philox
@@ -288,6 +289,30 @@ def test_cached_norm_is_recomputed_when_a_bit_of_A_or_B_changes(dtype):
     assert cached()
     A, B = A.t().contiguous().t(), B.t().contiguous().t()  # the same values elsewhere in memory
     assert not cached()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize(("d", "k"), [(90, 91), (128, 64), (300, 500), (500, 301), (2, 9000)])
+def test_the_fingerprint_reads_the_sample_of_W_that_is_documented(d, k, dtype, turned):
+    """Entry by entry, those that it sees a change of, in any layout: whatever is stored between them."""
+    W, A, B = randn(d, k, dtype=dtype), randn(2, k), randn(d, 2)
+    W = W.t().contiguous().t() if turned else W
+    norm, stamp = torch.zeros(d, dtype=accumulate(dtype)), torch.zeros(2, dtype=torch.int64)
+    dora.column_norm_cached_op.default(norm, stamp, W, A, B, 0.5, True)
+    read = sampled_entries(d, k)
+    assert read.any(0).all() and read.any(1).all()
+    assert read.sum() >= min(d * k, 4096)
+    whole, own = W.clone(), stamp.clone()
+    for seen in (True, False):
+        places = (read == seen).nonzero()
+        for i, j in places[torch.randperm(len(places))[:200]].tolist():
+            W[i, j] = -W[i, j]
+            norm.fill_(-1)
+            dora.column_norm_cached_op.default(norm, stamp, W, A, B, 0.5, False)
+            assert torch.equal(norm == -1, torch.full_like(norm, not seen, dtype=torch.bool)), (i, j)
+            W[i, j] = whole[i, j]
+            stamp.copy_(own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from instruments import results
+from oracles import sampled_columns
 from samples import layer_samples
 from tensors import DTYPES, HALF, accumulate
 
@@ -440,13 +441,22 @@ def test_norm_does_not_depend_on_the_order_of_threads(emulated, order, dtype):
         norm_case(emulated, dtype, torch.float32, 36, 264, r, False)
 
 
-def fingerprint(A, B):
-    """What a stamp holds: two sums over the elements of A, then B, of functions of their bits and positions."""
+def fingerprint(A, B, W):
+    """What a stamp holds: two sums over the elements of A, then B, then W's sample, of functions of their bits and
+    positions; a position of the sample that lies beyond a row counts and adds nothing."""
     mask, low, high = 2**64 - 1, 0, 0
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    signed = [(t.reshape(-1).view(integers[t.element_size()]).tolist(), 256 ** t.element_size()) for t in (A, B)]
+    columns = sampled_columns(*W.shape)
+    beyond = columns >= W.shape[1]
+    sample = W.gather(1, columns.clamp(max=W.shape[1] - 1))
+    signed = [
+        (t.reshape(-1).view(integers[t.element_size()]).tolist(), 256 ** t.element_size()) for t in (A, B, sample)
+    ]
     bits = [x % size for values, size in signed for x in values]
+    skipped = [False] * (A.numel() + B.numel()) + beyond.reshape(-1).tolist()
     for position, x in enumerate(bits, 1):
+        if skipped[position - 1]:
+            continue
         z = (x + position * 0x9E3779B97F4A7C15) & mask
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
@@ -456,21 +466,27 @@ def fingerprint(A, B):
 
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
 def test_fingerprint_is_of_values_and_positions_alone(emulated, parameters):
-    cases = [(3, 5, 1), (5, 24, 8), (7, 300, 3)]
+    cases = [
+        (3, 5, 1),
+        (5, 24, 8),
+        (7, 300, 3),
+        (150, 140, 2),
+    ]  # the last: W's rows are sampled, some in one place less
     if parameters == torch.float32:
         cases.append((400, 100, 100))  # A takes two steps of every thread, and a row of B is no multiple of 16 bytes
     for d, k, r in cases:
-        W, A, B = matrix(d, k, torch.float32), matrix(r, k, parameters), matrix(d, r, parameters)
-        wanted = fingerprint(A, B)
+        dtype = parameters if parameters != torch.float32 else torch.bfloat16
+        W, A, B = matrix(d, k, dtype), matrix(r, k, parameters), matrix(d, r, parameters)
+        wanted = fingerprint(A, B, W)
         for layout in (None, *LAYOUTS):
-            norm, stamp = torch.zeros(d), torch.zeros(2, dtype=torch.int64)
-            a, b = (t if layout is None else laid_out(t, layout) for t in (A, B))
-            emulated.column_norm_cached_(norm, stamp, W, a, b, 1.0, True)
+            norm, stamp = torch.zeros(d, dtype=accumulate(dtype)), torch.zeros(2, dtype=torch.int64)
+            w, a, b = (t if layout is None else laid_out(t, layout) for t in (W, A, B))
+            emulated.column_norm_cached_(norm, stamp, w, a, b, 1.0, True)
             assert torch.equal(stamp, wanted), (d, k, r, layout)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_cached_norm_follows_every_bit_of_A_and_B(emulated, dtype):
+def test_cached_norm_follows_every_bit_of_A_and_B_and_of_a_small_W(emulated, dtype):
     W, A, B, wanted = norm_case(emulated, dtype, torch.float32, 33, 130, 6, False)
     norm, stamp = torch.zeros_like(wanted), torch.zeros(2, dtype=torch.int64)
 
@@ -488,6 +504,8 @@ def test_cached_norm_follows_every_bit_of_A_and_B(emulated, dtype):
         lambda: A.data.view(-1)[5].copy_(torch.nextafter(A.view(-1)[5], torch.tensor(9.0))),
         lambda: B.data.copy_(B.data.roll(1, 0)),  # the same values elsewhere
         lambda: B.data[0, 0].neg_(),
+        lambda: W.data[32, 129].neg_(),
+        lambda: W.data[:, :2].copy_(W.data[:, :2].flip(1)),
     ):
         before = stamp.clone()
         norm.fill_(7)

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import torch
 from budget import check_operator
 from instruments import poisoned, results
+from oracles import sampled_entries
 from samples import OPERATOR_NAMES, samples_of
 
 from spectral_ops import _library, triton_kernels, use_backend
@@ -332,9 +333,34 @@ def norm_is_reused_only_for_the_same_bits():
         assert run() and not run()
         A[0, 0] = -0.0
         assert run() and not run()
+        for i, j in ((0, 0), (69, 32), (33, 7)):  # all of a W of this size
+            W[i, j] = -W[i, j]
+            assert run() and not run()
+        W[0, 0], W[0, 1] = W[0, 1].clone(), W[0, 0].clone()
+        assert run() and not run()
         want = (W.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
         run(force=True)
         torch.testing.assert_close(norm.double(), want, rtol=1e-6, atol=0)
+
+
+@case
+def fingerprint_reads_the_sample_of_W_that_is_documented():
+    cached = triton_op("column_norm_cached_")
+    for d, k, turned in ((90, 120, False), (130, 90, True), (2, 9000, False)):
+        W, A, B = torch.randn(d, k), torch.randn(2, k), torch.randn(d, 2)
+        W = W.t().contiguous().t() if turned else W
+        norm, stamp = torch.zeros(d), torch.zeros(2, dtype=torch.int64)
+        cached(norm, stamp, W, A, B, 0.5, True)
+        read, own = sampled_entries(d, k), stamp.clone()
+        for seen in (True, False):
+            places = (read == seen).nonzero()
+            for i, j in [places[0].tolist(), places[-1].tolist(), *places[torch.randperm(len(places))[:12]].tolist()]:
+                W[i, j] = -W[i, j]
+                norm.fill_(-1)
+                cached(norm, stamp, W, A, B, 0.5, False)
+                assert ((norm == -1) == (not seen)).all(), (d, k, i, j)
+                W[i, j] = -W[i, j]
+                stamp.copy_(own)
 
 
 @case

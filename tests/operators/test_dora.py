@@ -411,3 +411,76 @@ def test_selective_checkpointing_is_plain_training(dtype, bias, dropout):
     for name, keep in KEPT.items():
         got = training_run(dtype, bias, dropout, keep)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), f"kept: {name}"
+
+
+# --- an output that its caller overwrites ----------------------------------------------------------------------------
+
+
+def overwriting(function, recompute, dtype=torch.float64):
+    """A function of x, A, B and m through DoRA's output, and those leaves."""
+    d, k, r = 24, 16, 3
+    W, x = randn(d, k, dtype=dtype), randn(5, k, dtype=dtype).requires_grad_()
+    leaves = [x, *(randn(*s, dtype=dtype).requires_grad_() for s in ((r, k), (d, r), (d,)))]
+    norm = spectral_ops.column_norm(W, leaves[1], leaves[2])
+
+    def run(x, A, B, m):
+        if function == "dora_linear":
+            return spectral_ops.dora_linear(x, W, A, B, m, norm=norm, recompute=recompute)
+        return spectral_ops.dora_update(x @ W.T, x, A, B, m, norm, recompute=recompute)
+
+    return run, leaves
+
+
+WRITES = {"add": lambda y: y.add_(1), "relu": torch.relu_, "mul": lambda y: y.mul_(2)}
+
+
+@pytest.mark.parametrize("function", ["dora_linear", "dora_update"])
+@pytest.mark.parametrize("write", WRITES)
+def test_an_overwritten_output_names_the_remedy(function, write):
+    run, leaves = overwriting(function, False)
+    y = WRITES[write](run(*leaves))
+    with pytest.raises(RuntimeError, match=r"dora: got an output that was overwritten.*recompute=True") as caught:
+        y.sum().backward()
+    assert "modified by an inplace operation" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("function", ["dora_linear", "dora_update"])
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_remedy(function, write, checkpointed):
+    run, leaves = overwriting(function, True)
+
+    def layer(*leaves):
+        return WRITES[write](run(*leaves))
+
+    y = checkpoint(layer, *leaves, use_reentrant=False) if checkpointed else layer(*leaves)
+    got = torch.autograd.grad(y.square().sum(), leaves)
+    want = torch.autograd.grad(WRITES[write](run(*leaves).clone()).square().sum(), leaves)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("function", ["dora_linear", "dora_update"])
+def test_other_errors_of_backward_are_autograds(function):
+    run, leaves = overwriting(function, False)
+    y = run(*leaves)
+    with torch.no_grad():
+        leaves[3].mul_(2)  # the magnitude, say by an optimizer
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        y.sum().backward()
+    assert "recompute" not in str(caught.value)
+    y = run(*leaves)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("function", ["dora_linear", "dora_update"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_as_not_compiled(function, recompute):
+    run, leaves = overwriting(function, recompute)
+    want = torch.autograd.grad(run(*leaves).square().sum(), leaves)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)

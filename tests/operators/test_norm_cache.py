@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from instruments import Recorder, saved_tensors
-from oracles import weight_norm
+from oracles import sampled_columns, sampled_entries, weight_norm
 from tensors import randn, storage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -170,16 +170,45 @@ def test_another_weight_scale_or_parameter_is_not_reused(layer, backend):
     assert agrees(cache.get(smaller, A, B[: d // 2], SCALE), smaller, A, B[: d // 2])
 
 
-def test_a_changed_weight(layer, backend):
-    """In place: noticed by its version. Through .data: after invalidate(), as documented."""
-    W, A, B = layer
+@pytest.mark.parametrize("size", [(d, k), (600, 500)], ids=["whole", "sampled"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_changed_weight(size, transposed, dtype, backend):
+    """In place: noticed by its version. Through ``.data``: by the fingerprint, which samples a large W."""
+    rows, columns = size
+    W = randn(columns, rows, dtype=dtype).t() if transposed else randn(rows, columns, dtype=dtype)
+    A, B = randn(r, columns, fan=columns), randn(rows, r)
     cache = NormCache()
-    cache.get(W, A, B, SCALE)
-    W.mul_(2)
-    assert agrees(cache.get(W, A, B, SCALE), W, A, B)
-    W.data.mul_(2)
-    cache.invalidate()
-    assert agrees(cache.get(W, A, B, SCALE), W, A, B)
+    for write in (
+        lambda W: W.mul_(2),
+        lambda W: W.data.mul_(2),
+        lambda W: W.data.add_(SCALE * (B @ A).to(dtype)),  # a merge
+        lambda W: W.data.add_(0.01 * torch.randn(W.shape).to(dtype)),
+        lambda W: W.data.copy_(W.data.flip(0)),
+        lambda W: W.data[rows // 3].mul_(3),
+        lambda W: W.data[:, columns // 3].add_(2),
+        lambda W: W.data[rows // 2 : rows // 2 + 16, 3:19].add_(1),  # a square of side 2 √s: s is 64 here
+        lambda W: W.data[5, -64:].neg_(),
+        lambda W: setattr(W, "data", W.data.clone().div_(3)),
+    ):
+        cache.get(W, A, B, SCALE).fill_(7)
+        write(W)
+        assert (cache.get(W, A, B, SCALE) != 7).all()
+        want = weight_norm(W, A, B, SCALE)
+        assert torch.allclose(cache.get(W, A, B, SCALE).double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [(300, 500), (1000, 1000), (512, 3000), (3000, 512), (2048, 2048)])
+def test_what_a_fingerprint_of_a_large_weight_cannot_miss(size):
+    """A row, a column, s neighbours in either, a square of side 2 √s: wherever they lie."""
+    read = sampled_entries(*size)
+    spacing = int(sampled_columns(*size)[0].diff()[0])
+    sums = torch.zeros(size[0] + 1, size[1] + 1, dtype=torch.int32)
+    sums[1:, 1:] = read.int().cumsum(0).cumsum(1)
+    side = int(2 * spacing**0.5)
+    for a, b in ((side, side), (1, spacing), (spacing, 1)):
+        inside = sums[a:, b:] - sums[:-a, b:] - sums[a:, :-b] + sums[:-a, :-b]
+        assert inside.min() >= 1, (size, spacing, a, b)
 
 
 def test_a_copy_starts_empty(layer):

@@ -133,3 +133,19 @@ def segments(v, c):
 def weight_norm(weight, A, B, scale) -> torch.Tensor:
     """‖W + scale B A‖ per row, formed, in float64."""
     return (weight.double() + scale * (B.double() @ A.double())).square().sum(1).sqrt()
+
+
+def sampled_columns(d, k) -> torch.Tensor:
+    """The columns [d, n] of W [d, k] that DoRA's fingerprint reads in each row; the last ones may lie beyond k."""
+    spacing = 1
+    while 2 * spacing <= min(d, k, d * k // 4096):
+        spacing *= 2
+    first = torch.arange(d) * (spacing * 40503 // 2**16 | 1) % spacing  # 40503 / 2**16: the golden ratio's fraction
+    return first[:, None] + torch.arange(0, k, spacing)
+
+
+def sampled_entries(d, k) -> torch.Tensor:
+    """Which entries [d, k] those are."""
+    columns = sampled_columns(d, k)
+    wide = torch.zeros(d, columns.max() + 1, dtype=torch.bool)
+    return wide.scatter_(1, columns, True)[:, :k]
