@@ -30,6 +30,7 @@ class DoRAConfig(LoRAConfig):
     peft_flags: ClassVar[dict[str, Any]] = {"use_dora": True}
     ours_only: ClassVar[dict[str, str]] = {
         "magnitude_only": "written where it is given; PEFT leaves it out and trains A and B there too",
+        "recompute": "no file holds it, as it changes no number",
     }
 
     def __post_init__(self) -> None:

@@ -42,9 +42,9 @@ def test_what_a_file_says_is_pefts(ours, theirs):
     """No field is written that PEFT would leave out, but for those that say so."""
     written = set(build(ours).peft_fields())
     assert written <= fields_of(theirs) | {"peft_type", *ours.peft_flags}
-    lacking = fields_of(ours) - fields_of(theirs) - {"recompute"}
+    lacking = fields_of(ours) - fields_of(theirs)
     newer = {"trainable_token_indices", "ensure_weight_tying"}  # than the oldest PEFT
-    assert lacking - newer == set(ours.ours_only) - {"recompute"}
+    assert lacking - newer == set(ours.ours_only)
 
 
 @pairs
