@@ -10,6 +10,10 @@ asks for the content it needs right before it reads W:
 * A backward raises where an optimizer has changed the values since its forward, as autograd does for a changed saved
   tensor.
 
+Whoever writes to W without asking, through ``.data``, say, finds his change in it: what the overwritten entries differ
+by from what was written there goes into the originals before they are used. That is right for what is added to W. For
+values that are copied into it, or that multiply it, W must be put back first (:meth:`Residents.restore`).
+
 Whoever reads W without asking sees W + S. So this route is for weights that only one adapter layer reads, on one
 stream, and that are not sharded.
 
@@ -52,11 +56,22 @@ class Resident:
     originals: torch.Tensor  # [nnz], in the weight's dtype
     stream: int | None
     claim: Claim | None = field(default=None)
+    written: torch.Tensor | None = field(default=None)  # [nnz] round(originals + S), as it was put into the weight
 
     def weight(self) -> torch.Tensor | None:
         """The weight [d, k]; None where nobody has it any more."""
         base = self.base()
         return None if base is None else base.detach().as_strided(*self.view)
+
+    def catch_up(self, weight: torch.Tensor) -> None:
+        """Let the originals change by what somebody has changed in the weight; to the bit the same where nobody has."""
+        if self.written is None:
+            return
+        held = torch.empty_like(self.written)
+        OPERATORS["csr_gather_"](held, weight, self.pattern.row_offsets, self.pattern.columns)
+        moved = held - self.written  # NaN where both are infinite or NaN: unchanged
+        sums = self.originals + moved
+        self.originals, self.written = torch.where(moved.abs_() > 0, sums, self.originals), held
 
     def write(self, out: torch.Tensor, values: torch.Tensor) -> None:
         """values [nnz] into ``out`` at the pattern."""
@@ -148,10 +163,12 @@ class Residents:
             originals = weight.new_empty(pattern.columns.numel())
             OPERATORS["csr_gather_"](originals, weight, pattern.row_offsets, pattern.columns)
             resident = self._by_memory[key] = Resident(base, view, pattern, originals, _stream(weight))
+        resident.catch_up(weight)
         wide = accumulate_dtype(weight.dtype)
-        resident.claim = None  # until written
-        resident.write(weight, resident.originals.to(wide) + values.to(wide))
-        resident.claim, claim.step = claim, steps.current()
+        written = (resident.originals.to(wide) + values.to(wide)).to(weight.dtype)
+        resident.claim = resident.written = None  # until written
+        resident.write(weight, written)
+        resident.claim, resident.written, claim.step = claim, written, steps.current()
 
     def holds(self, weight: torch.Tensor) -> bool:
         """Whether ``weight`` is W + S at the moment."""
@@ -165,7 +182,9 @@ class Residents:
             if resident is None:
                 return
             with _unseen():
-                resident.write(resident.weight(), resident.originals)
+                base = resident.weight()
+                resident.catch_up(base)
+                resident.write(base, resident.originals)
             del self._by_memory[self._memory(weight)]
 
     @_unseen()
@@ -178,6 +197,7 @@ class Residents:
                 resident = None
             copy = weight.clone()
             if resident is not None:
+                resident.catch_up(weight)
                 resident.write(copy, resident.originals)
             return copy
 

@@ -140,3 +140,38 @@ def test_a_decomposition_is_of_the_values_that_a_weight_holds():
     second = so.init.truncated_svd(weight, 3)
     assert not torch.equal(first[1], second[1])
     torch.testing.assert_close(second[1], torch.linalg.svdvals(weight)[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("write", ["add", "noise", "init_then_add", "load"])
+def test_a_weight_that_holds_rosas_delta(dtype, write):
+    """Through the base layer's own parameter, which is W + S at the moment: what is added to it is added to W."""
+    layer = make("rosa_resident")[0].to(dtype).eval()
+    x, W = torch.randn(6, K).to(dtype), layer.base_layer.weight
+    original = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer(x)
+        assert not torch.equal(W, original)  # it does hold S
+        change = {
+            "add": lambda: (0.1 * torch.randn(D, 2) @ torch.randn(2, K)).to(dtype),
+            "noise": lambda: (0.01 * torch.randn(D, K)).to(dtype),
+        }.get(write, lambda: torch.zeros(D, K, dtype=dtype))()
+        if write == "load":
+            other = torch.randn(D, K).to(dtype)
+            layer.load_state_dict({"base_layer.weight": other}, strict=False)
+            original = other
+        elif write == "init_then_add":
+            layer.release()
+            nn.init.normal_(W)
+            original = W.clone()
+            layer(x)
+        else:
+            W.data.add_(change)
+        y = layer(x)
+        expected = original.double() + change.double()
+        eps = torch.finfo(dtype).eps
+        want = x.double() @ (expected + layer.delta_weight().double()).T + layer.bias.double()
+        size = x.double().abs() @ (expected.abs() + layer.delta_weight().abs()).T + 1
+        assert ((y.double() - want).abs() <= 4 * max(eps, 1e-6) * size).all()
+        torch.testing.assert_close(layer.weight.double(), expected, rtol=2 * eps, atol=2 * eps)
+        assert not layer.weight.isnan().any()
