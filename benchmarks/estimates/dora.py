@@ -35,7 +35,7 @@ def _sample(d: int, k: int) -> int:
 
 
 def _prepare(launch: Launch, args: tuple) -> Work:
-    """A once, or A, B and a sector for each entry of W's sample where there is a fingerprint. Each tile of A Aᵀ from the
+    """A once, or A, B and a sector per entry of W's sample where there is a fingerprint. Each tile of A Aᵀ from the
     diagonal on reads 32 rows, in 670 issue slots for each of four warps and 128 columns; a warp's fingerprint of 512
     float32 values takes 593, that of 32 entries of the sample 110."""
     (d, k, r), A = _sizes(args), args[1]
