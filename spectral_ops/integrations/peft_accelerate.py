@@ -102,6 +102,11 @@ def check_module(model: Any) -> None:
 
 def without_layers(model: nn.Module) -> str:
     """What a model is that has no adapter layer of PEFT's, and what to do."""
+    if adapter_layers(model):
+        return (
+            "with spectral_ops' own adapter layers (attach), wanted a PEFT model."
+            " Those layers are fused already: leave accelerate out"
+        )
     configs = getattr(model, "peft_config", None)
     kinds = [getattr(c, "peft_type", None) for c in configs.values()] if isinstance(configs, dict) else []
     if kinds:
@@ -109,11 +114,6 @@ def without_layers(model: nn.Module) -> str:
         return (
             f"whose adapter ({names}) has no layers, wanted one with adapter layers such as LoRA's."
             " Prompt and prefix tuning change no layer: use the model as it is"
-        )
-    if adapter_layers(model):
-        return (
-            "with spectral_ops' own adapter layers (attach), wanted a PEFT model."
-            " Those layers are fused already: leave accelerate out"
         )
     return (
         "without any PEFT adapter layer, wanted one that get_peft_model made."
