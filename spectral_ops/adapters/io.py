@@ -58,6 +58,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted one of {sorted(configs)}")
     layers = _layers(root, name)
     with _standing_in(root, state_dict or {}):
+        _refuse_shards(layers)
         tensors = adapter_tensors(root, name, plain=plain, save_embedding_layers=save_embedding_layers)
         samples = {path: sample for path, layer in layers.items() if (sample := _sample(layer))}
     if shared := _shared(root, layers):
@@ -122,6 +123,17 @@ def _beside(root: nn.Module, name: str) -> dict[str, torch.Tensor]:
         if isinstance(unit, TrainedTokens):
             found |= {f"{PREFIX}{path}.{key}": t for key, t in unit.file_tensors(name).items()}
     return found
+
+
+def _refuse_shards(layers: dict[str, AdapterLinear]) -> None:
+    """Raise ValueError where a tensor of an adapter is partitioned by DeepSpeed's ZeRO-3, so that there is none here."""
+    for path, layer in layers.items():
+        for key, parameter in layer.named_parameters():
+            if not key.startswith("base_layer.") and hasattr(parameter, "ds_shape") and not parameter.numel():
+                raise ValueError(
+                    f"model: got {path}.{key} partitioned, wanted it whole: save inside"
+                    " deepspeed.zero.GatheredParameters, or pass the gathered tensors as state_dict"
+                )
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

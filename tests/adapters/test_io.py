@@ -356,3 +356,20 @@ def test_an_interrupted_save_keeps_the_old_file(saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         so.save_adapter(so.load_adapter(model(), saved), saved)
     assert (saved / WEIGHTS).read_bytes() == before and len(list(saved.iterdir())) == 2
+
+
+def test_partitioned_adapters_are_not_written(saved):
+    """ZeRO-3 leaves an empty parameter with a ds_shape where it keeps a part of one."""
+    ours = so.load_adapter(model(), saved)
+    layer = ours[0]
+    gathered = {name: t.clone() for name, t in ours.state_dict().items()}
+    whole = layer.lora_A["default"]
+    layer.lora_A["default"] = nn.Parameter(torch.empty(0))
+    layer.lora_A["default"].ds_shape = whole.shape
+    before = (saved / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="got 0.lora_A.default partitioned, wanted it whole"):
+        so.save_adapter(ours, saved)
+    assert (saved / WEIGHTS).read_bytes() == before
+    so.save_adapter(ours, saved, state_dict=gathered)
+    assert torch.equal(safetensors_torch.load_file(saved / WEIGHTS)[A0], whole)
+    assert layer.lora_A["default"].numel() == 0

@@ -470,3 +470,18 @@ def test_a_file_of_pefts_with_layers_that_are_never_called(tmp_path):
     assert torch.allclose(ours["attention"](x, x, x)[0], inner["attention"](x, x, x)[0], atol=1e-6)
     with pytest.raises(ValueError, match="got 'attention.out_proj', wanted layers that are called"):
         so.attach(build(), so.LoRAConfig(r=2, target_modules=["out_proj", "up"]))
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_pefts_auto_classes_find_the_base_model(task, tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    mine = perturb(so.attach(base, so.LoRAConfig(r=2, task_type=task)), 0.1)
+    so.save_adapter(mine, tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "base")
+    if task is None:
+        assert saved["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+    auto = peft.AutoPeftModel if task is None else peft.AutoPeftModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.allclose(output(theirs), output(mine), atol=2e-5)
