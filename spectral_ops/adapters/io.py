@@ -126,7 +126,7 @@ def _beside(root: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def _refuse_shards(layers: dict[str, AdapterLinear]) -> None:
-    """Raise ValueError where a tensor of an adapter is partitioned by DeepSpeed's ZeRO-3, so that there is none here."""
+    """Raise ValueError where DeepSpeed's ZeRO-3 has partitioned a tensor of an adapter, so that it is not here."""
     for path, layer in layers.items():
         for key, parameter in layer.named_parameters():
             if not key.startswith("base_layer.") and hasattr(parameter, "ds_shape") and not parameter.numel():
