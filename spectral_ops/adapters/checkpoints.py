@@ -13,7 +13,8 @@ from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
 from spectral_ops.adapters import embeddings
 from spectral_ops.adapters.base import AdapterLinear
-from spectral_ops.adapters.io import PREFIX, WEIGHTS, compare, drop_twins, fill_adapter, held_tensors, save_adapter
+from spectral_ops.adapters.file_tensors import PREFIX, compare, drop_twins, fill_adapter, held_tensors
+from spectral_ops.adapters.io import WEIGHTS, save_adapter
 from spectral_ops.adapters.tree import adapter_configs, units, unwrap
 
 FILE = "base_model."  # how the keys of an adapter file start

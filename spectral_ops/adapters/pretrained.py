@@ -24,7 +24,8 @@ from spectral_ops.adapters.checkpoints import (
     save_adapters,
 )
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.io import PREFIX, held_tensors, load_adapter
+from spectral_ops.adapters.file_tensors import PREFIX, held_tensors
+from spectral_ops.adapters.io import load_adapter
 from spectral_ops.adapters.model import attach, detach, set_adapter, unmerge
 from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap
 
