@@ -10,8 +10,6 @@ import base64
 import json
 import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ from spectral_ops.adapters import embeddings
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.frozen import linear_size
+from spectral_ops.adapters.given_state import given, standing_in
 from spectral_ops.adapters.methods import layer_type
-from spectral_ops.adapters.model import attach_adapter
+from spectral_ops.adapters.model import attach_adapter, taken_back
 from spectral_ops.adapters.saved_config import CONFIG, modern_key, read_config
 from spectral_ops.adapters.targets import Choice, choose, is_all_linear
 from spectral_ops.adapters.trained_copy import TrainedCopy
@@ -49,7 +48,8 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     loads onto the original base; False keeps the trained form, to go on training it with :func:`load_adapter`.
     save_embedding_layers: write the base embeddings too; "auto" does where one of them is adapted, or where the
     vocabulary differs from that in the base model's folder. state_dict: tensors by their names in
-    ``model.state_dict()`` to write in place of the model's own, such as those gathered from shards.
+    ``model.state_dict()`` to write in place of the model's own, such as those gathered from shards. ValueError where
+    it lacks what the adapter trains.
     """
     root = unwrap(model)
     configs = adapter_configs(root)
@@ -57,7 +57,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     if name not in configs:
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted one of {sorted(configs)}")
     layers = _layers(root, name)
-    with _standing_in(root, state_dict or {}):
+    with standing_in(root, {} if state_dict is None else given(model, root, name, state_dict)):
         tensors = adapter_tensors(root, name, plain=plain, save_embedding_layers=save_embedding_layers)
         samples = {path: sample for path, layer in layers.items() if (sample := _sample(layer))}
     if shared := _shared(root, layers):
@@ -127,25 +127,6 @@ def _beside(root: nn.Module, name: str) -> dict[str, torch.Tensor]:
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered, which every process must take part in; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-@contextmanager
-def _standing_in(root: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with these tensors, by their names in its state_dict, in place of its own."""
-    replaced = []
-    try:
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            module = root.get_submodule(path)
-            holder = module._parameters if leaf in module._parameters else module._buffers
-            if leaf not in holder:
-                continue
-            replaced.append((holder, leaf, holder[leaf]))
-            holder[leaf] = nn.Parameter(tensor, requires_grad=False) if holder is module._parameters else tensor
-        yield
-    finally:
-        for holder, leaf, own in reversed(replaced):
-            holder[leaf] = own
 
 
 def _fields(root: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLinear]) -> dict[str, Any]:
@@ -219,11 +200,10 @@ def load_adapter(
     drop_twins(tensors, choice.copies, choice.tokens, choice.tied_tokens)
     initial = _check(directory, root, choice, sized, tensors, note if check_base else {}, base)
     search = config.changes_base and not initial  # PEFT's own PiSSA file: the start is computed again, as PEFT does
-    attach_adapter(
-        model, choice, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialise=search, commit=search
-    )
-    fill_adapter(root, adapter_name, tensors)
-    with torch.no_grad():
+    options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": search, "commit": search}
+    with taken_back(root, adapter_name), torch.no_grad():
+        attach_adapter(model, choice, adapter_name, **options)
+        fill_adapter(root, adapter_name, tensors)
         for key, tensor in base.items():
             if key in tensors:
                 tensor.copy_(tensors[key])
