@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -46,6 +47,13 @@ def save_adapters(model: nn.Module, directory, names=None, *, plain=False, **opt
 def leave_whole_file(directory: Path, names: list[str]) -> None:
     """Write what Trainer resumes from: for one adapter, that adapter's file under a second name."""
     safetensors = _safetensors()
+    if (kept := _foreign(directory)) is not None:
+        warnings.warn(
+            f"save_directory: got {str(directory)!r}, whose {kept} holds no adapter and stays; Trainer does not"
+            " resume from there",
+            stacklevel=3,
+        )
+        return
     files = {name: folder_of(directory, name) / WEIGHTS for name in names}
 
     def link(path: Path) -> None:
@@ -61,6 +69,21 @@ def leave_whole_file(directory: Path, names: list[str]) -> None:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
     _write(directory / WHOLE, link if len(names) == 1 else gather)
+
+
+def _foreign(directory: Path) -> str | None:
+    """The file by which a folder holds a whole model, the base's for one; None where there is none."""
+    if (directory / f"{WHOLE}.index.json").exists():
+        return f"{WHOLE}.index.json"
+    if not (directory / WHOLE).exists():
+        return None
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(str(directory / WHOLE), framework="pt") as file:
+            keys = list(file.keys())
+    except (safetensors.SafetensorError, OSError):  # a damaged one is of no use to anyone
+        return None
+    return None if all(key.startswith((FILE, SEVERAL)) for key in keys) else WHOLE
 
 
 def in_whole_file(state: dict[str, torch.Tensor], active: str | None) -> dict[str, dict[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -82,12 +83,25 @@ def warn_tied(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def resized(model: nn.Module) -> bool:
-    """Whether the vocabulary differs from that of the base model's folder, where there is such a folder."""
-    name, size = base_name(model), getattr(getattr(model, "config", None), "vocab_size", None)
-    config = Path(name) / "config.json" if name else None
+    """Whether the vocabulary differs from that of the base model, where its folder, or a copy of its repository, is
+    on this machine."""
+    config, size = _base_config(model), getattr(getattr(model, "config", None), "vocab_size", None)
     if not size or config is None or not config.is_file():
         return False
     return json.loads(config.read_text()).get("vocab_size", size) != size
+
+
+def _base_config(model: nn.Module) -> Path | None:
+    """The config.json of what the model was loaded from; of a repository the copy in the cache of huggingface_hub."""
+    name, hub = base_name(model), sys.modules.get("huggingface_hub")
+    if not name or Path(name).is_dir() or hub is None:
+        return Path(name) / "config.json" if name else None
+    revision = getattr(model.config, "_commit_hash", None) if hasattr(model, "config") else None
+    try:
+        found = hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name of a repository
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -91,28 +89,6 @@ def refuse_shards(layers: dict[str, AdapterLinear]) -> None:
                     f"model: got {path}.{key} partitioned, wanted it whole: save inside"
                     " deepspeed.zero.GatheredParameters, or pass the gathered tensors as state_dict"
                 )
-
-
-@contextmanager
-def standing_in(root: nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The model with these tensors, by their names in its state_dict, in place of its own."""
-    replaced = []
-    try:
-        for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            try:
-                module = root.get_submodule(path)
-            except AttributeError:
-                raise ValueError(f"state_dict: got {name!r}, wanted names of the model's own state_dict()") from None
-            holder = module._parameters if leaf in module._parameters else module._buffers
-            if leaf not in holder:
-                continue
-            replaced.append((holder, leaf, holder[leaf]))
-            holder[leaf] = nn.Parameter(tensor, requires_grad=False) if holder is module._parameters else tensor
-        yield
-    finally:
-        for holder, leaf, own in reversed(replaced):
-            holder[leaf] = own
 
 
 def shared(root: nn.Module, layers) -> tuple[str, str] | None:

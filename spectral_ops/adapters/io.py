@@ -32,12 +32,12 @@ from spectral_ops.adapters.file_tensors import (
     refuse_shards,
     sample,
     shared,
-    standing_in,
     with_adapter,
 )
 from spectral_ops.adapters.frozen import linear_size
+from spectral_ops.adapters.given_state import given, standing_in
 from spectral_ops.adapters.methods import layer_type
-from spectral_ops.adapters.model import attach_adapter
+from spectral_ops.adapters.model import attach_adapter, taken_back
 from spectral_ops.adapters.saved_config import CONFIG, modern_key, read_config
 from spectral_ops.adapters.targets import Choice, choose, is_all_linear
 from spectral_ops.adapters.tree import adapter_configs, units, unwrap
@@ -57,7 +57,8 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     loads onto the original base; False keeps the trained form, to go on training it with :func:`load_adapter`.
     save_embedding_layers: write the base embeddings too; "auto" does where one of them is adapted, or where the
     vocabulary differs from that in the base model's folder. state_dict: tensors by their names in
-    ``model.state_dict()`` to write in place of the model's own, such as those gathered from shards.
+    ``model.state_dict()`` to write in place of the model's own, such as those gathered from shards. ValueError where
+    it lacks what the adapter trains.
     """
     root = unwrap(model)
     configs = adapter_configs(root)
@@ -65,7 +66,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     if name not in configs:
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted one of {sorted(configs)}")
     layers = with_adapter(root, name)
-    with standing_in(root, state_dict or {}):
+    with standing_in(root, {} if state_dict is None else given(model, root, name, state_dict)):
         refuse_shards(layers)
         tensors = adapter_tensors(root, name, plain=plain, save_embedding_layers=save_embedding_layers)
         samples = {path: taken for path, layer in layers.items() if (taken := sample(layer))}
@@ -125,11 +126,10 @@ def load_adapter(
     drop_twins(tensors, choice.copies, choice.tokens, choice.tied_tokens)
     initial = _check(directory, root, choice, sized, tensors, note if check_base else {}, base)
     search = config.changes_base and not initial  # PEFT's own PiSSA file: the start is computed again, as PEFT does
-    attach_adapter(
-        model, choice, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, initialise=search, commit=search
-    )
-    fill_adapter(root, adapter_name, tensors)
-    with torch.no_grad():
+    options = {"autocast_adapter_dtype": autocast_adapter_dtype, "initialise": search, "commit": search}
+    with taken_back(root, adapter_name), torch.no_grad():
+        attach_adapter(model, choice, adapter_name, **options)
+        fill_adapter(root, adapter_name, tensors)
         for key, tensor in base.items():
             if key in tensors:
                 tensor.copy_(tensors[key])

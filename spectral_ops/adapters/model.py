@@ -52,11 +52,10 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
     root = unwrap(model)
     layer_type(config)
     choice = choose(root, config)
-    embeddings.warn_tied(root, choice.config)
-    attach_adapter(model, choice, adapter_name, autocast_adapter_dtype, progress, file=file)
+    embeddings.warn_tied(root, config)
     for field, unused in unmatched(root, config).items():
         warnings.warn(f"{field}: {unused} match nothing in this model", stacklevel=2)
-    return model
+    return attach_adapter(model, choice, adapter_name, autocast_adapter_dtype, progress, file=file)
 
 
 def refuse_peft(model: nn.Module) -> None:
@@ -96,6 +95,7 @@ def attach_adapter(
             )
         if config.changes_base and not isinstance(module, AdapterLinear) and tied(root, module.weight):
             raise ValueError(f"target_modules: got {path!r}, wanted no tied weight where the base is changed")
+    _not_merged(root, adapter_name)
     rows = _trained_rows(root, choice, adapter_name, autocast_adapter_dtype)
     built: dict[str, AdapterLinear] = {}
     holding = holders(root)
@@ -122,18 +122,39 @@ def attach_adapter(
         for unit in rows.values():
             unit.remove_adapter(adapter_name)
         raise
-    method.link(built, adapter_name)
-    replace(root, [(chosen[path], layer) for path, layer in built.items()])
-    parents.settle(root)
-    _place_copies(root, choice, adapter_name)
-    for path, unit in rows.items():
-        place(root, path, unit)
+    with taken_back(root, adapter_name, committed=False):
+        method.link(built, adapter_name)
+        replace(root, [(chosen[path], layer) for path, layer in built.items()])
+        parents.settle(root)
+        _place_copies(root, choice, adapter_name)
+        for path, unit in rows.items():
+            place(root, path, unit)
+        root.requires_grad_(False)
+        set_adapter(root, adapter_name)
+        adopted.adopt(root)
     for layer in built.values() if commit else ():
         layer.commit(adapter_name)
-    root.requires_grad_(False)
-    set_adapter(root, adapter_name)
-    adopted.adopt(root)
     return model
+
+
+@contextmanager
+def taken_back(root: nn.Module, name: str, committed=True):
+    """Take adapter ``name`` out again where the block, which brings it into the model, fails: what is active and what
+    trains is then as before. committed: its initialisation has changed the base already."""
+    known, active = name in adapter_configs(root), {id(unit): unit.active for unit in units(root).values()}
+    trains = {id(p): p.requires_grad for p in root.parameters()}
+    try:
+        yield
+    except BaseException:
+        for unit in units(root).values() if not (known or committed) else ():
+            unit.remove_adapter(name)
+        if not known:
+            _remove(root, name)
+        for unit in units(root).values():
+            unit.active = active.get(id(unit), unit.active)
+        for parameter in root.parameters():
+            parameter.requires_grad_(trains.get(id(parameter), parameter.requires_grad))
+        raise
 
 
 def _place_copies(root: nn.Module, choice: Choice, name: str) -> None:
@@ -175,9 +196,7 @@ def set_adapter(model, name):
     configs, all_units = adapter_configs(root), units(root)
     if name not in configs:
         raise ValueError(f"name: got {name!r}, wanted one of {sorted(configs)}" if configs else _no_adapters(name))
-    blocked = [path for path, unit in all_units.items() if unit.merged not in (None, name)]
-    if blocked:
-        raise ValueError(f"name: got {name!r} while {blocked[0]!r} has another adapter merged, wanted an unmerged one")
+    _not_merged(root, name)
     for unit in all_units.values():
         unit.set_active(name)
     if any(config.bias == "all" for config in configs.values()):
@@ -185,6 +204,12 @@ def set_adapter(model, name):
             if not isinstance(module, Unit) and isinstance(bias := module._parameters.get("bias"), nn.Parameter):
                 bias.requires_grad_(configs[name].bias == "all")
     return model
+
+
+def _not_merged(root: nn.Module, name: str) -> None:
+    """Raise ValueError while an adapter other than ``name`` is merged."""
+    if blocked := [path for path, unit in units(root).items() if unit.merged not in (None, name)]:
+        raise ValueError(f"name: got {name!r} while {blocked[0]!r} has another adapter merged, wanted an unmerged one")
 
 
 def _no_adapters(name) -> str:
@@ -204,6 +229,12 @@ def detach(model, adapter_name=None):
     merged = [path for path, unit in all_units.items() if unit.merged is not None]
     if merged and adapter_name is not None:
         raise ValueError(f"adapter_name: got {adapter_name!r} while {merged[0]!r} is merged, wanted unmerged layers")
+    _remove(root, adapter_name)
+    return model
+
+
+def _remove(root: nn.Module, adapter_name: str | None) -> None:
+    all_units = units(root)
     bare: list[tuple[nn.Module, nn.Module]] = []
     for unit in all_units.values():
         if adapter_name is not None and [n for n in unit.adapter_names if n != adapter_name]:
@@ -220,7 +251,6 @@ def detach(model, adapter_name=None):
     parents.settle(root)
     if not units(root):
         adopted.release(root)
-    return model
 
 
 def quantize_base(model, format="nf4", *, compute_dtype=None):
@@ -266,6 +296,9 @@ def merge(model, *, safe=False, keep_base=False):
                 layer.check_undo(layer.active)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
+    for path, unit in todo.items():
+        if safe and isinstance(unit, TrainedTokens) and not torch.isfinite(unit.merge_result()[0]).all():
+            raise ValueError(f"{path}: got non-finite merged rows, wanted finite ones (safe=True)")
     for unit in todo.values():
         unit.merge(**({"keep_base": keep_base} if isinstance(unit, AdapterLinear) else {}))
     return model

@@ -170,6 +170,9 @@ class Adapted:
         token and what else ``push_to_hub`` takes. max_shard_size and save_original_format have no effect. Raises
         ValueError for what only a whole model has (variant, distributed_checkpoint, no safetensors).
         """
+        if not adapter_configs(self):  # fully_shard has put a class over this one, which detach left there
+            options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+            return super().save_pretrained(save_directory, **options, **more)
         for name, default in (("safe_serialization", True), ("variant", None), ("distributed_checkpoint", False)):
             if more.pop(name, default) not in (default, None):
                 raise ValueError(f"{name}: got another value than {default}, wanted that, as only adapters are saved")

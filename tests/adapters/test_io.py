@@ -1,5 +1,6 @@
 """Adapter files: our own round trip, PEFT reading ours, us reading PEFT's, and every kind of damage."""
 
+import importlib
 import json
 import struct
 
@@ -318,6 +319,92 @@ def test_damage_is_reported_and_the_model_untouched(saved, damage):
         so.load_adapter(target, saved)
     assert [type(m) for m in target] == [nn.Linear, nn.GELU, nn.Linear]
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in target.named_parameters())
+
+
+def everything(net):
+    names = [(name, type(module)) for name, module in net.named_modules()]
+    trains = [(name, p.requires_grad) for name, p in net.named_parameters()]
+    return names, trains, {name: t.clone() for name, t in net.state_dict().items()}
+
+
+def assert_unchanged(net, before):
+    *names, state = everything(net)
+    assert names == list(before[:2]) and state.keys() == before[2].keys()
+    assert all(torch.equal(t.nan_to_num(), before[2][name].nan_to_num()) for name, t in state.items())
+
+
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up, self.down = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 9)
+
+    def forward(self, ids):
+        return self.head(self.down(self.up(self.embed(ids))))
+
+
+ROWS = {"trainable_token_indices": {"embed": [1, 4]}, "modules_to_save": ["head"]}
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside"])
+@pytest.mark.parametrize("where", ["io.fill_adapter", "model._place_copies", "model.place", "model.set_adapter"])
+def test_whatever_fails_leaves_the_model_as_it_was(where, beside, tmp_path, monkeypatch):
+    """Also what no check foresees, once layers, copies and rows are in the model already."""
+    so.save_adapter(so.attach(Embedded(), LoRAConfig(r=2, target_modules=["up"], **ROWS)), tmp_path)
+    net = Embedded()
+    if beside:
+        so.attach(net, LoRAConfig(r=2, target_modules=["up", "down"], **ROWS), "first")
+    before = everything(net)
+    module, _, name = where.partition(".")
+    module = importlib.import_module(f"spectral_ops.adapters.{module}")
+    own = getattr(module, name)
+
+    def fails(*args, **kwargs):
+        own(*args, **kwargs)
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, fails)
+        with pytest.raises(MemoryError):
+            so.load_adapter(net, tmp_path)
+    assert_unchanged(net, before)
+    assert set(so.adapter_configs(net)) == ({"first"} if beside else set())
+    so.load_adapter(net, tmp_path)
+    assert "default" in so.adapter_configs(net)
+
+
+def test_what_cannot_be_copied_leaves_the_model_as_it_was():
+    net = Embedded()
+    net.head.numbers = (i for i in range(3))  # no deepcopy of this
+    before = everything(net)
+    with pytest.raises(TypeError, match="generator"):
+        so.attach(net, LoRAConfig(r=2, target_modules=["up"], init_lora_weights="pissa", **ROWS))
+    assert_unchanged(net, before)
+
+
+def test_another_adapter_merged_elsewhere(tmp_path):
+    so.save_adapter(so.attach(Embedded(), LoRAConfig(r=2, target_modules=["down"])), tmp_path)
+    net = so.merge(so.attach(Embedded(), LoRAConfig(r=2, target_modules=["up"]), "first"))
+    before = everything(net)
+    for bring in (
+        lambda: so.load_adapter(net, tmp_path, "second"),
+        lambda: so.attach(net, LoRAConfig(r=2, target_modules=["down"]), "second"),
+    ):
+        with pytest.raises(ValueError, match="while 'up' has another adapter merged"):
+            bring()
+        assert_unchanged(net, before)
+
+
+def test_a_safe_merge_looks_at_trained_rows_too():
+    net = so.attach(Embedded(), LoRAConfig(r=2, target_modules=["up"], **ROWS))
+    with torch.no_grad():
+        net.embed.rows["default"][1, 2] = float("nan")
+        net.up.lora_B["default"].fill_(1)
+    before = everything(net)
+    with pytest.raises(ValueError, match="embed: got non-finite merged rows"):
+        so.merge(net, safe=True)
+    assert_unchanged(net, before)
 
 
 def test_a_wrong_base(saved):

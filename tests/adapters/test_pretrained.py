@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from models import perturb  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import spectral_ops as so  # noqa: E402
 
@@ -129,6 +130,75 @@ def test_who_writes_and_from_what(tmp_path):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             model.save_pretrained(tmp_path / "wrong", **wrong)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_state_dict_must_have_what_trains(tmp_path):
+    model = adapted(lora(modules_to_save=["norm"]))
+    state = model.state_dict()
+    for wrong in ({"module." + name: t for name, t in state.items()}, {"model.norm.weight": torch.zeros(32)}, {
+        name: t for name, t in state.items() if not name.startswith("model.norm.")
+    }):  # fmt: skip
+        with pytest.raises(ValueError, match="state_dict: got no .* wanted the tensors that adapter 'default' trains"):
+            so.save_adapter(model, tmp_path / "wrong", state_dict=wrong)
+    assert not (tmp_path / "wrong").exists()
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    so.save_adapter(model, tmp_path / "trained", state_dict={name: state[name] for name in trains})
+    compiled = torch.compile(model, backend="eager")
+    so.save_adapter(compiled, tmp_path / "compiled", state_dict=compiled.state_dict())
+    for folder in ("trained", "compiled"):
+        assert torch.equal(logits(so.load_adapter(llama(), tmp_path / folder)), logits(model))
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_a_state_dict_of_a_quantised_base(form, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = so.quantize_base(adapted(), form)
+    state = {name: 2 * t if ".lora_B." in name else t for name, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    for path, layer in so.adapter_layers(so.load_adapter(llama(), tmp_path)).items():
+        assert torch.equal(layer.lora_B["default"], 2 * so.adapter_layers(model)[path].lora_B["default"])
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_the_base_model_in_the_same_folder_stays(size, tmp_path):
+    llama().save_pretrained(tmp_path, max_shard_size=size)
+    base = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = adapted()
+    with pytest.warns(UserWarning, match="save_directory: got .* holds no adapter and stays"):
+        model.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in base} == base
+    assert torch.equal(logits(so.load_adapter(llama(), tmp_path)), logits(model))
+
+
+def test_what_saves_again_over_its_own_files(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    model = so.attach(adapted(), lora(r=2), "second")
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() > {
+        f"adapters.second.base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"
+    }
+
+
+def test_a_class_that_takes_no_subclass_leaves_the_model_alone():
+    class Final(transformers.LlamaForCausalLM):
+        def __init_subclass__(cls):
+            raise TypeError("final")
+
+    model = Final(llama().config)
+    names, trains = [name for name, _ in model.named_modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(TypeError, match="final"):
+        so.attach(model, lora(modules_to_save=["norm"]))
+    assert [name for name, _ in model.named_modules()] == names
+    assert [p.requires_grad for p in model.parameters()] == trains
+
+
+def test_a_detached_model_under_another_class_saves_itself(tmp_path):
+    """As fully_shard leaves it: its class over ours."""
+    model = adapted()
+    model.__class__ = type("Sharded", (type("Shard", (), {}), type(model)), {})
+    so.detach(so.merge(model)).save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == llama().state_dict().keys()
 
 
 def test_the_adapter_methods_of_a_transformers_model(tmp_path):

@@ -230,6 +230,25 @@ def test_warnings_about_tied_weights_are_pefts(ensure):
 # --- embeddings ------------------------------------------------------------------------------------------------------
 
 
+def test_resized_embeddings_of_a_repository_travel(tmp_path, monkeypatch):
+    """The base came from the hub: what it was is in that cache, under the commit that was loaded."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    llama().save_pretrained(tmp_path / "hub" / "models--some--model" / "snapshots" / "c0ffee")
+
+    def model(size, commit="c0ffee"):
+        model = llama()
+        model.config._name_or_path, model.config._commit_hash = "some/model", commit
+        model.resize_token_embeddings(size, mean_resizing=False)
+        return so.attach(model, so.LoRAConfig(r=2, target_modules=["q_proj"]))
+
+    def travels(folder, *args):
+        so.save_adapter(model(*args), tmp_path / folder)
+        return any("embed_tokens" in key for key in keys(tmp_path / folder))
+
+    assert travels("resized", 53) and not travels("as it was", 50) and not travels("not in the cache", 53, "beef")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_resized_embeddings_travel(tied, tmp_path):
     llama(tied).save_pretrained(tmp_path / "base")
