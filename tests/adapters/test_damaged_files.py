@@ -14,6 +14,8 @@ from torch import nn
 
 safetensors = pytest.importorskip("safetensors.torch")
 
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 import spectral_ops as so  # noqa: E402
@@ -103,7 +105,8 @@ class Trial:
         for name, p in self.model.named_parameters():
             assert torch.isfinite(p).all(), f"{what}: {name}"
         out = self.model(torch.arange(9))
-        assert out.shape == (9, 4) and (torch.isfinite(out).all() or "lora_alpha" in what), what  # a huge α overflows
+        huge = "lora_alpha" in what or what == "edited"  # an α that overflows
+        assert out.shape == (9, 4) and (torch.isfinite(out).all() or huge), what
         stored = safetensors.load_file(self.folder / WEIGHTS)
         for layer in so.adapter_layers(self.model).values():
             for key in layer.held("default"):
@@ -216,3 +219,30 @@ def test_the_file_of_another_method(tmp_path):
                 trial.run(f"{other}'s tensors", weights=weights)
                 trial.run(f"{other}'s config", config=config)
         assert trial.failed == 2 * (len(files) - 1)
+
+
+@st.composite
+def edits(draw, data: bytes) -> bytes:
+    """``data`` with up to four stretches overwritten, inserted, cut out or copied elsewhere."""
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = min(len(data), start + draw(st.integers(0, 24)))
+        other = draw(st.binary(max_size=12) | st.integers(0, len(data)).map(lambda i, d=data: d[i : i + 12]))
+        data = data[:start] + other + data[draw(st.sampled_from([start, end, start + len(other)])) :]
+    return data
+
+
+@pytest.mark.parametrize("which", [CONFIG, WEIGHTS])
+def test_any_edit_of_the_bytes(which, tmp_path):
+    """What hypothesis makes of a file, and shrinks where it breaks something."""
+    trials = {method: Trial(saved(method, tmp_path / method)) for method in CONFIGS}
+
+    @settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def edited(data):
+        trial = trials[data.draw(st.sampled_from(list(CONFIGS)))]
+        whole = trial.config if which == CONFIG else trial.weights
+        trial.run("edited", **{"config" if which == CONFIG else "weights": data.draw(edits(whole))})
+
+    edited()
+    assert sum(trial.failed for trial in trials.values()) > 200
