@@ -28,24 +28,24 @@ def original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, Unit) else module
 
 
+def _embedding(model: nn.Module, getter: str) -> tuple[str, nn.Module] | None:
+    try:
+        module = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next(((path, m) for path, m in walk(model) if m is module), None) if module is not None else None
+
+
 def embedding_pair(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of the model's input and of its output embedding, as far as it has them."""
-    found = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        path = next((path for path, m in walk(model) if m is module), None)
-        if path is not None:
-            found.append((path, module))
-    return found
+    found = (_embedding(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
+    return [pair for pair in found if pair is not None]
 
 
 def input_embedding(model: nn.Module) -> str | None:
     """The path of the model's input embedding."""
-    found = embedding_pair(model) if hasattr(model, "get_input_embeddings") else []
-    return found[0][0] if found else None
+    found = _embedding(model, "get_input_embeddings")
+    return found and found[0]
 
 
 def tied_to_input(model: nn.Module) -> list[str]:
@@ -72,13 +72,13 @@ def warn_tied(model: nn.Module, config: AdapterConfig) -> None:
     tied = tied_to_input(model) if chosen or ensure else []
     if ensure and not getattr(config, "trainable_token_indices", None) and not (tied and chosen):
         missing = "no module tied to the input embedding" if not tied else "no embedding in modules_to_save"
-        warnings.warn(f"ensure_weight_tying: got True and {missing}, so it does nothing", stacklevel=4)
+        warnings.warn(f"ensure_weight_tying: got True and {missing}, so it does nothing", stacklevel=3)
     if chosen and tied and not ensure:
         remedy = "ensure_weight_tying=True trains them as one" if ensure is not None else "this method cannot tie them"
         warnings.warn(
             f"the model ties {', '.join(tied)} to {input_embedding(model)}, and the adapter trains one without the"
             f" other; merging it, or writing the model to another format, may lose that ({remedy}; {ISSUE})",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
