@@ -14,7 +14,7 @@ from torch import nn
 
 import spectral_ops
 from spectral_ops.bench import methods
-from spectral_ops.bench.peers import FROZEN, OURS, entries, peft_config, plain_rosa
+from spectral_ops.bench.peers import FROZEN, OURS, entries, plain_rosa
 
 METHODS = ("lora", "dora", "bone", "bat", "rosa")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -114,7 +114,7 @@ def _native_rosa(model: nn.Module, config: spectral_ops.RoSAConfig) -> nn.Module
 def _peft(model: nn.Module, config: spectral_ops.AdapterConfig) -> nn.Module:
     import peft
 
-    return peft.get_peft_model(model, peft_config(config))
+    return peft.get_peft_model(model, config.to_peft())
 
 
 def sharing_copy(model: nn.Module, own: list[str] = ()) -> nn.Module:

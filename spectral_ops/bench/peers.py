@@ -124,7 +124,7 @@ class Subject:
     def _peft_model(self):
         import peft
 
-        config = peft_config(dataclasses.replace(self.config, target_modules=["0"]))
+        config = dataclasses.replace(self.config, target_modules=["0"]).to_peft()
         base = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
         base.weight = nn.Parameter(self.weight, requires_grad=False)
         model = peft.get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=self.autocast)
@@ -187,14 +187,6 @@ class Subject:
         if self.method in LYCORIS and "LyCORIS" not in absent and self.weight.is_cuda:
             found["LyCORIS"] = self.lycoris
         return found | {"autograd": self.plain}
-
-
-def peft_config(config: spectral_ops.AdapterConfig):
-    """The same configuration in PEFT's class."""
-    import peft
-
-    fields = config.peft_fields()
-    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")](**fields)
 
 
 def entries(csr: spectral_ops.CSR) -> tuple[torch.Tensor, torch.Tensor]:
