@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.adapters.choice.targets import names_path
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
-from spectral_ops.adapters.targets import names_path
 from spectral_ops.functional import NormCache, column_norm, dora, dora_update, lowrank_update
 
 SMALL = 1e-4  # a row scaled by less than this cannot be unmerged by division

@@ -17,10 +17,13 @@ from torch import nn
 from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
 from spectral_ops._version import __version__
-from spectral_ops.adapters import embeddings
 from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.adapters.choice import embeddings
+from spectral_ops.adapters.choice.targets import Choice, choose, is_all_linear
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.file_tensors import (
+from spectral_ops.adapters.files.given_state import given, standing_in
+from spectral_ops.adapters.files.saved_config import CONFIG, modern_key, read_config
+from spectral_ops.adapters.files.tensors import (
     PARTLY,
     PREFIX,
     adapter_tensors,
@@ -35,11 +38,8 @@ from spectral_ops.adapters.file_tensors import (
     with_adapter,
 )
 from spectral_ops.adapters.frozen import linear_size
-from spectral_ops.adapters.given_state import given, standing_in
 from spectral_ops.adapters.methods import layer_type
 from spectral_ops.adapters.model import attach_adapter, taken_back
-from spectral_ops.adapters.saved_config import CONFIG, modern_key, read_config
-from spectral_ops.adapters.targets import Choice, choose, is_all_linear
 from spectral_ops.adapters.tree import adapter_configs, units, unwrap
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spectral_ops.adapters import adopted, embeddings, parents, quantised
+from spectral_ops.adapters import adopted, quantised
 from spectral_ops.adapters.base import AdapterLinear, check_adapter_name
+from spectral_ops.adapters.choice import embeddings, parents
+from spectral_ops.adapters.choice.targets import Choice, choose, unmatched
 from spectral_ops.adapters.frozen import linear_size
 from spectral_ops.adapters.methods import layer_type
 from spectral_ops.adapters.progress import progressing
-from spectral_ops.adapters.targets import Choice, choose, unmatched
 from spectral_ops.adapters.trained_copy import TrainedCopy
 from spectral_ops.adapters.trained_tokens import TrainedTokens
 from spectral_ops.adapters.tree import (

@@ -14,7 +14,7 @@ from torch import nn
 
 import spectral_ops as so
 from spectral_ops import LoRAConfig
-from spectral_ops.adapters import parents, reads
+from spectral_ops.adapters.choice import parents, reads
 
 CALLED = "target_modules: got .*, wanted layers that are called; "
 

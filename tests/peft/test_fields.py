@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 from torch import nn  # noqa: E402
 
 import spectral_ops as so  # noqa: E402
-from spectral_ops.adapters.saved_config import read_config  # noqa: E402
+from spectral_ops.adapters.files.saved_config import read_config  # noqa: E402
 
 PAIRS = {
     so.LoRAConfig: peft.LoraConfig, so.DoRAConfig: peft.LoraConfig, so.AdaLoRAConfig: peft.AdaLoraConfig,

@@ -16,7 +16,7 @@ from models import perturb  # noqa: E402
 from packaging.version import Version  # noqa: E402
 
 import spectral_ops as so  # noqa: E402
-from spectral_ops.adapters.architectures import OTHERWISE, TARGETS  # noqa: E402
+from spectral_ops.adapters.choice.architectures import OTHERWISE, TARGETS  # noqa: E402
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OLD = Version(peft.__version__) < Version("0.21")

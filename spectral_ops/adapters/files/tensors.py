@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spectral_ops.adapters import embeddings
 from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.adapters.choice import embeddings
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.trained_copy import TrainedCopy
 from spectral_ops.adapters.trained_tokens import TrainedTokens

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from spectral_ops.adapters import reads
 from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.adapters.choice import reads
 from spectral_ops.adapters.tree import walk
 
 # torch's inference fast path hands the weights of linear1 and linear2 to one operator; see settle()

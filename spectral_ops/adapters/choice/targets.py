@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from spectral_ops.adapters import embeddings, experts, parents
-from spectral_ops.adapters.architectures import default_targets, model_type
 from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.adapters.choice import embeddings, experts, parents
+from spectral_ops.adapters.choice.architectures import default_targets, model_type
 from spectral_ops.adapters.config import TASKS, AdapterConfig
 from spectral_ops.adapters.frozen import is_linear
 from spectral_ops.adapters.trained_copy import TrainedCopy

@@ -12,9 +12,9 @@ from torch import nn
 
 from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._files import write as _write
-from spectral_ops.adapters import embeddings
 from spectral_ops.adapters.base import AdapterLinear
-from spectral_ops.adapters.file_tensors import PREFIX, compare, drop_twins, fill_adapter, held_tensors
+from spectral_ops.adapters.choice import embeddings
+from spectral_ops.adapters.files.tensors import PREFIX, compare, drop_twins, fill_adapter, held_tensors
 from spectral_ops.adapters.io import WEIGHTS, save_adapter
 from spectral_ops.adapters.tree import adapter_configs, units, unwrap
 

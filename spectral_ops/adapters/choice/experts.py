@@ -11,7 +11,7 @@ import sys
 
 from torch import nn
 
-from spectral_ops.adapters.architectures import model_type
+from spectral_ops.adapters.choice.architectures import model_type
 
 OLD_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
