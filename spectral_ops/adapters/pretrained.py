@@ -16,14 +16,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from spectral_ops.adapters import adopted
 from spectral_ops.adapters.base import AdapterLinear
-from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.files.checkpoints import (
+from spectral_ops.adapters.checkpoints import (
     WHOLE,
     in_whole_file,
     leave_whole_file,
     refill,
     save_adapters,
 )
+from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.files.tensors import PREFIX, held_tensors
 from spectral_ops.adapters.io import load_adapter
 from spectral_ops.adapters.model import attach, detach, set_adapter, unmerge

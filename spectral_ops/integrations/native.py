@@ -21,8 +21,8 @@ from spectral_ops._files import safetensors as _safetensors
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters import AdapterLinear
 from spectral_ops.adapters import pretrained as native
+from spectral_ops.adapters.checkpoints import refill, save_adapters
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.files.checkpoints import refill, save_adapters
 from spectral_ops.adapters.io import WEIGHTS, read_config
 from spectral_ops.adapters.trained_copy import TrainedCopy
 from spectral_ops.adapters.trained_tokens import TrainedTokens
