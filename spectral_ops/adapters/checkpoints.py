@@ -36,7 +36,9 @@ def save_adapters(model: nn.Module, directory, names=None, *, plain=False, **opt
     if os.path.isfile(directory):
         raise ValueError(f"save_directory: got the file {str(directory)!r}, wanted a folder")
     known = adapter_configs(unwrap(model))
-    names = list(known) if names is None else list(names)
+    names = list(known) if names is None else [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ValueError(f"selected_adapters: got none, wanted names of {sorted(known)}")
     if missing := [name for name in names if name not in known]:
         raise ValueError(f"selected_adapters: got {missing}, wanted names of {sorted(known)}")
     for name in names:

@@ -66,7 +66,9 @@ class AdapterConfig:
             check_expressions(self, name, [entries] if isinstance(entries, str) else entries)
         for name in ("target_modules", "exclude_modules"):  # a list of these is compared, not matched
             check_expressions(self, name, [value] if isinstance(value := getattr(self, name), str) else [], "{}")
-        layers = self.layers_to_transform = None if self.layers_to_transform == [] else self.layers_to_transform
+        layers = self.layers_to_transform
+        if isinstance(layers, (list, tuple, set, frozenset, range)):  # a file holds a list
+            layers = self.layers_to_transform = [*layers] or None
         for layer in [layers] if isinstance(layers, int) else layers or []:
             checks.integer(self._field("layers_to_transform"), layer, 0, None, "the index of a layer")
         if isinstance(self.target_modules, str) and (layers is not None or self.layers_pattern):

@@ -85,8 +85,13 @@ def attach_adapter(
     method = layer_type(config)
     check_adapter_name(adapter_name)
     refuse_peft(root)
-    if adapter_name in adapter_configs(root):
+    known = adapter_configs(root)
+    if adapter_name in known:
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted a name this model does not have yet")
+    if known and config.bias != "none":
+        raise ValueError(
+            f"bias: got {config.bias!r} beside {sorted(known)}, wanted 'none': biases are the base's, not an adapter's"
+        )
     config = config.for_model({path: linear_size(module) for path, module in chosen.items()})
     for path, module in chosen.items():
         if isinstance(module, AdapterLinear) and type(module) is not method:

@@ -321,6 +321,18 @@ def test_damage_is_reported_and_the_model_untouched(saved, damage):
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in target.named_parameters())
 
 
+@pytest.mark.parametrize("layers", [[0, 2], (0, 2), {0, 2}, range(0, 3, 2)], ids=lambda layers: type(layers).__name__)
+def test_layers_in_any_collection_go_into_the_file(layers, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(3))
+        return nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})})
+
+    net = so.attach(build(), LoRAConfig(r=2, target_modules=["up"], layers_to_transform=layers))
+    so.save_adapter(net, tmp_path)
+    assert list(so.adapter_layers(so.load_adapter(build(), tmp_path))) == ["model.layers.0.up", "model.layers.2.up"]
+
+
 def everything(net):
     names = [(name, type(module)) for name, module in net.named_modules()]
     trains = [(name, p.requires_grad) for name, p in net.named_parameters()]
@@ -394,6 +406,19 @@ def test_another_adapter_merged_elsewhere(tmp_path):
         with pytest.raises(ValueError, match="while 'up' has another adapter merged"):
             bring()
         assert_unchanged(net, before)
+
+
+def test_a_second_adapter_has_no_biases(tmp_path):
+    """They are the base's own, so it would take the first one's."""
+    biased = LoRAConfig(r=2, target_modules=["down"], bias="all")
+    so.save_adapter(so.attach(Embedded(), biased), tmp_path)
+    net = so.attach(Embedded(), LoRAConfig(r=2, target_modules=["up"], bias="lora_only"), "first")
+    before = everything(net)
+    for bring in (lambda: so.attach(net, biased, "second"), lambda: so.load_adapter(net, tmp_path, "second")):
+        with pytest.raises(ValueError, match=r"bias: got 'all' beside \['first'\], wanted 'none'"):
+            bring()
+        assert_unchanged(net, before)
+    so.attach(net, LoRAConfig(r=2, target_modules=["down"]), "second")
 
 
 def test_a_safe_merge_looks_at_trained_rows_too():

@@ -180,6 +180,16 @@ def test_what_saves_again_over_its_own_files(tmp_path):
     }
 
 
+def test_some_of_the_adapters(tmp_path):
+    model = so.attach(adapted(), lora(r=2), "second")
+    model.save_pretrained(tmp_path / "one", selected_adapters="second")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["model.safetensors", "second"]
+    for wrong in ([], ["third"]):
+        with pytest.raises(ValueError, match=r"selected_adapters: got .*wanted names of \['default', 'second'\]"):
+            model.save_pretrained(tmp_path / "none", selected_adapters=wrong)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_class_that_takes_no_subclass_leaves_the_model_alone():
     class Final(transformers.LlamaForCausalLM):
         def __init_subclass__(cls):

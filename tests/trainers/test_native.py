@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+from processes import in_two_processes  # noqa: E402
 from test_hf_trainer import trainer  # noqa: E402
 from tiny import language_model, tokenizer  # noqa: E402
 from training import STEPS, arguments, judged, preferences, texts  # noqa: E402
@@ -179,6 +180,35 @@ def test_a_quantised_base_trains(tmp_path):
     # with gradients: without them bitsandbytes takes a product on the CPU that 96 inputs do not fit
     found, wanted = (m.eval()(input_ids=IDS).logits.detach() for m in (again, model))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def saved_from_shards(rank, folder):
+    """What two processes compute, and write: from their shards together, and by the first from what is gathered."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(1)
+    config = so.DoRAConfig(r=4, target_modules=SOME, modules_to_save=["lm_head"], trainable_token_indices=[3, 4])
+    model = so.attach(copy.deepcopy(language_model()), config)
+    for module in (*model.model.layers, model):
+        fully_shard(module)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    gathered = get_model_state_dict(model, options=options)
+    if rank == 0:
+        model.save_pretrained(folder / "gathered", state_dict=gathered)
+    so.save_adapter(model, folder / f"together {rank}")
+    return logits(model)
+
+
+def test_an_adapter_of_a_sharded_model(tmp_path):
+    (tmp_path / "group").mkdir()
+    found, _ = in_two_processes(saved_from_shards, tmp_path / "group", tmp_path)
+    for folder in ("gathered", "together 0", "together 1"):
+        loaded = so.load_adapter(copy.deepcopy(language_model()), tmp_path / folder)
+        torch.testing.assert_close(logits(loaded), found, rtol=1e-5, atol=1e-5)
 
 
 # --- TRL -------------------------------------------------------------------------------------------------------------

@@ -173,7 +173,10 @@ def _some(items) -> str:
 
 
 def sample(layer: AdapterLinear) -> str | None:
-    """Evenly spaced values of the original base weight; None for a weight that is not dense."""
+    """Evenly spaced values of the original base weight; None for a weight that is not dense, or sharded, which only all
+    processes together could read."""
+    if hasattr(layer.base_layer.weight, "full_tensor"):
+        return None
     try:
         layer.dense_matrix("the fingerprint")
     except ValueError:
