@@ -149,6 +149,23 @@ def test_a_state_dict_must_have_what_trains(tmp_path):
         assert torch.equal(logits(so.load_adapter(llama(), tmp_path / folder)), logits(model))
 
 
+def test_a_state_dict_may_have_a_tied_tensor_once(tmp_path):
+    def tied():
+        model = llama()
+        model.lm_head.weight = model.model.embed_tokens.weight
+        model.config.tie_word_embeddings = True
+        return model
+
+    config = lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = perturb(so.attach(tied(), config), 0.2)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    want = logits(model)
+    with torch.no_grad():
+        model.lm_head.copies["default"].weight.zero_()
+    so.save_adapter(model, tmp_path, state_dict=state)
+    assert torch.equal(logits(so.load_adapter(tied(), tmp_path)), want)
+
+
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_a_state_dict_of_a_quantised_base(form, tmp_path):
     pytest.importorskip("bitsandbytes")

@@ -15,8 +15,9 @@ def given(model: nn.Module, root: nn.Module, name: str, state: dict[str, torch.T
     """The tensors of a state_dict of ``model`` by their names in ``root``'s; ValueError where it lacks trained ones."""
     around = next((path for path, module in model.named_modules() if module is root), "")
     found = {key.removeprefix(f"{around}.") if around else key: tensor for key, tensor in state.items()}
-    # tied ones need be there only once
-    known = {id(p) for key, p in root.named_parameters(remove_duplicate=False) if key in found}
+    every = list(root.named_parameters(remove_duplicate=False))
+    known = {id(p): found[key] for key, p in every if key in found}
+    found |= {key: known[id(p)] for key, p in every if id(p) in known}  # tied ones need be there only once
     own = {
         f"{path}.{key}": p
         for path, unit in units(root).items()
