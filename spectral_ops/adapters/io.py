@@ -39,7 +39,7 @@ from spectral_ops.adapters.files.tensors import (
 )
 from spectral_ops.adapters.frozen import linear_size
 from spectral_ops.adapters.methods import layer_type
-from spectral_ops.adapters.model import attach_adapter, taken_back
+from spectral_ops.adapters.model import attach_adapter, refuse_peft, taken_back
 from spectral_ops.adapters.tree import adapter_configs, units, unwrap
 
 WEIGHTS = "adapter_model.safetensors"
@@ -111,6 +111,7 @@ def load_adapter(
     Raises FileNotFoundError/ValueError saying what is wrong with which file or tensor, and leaves the model untouched.
     """
     directory, root = Path(directory), unwrap(model)
+    refuse_peft(root)
     config = read_config(directory)
     tensors, note = _read_tensors(directory / WEIGHTS)
     try:

@@ -52,6 +52,7 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
     file = None if svd_cache_dir is None else SVDFile(svd_cache_dir)
     root = unwrap(model)
     layer_type(config)
+    refuse_peft(root)
     choice = choose(root, config)
     embeddings.warn_tied(root, config)
     for field, unused in unmatched(root, config).items():
@@ -84,7 +85,6 @@ def attach_adapter(
     root, config, chosen = unwrap(model), choice.config, choice.layers
     method = layer_type(config)
     check_adapter_name(adapter_name)
-    refuse_peft(root)
     known = adapter_configs(root)
     if adapter_name in known:
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted a name this model does not have yet")

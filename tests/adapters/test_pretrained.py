@@ -312,3 +312,11 @@ def test_peft_says_whose_adapters_are_there():
 def test_pefts_functions_say_what_to_do_with_our_configs():
     with pytest.raises(TypeError, match=r"got spectral_ops' LoRAConfig, .*LoRAConfig\(\.\.\.\)\.to_peft\(\) makes it"):
         peft.get_peft_model(llama(), lora())
+
+
+def test_ours_over_pefts_say_how_to_take_those_out(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])).get_base_model()
+    for bring in (lambda: so.attach(model, lora()), lambda: so.load_adapter(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"model: got one with PEFT's adapter layers .*unload\(\) takes them out"):
+            bring()
