@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from spectral_ops.adapters.base import AdapterLinear
+
 mixin: type = object
 
 
@@ -27,16 +29,22 @@ def original_class(cls: type) -> type | None:
 
 
 def adopt(root: nn.Module) -> None:
-    """Give a transformers model that has adapters the mixin's methods. Any other model stays as it is."""
+    """Give transformers models that have adapters the mixin's methods: ``root``, or the outermost ones in it."""
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is not None and isinstance(root, modeling.PreTrainedModel) and not isinstance(root, mixin):
+    if modeling is None or isinstance(root, mixin):
+        return
+    if not isinstance(root, modeling.PreTrainedModel):
+        for child in root.children():
+            adopt(child)
+    elif any(isinstance(module, AdapterLinear) for module in root.modules()):
         root.__class__ = adapted_class(type(root))
 
 
 def release(root: nn.Module) -> None:
-    """Give a model without adapters its own class back. One that fully_shard has put over the mixin stays."""
-    if (original := original_class(type(root))) is not None:
-        root.__class__ = original
+    """Give models without adapters their own classes back. One that fully_shard has put over the mixin stays."""
+    for module in root.modules():
+        if (original := original_class(type(module))) is not None:
+            module.__class__ = original
 
 
 def restored(original: type) -> Any:

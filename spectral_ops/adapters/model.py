@@ -102,6 +102,7 @@ def attach_adapter(
         if config.changes_base and not isinstance(module, AdapterLinear) and tied(root, module.weight):
             raise ValueError(f"target_modules: got {path!r}, wanted no tied weight where the base is changed")
     _not_merged(root, adapter_name)
+    switched_off = any(vars(unit).get("switched_off") for unit in units(root).values())
     rows = _trained_rows(root, choice, adapter_name, autocast_adapter_dtype)
     built: dict[str, AdapterLinear] = {}
     holding = holders(root)
@@ -135,6 +136,9 @@ def attach_adapter(
         _place_copies(root, choice, adapter_name)
         for path, unit in rows.items():
             place(root, path, unit)
+        for unit in units(root).values() if switched_off else ():
+            if not vars(unit).get("switched_off"):  # adapters are off until somebody switches them on
+                unit.switched_off, unit._disabled = True, unit._disabled + 1
         root.requires_grad_(False)
         set_adapter(root, adapter_name)
         adopted.adopt(root)

@@ -63,6 +63,30 @@ def test_the_class_comes_and_goes():
     assert type(model) is transformers.LlamaForCausalLM
 
 
+def test_a_model_inside_of_another_module(tmp_path):
+    outer = nn.ModuleDict({"inner": llama(), "head": nn.Linear(4, 4)})
+    so.attach(outer, lora())
+    assert type(outer) is nn.ModuleDict and outer["inner"].active_adapters() == ["default"]
+    perturb(outer, 0.2)
+    outer["inner"].save_pretrained(tmp_path)
+    assert torch.equal(logits(so.load_adapter(llama(), tmp_path)), logits(outer["inner"]))
+    so.detach(outer)
+    assert type(outer["inner"]) is transformers.LlamaForCausalLM
+    untouched = nn.ModuleDict({"inner": llama(), "head": nn.Linear(4, 4)})
+    so.attach(untouched, lora(target_modules=["head"]))
+    assert type(untouched["inner"]) is transformers.LlamaForCausalLM
+
+
+def test_an_adapter_that_comes_while_they_are_switched_off():
+    model = adapted()
+    bare = logits(llama())
+    model.disable_adapters()
+    perturb(so.attach(model, lora(target_modules=["o_proj"]), "second"), 0.2)
+    assert torch.equal(logits(model), bare)
+    model.enable_adapters()
+    assert not torch.equal(logits(model), bare)
+
+
 def test_any_other_module_keeps_its_class():
     model = so.attach(nn.Sequential(nn.Linear(4, 4)), lora(target_modules=["0"]))
     assert type(model) is nn.Sequential
