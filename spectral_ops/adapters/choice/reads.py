@@ -240,7 +240,8 @@ class _Function:
         for node in ast.walk(test):
             local = isinstance(node, ast.Name) and node.id not in (self.self_name, "hasattr")
             varying = isinstance(node, ast.Attribute) and node.attr == "training"
-            if local or varying or not isinstance(node, _STATED):
+            calls = isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id == "hasattr")
+            if local or varying or calls or not isinstance(node, _STATED):
                 return None
         try:
             names = {self.self_name: module, "hasattr": hasattr}
