@@ -55,6 +55,7 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
     refuse_peft(root)
     choice = choose(root, config)
     embeddings.warn_tied(root, config)
+    embeddings.warn_head(root, choice.layers)
     for field, unused in unmatched(root, config).items():
         warnings.warn(f"{field}: {unused} match nothing in this model", stacklevel=2)
     return attach_adapter(model, choice, adapter_name, autocast_adapter_dtype, progress, file=file)

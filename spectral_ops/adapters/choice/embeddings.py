@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -78,6 +79,17 @@ def warn_tied(model: nn.Module, config: AdapterConfig) -> None:
         warnings.warn(
             f"the model ties {', '.join(tied)} to {input_embedding(model)}, and the adapter trains one without the"
             f" other; merging it, or writing the model to another format, may lose that ({remedy}; {ISSUE})",
+            stacklevel=3,
+        )
+
+
+def warn_head(model: nn.Module, layers: Collection[str]) -> None:
+    """Say that TRL, where it is imported, computes with the output head's weight, past an adapter on it."""
+    head = _embedding(model, "get_output_embeddings")
+    if head is not None and head[0] in layers and "trl" in sys.modules:
+        warnings.warn(
+            f"target_modules: got {head[0]!r}, the output head, whose weight TRL's trainers compute with themselves, so"
+            " that an adapter there is without effect under them (modules_to_save trains the head whole)",
             stacklevel=3,
         )
 

@@ -281,3 +281,13 @@ def test_trl_takes_the_config_that_is_pefts(tmp_path):
     trl.SFTTrainer(copy.deepcopy(language_model()), peft_config=config.to_peft(), **options).train()
     with pytest.raises(TypeError, match=r"to_peft\(\)|PeftConfig"):
         trl.SFTTrainer(copy.deepcopy(language_model()), peft_config=config, **options)
+
+
+def test_an_adapter_on_the_head_is_warned_of(tmp_path):
+    """TRL multiplies by the head's weight itself; for PEFT's layers it raises, ours it does not know."""
+    pytest.importorskip("trl.trainer.sft_trainer")
+    config = so.LoRAConfig(r=2, target_modules=["q_proj", "lm_head"])
+    with pytest.warns(UserWarning, match="got 'lm_head', the output head, whose weight TRL's trainers compute with"):
+        model = so.attach(copy.deepcopy(language_model()), config)
+    with pytest.raises(ValueError, match="an adapter on the output head, wanted none"):
+        so.as_peft_model(model)
