@@ -324,6 +324,12 @@ class AdapterLinear(FrozenBase):
         finally:
             self.put_back_matrix(merged)
 
+    def bare(self) -> nn.Module:
+        """What stays where the last adapter goes: the base layer, which gets back what an initialisation took."""
+        if self.merged is None:
+            self.restore()
+        return self.base_layer
+
     def _known(self, name: str | None) -> str:
         name = self.active if name is None else name
         if name not in self.settings:

@@ -40,7 +40,7 @@ from spectral_ops.adapters.files.tensors import (
 from spectral_ops.adapters.frozen import linear_size
 from spectral_ops.adapters.methods import layer_type
 from spectral_ops.adapters.model import attach_adapter, refuse_peft, taken_back
-from spectral_ops.adapters.tree import adapter_configs, units, unwrap
+from spectral_ops.adapters.tree import active_adapter, adapter_configs, unwrap
 
 WEIGHTS = "adapter_model.safetensors"
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -62,7 +62,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     """
     root = unwrap(model)
     configs = adapter_configs(root)
-    name = adapter_name or next((unit.active for unit in units(root).values() if unit.active), None)
+    name = adapter_name or active_adapter(root)
     if name not in configs:
         raise ValueError(f"adapter_name: got {adapter_name!r}, wanted one of {sorted(configs)}")
     layers = with_adapter(root, name)

@@ -137,9 +137,8 @@ def attach_adapter(
         _place_copies(root, choice, adapter_name)
         for path, unit in rows.items():
             place(root, path, unit)
-        for unit in units(root).values() if switched_off else ():
-            if not vars(unit).get("switched_off"):  # adapters are off until somebody switches them on
-                unit.switched_off, unit._disabled = True, unit._disabled + 1
+        if switched_off:  # adapters are off until somebody switches them on
+            switch(root, False)
         root.requires_grad_(False)
         set_adapter(root, adapter_name)
         adopted.adopt(root)
@@ -250,14 +249,8 @@ def _remove(root: nn.Module, adapter_name: str | None) -> None:
     for unit in all_units.values():
         if adapter_name is not None and [n for n in unit.adapter_names if n != adapter_name]:
             unit.remove_adapter(adapter_name)
-        elif isinstance(unit, TrainedCopy):
-            bare.append((unit, unit.original_module if unit.merged is None else unit.copies[unit.merged]))
-        elif isinstance(unit, TrainedTokens):
-            bare.append((unit, unit.original_module))
         else:
-            if unit.merged is None:
-                unit.restore()
-            bare.append((unit, unit.base_layer))
+            bare.append((unit, unit.bare()))
     replace(root, bare)
     parents.settle(root)
     if not units(root):
@@ -311,7 +304,7 @@ def merge(model, *, safe=False, keep_base=False):
         if safe and isinstance(unit, TrainedTokens) and not torch.isfinite(unit.merge_result()[0]).all():
             raise ValueError(f"{path}: got non-finite merged rows, wanted finite ones (safe=True)")
     for unit in todo.values():
-        unit.merge(**({"keep_base": keep_base} if isinstance(unit, AdapterLinear) else {}))
+        unit.merge(keep_base=keep_base)
     return model
 
 
@@ -320,6 +313,21 @@ def unmerge(model):
     for unit in units(model).values():
         unit.unmerge()
     return model
+
+
+def switch(model: nn.Module, on: bool) -> None:
+    """Let every layer use its adapters or not, until the next switch. Off takes a merged adapter out of the weights.
+
+    Unlike :func:`disabled` this does not nest: off twice is off.
+    """
+    if not on:
+        unmerge(model)
+    for unit in units(model).values():
+        if vars(unit).get("switched_off", False) is on:
+            if isinstance(unit, AdapterLinear):
+                unit.release()
+            unit.switched_off = not on
+            unit._disabled += -1 if on else 1
 
 
 @contextmanager
@@ -345,4 +353,4 @@ def disabled(model):
         for unit, merged, kept in entered:
             unit._disabled -= 1
             if merged:
-                unit.merge(**({"keep_base": kept} if isinstance(unit, AdapterLinear) else {}))
+                unit.merge(keep_base=kept)

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from spectral_ops.adapters import adopted
-from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.checkpoints import (
     WHOLE,
     in_whole_file,
@@ -26,8 +25,8 @@ from spectral_ops.adapters.checkpoints import (
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.files.tensors import PREFIX, held_tensors
 from spectral_ops.adapters.io import load_adapter
-from spectral_ops.adapters.model import attach, detach, set_adapter, unmerge
-from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap
+from spectral_ops.adapters.model import attach, detach, set_adapter, switch
+from spectral_ops.adapters.tree import active_adapter, adapter_configs, adapter_layers, unwrap
 
 # --- of any module ---------------------------------------------------------------------------------------------------
 
@@ -65,26 +64,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
     trained, total = trainable_parameters(model)
     share = 100 * trained / max(total, 1)
     print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-
-def active_adapter(model: nn.Module) -> str | None:
-    """The name of the active adapter; None where none is."""
-    return next((unit.active for unit in units(model).values() if unit.active is not None), None)
-
-
-def switch(model: nn.Module, on: bool) -> None:
-    """Let every layer use its adapters or not, until the next switch. Off takes a merged adapter out of the weights.
-
-    Unlike :func:`disabled` this does not nest: off twice is off.
-    """
-    if not on:
-        unmerge(model)
-    for unit in units(model).values():
-        if vars(unit).get("switched_off", False) is on:
-            if isinstance(unit, AdapterLinear):
-                unit.release()
-            unit.switched_off = not on
-            unit._disabled += -1 if on else 1
 
 
 def remove_adapters(model: nn.Module, names: str | list[str]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.lora import LoRALinear
 from spectral_ops.adapters.trained_copy import TrainedCopy
-from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap
+from spectral_ops.adapters.tree import Unit, adapter_configs, adapter_layers, units, unwrap
 from spectral_ops.core import checks
 
 BASE = "__base__"  # PEFT's name for no adapter
@@ -136,11 +136,12 @@ def _ids(segment_ids, adapter_names, device) -> tuple[torch.Tensor, list[str]]:
     return segment_ids, list(adapter_names)
 
 
-def _check(path: str, unit: AdapterLinear | TrainedCopy, names: Sequence[str]) -> None:
+def _check(path: str, unit: Unit, names: Sequence[str]) -> None:
     """Raise ValueError where a layer cannot run rows under different adapters."""
-    if isinstance(unit, TrainedCopy):
+    if not isinstance(unit, AdapterLinear):
         if any(name in unit.adapter_names for name in names):
-            raise ValueError(f"model: got {path!r}, trained whole (modules_to_save), wanted LoRA layers alone")
+            how = "trained whole (modules_to_save)" if isinstance(unit, TrainedCopy) else "whose rows train"
+            raise ValueError(f"model: got {path!r}, {how}, wanted LoRA layers alone")
         return
     if type(unit) is not LoRALinear or unit.initial_A:
         kind = "whose initialisation changed its base" if type(unit) is LoRALinear else f"a {type(unit).__name__}"
@@ -171,6 +172,6 @@ def train_adapters(model, adapter_names: Sequence[str]):
     known = adapter_configs(root)
     if unknown := [name for name in adapter_names if name not in known]:
         raise ValueError(f"adapter_names: got {unknown[0]!r}, wanted one of {sorted(known)}")
-    for layer in adapter_layers(root).values():
-        layer.train_only(adapter_names)
+    for unit in units(root).values():
+        unit.train_only(adapter_names)
     return model

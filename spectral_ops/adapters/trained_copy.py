@@ -45,8 +45,12 @@ class TrainedCopy(nn.Module):
         for owner, module in self.copies.items():
             module.requires_grad_(owner in names)
 
-    def merge(self) -> None:
-        """Let the active copy stand for the original until :meth:`unmerge`."""
+    def bare(self) -> nn.Module:
+        """What stays where the last adapter goes: the original, or the copy that is merged."""
+        return self.original_module if self.merged is None else self.copies[self.merged]
+
+    def merge(self, *, keep_base: bool = False) -> None:
+        """Let the active copy stand for the original, which stays as it is, until :meth:`unmerge`."""
         self.merged = self.active
 
     def unmerge(self) -> None:

@@ -154,6 +154,10 @@ class TrainedTokens(nn.Module):
         columns = F.linear(x, owner.rows[name].to(base.weight.dtype), bias)
         return out.index_copy(-1, index, columns.to(out.dtype))
 
+    def bare(self) -> nn.Module:
+        """What stays where the last adapter goes."""
+        return self.original_module
+
     def merge_result(self) -> tuple[torch.Tensor, None]:
         """The rows [n, d] that a merge of the active adapter would write, in the weight's dtype."""
         return self._owner.rows[self.active].detach().to(self.original_module.weight.dtype), None

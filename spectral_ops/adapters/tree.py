@@ -55,6 +55,11 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLinear]:
     return {path: unit for path, unit in units(model).items() if isinstance(unit, AdapterLinear)}
 
 
+def active_adapter(model: nn.Module) -> str | None:
+    """The name of the active adapter; None where none is."""
+    return next((unit.active for unit in units(model).values() if unit.active is not None), None)
+
+
 def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
     """The config of every adapter of ``model``, as attached."""
     return {name: config for layer in adapter_layers(model).values() for name, config in layer.configs.items()}

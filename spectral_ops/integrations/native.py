@@ -23,13 +23,15 @@ from spectral_ops.adapters import AdapterLinear
 from spectral_ops.adapters import pretrained as native
 from spectral_ops.adapters.checkpoints import refill, save_adapters
 from spectral_ops.adapters.config import AdapterConfig
-from spectral_ops.adapters.io import WEIGHTS, read_config
+from spectral_ops.adapters.files.saved_config import read_config
+from spectral_ops.adapters.files.tensors import PREFIX
+from spectral_ops.adapters.io import WEIGHTS
+from spectral_ops.adapters.model import switch
 from spectral_ops.adapters.trained_copy import TrainedCopy
 from spectral_ops.adapters.trained_tokens import TrainedTokens
-from spectral_ops.adapters.tree import adapter_configs, adapter_layers, units, unwrap
+from spectral_ops.adapters.tree import active_adapter, adapter_configs, adapter_layers, units, unwrap
 
 REFERENCE = "ref"  # TRL's name for the adapter that it measures the trained one against
-PREFIX = "base_model.model."
 
 
 def as_peft_model(model: nn.Module) -> AdaptedPeftModel:
@@ -106,16 +108,16 @@ class Tuner(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        name = native.active_adapter(self.model)
+        name = active_adapter(self.model)
         return [] if name is None else [name]
 
     def disable_adapter_layers(self) -> None:
         """Run without adapters until they are enabled."""
-        native.switch(self.model, False)
+        switch(self.model, False)
 
     def enable_adapter_layers(self) -> None:
         """Run with adapters again."""
-        native.switch(self.model, True)
+        switch(self.model, True)
 
     def merge_adapter(self, adapter_names=None, safe_merge: bool = False) -> None:
         """:func:`merge`; adapter_names may name the active one only."""
@@ -181,7 +183,7 @@ class AdaptedPeftModel(PeftModel):
 
     @property
     def active_adapter(self) -> str | None:
-        return native.active_adapter(self.base_model.model)
+        return active_adapter(self.base_model.model)
 
     @property
     def active_adapters(self) -> list[str]:

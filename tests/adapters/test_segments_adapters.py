@@ -224,6 +224,12 @@ def test_models_that_cannot(model):
         so.attach(other, config, "policy")
         with pytest.raises(ValueError, match=message):
             so.segments(other, IDS.clamp(max=0), ["policy"])
+    rows = nn.Sequential(nn.Embedding(9, 8), Block(8))
+    so.attach(rows, LoRAConfig(r=2, target_modules=["up"], trainable_token_indices={"0": [1]}), "rows")
+    so.attach(rows, LoRAConfig(r=2, target_modules=["up"]), "policy")
+    with pytest.raises(ValueError, match="got '0', whose rows train"):
+        so.segments(rows, IDS.clamp(max=0), ["rows"])
+    so.segments(rows, IDS.clamp(max=0), ["policy"])
     with pytest.raises(ValueError, match="lora_dropout"):
         unlike = build(dropout=0.1)
         so.attach(unlike, LoRAConfig(r=2, target_modules=["up"], lora_dropout=0.2), "third")
