@@ -8,6 +8,7 @@ from spectral_ops.functional.csr import csr_add, csr_sddmm, csr_spmm
 from spectral_ops.functional.csr_matrix import CSR
 from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
+from spectral_ops.functional.experts import experts_lowrank, experts_mlp
 from spectral_ops.functional.group import lowrank_linear_group
 from spectral_ops.functional.importance import adalora_importance, adalora_prune, orthogonality_loss
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
@@ -35,6 +36,8 @@ __all__ = [
     "disha_linear",
     "dora_linear",
     "dora_update",
+    "experts_lowrank",
+    "experts_mlp",
     "kl_to_anchor",
     "lowrank_linear",
     "lowrank_linear_group",
