@@ -22,10 +22,19 @@ from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, calls, define, define_layer, nbytes
 from spectral_ops.core import checks
-from spectral_ops.core.autograd import apply, apply_op, backward_pass, draw_seed, fresh, rows, saved_hidden, wanted
-from spectral_ops.functional import dropout
+from spectral_ops.core.autograd import (
+    apply,
+    apply_op,
+    autocast_arguments,
+    backward_pass,
+    draw_seed,
+    fresh,
+    rows,
+    saved_hidden,
+    wanted,
+)
+from spectral_ops.functional import dropout, segments
 from spectral_ops.functional.lowrank import fused
-from spectral_ops.functional import segments
 
 __all__ = ["experts_lowrank", "experts_mlp", "swiglu"]
 
@@ -46,7 +55,7 @@ def segment_outer_op(u, x, order, offsets):
 
 
 # --- the base product ------------------------------------------------------------------------------------------------
-# offsets [E + 1] int32, the first 0: expert e has rows offsets[e] to offsets[e + 1] - 1. Weights [E, d, k], any strides.
+# offsets [E + 1] int32, the first 0: expert e has rows offsets[e] to offsets[e + 1] - 1. Weights have any strides.
 
 
 def _matmul_cost(x, weight, bias, offsets):
@@ -346,9 +355,9 @@ def experts_lowrank(
     y_s = x_s W_eᵀ + scale drop(x_s) A_eᵀ B_eᵀ + b_e for a row s of expert e.
 
     Args:
-        x: [S, k], float64/float32/bfloat16/float16, any strides. Under autocast, as torch's grouped_mm does not take
-            part in it, x is cast to the weight's dtype.
-        weight: W [E, d, k], frozen, in x's dtype; ``transposed``: [E, k, d].
+        x: [S, k], float64/float32/bfloat16/float16, any strides.
+        weight: W [E, d, k], frozen, in x's dtype (under autocast both are cast, a float32 stack to a copy);
+            ``transposed``: [E, k, d].
         offsets: int32 or int64 [E], where each expert's rows end (what torch's grouped_mm takes); expert e has rows
             offsets[e - 1] to offsets[e] - 1. Rows from the last end on have no expert here: they are never read, their
             outputs and gradients are zero. On the CPU offsets out of order, or past S, raise ValueError; a GPU is not
@@ -362,10 +371,11 @@ def experts_lowrank(
     Returns y [S, d] in x's dtype. Saves x and h [S, r] for backward; makes nothing of the size of the stack.
     Raises TypeError/ValueError that name the argument. METHODS 1.9.
     """
+    x, weight, bias = autocast_arguments(x, weight, bias)
     checks.tensor("x", x, "[rows, in_features]", 2)
     _check_stack("weight", weight, None, x)
+    checks.same_dtype("x", x, weight=weight)
     weight = weight.mT if transposed else weight
-    x = _as_weight(x, weight)
     checks.size("x", x, 1, weight.shape[2], "in_features of weight")
     _check_bias("bias", bias, weight, x)
     lora = None
@@ -375,14 +385,6 @@ def experts_lowrank(
     checks.probability("dropout_p", dropout_p)
     begins = _begins(offsets, weight.shape[0], x.shape[0], x)
     return linear(x, weight, bias, lora, None, None, begins, dropout_p if training else 0.0, True)
-
-
-def _as_weight(x, weight):
-    """x in the weight's dtype under autocast; anywhere else it must have it."""
-    if torch.is_autocast_enabled(x.device.type) and x.device.type != "meta":
-        return x.to(weight.dtype)
-    checks.same_dtype("x", x, weight=weight)
-    return x
 
 
 @calls(experts_forward_op, experts_backward_op)

@@ -125,10 +125,7 @@ class Contract:
                     continue
                 if any(tuple(problem.inputs[n].shape) == shape for n in problem.trained()):
                     continue
-                if name == "x" and (
-                    (family.name == "bat-row" and "blocks" in problem.trained())  # dC is made of g = dy W [T, k]
-                    or (family.name == "rosa-sparse-only" and "values" in problem.trained())  # selects all columns of x
-                ):
+                if name == "x" and problem.x_sized in problem.trained():
                     continue
                 assert shape not in shapes, f"d{name} {shape} was computed although {name} is frozen: {seen.allocated}"
             low_rank = {n for n in problem.trained() if n in ("x", "A", "core")}
@@ -139,18 +136,13 @@ class Contract:
             if "bias" in frozen:
                 assert not any(a[9] for name, a in seen.calls if "lowrank_backward" in name), "db was computed"
             if backend == "default":
-                self.no_memory_for(
-                    family.name, problem, y, dy, [n for n in frozen if n in ("x", "A", "B", "D", "core")]
-                )
+                self.no_memory_for(problem, y, dy, [n for n in frozen if n in ("x", "A", "B", "D", "core")])
 
-    def no_memory_for(self, family_name, problem, y, dy, frozen):
+    def no_memory_for(self, problem, y, dy, frozen):
         """The same inside compiled layers: no block of the size of a gradient that nobody needs, unless another has it
         too. Blocks of whole cache lines are left out: workspaces come in these."""
         wanted = {problem.inputs[n].numel() for n in problem.trained()} | {y.numel()}
-        made_of = (family_name == "bat-row" and "blocks" in problem.trained()) or (  # dC is made of g = dy W [T, k]
-            family_name == "rosa-sparse-only" and "values" in problem.trained()  # the route selects all columns of x
-        )
-        sizes = {n: problem.inputs[n].numel() for n in frozen if not (n == "x" and made_of)}
+        sizes = {n: problem.inputs[n].numel() for n in frozen if n != "x" or problem.x_sized not in problem.trained()}
         sizes = {n: size * 8 for n, size in sizes.items() if size not in wanted and size * 8 % 64}
         if sizes and self.device == "cpu":
             made = allocations(lambda: gradients(problem, y, dy, retain_graph=True))
@@ -289,7 +281,7 @@ class Contract:
         got = sum(t.untyped_storage().nbytes() for t in big)
         assert got == problem.saved(problem.tokens, r, size), [tuple(t.shape) for t in big]
         small = [t for t in extra.values() if t.dim() <= 1]
-        assert sum(t.numel() for t in small) <= 2 * d + 1, [tuple(t.shape) for t in small]
+        assert sum(t.numel() for t in small) <= 2 * d + 1 + problem.indices, [tuple(t.shape) for t in small]
         wide = [t for t in big if t.numel() >= problem.tokens * d]
         if family.name in ("dora", "dora-given-norm", "dora-update"):
             assert [storage(t) for t in wide] == [storage(y)], "the saved y is not the output itself"

@@ -130,6 +130,20 @@ def segments(v, c):
     return y + v["bias"] if "bias" in v else y
 
 
+def experts(v, c):
+    """One expert after the other on every row, times how much of it a row has: 0 or 1, or its routing weights."""
+    x = v["x"].reshape(-1, v["x"].shape[-1])
+    dropped = x * c["mask"] if "mask" in c else x
+    own = c["own"].to(x.dtype)
+    if "routing" in v:
+        own = (own * v["routing"].unsqueeze(-1)).sum(1)
+    y = x.new_zeros(x.shape[0], v["weight0"].shape[1])
+    for e in range(own.shape[1]):
+        part = x @ v["weight0"][e].T + c["scale"] * ((dropped @ v["A0"][e].T) @ v["B0"][e].T)
+        y = y + own[:, e : e + 1] * (part + v["bias"][e] if "bias" in v else part)
+    return y.reshape(*v["x"].shape[:-1], y.shape[1])
+
+
 def weight_norm(weight, A, B, scale) -> torch.Tensor:
     """‖W + scale B A‖ per row, formed, in float64."""
     return (weight.double() + scale * (B.double() @ A.double())).square().sum(1).sqrt()

@@ -10,11 +10,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from oracles import bat, dora, dora_update, lora, lora_update, rosa, segments, shard_sums, shards, siblings, weight_norm
+import torch.nn.functional as F
+from oracles import (
+    bat,
+    dora,
+    dora_update,
+    experts,
+    lora,
+    lora_update,
+    rosa,
+    segments,
+    shard_sums,
+    shards,
+    siblings,
+    weight_norm,
+)
 from tensors import TYPICAL, accumulate, laid_out, randn, sparse_pattern
 
 import spectral_ops
 from spectral_ops.core import autograd, philox
+from spectral_ops.functional.experts import combine, sort_by_expert
+from spectral_ops.functional.experts import linear as expert_linear
 
 
 @dataclass
@@ -29,6 +45,8 @@ class Problem:
     dropout: bool = False
     out_features: int = 0
     saved: Callable | None = None  # (T, r, element size) -> bytes kept for backward beyond parameters and x
+    indices: int = 0  # of its saved vectors, beyond those of d elements
+    x_sized: str = ""  # a trained tensor whose gradient is made of a tensor of x's size
     seed: int = 1234
 
     def call(self) -> torch.Tensor:
@@ -231,7 +249,10 @@ def build_bat(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", mo
     def function(v):
         return spectral_ops.bat_linear(v["x"], v["weight"], v["blocks"], v.get("bias"), mode=mode, exact=exact)
 
-    return Problem(function, bat, v, {"mode": mode}, dtype, False, d, saved=lambda T, r, size: 0)
+    return Problem(
+        function, bat, v, {"mode": mode}, dtype, False, d, saved=lambda T, r, size: 0,
+        x_sized="blocks" if mode == "row" else "",  # dC is made of g = dy W [T, k]
+    )  # fmt: skip
 
 
 def build_rosa(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p=0.0, low_rank=True, kind="linear",
@@ -268,6 +289,7 @@ def build_rosa(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p
     return Problem(
         function, rosa, v, constants, dtype, bool(p), d,
         saved=lambda T, r, size: T * r * size if low_rank else 0,
+        x_sized="values" if gradient_route == "compact" else "",  # selects all columns of x
     )  # fmt: skip
 
 
@@ -300,6 +322,49 @@ def build_segments(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained
     return Problem(
         function, segments, v, constants, dtype, bool(p), d,
         saved=lambda T, r, size: T * max(ranks) * size,
+    )  # fmt: skip
+
+
+def build_experts(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p=0.0, kind="sorted", scale=0.75):
+    """Four experts. kind: "sorted", rows in the order of their experts, the second without any, the last rows of nobody
+    here; or "routed", each token to three of five experts, one of them another rank's, and weighted."""
+    E, T = 4, math.prod(lead)
+    v = {"x": randn(*lead, k, dtype=dtype, device=device), "weight0": randn(E, d, k, dtype=dtype, device=device, fan=k)}
+    v["A0"] = randn(E, r, k, dtype=adapter_dtype, device=device, fan=k)
+    v["B0"] = randn(E, d, r, dtype=adapter_dtype, device=device, fan=r)
+    _trained(v["x"], v["A0"], v["B0"])
+    if bias:
+        v["bias"] = randn(E, d, dtype=dtype, device=device).requires_grad_(bias == "trained")
+    if kind == "sorted":
+        ends = torch.tensor([T - T // 2, T - T // 2, T - T // 3, T - T // 6])
+        own = torch.arange(T).view(T, 1) < ends
+        own = own & ~torch.cat([own.new_zeros(T, 1), own[:, :-1]], 1)
+        indices = None
+    else:
+        drawn = torch.rand(T, E + 1, generator=torch.Generator().manual_seed(7)).argsort(1)
+        indices, ends = drawn[:, :3], None
+        own = F.one_hot(indices, E + 1)[..., :E]
+        v["routing"] = (0.5 + randn(T, 3).square()).to(device, dtype)
+
+    def function(v):
+        x = v["x"].reshape(T, k)
+        options = {"scale": scale, "dropout_p": p, "training": True}
+        if kind == "sorted":
+            offsets = ends.to(device, torch.int32)
+            y = spectral_ops.experts_lowrank(x, v["weight0"], offsets, v["A0"], v["B0"], v.get("bias"), **options)
+        else:
+            order, places, offsets = sort_by_expert(indices.to(device), E)
+            lora = v["A0"], v["B0"], scale
+            x, weight, bias = autograd.autocast_arguments(x, v["weight0"], v.get("bias"))
+            y = expert_linear(x, weight, bias, lora, order, places, offsets, p, False)
+            y = combine(y, v["routing"], places, offsets)
+        return y.reshape(*lead, d)
+
+    constants = {"scale": scale, "own": own.double(), **_mask({"x": v["x"].reshape(T, k)}, p, 1234)}
+    return Problem(
+        function, experts, v, constants, dtype, bool(p), d,
+        saved=lambda T, r, size: T * r * size if kind == "sorted" else 3 * T * (r * size + 8),  # h, places
+        indices=0 if kind == "sorted" else 3 * T, x_sized="A0" if p else "",  # drop(x)
     )  # fmt: skip
 
 
@@ -351,7 +416,13 @@ SEGMENTS = [
     Family("segments-grouped", build_segments, {"route": "grouped"}),
     Family("segments-grouped-update", build_segments, {"route": "grouped", "update": True}),
 ]
-FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS}
+EXPERTS = [
+    Family("experts", build_experts),
+    Family("experts-dropout", build_experts, {"p": 0.3}),
+    Family("experts-routed", build_experts, {"kind": "routed"}),
+    Family("experts-routed-dropout", build_experts, {"kind": "routed", "p": 0.3}),
+]
+FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS + EXPERTS}
 
 
 def cotangent(problem: Problem, y: torch.Tensor, layout: str = "contiguous") -> torch.Tensor:
