@@ -29,7 +29,7 @@ with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=t
 
 .PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel sanitize clean
 
-demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa STEPS=n DTYPE=float32|bf16
+demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa|experts STEPS=n DTYPE=float32|bf16
 	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
 
 methods: $(VENV)/.built ## STEPS=n ARGS="--methods lora pica": every method trained for the same number of steps

