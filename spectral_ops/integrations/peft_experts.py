@@ -173,7 +173,11 @@ def experts_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tupl
     if x is not None:
         if x.dim() != 2:
             raise Unfit(f"x has {x.dim()} dimensions, not two")
-        others = [experts.down, *(b for b in experts.biases if b is not None), *(t for f in factors for t in (f.A, f.B))]
+        others = [
+            experts.down,
+            *(b for b in experts.biases if b is not None),
+            *(t for f in factors for t in (f.A, f.B)),
+        ]
         check_input(layer, x, experts, others, facts, any_weight=not experts.sorted)
     return experts, factors
 
@@ -201,8 +205,12 @@ class Call(NamedTuple):
     def fits(self, x: torch.Tensor, args: tuple) -> str:
         """Why these arguments do not go with it; "" where they do."""
         if self.experts.sorted:
-            return "extra arguments to forward" if args else "" if x.shape[0] % self.experts.weight.shape[0] == 0 else (
-                f"{x.shape[0]} rows are not equally many for each of {self.experts.weight.shape[0]} experts"
+            return (
+                "extra arguments to forward"
+                if args
+                else ""
+                if x.shape[0] % self.experts.weight.shape[0] == 0
+                else (f"{x.shape[0]} rows are not equally many for each of {self.experts.weight.shape[0]} experts")
             )
         if len(args) != 2:
             return f"{len(args)} arguments to forward beside x, not top_k_index and top_k_weights"

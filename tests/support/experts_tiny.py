@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft_tiny import perturb
 
 SIZES = {
@@ -67,3 +68,9 @@ def adapted_mixture(
     torch.manual_seed(1)
     model = get_peft_model(mixture(family, implementation, dtype), experts_config(family, stacks, **extra))
     return perturb(model).train()
+
+
+def experts_of(model: torch.nn.Module, everything: bool = False) -> list[torch.nn.Module]:
+    """PEFT's wrappers around the experts: the outermost of each block, or all of them."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, ParamWrapper)}
+    return [m for name, m in found.items() if everything or name.rpartition(".")[0] not in found]
