@@ -223,6 +223,8 @@ def argument_reason(kwargs: dict[str, Any]) -> str:
 
 def service(base: Base, adapters: list, exact: bool) -> tuple[str, str]:
     """The path and the operators of a plan."""
+    if base.operators:
+        return FUSED, base.operators
     if base.split is not None:
         return BASE_AGNOSTIC, "block_sum, lowrank_update" if isinstance(adapters[0], Bone) else "lowrank_update"
     if isinstance(adapters[0], Bat):

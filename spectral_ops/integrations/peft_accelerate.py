@@ -16,8 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from spectral_ops.adapters.tree import adapter_layers
-from spectral_ops.integrations.peft import NARROW, ORIGINALS, REPLACEMENTS, service
+from spectral_ops.integrations.peft import NARROW, service
 from spectral_ops.integrations.peft_adalora import FusedAdaLoraModel
+from spectral_ops.integrations.peft_experts import ORIGINALS, REPLACEMENTS  # the experts' wrappers among them
 from spectral_ops.integrations.peft_hooks import own, replaced
 from spectral_ops.integrations.peft_miss import Bat
 from spectral_ops.integrations.peft_plan import Facts, Unfit, Unsettled, variant_name

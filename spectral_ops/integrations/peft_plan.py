@@ -60,6 +60,7 @@ class Base(NamedTuple):
     bias: torch.Tensor | None
     observed: bool = False  # a hook may keep its result, so it must not be overwritten
     split: Split | None = None  # how tensor parallelism cuts its weight
+    operators: str = ""  # that compute with it, where its adapters do not tell
 
 
 class LowRank(NamedTuple):
@@ -275,13 +276,13 @@ def quantised(base: nn.Module) -> bool:
     )
 
 
-def weight_of(base: nn.Module, facts: Facts) -> torch.Tensor:
+def weight_of(base: nn.Module, facts: Facts, name: str = "weight") -> torch.Tensor:
     """The weight of a base layer that is not called, which must take no gradient."""
-    weight = read(base, "weight", "the base weight", facts)
+    weight = read(base, name, f"the base {name}", facts)
     if weight.requires_grad and weight._is_view():
-        weight = frozen(base, "weight", weight)
+        weight = frozen(base, name, weight)
     if weight.requires_grad and torch.is_grad_enabled():
-        raise Unfit("the base weight is trained")
+        raise Unfit(f"the base {name} is trained")
     return weight
 
 
