@@ -154,7 +154,15 @@ def run(options, console: Console) -> dict:
     gpu = options.device.type == "cuda"
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     return {
-        "title": f"{data.model_name(options.method)}, {options.method}, {options.dtype}, {options.batch}×{options.length} tokens, {where}",
+        "title": ", ".join(
+            (
+                data.model_name(options.method),
+                options.method,
+                options.dtype,
+                f"{options.batch}×{options.length} tokens",
+                where,
+            )
+        ),
         "losses": losses,
         "loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
         "seconds": seconds,

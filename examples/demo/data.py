@@ -63,11 +63,11 @@ class Bytes:
         return {"input_ids": list(text.encode())}
 
 
-def mixture(device: torch.device, dtype: torch.dtype):
-    """A frozen Qwen3-MoE of random weights over bytes: four layers of 16 experts, two of them for each token."""
+def mixture(device: torch.device, dtype: torch.dtype, layers: int = 4):
+    """A frozen Qwen3-MoE of random weights over bytes: layers of 16 experts, two of them for each token."""
     config = Qwen3MoeConfig(
         vocab_size=256, hidden_size=512, moe_intermediate_size=256, num_experts=16, num_experts_per_tok=2,
-        num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64, norm_topk_prob=True,
+        num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4, head_dim=64, norm_topk_prob=True,
         tie_word_embeddings=False, eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)

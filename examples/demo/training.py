@@ -14,7 +14,10 @@ METHODS = ("dora", "lora", "rslora", "pissa", "miss", "bat", "experts")
 
 
 def peft_config(method: str, *, plain_init: bool = False):
-    """The adapter of `method` on all seven projections, or on the stacked weights of experts; `plain_init` skips PiSSA's decomposition of the weights."""
+    """The adapter of `method` on all seven projections, or on the stacked weights of experts.
+
+    `plain_init` skips PiSSA's decomposition of the weights.
+    """
     common = {"target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"}
     if method == "miss":
         return MissConfig(r=64, **common)
