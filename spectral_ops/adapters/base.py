@@ -155,6 +155,34 @@ class AdapterLinear(FrozenBase):
         """The weight [d, k] as it was before any adapter, in float32 (float64), merged or not. It may share memory."""
         return self.unmerged()
 
+    @torch.no_grad()
+    def sampled(self, count: int) -> list[float]:
+        """Evenly spaced values of the base weight as it was before any adapter, by which one tells it from another."""
+        weight = self.original_weight() if self.changed else self.matrix
+        places = torch.linspace(0, weight.numel() - 1, count, dtype=torch.float64).long().to(weight.device)
+        return weight[places // weight.shape[1], places % weight.shape[1]].float().tolist()
+
+    def fitted(self, config: AdapterConfig, path: str) -> AdapterConfig:
+        """``config`` as it applies to this layer at ``path``; what :attr:`settings` holds."""
+        return config.for_layer(path)
+
+    def tensor_shapes(self, settings: AdapterConfig, initial: bool = False) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor an adapter of ``settings`` has here, but ``index_keys``; with ``initial_keys``."""
+        sizes = settings, self.out_features, self.in_features
+        return self.shapes(*sizes) | (self.initial_shapes(*sizes) if initial else {})
+
+    def indices(self, settings: AdapterConfig) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of ``index_keys``."""
+        return self.index_shapes(settings, self.out_features, self.in_features)
+
+    def suffixes(self, settings: AdapterConfig) -> dict[str, str]:
+        """What follows the module's path in a file, for every tensor that an adapter of ``settings`` may have."""
+        return self.tensor_keys | self.index_keys | self.initial_keys
+
+    def starts(self, name: str) -> dict[str, str]:
+        """The entries of ``initial_keys`` that adapter ``name`` has where its initialisation changes the base."""
+        return self.initial_keys
+
     def trainable(self, name: str) -> tuple[str, ...]:
         """Which of ``tensor_keys`` adapter ``name`` trains."""
         return tuple(self.tensor_keys)
@@ -206,9 +234,8 @@ class AdapterLinear(FrozenBase):
             raise ValueError(f"adapter_name: got {name!r} while {self.merged!r} is merged, wanted an unmerged layer")
         if beside is None:
             self.admit(config)
-        settings = config.for_layer(path)
-        weight = self.base_layer.weight
-        shapes = self.shapes(settings, self.out_features, self.in_features)
+        settings, weight = self.fitted(config, path), self.weight
+        shapes = self.tensor_shapes(settings)
         dtype = weight.dtype if weight.dtype in checks.FLOATS else torch.float32
         if autocast_adapter_dtype:
             dtype = accumulate_dtype(dtype)
@@ -218,7 +245,7 @@ class AdapterLinear(FrozenBase):
                 device = "meta" if key in self.tied_keys else weight.device
                 tensor = torch.empty(shape, dtype=self.parameter_dtype(key, dtype), device=device)
                 getattr(self, key)[name] = nn.Parameter(tensor, requires_grad=False)
-            for key, shape in self.index_shapes(settings, self.out_features, self.in_features).items():
+            for key, shape in self.indices(settings).items():
                 with torch.inference_mode(False):  # their versions are watched
                     getattr(self, key)[name] = torch.zeros(shape, dtype=torch.int32, device=weight.device)
             if initialise:
@@ -290,6 +317,11 @@ class AdapterLinear(FrozenBase):
         self.write_matrix(new)
         self.merged, self._undo = self.active, undo
 
+    @torch.no_grad()
+    def merges_finite(self) -> bool:
+        """Whether a merge of the active adapter would hold finite values only."""
+        return bool(torch.isfinite(self.merge_result()[0]).all())
+
     def merge_result(self):
         """The weight a merge would write, in the base's dtype (float32 for a quantised one), and its undo tensors."""
         self.readable("merge")
@@ -357,3 +389,8 @@ def check_adapter_name(name: Any) -> None:
         raise TypeError(f"adapter_name: got {checks.describe(name)}, wanted a string")
     if not name or "." in name or hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name):
         raise ValueError(f"adapter_name: got {name!r}, wanted a name without dots that no method of a dict has")
+
+
+def unadapted(module: nn.Module) -> nn.Module:
+    """The layer under a module's adapters, or the module itself."""
+    return module.base_layer if isinstance(module, AdapterLinear) else module

@@ -55,6 +55,10 @@ class FrozenBase(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        self.hold(base_layer)
+
+    def hold(self, base_layer: nn.Module) -> None:
+        """Take the layer that does not train; TypeError where it is none of this kind."""
         if not is_linear(base_layer):
             raise TypeError(f"linear: got {type(base_layer).__name__}, wanted nn.Linear or Conv1D")
         self.base_layer = base_layer
@@ -91,6 +95,11 @@ class FrozenBase(nn.Module):
     def weight(self) -> torch.Tensor:
         """The base layer's weight, as stored."""
         return self.base_layer.weight
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The base layer's weights that an adapter changes."""
+        return [self.weight]
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -37,8 +37,7 @@ from spectral_ops.adapters.files.tensors import (
     shared,
     with_adapter,
 )
-from spectral_ops.adapters.frozen import linear_size
-from spectral_ops.adapters.methods import layer_type
+from spectral_ops.adapters.methods import layer_class, layer_type, linear_sizes
 from spectral_ops.adapters.model import attach_adapter, refuse_peft, taken_back
 from spectral_ops.adapters.tree import active_adapter, adapter_configs, unwrap
 
@@ -116,7 +115,7 @@ def load_adapter(
     tensors, note = _read_tensors(directory / WEIGHTS)
     try:
         choice = choose(root, config, loading=True)
-        sized = choice.config.for_model({path: linear_size(module) for path, module in choice.layers.items()})
+        sized = choice.config.for_model(linear_sizes(choice.layers))
     except ValueError as error:
         raise ValueError(f"{directory}: the adapter does not fit this model: {error}") from None
     if not note and (places := shared(root, choice.layers)):
@@ -162,16 +161,16 @@ def _check(
     expected: dict[str, torch.Size] = {}
     integers: dict[str, torch.dtype] = {}
     for path, module in choice.layers.items():
-        layer = module if isinstance(module, AdapterLinear) else method(module)
+        layer = module if isinstance(module, AdapterLinear) else layer_class(config, module)(module)
         try:
-            sizes = sized.for_layer(path), layer.out_features, layer.in_features
-            indices = method.index_shapes(*sizes)
-            shapes = method.shapes(*sizes) | indices | (method.initial_shapes(*sizes) if initial else {})
+            settings = layer.fitted(sized, path)
+            indices = layer.indices(settings)
+            shapes = layer.tensor_shapes(settings, initial) | indices
         except ValueError as error:
             raise ValueError(f"{directory}: the adapter does not fit this model: {path}: {error}") from None
         names = {
             key: method.file_key(path, suffix)
-            for key, suffix in (method.tensor_keys | method.index_keys | method.initial_keys).items()
+            for key, suffix in layer.suffixes(settings).items()
             if key not in config.unsaved
         }
         integers |= {names[key]: torch.int32 for key in indices}
@@ -197,8 +196,7 @@ def _check(
             raise ValueError(f"{file}: got {key} {tensor.dtype}, wanted {integers.get(key, 'floating-point tensors')}")
         if key not in integers and not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: got {key} with values that are not finite, wanted finite ones")
-    for path, module in choice.layers.items():
-        size = linear_size(module)
+    for path, size in linear_sizes(choice.layers).items():
         names = {key: method.file_key(path, s) for key, s in (method.tensor_keys | method.index_keys).items()}
         found = {key: tensors[name] for key, name in names.items() if name in tensors}
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -42,6 +43,9 @@ class LoRAConfig(TokensConfig):
     lora_alpha, use_rslora: γ = α/r, or α/√r. lora_dropout: on the adapter branch. init_lora_weights: True (A Kaiming,
     B zero), False (both Kaiming), "gaussian" (A normal), "pissa", "pissa_niter_N", "milora" or "milora_" with min, mid,
     max or random. rank_pattern, alpha_pattern: another r or α for the layers whose path ends with a match of the key.
+    target_parameters: names that end the path of a stacked weight [experts, out, in] of a mixture's experts, such as
+    "experts.gate_up_proj"; each expert gets a pair of its own. exclude_modules and layers_to_transform leave it alone,
+    and target_modules=[] leaves every other layer out. PEFT has no dropout and no "pissa" or "milora" there.
     """
 
     lora_alpha: float = 8
@@ -50,6 +54,7 @@ class LoRAConfig(TokensConfig):
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_parameters: list[str] | None = None
 
     peft_type: ClassVar[str] = "LORA"
     peft_flags: ClassVar[dict[str, Any]] = {"use_dora": False}
@@ -64,7 +69,9 @@ class LoRAConfig(TokensConfig):
         "qalora_group_size": "only beside use_qalora",
         "runtime_config": "PEFT never writes it",
     }
-    peft_refused: ClassVar[dict[str, str]] = ABSENT
+    peft_refused: ClassVar[dict[str, str]] = {
+        name: what for name, what in ABSENT.items() if name != "target_parameters"
+    }
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all", "lora_only")
 
     def __post_init__(self) -> None:
@@ -82,6 +89,12 @@ class LoRAConfig(TokensConfig):
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
             if svd.SpectralInit.parse(self.init_lora_weights) is None:
                 self.wrong("init_lora_weights", self.init_lora_weights, f'True, False, "gaussian", {svd.NAMES}')
+
+        self._check_names("target_parameters")
+        if isinstance(self.target_parameters, str):
+            self.wrong("target_parameters", self.target_parameters, "a list of names of parameters")
+        if self.target_parameters and type(self) is not LoRAConfig:
+            self.wrong("target_parameters", self.target_parameters, "None: only LoRAConfig adapts parameters")
 
     @property
     def dropout(self) -> float:
@@ -114,7 +127,15 @@ class LoRAConfig(TokensConfig):
         return super().from_peft(fields)
 
     def for_file(self, plain: bool) -> LoRAConfig:
-        """Plain, a spectral adapter is A' = [A; A₀], B' = [B, -B₀]: rank 2r, and α such that γ stays what it is."""
+        """Plain, a spectral adapter is A' = [A; A₀], B' = [B, -B₀]: rank 2r, and α such that γ stays what it is; and
+        there is no dropout beside target_parameters, as PEFT refuses to load that."""
+        if plain and self.target_parameters and self.lora_dropout:
+            warnings.warn(
+                f"lora_dropout: {self.lora_dropout} is written as 0, as PEFT has none on target_parameters"
+                " (plain=False keeps it)",
+                stacklevel=3,
+            )
+            return dataclasses.replace(self, lora_dropout=0.0).for_file(plain)
         if not (plain and self.changes_base):
             return self
         growth = math.sqrt(2) if self.use_rslora else 2
@@ -126,6 +147,18 @@ class LoRAConfig(TokensConfig):
             alpha_pattern={key: growth * alpha for key, alpha in self.alpha_pattern.items()},
             init_lora_weights=True,
         )
+
+
+def start(A: torch.Tensor, B: torch.Tensor, config: LoRAConfig) -> None:
+    """Fill a pair as an initialisation says that leaves the base alone."""
+    if config.init_lora_weights == "gaussian":
+        nn.init.normal_(A, std=1 / config.r)
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if config.init_lora_weights is False:
+        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(B)
 
 
 class LoRALinear(LowRankLinear):
@@ -160,14 +193,7 @@ class LoRALinear(LowRankLinear):
             A.copy_(self.initial_A[name])
             B.copy_(self.initial_B[name])
             return
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(A, std=1 / config.r)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if config.init_lora_weights is False:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(B)
+        start(A, B, config)
 
     @classmethod
     def initial_shapes(cls, config, d, k):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from spectral_ops.adapters.adalora import AdaLoRALinear
 from spectral_ops.adapters.adalora_dash import AdaLoRADashLinear
-from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.adapters.base import AdapterLinear, unadapted
 from spectral_ops.adapters.bat import BatLinear
 from spectral_ops.adapters.bone import BoneLinear
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.dash import LoRADashLinear
 from spectral_ops.adapters.dora import DoRALinear
 from spectral_ops.adapters.dvora import DVoRALinear
+from spectral_ops.adapters.experts import LoRAExperts
+from spectral_ops.adapters.frozen import is_linear, linear_size
 from spectral_ops.adapters.lora import LoRALinear
 from spectral_ops.adapters.pica import PiCaLinear
 from spectral_ops.adapters.rosa import RoSALinear
@@ -42,6 +46,18 @@ def layer_type(config: Any) -> type[AdapterLinear]:
             return method
     known = ", ".join(method.config_type.__name__ for method in METHODS)
     raise TypeError(f"config: got {type(config).__name__}, wanted one of {known}")
+
+
+def layer_class(config: Any, module: nn.Module) -> type[AdapterLinear]:
+    """The class that adapts ``module``, which a config chooses: that of its method, or the one for experts."""
+    method = layer_type(config)
+    return method if is_linear(unadapted(module)) else LoRAExperts
+
+
+def linear_sizes(chosen: dict[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """[out_features, in_features] of those chosen modules, by path, that are linear layers, adapted or not."""
+    layers = {path: unadapted(module) for path, module in chosen.items()}
+    return {path: linear_size(layer) for path, layer in layers.items() if is_linear(layer)}
 
 
 def config_type(fields: dict[str, Any]) -> type[AdapterConfig] | None:

@@ -13,8 +13,7 @@ from spectral_ops.adapters import adopted, quantised
 from spectral_ops.adapters.base import AdapterLinear, check_adapter_name
 from spectral_ops.adapters.choice import embeddings, parents
 from spectral_ops.adapters.choice.targets import Choice, choose, unmatched
-from spectral_ops.adapters.frozen import linear_size
-from spectral_ops.adapters.methods import layer_type
+from spectral_ops.adapters.methods import layer_class, layer_type, linear_sizes
 from spectral_ops.adapters.progress import progressing
 from spectral_ops.adapters.trained_copy import TrainedCopy
 from spectral_ops.adapters.trained_tokens import TrainedTokens
@@ -56,7 +55,7 @@ def attach(model, config, adapter_name="default", *, autocast_adapter_dtype=True
     choice = choose(root, config)
     embeddings.warn_tied(root, config)
     embeddings.warn_head(root, choice.layers)
-    for field, unused in unmatched(root, config).items():
+    for field, unused in unmatched(root, choice.config).items():
         warnings.warn(f"{field}: {unused} match nothing in this model", stacklevel=2)
     return attach_adapter(model, choice, adapter_name, autocast_adapter_dtype, progress, file=file)
 
@@ -93,15 +92,13 @@ def attach_adapter(
         raise ValueError(
             f"bias: got {config.bias!r} beside {sorted(known)}, wanted 'none': biases are the base's, not an adapter's"
         )
-    config = config.for_model({path: linear_size(module) for path, module in chosen.items()})
+    config = config.for_model(linear_sizes(chosen))
     for path, module in chosen.items():
-        if isinstance(module, AdapterLinear) and type(module) is not method:
+        if isinstance(module, AdapterLinear) and type(module) is not layer_class(config, module):
             raise ValueError(
                 f"config: got {type(config).__name__} for {path!r}, a {type(module).__name__},"
                 f" wanted {module.config_type.__name__} (or detach first)"
             )
-        if config.changes_base and not isinstance(module, AdapterLinear) and tied(root, module.weight):
-            raise ValueError(f"target_modules: got {path!r}, wanted no tied weight where the base is changed")
     _not_merged(root, adapter_name)
     switched_off = any(vars(unit).get("switched_off") for unit in units(root).values())
     rows = _trained_rows(root, choice, adapter_name, autocast_adapter_dtype)
@@ -110,15 +107,16 @@ def attach_adapter(
     try:
         slow = config.slow_init and initialise
         for path, module in progressing(chosen.items(), type(config).__name__, progress if slow else False):
-            built[path] = module if isinstance(module, AdapterLinear) else method(module)
+            layer = built[path] = module if isinstance(module, AdapterLinear) else layer_class(config, module)(module)
+            if config.changes_base and layer is not module and any(tied(root, w) for w in layer.weights):
+                raise ValueError(f"target_modules: got {path!r}, wanted no tied weight where the base is changed")
             try:
                 with stored(file, path):
-                    built[path].add_adapter(
+                    layer.add_adapter(
                         adapter_name, config, path, autocast_adapter_dtype=autocast_adapter_dtype, initialise=initialise
                     )
-                base = built[path].base_layer
-                others = [other for other, holder in holding.get(memory(base.weight), []) if holder is not base]
-                built[path].placed(adapter_name, others)
+                held = holding.get(memory(layer.weight), [])
+                layer.placed(adapter_name, [other for other, holder in held if holder is not layer.base_layer])
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{path}: {error}") from error
         if file is not None:
@@ -289,12 +287,10 @@ def merge(model, *, safe=False, keep_base=False):
     layers = {path: unit for path, unit in todo.items() if isinstance(unit, AdapterLinear)}
     for path, layer in layers.items():
         layer.readable("merge")
-        if tied(root, layer.weight):
+        if any(tied(root, weight) for weight in layer.weights):
             raise ValueError(f"model: got {path!r}, whose weight another module shares, wanted untied weights")
-        if safe:
-            with torch.no_grad():
-                if not torch.isfinite(layer.merge_result()[0]).all():
-                    raise ValueError(f"{path}: got non-finite merged weights, wanted finite ones (safe=True)")
+        if safe and not layer.merges_finite():
+            raise ValueError(f"{path}: got non-finite merged weights, wanted finite ones (safe=True)")
         if not keep_base:
             try:
                 layer.check_undo(layer.active)

@@ -28,6 +28,10 @@ def to_peft(config: Any) -> Any:
             wanted = repr(_default(field))
         elif field.name == "init_lora_weights" and str(value).startswith("milora"):
             wanted = "another initialisation"
+        elif fields.get("target_parameters") and field.name == "lora_dropout" and value:
+            wanted = "0.0 beside target_parameters"
+        elif fields.get("target_parameters") and field.name == "init_lora_weights" and isinstance(value, str):
+            wanted = None if value == "gaussian" else 'True, False or "gaussian" beside target_parameters'
         if wanted is not None:
             raise ValueError(
                 f"{ours}.{field.name}: got {value!r}, wanted {wanted} for {here}, which has no counterpart:"

@@ -63,7 +63,7 @@ class View:
 
     is_prompt_learning = is_adaption_prompt = False
     inference_mode = False
-    target_parameters = auto_mapping = revision = None
+    auto_mapping = revision = None
 
     def __init__(self, config: AdapterConfig, name: str, base: str | None) -> None:
         self.config, self.name, self.base_model_name_or_path = config, name, base
@@ -72,6 +72,10 @@ class View:
         if field == "config":  # a copy is being made
             raise AttributeError(field)
         return getattr(self.config, field)
+
+    @property
+    def target_parameters(self) -> list[str] | None:
+        return getattr(self.config, "target_parameters", None)
 
     def __repr__(self) -> str:
         return repr(self.config)

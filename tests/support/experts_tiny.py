@@ -32,7 +32,8 @@ FAMILIES = {  # name -> prefix of the classes, the experts' place in a block, si
         "layer_types": ["full_attention", "full_attention"],
     }),
     "llama4": ("Llama4", "feed_forward.experts", {
-        "intermediate_size": 24, "intermediate_size_mlp": 24, "num_local_experts": 4, "head_dim": 8, "moe_layers": [0, 1],
+        "intermediate_size": 24, "intermediate_size_mlp": 24, "num_local_experts": 4, "head_dim": 8,
+        "moe_layers": [0, 1],
     }),
 }  # fmt: skip
 INTERFACE = [name for name in FAMILIES if name != "llama4"]  # their experts take an implementation by name

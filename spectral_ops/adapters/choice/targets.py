@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from spectral_ops.adapters.base import AdapterLinear
+from spectral_ops.adapters.base import AdapterLinear, unadapted
 from spectral_ops.adapters.choice import embeddings, experts, parents
 from spectral_ops.adapters.choice.architectures import default_targets, model_type
 from spectral_ops.adapters.config import TASKS, AdapterConfig
@@ -79,7 +79,7 @@ def is_all_linear(names: list[str] | str | None) -> bool:
 
 
 def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, AdapterLinear) or is_linear(module)
+    return is_linear(unadapted(module))
 
 
 def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
@@ -93,8 +93,9 @@ def _head(model: nn.Module, config: AdapterConfig) -> nn.Module | None:
     return head.original_module if isinstance(head, TrainedCopy) else head
 
 
-def targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """The modules ``config`` chooses, by their first path; ValueError where there is none, or one cannot be adapted."""
+def targets(model: nn.Module, config: AdapterConfig, empty: bool = False) -> dict[str, nn.Module]:
+    """The modules that target_modules chooses, by their first path; ValueError where there is none (unless ``empty``),
+    or one cannot be adapted."""
     first: dict[int, tuple[str, nn.Module]] = {}
     for path, module in walk(model):
         first.setdefault(id(module), (path, module))
@@ -119,7 +120,7 @@ def targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
             )
     if stacked and not everything:
         _refuse_experts(model, config, found, stacked)
-    if not found:
+    if not found and not empty:
         narrowed = "" if config.layers_to_transform is None else f" in layers {config.layers_to_transform}"
         raise ValueError(f"target_modules: got {names!r}, which matches nothing{narrowed}; wanted {_wanted(linear)}")
     return found
@@ -129,7 +130,8 @@ def _without_experts(model: nn.Module, paths: list[str], stacked: frozenset[str]
     left = [path for path in paths if path.rpartition(".")[2] in stacked]
     warnings.warn(
         f'target_modules: "all-linear" means the experts too in PEFT ({", ".join(experts.stacks(model)[:2])}, …), which'
-        " attach leaves frozen" + (f", and not {', '.join(left[:3])}, which it leaves out as well" if left else ""),
+        " attach leaves frozen (target_parameters adapts them)"
+        + (f", and not {', '.join(left[:3])}, which it leaves out as well" if left else ""),
         stacklevel=5,
     )
     return [path for path in paths if path not in left]
@@ -142,7 +144,7 @@ def _refuse_experts(model: nn.Module, config: AdapterConfig, found, stacked: fro
     if wrong:
         raise ValueError(
             f"target_modules: got {names!r}, where {wrong[0]!r} means the experts of a {model_type(model)}"
-            f" ({', '.join(experts.stacks(model)[:2])}, …) to PEFT, wanted other layers (attach has no experts yet)"
+            f" ({', '.join(experts.stacks(model)[:2])}, …) to PEFT, wanted other layers, and those in target_parameters"
         )
 
 
@@ -188,15 +190,20 @@ def choose(model: nn.Module, config: AdapterConfig, loading: bool = False) -> Ch
 
     loading: leave out what a file names without effect, with a warning, where attaching would be an error.
     """
-    config = config.for_task()
+    config = experts.converted(model, config.for_task())
     if config.target_modules is None:
-        config = dataclasses.replace(config, target_modules=default_targets(model, config.peft_type))
+        default = default_targets(model, config.peft_type)
+        if default is None and getattr(config, "target_parameters", None):
+            default = []
+        config = dataclasses.replace(config, target_modules=default)
     tied: dict[str, str] = {}
     if getattr(config, "ensure_weight_tying", False):
         config, tied = _tie(model, config)
-    found = targets(model, config)
+    stacked = experts.experts(model, config)
+    found = targets(model, config, empty=bool(stacked))
     layers = parents.check(model, found, explicit=not (loading or is_all_linear(config.target_modules)))
     skipped = [path for path in found if path not in layers]
+    layers = layers | stacked
     copies = modules_to_save(model, config)
     copies |= {path: model.get_submodule(path) for path in tied}
     for path in copies:
@@ -266,4 +273,7 @@ def unmatched(model: nn.Module, config: AdapterConfig) -> dict[str, list[str]]:
             if name not in heads and not any(path.endswith(name) for path in paths)
         ],
     }
+    parameters = getattr(config, "target_parameters", None) or []
+    known = [f"{path}.{name}" for path, module in walk(model) for name in unadapted(module)._parameters]
+    unused["target_parameters"] = [name for name in parameters if not any(names_path([name], path) for path in known)]
     return {name: missing for name, missing in unused.items() if missing}

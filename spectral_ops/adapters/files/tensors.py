@@ -115,7 +115,7 @@ def fill_adapter(model, name: str, tensors: dict[str, torch.Tensor]) -> None:
     for path, layer in with_adapter(root, name).items():
         layer.release()
         own = {layer.file_key(path, suffix): getattr(layer, key)[name] for key, suffix in layer.saved(name).items()}
-        starts = {layer.file_key(path, suffix): getattr(layer, key) for key, suffix in layer.initial_keys.items()}
+        starts = {layer.file_key(path, suffix): getattr(layer, key) for key, suffix in layer.starts(name).items()}
         given = bool(starts) and all(key in tensors for key in starts)
         known = given and all(name in held for held in starts.values())
         moved = known and any(not torch.equal(tensors[key].to(held[name]), held[name]) for key, held in starts.items())
@@ -175,20 +175,14 @@ def _some(items) -> str:
 def sample(layer: AdapterLinear) -> str | None:
     """Evenly spaced values of the original base weight; None for a weight that is not dense, or sharded, which only all
     processes together could read."""
-    if hasattr(layer.base_layer.weight, "full_tensor"):
+    if any(hasattr(weight, "full_tensor") for weight in layer.weights):
         return None
     try:
         layer.dense_matrix("the fingerprint")
     except ValueError:
         return None
-    with torch.no_grad():
-        weight = layer.original_weight() if layer.changed else layer.matrix
-        return base64.b64encode(struct.pack(f"<{SAMPLES}f", *_values(weight))).decode()
-
-
-def _values(weight: torch.Tensor) -> list[float]:
-    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long().to(weight.device)
-    return weight[index // weight.shape[1], index % weight.shape[1]].float().tolist()
+    values = layer.sampled(SAMPLES)
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
 def check_sample(directory: Path, path: str, layer: AdapterLinear, saved: str) -> None:
@@ -197,7 +191,8 @@ def check_sample(directory: Path, path: str, layer: AdapterLinear, saved: str) -
     if now is None:
         return
     try:
-        was, is_ = (torch.tensor(struct.unpack(f"<{SAMPLES}f", base64.b64decode(s))) for s in (saved, now))
+        was, is_ = (base64.b64decode(text) for text in (saved, now))
+        was, is_ = (torch.tensor(struct.unpack(f"<{len(is_) // 4}f", values)) for values in (was, is_))
     except (TypeError, ValueError, struct.error) as error:
         raise ValueError(f"{directory}: got a damaged note on {path!r} ({error}), wanted values") from None
     slack = 2**-8 * was.square().mean().sqrt().item()
