@@ -91,7 +91,7 @@ def adapted(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, nn.Modul
 
 
 def factors(layer: nn.Module) -> list[nn.Parameter]:
-    return [p for _, p in sorted(layer.named_parameters()) if p.requires_grad]
+    return [p for p in layer.parameters() if p.requires_grad]
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:

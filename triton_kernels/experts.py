@@ -1,4 +1,4 @@
-"""The base product of a stack of experts where torch's grouped_mm does not compute it without waiting (METHODS 1.9).
+"""The base product of a stack of experts where torch's grouped_mm does not compute it without waiting (METHODS 1.10).
 
 ``experts_matmul``: x and y once, and each expert's weight once for every BT of its rows. Programs are as many as fit
 the processors. Each takes tiles in turn; which expert a tile belongs to it finds by walking the offsets, of which it

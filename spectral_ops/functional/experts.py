@@ -1,4 +1,4 @@
-"""Low-rank linear over a stack of experts, and the whole layer of a mixture of experts (METHODS 1.9).
+"""Low-rank linear over a stack of experts, and the whole layer of a mixture of experts (METHODS 1.10).
 
     rows sorted by expert, e the expert of row s
     h_s = γ drop(x_s) A_eᵀ      y_s = x_s W_eᵀ + h_s B_eᵀ + b_e
@@ -36,7 +36,7 @@ from spectral_ops.core.autograd import (
 from spectral_ops.functional import dropout, segments
 from spectral_ops.functional.lowrank import fused
 
-__all__ = ["experts_lowrank", "experts_mlp", "swiglu"]
+__all__ = ["experts_lowrank", "experts_mlp"]
 
 
 # until the grouped operators take places
@@ -369,7 +369,7 @@ def experts_lowrank(
         dropout_p, training: inverted dropout on the adapter branch, active only while training.
 
     Returns y [S, d] in x's dtype. Saves x and h [S, r] for backward; makes nothing of the size of the stack.
-    Raises TypeError/ValueError that name the argument. METHODS 1.9.
+    Raises TypeError/ValueError that name the argument. METHODS 1.10.
     """
     x, weight, bias = autocast_arguments(x, weight, bias)
     checks.tensor("x", x, "[rows, in_features]", 2)
@@ -399,7 +399,7 @@ def experts_mlp(
     down_lora=None,
     up_bias=None,
     down_bias=None,
-    activation=swiglu,
+    activation=None,
     post_norm=None,
     transposed=False,
     dropout_p=0.0,
@@ -417,14 +417,14 @@ def experts_mlp(
             ``transposed``: [E, k, u] and [E, f, d].
         up_lora, down_lora: (A [E, r, in_features], B [E, out_features, r], scale), or None: that projection is frozen.
         up_bias: [E, u]; down_bias: [E, d]; or None, in the weights' dtype; may be trainable.
-        activation: from [S, u] to [S, f], row by row: :func:`swiglu` or the module's own.
+        activation: from [S, u] to [S, f], row by row; None: silu(gate) * up, gate in the first half.
         post_norm: from [S, d] to [S, d], row by row, or None.
         dropout_p, training: inverted dropout on the adapter branches, active only while training. A token's mask is the
             same for all its experts.
 
     Returns out [T, d] in x's dtype, summed over a token's experts in at least float32. Tokens are sorted by expert on
     their device, which is not waited for. Saves what the frozen layer saves, x, the activation's output and each h
-    [S, r]; makes nothing of the size of a stack. Raises TypeError/ValueError that name the argument. METHODS 1.9.
+    [S, r]; makes nothing of the size of a stack. Raises TypeError/ValueError that name the argument. METHODS 1.10.
     """
     checks.tensor("x", x, "[tokens, in_features]", 2)
     _check_stack("up", up, None, x)
@@ -445,7 +445,7 @@ def experts_mlp(
     p, dtype = dropout_p if training else 0.0, x.dtype
     x = x.to(up.dtype)
     order, places, offsets = sort_by_expert(top_k_index, E)
-    hidden = activation(linear(x, up, up_bias, up_lora, order, places, offsets, p, False))
+    hidden = (activation or swiglu)(linear(x, up, up_bias, up_lora, order, places, offsets, p, False))
     checks.size("activation", hidden, 1, down.shape[2], "in_features of down")
     y = linear(hidden.to(down.dtype), down, down_bias, down_lora, None, None, offsets, p, post_norm is not None)
     y = y if post_norm is None else post_norm(y)

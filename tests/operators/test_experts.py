@@ -1,4 +1,4 @@
-"""The experts row (METHODS 1.9): experts_lowrank, experts_mlp and their operators."""
+"""The experts row (METHODS 1.10): experts_lowrank, experts_mlp and their operators."""
 
 import pytest
 import torch
