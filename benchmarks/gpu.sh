@@ -2,14 +2,15 @@
 # `make gpu`: everything that needs the chip, with this machine's own Python and no network, in two halves of under ten minutes:
 #   SECTIONS=truth     build info check verdict memcheck racecheck test: is it right? `verdict` is every operator in bfloat16 and
 #                      float32 beside float64, `test` the rest, as far as the time goes
-#   SECTIONS=figures   build kernels host bench training report: how fast is it?
+#   SECTIONS=figures   build kernels host bench experts training report: how fast is it?
 # SECTIONS also takes the names of sections, `tune` among them; without it both halves run. Each section runs whether or not the
 # one before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. LIMIT seconds
 # bound the run (540, without SECTIONS or a chip 1200): a section gets what is left of them, and is cut off there. A failed test is
 # written to build/gpu/failures.txt as it happens, each test's outcome to build/gpu/tests.txt.
 # `build` compiles nothing where compiled extensions came along, load, have this package's schemas and run on this chip.
 # `report` turns what `bench` wrote at this commit today into pictures and the tables in README and docs. Whatever the run
-# writes is copied to the folder $OUT too, where that is set: at most 8 files.
+# writes is copied to the folder $OUT too, where that is set: at most 8 files,
+# pictures and what was tuned in extras.tar.
 # `make gpu-dry` (DRY=1) runs the same script without a chip: one CUDA file is compiled, the GPU tests are collected, one
 # Triton operator is interpreted and compiled ahead of time, and what takes a device takes the CPU, at small sizes, its
 # results thrown away. No sanitizer runs.
@@ -17,7 +18,7 @@ set -uo pipefail
 OUT=${OUT:+$(realpath "$OUT")}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} dry=${DRY:-}
-truth="build info check verdict memcheck racecheck test" figures="kernels host bench training report"
+truth="build info check verdict memcheck racecheck test" figures="kernels host bench experts training report"
 LIMIT=${LIMIT:-$([ -n "${SECTIONS:-}" ] && [ -z "$dry" ] && echo 540 || echo 1200)}
 sections=${SECTIONS:-truth figures${dry:+ tune}}
 sections=${sections/truth/$truth} sections=" ${sections/figures/build $figures} "
@@ -28,7 +29,7 @@ export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 failed=0 summary=() cores=$(env -u OMP_NUM_THREADS nproc) # which would answer that variable
 made=$([ -n "$dry" ] && mktemp -d || echo build/gpu) # logs, and the tests' outcomes
 stem=$made/results                                   # of the results files
-mkdir -p "$made" && rm -f "$made"/{gpu.log,last} || exit 1
+mkdir -p "$made" && rm -f "$made"/{gpu.log,last,tuned} || exit 1
 [[ $sections != *" verdict "* && $sections != *" test "* ]] || rm -f "$made"/{tests,failures}.txt # the other half's stay
 trap 'share; [ -z "$dry" ] || rm -rf "$made"' EXIT
 trap 'exit 143' TERM INT
@@ -42,11 +43,13 @@ able() { # section, packages that it needs
 
 share() { # what was written so far, to $OUT
   [[ -n ${OUT:-} ]] || return 0
-  local file
-  for file in "$made"/{gpu.log,tests.txt,failures.txt,tuned.tar} "$stem"{,-training,-kernels}.json; do
+  local file extras=()
+  for file in "$made"/{gpu.log,tests.txt,failures.txt} "$stem"{,-training,-kernels,-experts}.json; do
     [ ! -s "$file" ] || cp "$file" "$OUT"
   done
-  [ ! -d "$made/pictures" ] || tar -cf "$OUT/pictures.tar" -C "$made" pictures
+  [ ! -e "$made/tuned" ] || extras+=(spectral_ops/tuned spectral_ops/functional/rates.json)
+  [ ! -d "$made/pictures" ] || extras+=(-C "$made" pictures)
+  [ ${#extras[@]} = 0 ] || tar -cf "$OUT/extras.tar" "${extras[@]}"
 }
 
 counted() { # passed, failed and skipped of the tests that the last pytest collected, as far as it came
@@ -131,6 +134,8 @@ if [ -n "$dry" ]; then
     --json "$stem-kernels.json"
   able host peft && step host 240 "$python" -m benchmarks.bench_host --device cpu --turns 1 --calls 2 lora
   step bench 240 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$stem.json"
+  able experts "peft, transformers" &&
+    step experts 240 "$python" -m benchmarks.bench_experts --shape 4 32 16 2 16 4 --repeats 2 --json "$stem-experts.json"
   able training "peft, transformers" &&
     step training 240 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
       --dtype float32 --checkpointing --repeats 2 --json "$stem-training.json"
@@ -164,13 +169,15 @@ print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
   # what there is no time for is named and left out, here and in training: the targets' length first, growth last
   step bench 190 "$python" -m spectral_ops bench --device cuda --dtype bfloat16 --shapes llama3-8b --tokens 8192 2048 512 \
     --methods dora bat rosa lora bone --ops all --overhead --growth --seconds 165 --json "$stem.json" "${peers[@]}"
+  able experts "peft, transformers" &&
+    step experts 30 "$python" -m benchmarks.bench_experts --device cuda --json "$stem-experts.json"
   able training "peft, transformers" &&
     step training 110 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 \
       --device cuda --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
   step report 60 report "$python" "$stem.json" "$results" README.md docs/PERFORMANCE.md
   step tune 150 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 512 8192 \
     --shape 4096 4096 --rank 16 --repeats 9 --seconds 120 --write
-  [[ $sections != *" tune "* ]] || tar -cf "$made/tuned.tar" spectral_ops/tuned spectral_ops/functional/rates.json
+  [[ $sections != *" tune "* ]] || touch "$made/tuned"
 fi
 
 {

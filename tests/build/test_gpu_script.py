@@ -17,7 +17,7 @@ from spectral_ops.cli import bench
 
 ROOT = Path(__file__).resolve().parents[2]
 TRUTH = ["build", "info", "check", "verdict", "memcheck", "racecheck", "test"]
-FIGURES = ["kernels", "host", "bench", "training", "report"]
+FIGURES = ["kernels", "host", "bench", "experts", "training", "report"]
 MOST_FILES = 8  # as the script promises
 
 
@@ -52,8 +52,8 @@ def test_every_section_runs_dry(tmp_path):
     ended = table(done)
     assert list(ended) == chosen and all(words[0] == "ok" for words in ended.values())
     assert ended["verdict"][1].startswith("0 passed, 0 failed, 0 skipped of ")
-    files = {"gpu.log", "tests.txt", "results.json", "results-training.json", "results-kernels.json"}
-    assert returned(tmp_path) == files | ({"pictures.tar"} if importlib.util.find_spec("matplotlib") else set())
+    files = {"gpu.log", "tests.txt", *(f"results{what}.json" for what in ("", "-training", "-kernels", "-experts"))}
+    assert returned(tmp_path) == files | ({"extras.tar"} if importlib.util.find_spec("matplotlib") else set())
     log = (tmp_path / "gpu.log").read_text()
     assert all(f"== {name}: " in log for name in chosen) and "== bench: " in log
 
@@ -189,7 +189,8 @@ def test_what_a_whole_run_returns(chip):
     assert done.returncode == 0, done.stdout
     names = returned(chip.out)
     stem = next(name for name in names if name.endswith("-kernels.json")).removesuffix("-kernels.json")
-    assert names == {"gpu.log", "pictures.tar", f"{stem}.json", f"{stem}-kernels.json", f"{stem}-training.json"}
+    jsons = {f"{stem}{what}.json" for what in ("", "-kernels", "-experts", "-training")}
+    assert names == {"gpu.log", "extras.tar", *jsons}
     kept = {path.name for path in (chip.folder / "benchmarks" / "results" / "A-Chip").iterdir()}
     assert {f"{stem}.json", "1.png", "9.png"} < kept
     asked = next(call for call in chip.calls if "bench --device cuda" in call)
