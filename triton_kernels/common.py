@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[int, Callable[[int], int]]] = {
     "deep": (-1, lambda n: n + 1),
 }
 DESCRIPTORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # older ones were not looked into
+TURN = (64, 64, 4)  # rows, columns, warps
 INTERPRETED_PROCESSORS = 4  # what the interpreter pretends to have, so that small tests split their work too
 
 
@@ -290,3 +291,20 @@ def sum_partials(jobs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     if end:
         args += [None, None, 0, 0, end] * (4 - len(jobs))
         sum_partials_kernel[(end,)](*args, BLOCK=256, SPLITS=16, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["T"])
+def turn_kernel(x, turned, T, k, length, x_t, x_i, BT: tl.constexpr, BK: tl.constexpr):
+    """turned [k, length] = xᵀ, with zeros for the rows from T on: nothing that reads it asks where they end."""
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    i = tl.program_id(1).to(tl.int64) * BK + tl.arange(0, BK)
+    a = tl.load(x + t[:, None] * x_t + i[None, :] * x_i, mask=(t < T)[:, None] & (i < k)[None, :], other=0.0)
+    tl.store(turned + i[:, None] * length + t[None, :], tl.trans(a), mask=(i < k)[:, None] & (t < length)[None, :])
+
+
+def turned(x: torch.Tensor, length: int) -> torch.Tensor:
+    """xᵀ [k, length], zeros from x's last row on."""
+    (T, k), (BT, BK, warps) = x.shape, TURN
+    out = x.new_empty(k, length)
+    turn_kernel[(cdiv(length, BT), cdiv(k, BK))](x, out, T, k, length, *x.stride(), BT=BT, BK=BK, num_warps=warps)
+    return out

@@ -23,6 +23,7 @@ from spectral_ops.triton_kernels.common import (
     reference,
     split,
     sum_partials,
+    turned,
 )
 
 ENTRIES = 256  # per program of csr_scatter_ and csr_gather_
@@ -30,7 +31,6 @@ SPMM = (32, 64, 4)  # greatest number of tokens, entries per step, warps: of few
 SDDMM = (16, 128, 4)  # tokens per step, entries, warps: of few tokens
 FEW = 64  # tokens below which x is read as it is
 TURNED = 1 << 24  # bytes turned at a time, about: tokens of all columns
-TURN = (64, 64, 4)  # tokens, columns, warps
 TURNED_SPMM = (16, 128, 4)  # rows, tokens, warps
 TURNED_SDDMM = (16, 128, 4)  # entries, tokens per step, warps
 
@@ -123,15 +123,6 @@ def sddmm_kernel(
     tl.store(out + part.to(tl.int64) * nnz + p, total, mask=p < nnz)
 
 
-@triton.jit(do_not_specialize=["T"])
-def turn_kernel(x, turned, T, k, length, x_t, x_i, BT: tl.constexpr, BK: tl.constexpr):
-    """turned [k, length] = xᵀ, with zeros for the tokens from T on: nothing that reads it asks where they end."""
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    i = tl.program_id(1).to(tl.int64) * BK + tl.arange(0, BK)
-    a = tl.load(x + t[:, None] * x_t + i[None, :] * x_i, mask=(t < T)[:, None] & (i < k)[None, :], other=0.0)
-    tl.store(turned + i[:, None] * length + t[None, :], tl.trans(a), mask=(i < k)[:, None] & (t < length)[None, :])
-
-
 @triton.jit(do_not_specialize=["T", "n"])
 def turned_spmm_kernel(
     out, turned, values, row_offsets, columns, permutation, T, n, length, out_t, out_o,
@@ -182,14 +173,6 @@ def turned_sddmm_kernel(
     tl.store(out + p, value, mask=p < nnz)
 
 
-def _turned(x: torch.Tensor, length: int) -> torch.Tensor:
-    """xᵀ [k, length], zeros from x's last token on."""
-    (T, k), (BT, BK, warps) = x.shape, TURN
-    turned = x.new_empty(k, length)
-    turn_kernel[(cdiv(length, BT), cdiv(k, BK))](x, turned, T, k, length, *x.stride(), BT=BT, BK=BK, num_warps=warps)
-    return turned
-
-
 def csr_scatter_(out, values, row_offsets, columns, accumulate: bool) -> None:
     if torch.float64 in (out.dtype, values.dtype):
         return reference("csr_scatter_")(out, values, row_offsets, columns, accumulate)
@@ -234,7 +217,7 @@ def csr_spmm_(out, x, values, row_offsets, columns, permutation) -> None:
                 tokens = part.shape[0]
                 length = cdiv(tokens, BT) * BT
                 turned_spmm_kernel[(cdiv(n, BO), length // BT)](
-                    place, _turned(part, length), values, row_offsets, columns, permutation, tokens, n, length,
+                    place, turned(part, length), values, row_offsets, columns, permutation, tokens, n, length,
                     *place.stride(), BO=BO, BT=BT, num_warps=warps,
                 )  # fmt: skip
     elif T and n and columns.numel():
@@ -263,7 +246,7 @@ def csr_sddmm(dy, x, row_offsets, columns):
                 part = x[start : start + chunk]
                 length = cdiv(part.shape[0], BT) * BT
                 turned_sddmm_kernel[(cdiv(nnz, BE),)](
-                    out, _turned(dy[start : start + chunk], length), _turned(part, length), row_offsets, columns,
+                    out, turned(dy[start : start + chunk], length), turned(part, length), row_offsets, columns,
                     nnz, n, length, ADD=start > 0, STEPS=n.bit_length(), BE=BE, BT=BT, num_warps=warps,
                 )  # fmt: skip
         return out

@@ -388,7 +388,7 @@ WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
     "csr.gather_kernel": lambda p: _sectors(p, p.dense, 1),
     "csr.spmm_kernel": _spmm,
     "csr.sddmm_kernel": _sddmm,
-    "csr.turn_kernel": lambda p: p.work(nbytes(p.x), p.BT * p.BK * 2, nbytes(p.turned)),
+    "common.turn_kernel": lambda p: p.work(nbytes(p.x), p.BT * p.BK * 2, nbytes(p.turned)),
     "csr.turned_spmm_kernel": _turned_spmm,
     "csr.turned_sddmm_kernel": _turned_sddmm,
     "policy.logprob_kernel": lambda p: p.work(nbytes(p.logits), p.BLOCK * 2, moved=nbytes(p.logits), prefix="LDG"),

@@ -104,6 +104,7 @@ struct Pass {
 struct Lift {
   void* out = nullptr;  // [rows, columns], unit inner stride
   int64_t out_stride = 0;
+  const int64_t* places = nullptr;  // row t of out is row places[t]
   DType dtype = DType::float32;
   Matrix h, m;      // [rows, r], [columns, r]
   Matrix g, shift;  // [1, columns]

@@ -102,7 +102,7 @@ template <class A> struct Task {
 
   // The tile after the one at (t, j).
   template <class T> Ahead after(const Pass& a, int64_t t, int64_t j) const {
-    if (a.x.column != 1) return {};
+    if (a.x.column != 1 || a.x.places) return {};
     j += kTile;
     if (j >= j_end) t += kTile, j = j_begin;
     if (t >= t_end) return {};
@@ -159,8 +159,8 @@ inline __m512i pairs_at(const Pair* p) { return _mm512_loadu_si512(p); }
 
 // The tile of a at (t, j) as it is, [kTile, kTile / 2] pairs along rows, zero beyond the last row and column.
 inline void load_pairs(Pair* tile, const Matrix& a, int64_t t, int64_t rows, int64_t j, int64_t columns) {
-  const bfloat16* x = static_cast<const bfloat16*>(a.data) + t * a.row + j;
-  for (int64_t i = 0; i < rows; ++i, x += a.row, tile += kHalf) {
+  for (int64_t i = 0; i < rows; ++i, tile += kHalf) {
+    const bfloat16* const x = static_cast<const bfloat16*>(a.data) + a.row_start(t + i) + j;
     if (columns == kTile) {  // a constant size, hence no call
       std::memcpy(tile, x, kTile * sizeof(bfloat16));
       continue;

@@ -67,18 +67,19 @@ inline void lift_rows(const Lift& a, int64_t t, int64_t panel, const Dropout& dr
   const int64_t r = factors<X>(a.r), h_stride = factors<X>(a.h_stride);
   const X* h = static_cast<const X*>(a.packed_h) + t * h_stride;
   const X* m = static_cast<const X*>(a.panels) + panel * r * kTile;
-  T* out = static_cast<T*>(a.out) + t * a.out_stride + j;
-  if (columns == kTile) {
+  T* const out = static_cast<T*>(a.out) + t * a.out_stride + j;
+  if (columns == kTile && !a.places) {
     const T* ahead = t + 2 * N <= a.rows ? out + N * a.out_stride : nullptr;
     for (int64_t c = 0; c < kTile; c += V * L)
       lift_block<T, N, V>(out, a.out_stride, h, h_stride, m, r, c, epilogue, keep, ahead);
     return;
   }
-  T edge[N * kTile] = {};
-  for (int i = 0; i < N; ++i) std::memcpy(edge + i * kTile, out + i * a.out_stride, columns * sizeof(T));
+  T edge[N * kTile] = {}, *rows[N];
+  for (int i = 0; i < N; ++i) rows[i] = a.places ? static_cast<T*>(a.out) + a.places[t + i] * a.out_stride + j : out + i * a.out_stride;
+  for (int i = 0; i < N; ++i) std::memcpy(edge + i * kTile, rows[i], columns * sizeof(T));
   for (int64_t c = 0; c < kTile; c += V * L)
     lift_block<T, N, V>(edge, kTile, h, h_stride, m, r, c, epilogue, keep, nullptr);
-  for (int i = 0; i < N; ++i) std::memcpy(out + i * a.out_stride, edge + i * kTile, columns * sizeof(T));
+  for (int i = 0; i < N; ++i) std::memcpy(rows[i], edge + i * kTile, columns * sizeof(T));
 }
 
 // Task: kTile rows by one chunk of columns.

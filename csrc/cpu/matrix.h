@@ -18,14 +18,17 @@ inline DType accumulator(DType dtype) { return dtype == DType::float64 ? DType::
 // Lanes that a row of a packed skinny factor takes.
 inline int64_t padded_rank(int64_t r) { return r == 0 ? 0 : r <= 4 ? 4 : r <= 8 ? 8 : (r + 15) / 16 * 16; }
 
-// Any matrix: element (i, j) is at i * row + j * column. With pick, column j is column pick[j]. Without data there is none.
+// Any matrix: element (i, j) is at i * row + j * column. With pick, column j is column pick[j]; with places, which load_tile and
+// load_pairs alone know, row i is row places[i]. Without data there is none.
 struct Matrix {
   const void* data = nullptr;
   int64_t row = 0, column = 1;
   DType dtype = DType::float32;
   const int64_t* pick = nullptr;
+  const int64_t* places = nullptr;
 
   Matrix transposed() const { return {data, column, row, dtype, nullptr}; }
+  int64_t row_start(int64_t i) const { return (places ? places[i] : i) * row; }
 };
 
 // A matrix that is there; an empty one may come with a null pointer.

@@ -165,8 +165,9 @@ template <class T>
 inline void load_tile(acc_t<T>* tile, const Matrix& a, int64_t t, int64_t rows, int64_t j, int64_t columns) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>;
-  const T* x = static_cast<const T*>(a.data) + t * a.row + j * a.column;
-  for (int64_t i = 0; i < rows; ++i, x += a.row, tile += kTile) {
+  const T* const first = static_cast<const T*>(a.data) + j * a.column;
+  for (int64_t i = 0; i < rows; ++i, tile += kTile) {
+    const T* const x = first + a.row_start(t + i);
     int64_t c = 0;
     if (a.column == 1) {
       for (; c + 4 * L <= columns; c += 4 * L)

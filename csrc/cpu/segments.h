@@ -1,136 +1,127 @@
-// The plans of rows with adapters of their own: a pass or a lift of lowrank.h for each adapter's rows.
+// The plans of rows with adapters of their own: a pass or a lift of lowrank.h for each part of an adapter's rows. A part has one
+// thread and packs its own factors, so that many adapters of few rows keep all threads busy. Rows that lie apart are read
+// and written where they are.
 #pragma once
 
 #include "../ops/segments.h"
 #include "lowrank.h"
 #ifdef SPECTRAL_OPS_HOST
 #include <cstring>
-#include <optional>
+#include <vector>
 
 #include "run.h"
 #endif
 
 namespace spectral_ops::cpu {
 
-// Row out_rows[t] of out becomes row x_rows[t] of x for every t < rows; null stands for t itself.
-struct RowCopy {
-  const void* x;
-  void* out;
-  const int64_t *x_rows, *out_rows;
-  int64_t rows, bytes;
-  int64_t x_stride, out_stride;  // bytes between rows
-};
-
-SPECTRAL_OPS_CPU_KERNEL(row_copy, RowCopy)
-
 #ifdef SPECTRAL_OPS_HOST
 
-inline void copy_rows(const RowCopy& a) { in_parallel(a, a.rows, grain_rows(a.bytes / 4, false)); }
+constexpr int64_t kPartRows = 256;     // of a project and a lift: packing a factor takes little beside as many rows
+constexpr int64_t kPartColumns = 256;  // of an outer, whose parts have all rows of an adapter, and need no sums of parts
 
-// The rows of one adapter, by number, and whether they lie together.
-struct OwnRows {
-  const int64_t* numbers;
-  int64_t count;
-  bool together;
-};
-
-// f(s, its rows) for every adapter.
-template <class Arguments, class F> void each_adapter(const Arguments& a, const F& f) {
-  for (int64_t s = 0; s < a.n; ++s) {
-    const int64_t first = a.offsets[s], end = a.offsets[s + 1];
-    STD_TORCH_CHECK(0 <= first && first <= end && end <= a.rows, "offsets: got ", first, " before ", end,
-                    ", wanted numbers that ascend from 0 to ", a.rows);
-    OwnRows own{a.order + first, end - first, true};
-    for (int64_t i = 0; i < own.count; ++i) {
-      STD_TORCH_CHECK(0 <= own.numbers[i] && own.numbers[i] < a.rows, "order: got ", own.numbers[i], " of ", a.rows, " rows");
-      own.together = own.together && own.numbers[i] == own.numbers[0] + i;
-    }
-    f(s, own);
-  }
+template <class Arguments> int64_t offset_at(const Arguments& a, int64_t s) {
+  return a.wide ? static_cast<const int64_t*>(a.offsets)[s] : static_cast<const int32_t*>(a.offsets)[s];
 }
 
-// An adapter's rows of a matrix: where they are if they lie together, else apart, moved there and back by read and write.
-class OwnPart {
- public:
-  OwnPart(const void* base, int64_t row_stride, int64_t columns, DType dtype, const OwnRows& own, const Tensor& like)
-      : base_(static_cast<char*>(const_cast<void*>(base))), data_(base_), stride_(row_stride), size_(element_size(dtype)),
-        base_stride_(size_ * row_stride), bytes_(size_ * columns), dtype_(dtype), own_(own) {
-    if (own.together) {
-      if (base_ && own.count) data_ += own.numbers[0] * base_stride_;
-      return;
-    }
-    memory_.emplace(like, own.count * bytes_);
-    data_ = memory_->data(), stride_ = columns;
+// Offsets ascend and are places; the rows at theirs are there.
+template <class Arguments> void check_groups(const Arguments& a, int64_t rows) {
+  int64_t last = 0;
+  for (int64_t s = 0; s <= a.n; ++s) {
+    const int64_t next = offset_at(a, s);
+    STD_TORCH_CHECK(last <= next && next <= a.rows, "offsets: got ", next, " after ", last,
+                    ", wanted numbers that ascend from 0 to ", a.rows);
+    last = next;
   }
+  if (!a.order) return;
+  for (int64_t i = offset_at(a, 0); i < last; ++i)
+    STD_TORCH_CHECK(0 <= a.order[i] && a.order[i] < rows, "order: got ", a.order[i], ", wanted numbers of ", rows, " rows");
+}
 
-  const OwnPart& read() const {
-    if (memory_) copy_rows({base_, data_, own_.numbers, nullptr, own_.count, bytes_, base_stride_, bytes_});
-    return *this;
-  }
-  void write() const {
-    if (memory_) copy_rows({data_, base_, nullptr, own_.numbers, own_.count, bytes_, bytes_, base_stride_});
-  }
-  void* data() const { return data_; }
-  int64_t stride() const { return stride_; }
-  Matrix rows() const { return matrix(data_, stride_, 1, dtype_); }
-
- private:
-  char *base_, *data_;
-  int64_t stride_, size_, base_stride_, bytes_;
-  DType dtype_;
-  const OwnRows& own_;
-  std::optional<Workspace> memory_;
+// Places [first, first + count) of an adapter; `begin`, of what has columns split.
+struct Part {
+  int64_t adapter, first, count, begin;
 };
 
-// The first element of matrix s of a stack.
-inline const void* matrix_at(const void* stack, int64_t s, int64_t stride, int64_t size) {
-  return stack ? static_cast<const char*>(stack) + s * stride * size : nullptr;
+template <class F> void each_part(const std::vector<Part>& parts, int64_t work, const F& f) {
+  const int64_t count = static_cast<int64_t>(parts.size());
+  torch::stable::parallel_for(0, count, grain_of(count, work), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(parts[static_cast<size_t>(i)]);
+  });
+}
+
+template <class Arguments> std::vector<Part> parts_of_rows(const Arguments& a) {
+  std::vector<Part> parts;
+  for (int64_t s = 0; s < a.n; ++s)
+    for (int64_t i = offset_at(a, s), end = offset_at(a, s + 1); i < end; i += kPartRows)
+      parts.push_back({s, i, smaller(kPartRows, end - i), 0});
+  return parts;
+}
+
+inline const void* element_at(const void* data, int64_t i, int64_t size) {
+  return data ? static_cast<const char*>(data) + i * size : nullptr;
+}
+
+// The rows at a part's places, of a matrix whose element size is `size`.
+inline Matrix rows_at(const void* data, int64_t stride, DType dtype, const int64_t* order, const Part& part) {
+  if (!order) return matrix(element_at(data, part.first * stride, element_size(dtype)), stride, 1, dtype);
+  Matrix rows = matrix(data, stride, 1, dtype);
+  rows.places = order + part.first;
+  return rows;
 }
 
 inline void run(const SegmentProject& a, const Tensor& like) {
-  const int64_t size = element_size(a.dtype);
-  const bool strangers = a.rows && (a.offsets[0] > 0 || a.offsets[a.n] < a.rows);
-  if (strangers && a.r) std::memset(a.h, 0, static_cast<size_t>(size * a.rows * a.r));
-  each_adapter(a, [&](int64_t s, const OwnRows& own) {
-    if (own.count == 0) return;
-    const OwnPart x(a.x, a.x_stride, a.columns, a.dtype, own, like), h(a.h, a.r, a.r, a.dtype, own, like);
+  check_groups(a, a.x_rows);
+  const int64_t size = element_size(a.dtype), first = offset_at(a, 0), last = offset_at(a, a.n);
+  const auto clear = [&](int64_t from, int64_t to) {
+    if (from < to && a.r) std::memset(static_cast<char*>(a.h) + from * a.r * size, 0, static_cast<size_t>((to - from) * a.r * size));
+  };
+  clear(0, first);
+  clear(last, a.rows);
+  each_part(parts_of_rows(a), (last - first) * a.columns * (a.r + 4), [&](const Part& part) {
     Pass pass;
-    pass.x = x.read().rows();
-    pass.m = matrix(matrix_at(a.A, s, a.A_strides[0], size), a.A_strides[2], a.A_strides[1], a.dtype);
-    pass.rows = own.count, pass.columns = a.columns, pass.r = a.r;
-    pass.row_product = h.data(), pass.row_product_stride = a.r, pass.row_product_dtype = a.dtype;
+    pass.x = rows_at(a.x, a.x_stride, a.dtype, a.order, part);
+    pass.m = matrix(element_at(a.A, part.adapter * a.A_strides[0], size), a.A_strides[2], a.A_strides[1], a.dtype);
+    pass.rows = part.count, pass.columns = a.columns, pass.r = a.r;
+    pass.row_product = const_cast<void*>(element_at(a.h, part.first * a.r, size));
+    pass.row_product_stride = a.r, pass.row_product_dtype = a.dtype;
     run_products(pass, like);
-    h.write();
   });
 }
 
 inline void run(const SegmentLift& a, const Tensor& like) {
-  each_adapter(a, [&](int64_t s, const OwnRows& own) {
-    if (own.count == 0) return;
-    const OwnPart out(a.out, a.out_stride, a.columns, a.dtype, own, like), h(a.h, a.h_stride, a.r, a.dtype, own, like);
+  check_groups(a, a.out_rows);
+  const int64_t size = element_size(a.dtype), count = offset_at(a, a.n) - offset_at(a, 0);
+  each_part(parts_of_rows(a), count * a.columns * (a.r + 4), [&](const Part& part) {
     Lift lift;
-    lift.out = out.read().data(), lift.out_stride = out.stride(), lift.dtype = a.dtype;
-    lift.h = h.read().rows();
-    lift.m = matrix(matrix_at(a.B, s, a.B_strides[0], element_size(a.dtype)), a.B_strides[1], a.B_strides[2], a.dtype);
-    lift.rows = own.count, lift.columns = a.columns, lift.r = a.r;
+    lift.out = a.order ? a.out : const_cast<void*>(element_at(a.out, part.first * a.out_stride, size));
+    lift.places = a.order ? a.order + part.first : nullptr;
+    lift.out_stride = a.out_stride, lift.dtype = a.dtype;
+    lift.h = rows_at(a.h, a.h_stride, a.dtype, nullptr, part);
+    lift.m = matrix(element_at(a.B, part.adapter * a.B_strides[0], size), a.B_strides[1], a.B_strides[2], a.dtype);
+    lift.rows = part.count, lift.columns = a.columns, lift.r = a.r;
     run_lift(lift, like);
-    out.write();
   });
 }
 
 inline void run(const SegmentOuter& a, const Tensor& like) {
-  const int64_t count = a.r * a.columns, size = accumulator_size(a.dtype);
-  each_adapter(a, [&](int64_t s, const OwnRows& own) {
-    void* const out = const_cast<void*>(matrix_at(a.out, s, count, size));
-    if (own.count == 0) {
-      if (count) std::memset(out, 0, static_cast<size_t>(count * size));
+  check_groups(a, a.x_rows);
+  const int64_t size = element_size(a.dtype), wide = accumulator_size(a.dtype);
+  std::vector<Part> parts;
+  for (int64_t s = 0; s < a.n; ++s)
+    for (int64_t j = 0; j < a.columns; j += kPartColumns)
+      parts.push_back({s, offset_at(a, s), offset_at(a, s + 1) - offset_at(a, s), j});
+  const int64_t count = offset_at(a, a.n) - offset_at(a, 0);
+  each_part(parts, (count + a.n) * a.columns * (a.r + 4), [&](const Part& part) {
+    const int64_t columns = smaller(kPartColumns, a.columns - part.begin);
+    char* const out = static_cast<char*>(a.out) + (part.adapter * a.r * a.columns + part.begin) * wide;
+    if (part.count == 0) {
+      for (int64_t p = 0; p < a.r; ++p) std::memset(out + p * a.columns * wide, 0, static_cast<size_t>(columns * wide));
       return;
     }
-    const OwnPart x(a.x, a.x_stride, a.columns, a.dtype, own, like), u(a.u, a.u_stride, a.r, a.dtype, own, like);
     Pass pass;
-    pass.x = x.read().rows();
-    pass.h = u.read().rows();
-    pass.rows = own.count, pass.columns = a.columns, pass.r = a.r;
+    pass.x = rows_at(element_at(a.x, part.begin, size), a.x_stride, a.dtype, a.order, part);
+    pass.h = rows_at(a.u, a.u_stride, a.dtype, nullptr, part);
+    pass.rows = part.count, pass.columns = columns, pass.r = a.r;
     pass.column_product = out, pass.column_product_row = 1, pass.column_product_column = a.columns;
     run_products(pass, like);
   });

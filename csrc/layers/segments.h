@@ -186,8 +186,8 @@ std::tuple<Tensor, Tensor> stacked_hidden(const Tensor& x, const std::vector<Ten
   return {h, keep ? owners.own_of(h) : nothing(x)};
 }
 
-// out [T, d] is increased by the update of x [T, k]. Results: each row's own h [T, r] (empty [0] without `keep`), order and
-// offsets (empty [0] on the stacked route).
+// out [T, d] is increased by the update of x [T, k]. Results: each row's own h [T, r] (grouped: by place; empty [0] without
+// `keep`), order and offsets (empty [0] on the stacked route).
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> add_updates(const Tensor& out, const Tensor& x, const std::vector<Tensor>& A,
                                                const std::vector<Tensor>& B, const Tensor& ids, const MaybeTensor& seed,
@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segmented_linear_forward(
 }
 
 // What the adapters' gradients are made of: u, [T, n r] on the stacked route, where it is zero in the columns of others than
-// a row's own, and [T, r] on the grouped one; the Σ dyᵀ h of all adapters [d, n r], not yet scaled; and db.
+// a row's own, and [T, r] by place on the grouped one; the Σ dyᵀ h of all adapters [d, n r], not yet scaled; and db.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> stacked_pass(const Tensor& dy, const Tensor& b, const Owners& owners, const Tensor& h,
                                                 bool need_u, bool need_B, bool need_bias) {

@@ -1,5 +1,6 @@
 // segment_project, segment_lift_ and segment_outer: their kernels' arguments, free of torch, and their host side for any
-// device. Adapter s has rows order[offsets[s]] to order[offsets[s + 1] - 1]; factors [n, ., .] have any strides.
+// device. Adapter s has places offsets[s] to offsets[s + 1] - 1, and place i has row order[i], or i without an order. Factors
+// [n, ., .] have any strides.
 #pragma once
 
 #include "../kernels.h"
@@ -9,32 +10,39 @@
 
 namespace spectral_ops {
 
-// h [rows, r] = x A_sᵀ, x [rows, columns], A [n, r, columns]; contiguous, zero for a row without adapter.
+// h [rows, r] = x A_sᵀ by place, x [x_rows, columns], A [n, r, columns]; contiguous, zero at a place without adapter.
 struct SegmentProject {
   const void *x, *A;
   void* h;
-  const int64_t *order, *offsets;
-  int64_t rows, columns, r, n;
+  const int64_t* order;  // [rows], or null
+  const void* offsets;   // [n + 1] int64 where `wide`, else int32
+  bool wide;
+  int64_t rows, x_rows, columns, r, n;
   int64_t x_stride, A_strides[3];
   DType dtype;
 };
 
-// out [rows, columns] += h B_sᵀ, h [rows, r], B [n, columns, r].
+// out [out_rows, columns] += h B_sᵀ, h [rows, r] by place, B [n, columns, r].
 struct SegmentLift {
   void* out;
   const void *h, *B;
-  const int64_t *order, *offsets;
-  int64_t rows, columns, r, n;
+  const int64_t* order;
+  const void* offsets;
+  bool wide;
+  int64_t rows, out_rows, columns, r, n;
   int64_t out_stride, h_stride, B_strides[3];
   DType dtype;
 };
 
-// out [n, r, columns] = Σ u_tᵀ x_t over each adapter's rows, contiguous in float32 (float64 for float64).
+// out [n, r, columns] = Σ uᵀ x over each adapter's places, u [rows, r] by place, x [x_rows, columns]; contiguous in float32
+// (float64 for float64).
 struct SegmentOuter {
   const void *u, *x;
   void* out;
-  const int64_t *order, *offsets;
-  int64_t rows, columns, r, n;
+  const int64_t* order;
+  const void* offsets;
+  bool wide;
+  int64_t rows, x_rows, columns, r, n;
   int64_t u_stride, x_stride;
   DType dtype;
 };
@@ -49,21 +57,30 @@ inline void check_factor_stack(const char* name, const Tensor& t, int64_t dim, i
   check_dtype(name, t, dtype_of("the rows", like), "the rows");
 }
 
+// How many places there are, for a matrix of `rows` rows.
+inline int64_t places_of(const std::optional<Tensor>& order, int64_t rows) {
+  if (!order) return rows;
+  STD_TORCH_CHECK(order->dim() == 1, "order: got ", order->dim(), " dimensions, wanted a vector");
+  return order->size(0);
+}
+
 template <class Arguments>
-void set_groups(Arguments& a, const Tensor& order, const Tensor& offsets, int64_t n, const Tensor& like) {
+void set_groups(Arguments& a, const std::optional<Tensor>& order, const Tensor& offsets, int64_t n, const Tensor& like) {
   a.order = index_data<int64_t>("order", order, a.rows, like);
-  a.offsets = index_data<int64_t>("offsets", offsets, n + 1, like);
+  a.wide = offsets.scalar_type() != ScalarType::Int;
+  if (a.wide) a.offsets = index_data<int64_t>("offsets", offsets, n + 1, like);
+  else a.offsets = index_data<int32_t>("offsets", offsets, n + 1, like);
   a.n = n;
 }
 
-template <class Device> Tensor segment_project(Tensor x, Tensor A, Tensor order, Tensor offsets) {
+template <class Device> Tensor segment_project(Tensor x, Tensor A, std::optional<Tensor> order, Tensor offsets) {
   if constexpr (!has_kernel<Device, SegmentProject>) {
     return call("spectral_ops::segment_project", "", x, A, order, offsets);
   } else {
     check_matrix("x", x);
     SegmentProject a{};
     a.dtype = dtype_of("x", x);
-    a.rows = x.size(0), a.columns = x.size(1);
+    a.x_rows = x.size(0), a.columns = x.size(1), a.rows = places_of(order, a.x_rows);
     check_factor_stack("A", A, 2, a.columns, x);
     a.r = A.size(1);
     x = rows_of(x);
@@ -77,7 +94,8 @@ template <class Device> Tensor segment_project(Tensor x, Tensor A, Tensor order,
   }
 }
 
-template <class Device> void segment_lift_(Tensor out, Tensor h, Tensor B, Tensor order, Tensor offsets) {
+template <class Device>
+void segment_lift_(Tensor out, Tensor h, Tensor B, std::optional<Tensor> order, Tensor offsets) {
   if constexpr (!has_kernel<Device, SegmentLift>) {
     call_void("spectral_ops::segment_lift_", out, h, B, order, offsets);
   } else {
@@ -86,7 +104,7 @@ template <class Device> void segment_lift_(Tensor out, Tensor h, Tensor B, Tenso
     check_written_once("out", out);
     SegmentLift a{};
     a.dtype = dtype_of("out", out);
-    a.rows = out.size(0), a.columns = out.size(1), a.r = h.size(1);
+    a.out_rows = out.size(0), a.columns = out.size(1), a.r = h.size(1), a.rows = places_of(order, a.out_rows);
     h = checked_factor("h", h, a.rows, a.r, out, "out");
     check_factor_stack("B", B, 1, a.columns, out);
     check_size("B", B, 2, a.r, "the columns of h");
@@ -100,7 +118,7 @@ template <class Device> void segment_lift_(Tensor out, Tensor h, Tensor B, Tenso
   }
 }
 
-template <class Device> Tensor segment_outer(Tensor u, Tensor x, Tensor order, Tensor offsets) {
+template <class Device> Tensor segment_outer(Tensor u, Tensor x, std::optional<Tensor> order, Tensor offsets) {
   if constexpr (!has_kernel<Device, SegmentOuter>) {
     return call("spectral_ops::segment_outer", "", u, x, order, offsets);
   } else {
@@ -109,7 +127,7 @@ template <class Device> Tensor segment_outer(Tensor u, Tensor x, Tensor order, T
     STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets: wanted a vector of one number more than adapters");
     SegmentOuter a{};
     a.dtype = dtype_of("x", x);
-    a.rows = x.size(0), a.columns = x.size(1), a.r = u.size(1);
+    a.x_rows = x.size(0), a.columns = x.size(1), a.r = u.size(1), a.rows = places_of(order, a.x_rows);
     x = rows_of(x);
     u = checked_factor("u", u, a.rows, a.r, x, "x");
     set_groups(a, order, offsets, offsets.size(0) - 1, x);

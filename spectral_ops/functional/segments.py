@@ -11,12 +11,13 @@ The adapters are stacked, A [n r, k] and γB [d, n r], ranks padded with zeros t
 * grouped: rows are sorted by id on their device, and the operators below give each its own adapter's product alone:
   arithmetic T r instead of T n r, for many adapters.
 
-Saved for backward: x and each row's own h [T, r]; grouped, two vectors of indices besides.
+Saved for backward: x and each row's own h [T, r]; grouped, in the order of the places, with two vectors of indices.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -103,7 +104,10 @@ def spread(own: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
 
 
 # --- operators: rows grouped by adapter ------------------------------------------------------------------------------
-# The rows of adapter s are order[offsets[s] : offsets[s + 1]]; all others have none. Adapters are 3-d, any strides.
+# Adapter s has places offsets[s] to offsets[s + 1] - 1; place i has row order[i], or i where there is no order. What is
+# of the rank, h and u, is stored by place, so that it is read and written in sequence. What other places have is never
+# read. Adapters are 3-d, any strides; offsets [n + 1] are int32 or int64, order [P] int64. A GPU clamps offsets to
+# [0, P]; elsewhere those that do not ascend raise.
 
 
 def group_rows(ids: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,14 +116,30 @@ def group_rows(ids: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return order, torch.searchsorted(ids, torch.arange(n + 1, dtype=ids.dtype, device=ids.device))
 
 
-def _groups(order: torch.Tensor, offsets: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """(adapter, its rows) for each that has any. Reads the offsets: only for the CPU, and as a reference."""
-    ends = offsets.tolist()
-    return [(s, order[a:b]) for s, (a, b) in enumerate(zip(ends, ends[1:], strict=False)) if a < b]
+def _groups(order, offsets, places: int, rows: int):
+    """(adapter, its places, their rows) for each that has any. Reads the offsets: for the CPU, and as a reference."""
+    ends = [0, *offsets.tolist(), places]
+    for a, b in itertools.pairwise(ends):
+        if a > b:
+            raise ValueError(f"offsets: got {b} after {a}, wanted numbers that ascend from 0 to {places}")
+    for s, (a, b) in enumerate(itertools.pairwise(ends[1:-1])):
+        if a == b:
+            continue
+        own = slice(a, b)
+        of_own = own if order is None else order[own]
+        if order is not None and not 0 <= of_own.amin() <= of_own.amax() < rows:
+            raise ValueError(f"order: got {of_own.amin()} to {of_own.amax()}, wanted numbers of {rows} rows")
+        yield s, own, of_own
+
+
+def _places(order, x) -> int:
+    return x.shape[0] if order is None else order.shape[0]
 
 
 def _project_cost(x, A, order, offsets):
-    return Cost(2 * x.numel() * A.shape[1], nbytes(x, A, order, offsets) + x.shape[0] * A.shape[1] * x.element_size())
+    P, (_, r, k) = _places(order, x), A.shape
+    moved = min(P, x.shape[0]) * k + P * r
+    return Cost(2 * P * k * r, nbytes(A, order, offsets) + moved * x.element_size())
 
 
 def _group_samples(s):
@@ -129,6 +149,19 @@ def _group_samples(s):
     return [(s.order(T), torch.tensor(each, device=s.device)) for each in ends]
 
 
+def _sorted_samples(s):
+    """No order: int32 offsets [5] with places of nobody on both sides, and which places those are."""
+    T = s.T
+    first, last = T // 6, T - T // 4
+    ends = torch.tensor([first, T // 2, T // 2, last, last], dtype=torch.int32, device=s.device)
+    foreign = torch.arange(T, device=s.device)
+    return ends, (foreign < first) | (foreign >= last)
+
+
+def _poisoned(t, foreign):
+    return t.masked_fill(foreign.unsqueeze(1), float("nan"))
+
+
 def _project_samples(s):
     some, uneven, alone = _group_samples(s)
     yield s.x, s.randn(3, s.r, s.k, scale=max(s.k, 1) ** -0.5), *some
@@ -136,25 +169,30 @@ def _project_samples(s):
     yield s.x, A, *uneven
     yield s.x, A, *alone
     yield s.rows(s.x), s.transposed(A), *uneven
+    ends, foreign = _sorted_samples(s)
+    yield _poisoned(s.x, foreign), A, None, ends
+    yield s.x, A.permute(1, 2, 0).contiguous().permute(2, 0, 1), torch.cat([s.order(s.T), s.order(s.T)]), 2 * ends
 
 
 @define(
-    "segment_project(Tensor x, Tensor A, Tensor order, Tensor offsets) -> Tensor",
-    fake=lambda x, A, order, offsets: x.new_empty(x.shape[0], A.shape[1]),
+    "segment_project(Tensor x, Tensor A, Tensor? order, Tensor offsets) -> Tensor",
+    fake=lambda x, A, order, offsets: x.new_empty(_places(order, x), A.shape[1]),
     cost=_project_cost,
     samples=_project_samples,
 )
 def segment_project_op(x, A, order, offsets):
-    """h [T, r]: h_t = x_t A_sᵀ in x's dtype, zero for a row without adapter; x [T, k], A [n, r, k] in x's dtype."""
-    acc = accumulate_dtype(x.dtype)
-    h = x.new_zeros(x.shape[0], A.shape[1])
-    for s, own in _groups(order, offsets):
-        h[own] = (x[own].to(acc) @ A[s].to(acc).t()).to(x.dtype)
+    """h [P, r] by place: h_i = x_row(i) A_sᵀ in x's dtype, zero at a place without adapter; x [T, k] and A [n, r, k] of
+    one dtype. A row may have several places."""
+    acc, P = accumulate_dtype(x.dtype), _places(order, x)
+    h = x.new_zeros(P, A.shape[1])
+    for s, own, of_own in _groups(order, offsets, P, x.shape[0]):
+        h[own] = (x[of_own].to(acc) @ A[s].to(acc).t()).to(x.dtype)
     return h
 
 
 def _lift_cost(out, h, B, order, offsets):
-    return Cost(2 * out.numel() * h.shape[1], 2 * nbytes(out) + nbytes(h, B, order, offsets))
+    (P, r), d = h.shape, out.shape[1]
+    return Cost(2 * P * d * r, 2 * P * d * out.element_size() + nbytes(h, B, order, offsets))
 
 
 def _lift_samples(s):
@@ -163,24 +201,28 @@ def _lift_samples(s):
     B = s.randn(4, s.d, s.r, scale=0.3)
     yield s.randn(s.T, s.d), s.h, B, *uneven
     yield s.rows(s.y), s.rows(s.h), B.transpose(0, 1).contiguous().transpose(0, 1), *alone
+    ends, foreign = _sorted_samples(s)
+    yield s.randn(s.T, s.d), _poisoned(s.h, foreign), B.permute(1, 2, 0).contiguous().permute(2, 0, 1), None, ends
+    yield s.randn(s.T, s.d), s.h[: s.T // 2], B, s.order(s.T)[: s.T // 2], ends // 2
 
 
 @define(
-    "segment_lift_(Tensor(a!) out, Tensor h, Tensor B, Tensor order, Tensor offsets) -> ()",
+    "segment_lift_(Tensor(a!) out, Tensor h, Tensor B, Tensor? order, Tensor offsets) -> ()",
     fake=lambda out, h, B, order, offsets: None,
     cost=_lift_cost,
     samples=_lift_samples,
 )
 def segment_lift_op(out, h, B, order, offsets):
-    """out [T, d]: out_t += h_t B_sᵀ, for h [T, r] and B [n, d, r] of out's dtype."""
+    """out [T, d]: out_row(i) += h_i B_sᵀ, for h [P, r] by place and B [n, d, r] of out's dtype; a row has one place."""
     acc = accumulate_dtype(out.dtype)
-    for s, own in _groups(order, offsets):
-        out[own] = torch.addmm(out[own].to(acc), h[own].to(acc), B[s].to(acc).t()).to(out.dtype)
+    for s, own, of_own in _groups(order, offsets, _places(order, out), out.shape[0]):
+        out[of_own] = torch.addmm(out[of_own].to(acc), h[own].to(acc), B[s].to(acc).t()).to(out.dtype)
 
 
 def _outer_cost(u, x, order, offsets):
-    out = (offsets.shape[0] - 1) * u.shape[1] * x.shape[1]
-    return Cost(2 * x.numel() * u.shape[1], nbytes(u, x, order, offsets) + out * accumulate_dtype(x.dtype).itemsize)
+    (P, r), k, out = u.shape, x.shape[1], (offsets.shape[0] - 1) * u.shape[1] * x.shape[1]
+    moved = min(P, x.shape[0]) * k * x.element_size() + out * accumulate_dtype(x.dtype).itemsize
+    return Cost(2 * P * k * r, nbytes(u, order, offsets) + moved)
 
 
 def _outer_samples(s):
@@ -188,10 +230,13 @@ def _outer_samples(s):
     yield s.h, s.x, *some
     yield s.h, s.x, *uneven
     yield s.rows(s.h), s.rows(s.x), *alone
+    ends, foreign = _sorted_samples(s)
+    yield _poisoned(s.h, foreign), _poisoned(s.x, foreign), None, ends
+    yield s.randn(2 * s.T, s.r), s.x, torch.cat([s.order(s.T), s.order(s.T)]), 2 * ends
 
 
 @define(
-    "segment_outer(Tensor u, Tensor x, Tensor order, Tensor offsets) -> Tensor",
+    "segment_outer(Tensor u, Tensor x, Tensor? order, Tensor offsets) -> Tensor",
     fake=lambda u, x, order, offsets: x.new_empty(
         offsets.shape[0] - 1, u.shape[1], x.shape[1], dtype=accumulate_dtype(x.dtype)
     ),
@@ -199,11 +244,12 @@ def _outer_samples(s):
     samples=_outer_samples,
 )
 def segment_outer_op(u, x, order, offsets):
-    """[n, r, k]: Σ u_tᵀ x_t over the rows of each adapter, in float32 (float64); u [T, r] and x [T, k] of one dtype."""
+    """[n, r, k]: Σ u_iᵀ x_row(i) over the places of each adapter, in float32 (float64); u [P, r] by place and x [T, k]
+    of one dtype."""
     acc = accumulate_dtype(x.dtype)
     out = x.new_zeros(offsets.shape[0] - 1, u.shape[1], x.shape[1], dtype=acc)
-    for s, own in _groups(order, offsets):
-        torch.mm(u[own].to(acc).t(), x[own].to(acc), out=out[s])
+    for s, own, of_own in _groups(order, offsets, _places(order, x), x.shape[0]):
+        torch.mm(u[own].to(acc).t(), x[of_own].to(acc), out=out[s])
     return out
 
 
@@ -214,9 +260,9 @@ def _each(stacked: torch.Tensor, n: int, axis: int) -> torch.Tensor:
 
 # --- layers ----------------------------------------------------------------------------------------------------------
 # Dense tier over a weight; base-agnostic tier over somebody else's x Wᵀ + b, which the operator with an underscore
-# overwrites and the one without copies. h is each row's own [T, r], empty [0] without ``keep``; order and offsets are
-# those of group_rows, empty [0] on the stacked route. Backward's ``needs[s]`` is a mask of dA_s and dB_s; a gradient
-# nobody wants is empty [0]. The grouped route has no dropout.
+# overwrites and the one without copies. h is each row's own [T, r] (grouped: by place), empty [0] without ``keep``;
+# order and offsets are those of group_rows, empty [0] on the stacked route. Backward's ``needs[s]`` is a mask of dA_s
+# and dB_s; a gradient nobody wants is empty [0]. The grouped route has no dropout.
 
 _ADAPTERS = "Tensor[] A, Tensor[] B, Tensor ids"
 _OPTIONS = "Tensor? seed, float[] scales, float p, bool keep, bool grouped"
@@ -345,7 +391,7 @@ def _stacked_pass(dy2, b, ids, n, h, need_u, need_B, need_bias):
 
 
 def _grouped_pass(dy2, b, groups, h, need_u, need_B, need_bias):
-    """The same but for u, which is each row's own [T, r]."""
+    """The same but for u, which is each place's own [T, r], as h is."""
     u = segment_project_op(dy2, _each(b, groups[1].shape[0] - 1, 1).transpose(1, 2), *groups) if need_u else None
     full_B = segment_outer_op(h, dy2, *groups).flatten(0, 1).t() if need_B else None
     return u, full_B, dy2.sum(0, dtype=accumulate_dtype(dy2.dtype)) if need_bias else None

@@ -160,13 +160,31 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         cases[f"target_logprob{label}"] = ("policy", "target_logprob", (make(512, V), token, 1.0, -100))
         cases[f"softmax_gradient_{label}"] = ("policy", "softmax_gradient_", (make(512, V), token, row, row, 1.0, -100))
     places, As, Bs = (make(T, dtype=torch.int64), make(33, dtype=torch.int64)), make(32, 128, k), make(32, d, 128)
-    h, turned = make(T, 128), make(d, 32, 16).transpose(0, 1)
+    h, turned, few = make(T, 128), make(d, 32, 16).transpose(0, 1), (make(4, dtype=torch.int64),)
     cases |= {
         "segment_project r128": ("segments", "segment_project", (x, As, *places)),
         "segment_project back r16": ("segments", "segment_project", (dy, turned.transpose(1, 2), *places)),
-        "segment_project odd": ("segments", "segment_project", (odd, make(3, 128, k - 1), *places)),
+        "segment_project odd": ("segments", "segment_project", (odd, make(3, 128, k - 1), places[0], *few)),
         "segment_lift_ r128": ("segments", "segment_lift_", (y, h, Bs, *places)),
+        "segment_lift_ odd": ("segments", "segment_lift_", (odd, h, make(3, k - 1, 128), places[0], *few)),
         "segment_outer r128": ("segments", "segment_outer", (h, x, *places)),
+        "segment_outer odd": ("segments", "segment_outer", (h, odd, places[0], *few)),
+    }
+    ends, packed = make(129, dtype=torch.int32), make(2048, 16, 128).permute(2, 0, 1)  # PEFT's lora_B of 128 experts
+    for label, order in (("", None), (" gathered", make(32768, dtype=torch.int64))):
+        rows, u, A = make(4096 if label else 32768, 2048), make(32768, 16), make(128, 16, 2048)
+        cases |= {
+            f"segment_project experts{label}": (
+                "segments",
+                "segment_project",
+                (rows, make(128, 16, 2048), order, ends),
+            ),
+            f"segment_outer experts{label}": ("segments", "segment_outer", (u, rows, order, ends)),
+        }
+    rows = make(32768, 2048)
+    cases |= {
+        "segment_project experts back": ("segments", "segment_project", (rows, packed.mT, None, ends)),
+        "segment_lift_ experts": ("segments", "segment_lift_", (rows, u, packed, None, ends)),
     }
     for name in sorted(set(NAMES) - {operator for _, operator, _ in cases.values()}):
         for i, args in enumerate(arguments(name, 512, 1024, 1024, 64, dtype, "cpu")):

@@ -40,6 +40,8 @@ SIZES_BAT_MORE = [(37, 12, 9, 3), (4, 96, 32, 16), (5, 160, 80, 80), (3, 72, 36,
 # a row of several steps; tokens past a tile, and in several ranges
 SIZES_CSR = [(6, 21, 34, 5), (1, 150, 12, 1), (67, 24, 9, 3)]
 SIZES_CSR_MORE = [(3, 260, 70, 1), (300, 10, 17, 3)]
+# programs search the offsets, which takes the interpreter long: none of these is of many
+SIZES_SEGMENT_MORE = [(300, 20, 33, 3), (9, 40, 36, 130)]
 SIZES_LOGITS = [(6, 21, 34, 5), (1, 24, 1, 1), (3, 1, 9000, 1)]  # V: one logit; several steps
 SIZES_CAYLEY = [(6, 1, 1, 5), (1, 1, 1, 1), (3, 1, 1, 17), (2, 1, 1, 33)]
 SIZES_CAYLEY_MORE = [(1, 1, 1, 64), (1, 1, 1, 65)]  # the largest of the kernels, and one past it
@@ -81,6 +83,7 @@ def sizes(name: str, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
         "bat": (SIZES_BAT, SIZES_BAT_MORE),
         "csr": (SIZES_CSR, SIZES_CSR_MORE),
         "cayley": (SIZES_CAYLEY, SIZES_CAYLEY_MORE),
+        "segment": (SIZES, SIZES_SEGMENT_MORE),
     }
     some, more = of_row.get(name.partition("_")[0], (SIZES, SIZES_MORE))
     if name in ("target_logprob", "softmax_gradient_"):
@@ -264,6 +267,58 @@ def rows_find_their_adapter_among_many():
         x, A = torch.randn(T, 24), torch.randn(n, 3, 24)
         wanted = _library.OPERATORS["segment_project"].reference(x, A, order, offsets)
         torch.testing.assert_close(triton_op("segment_project")(x, A, order, offsets), wanted)
+
+
+def segment_arguments(P: int, ends: list[int], dtype: torch.dtype, ordered: bool) -> dict[str, tuple]:
+    """Of every segment operator over P places, whatever ``ends`` are: NaN in all that no adapter's place has."""
+    n, k, d, r = len(ends) - 1, 24, 40, 5
+    offsets, order = torch.tensor(ends, dtype=torch.int32), torch.randperm(P) if ordered else None
+    foreign = torch.ones(P, 1, dtype=torch.bool)
+    foreign[max(min(ends[0], P), 0) : max(min(ends[-1], P), 0)] = False
+    at = foreign if order is None else torch.empty_like(foreign).index_copy_(0, order, foreign)
+    x, u = (torch.randn(P, width).to(dtype).masked_fill(where, torch.nan) for width, where in ((k, at), (r, foreign)))
+    A, B = torch.randn(n, r, k).to(dtype), torch.randn(d, r, n).to(dtype).permute(2, 0, 1)
+    return {
+        "segment_project": (x, A, order, offsets),
+        "segment_lift_": (torch.randn(P, d).to(dtype), u, B, order, offsets),
+        "segment_outer": (u, x, order, offsets),
+    }
+
+
+@case
+def experts_of_all_sizes():
+    """One expert alone; one with every row of several; empty ones between, before and behind; rows of other ranks."""
+    for P, ends in [
+        (300, [0, 300]), (300, [0, 0, 300, 300, 300]), (150, [0, 0, 1, 1, 130, 150, 150]), (200, [40, 60, 60, 170]),
+        (7, list(range(8)) + [7] * 9), (9, [9, 9, 9]), (3, [0, 0, 0]), (0, [0, 0, 0]),
+    ]:  # fmt: skip
+        for dtype, ordered in ((torch.float32, False), (torch.bfloat16, True)):
+            for name, args in segment_arguments(P, ends, dtype, ordered).items():
+                with poisoned():
+                    check_operator(_library.OPERATORS[name], triton_op(name), args)
+
+
+@case
+def offsets_that_are_none_stay_within_the_places():
+    """Negative, past the end, and falling: nothing beside the tensors is read (it is NaN) or written."""
+    P = 70
+    for ends in ([-50, 20, 30, 40, 500], [500, 600, 700, 800, 900], [-9] * 5, [0, 70, 0, 70, 35], [2**31 - 1] * 5):
+        for name, args in segment_arguments(P, ends, torch.float32, False).items():
+            framed = []
+            for t in args:
+                if t is None or not t.is_floating_point() or t.shape[0] != P:
+                    framed.append(t)
+                    continue
+                frame = torch.full((3 * P, t.shape[1]), 7.0 if name == "segment_lift_" else torch.nan)
+                frame[P : 2 * P] = t.nan_to_num()
+                framed.append(frame[P : 2 * P])
+            got = triton_op(name)(*framed)
+            if name == "segment_lift_":
+                whole = framed[0]._base
+                assert torch.equal(whole[:P], torch.full_like(whole[:P], 7.0)), ends
+                assert torch.equal(whole[2 * P :], torch.full_like(whole[:P], 7.0)), ends
+                got = framed[0]
+            assert ends[1] == 70 or got.isfinite().all(), (name, ends)  # places of several adapters, and of none
 
 
 @case

@@ -163,7 +163,7 @@ def test_operator_writes_only_what_its_schema_says(name):
                 continue
             assert not any(t.untyped_storage().data_ptr() == a.untyped_storage().data_ptr() for t in outputs)
             if s.alias_info is None:
-                assert torch.equal(a, b), f"{name} wrote into {s.name}"
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=f"{name} wrote into {s.name}")
 
 
 @pytest.mark.parametrize("name", OPERATOR_NAMES)

@@ -98,11 +98,23 @@ def check_dropout(T, k, r, dtype):
 def check_segments(T, k, r, dtype):
     x, u, out = randn(T, k, dtype=dtype), randn(T, r, dtype=dtype), randn(T, k, dtype=dtype)
     offsets = torch.tensor([T // 5, T // 2, T // 2, T - T // 7])
-    for order in (torch.randperm(T), torch.arange(T)):
+    foreign = torch.ones(T, 1, dtype=torch.bool)
+    foreign[offsets[0] : offsets[-1]] = False
+    for order in (None, torch.randperm(T), torch.arange(T).flip(0)):
+        at = foreign if order is None else torch.empty_like(foreign).index_copy_(0, order, foreign)
+        x, u, read = x.masked_fill(at, torch.nan), u.masked_fill(foreign, torch.nan), out.masked_fill(at, 0)
         for A in (randn(3, r, k, dtype=dtype), randn(3, k, r, dtype=dtype).transpose(1, 2)):
             check(segments.segment_project_op, x, A, order, offsets, units=32)
-            check(segments.segment_lift_op, out, u, A.transpose(1, 2), order, offsets, written=(0,), units=32)
+            check(segments.segment_lift_op, read, u, A.transpose(1, 2), order, offsets.int(), written=(0,), units=32)
         check(segments.segment_outer_op, u, x, order, offsets, units=32)
+        x, u = x.nan_to_num(), u.nan_to_num()
+    twice = torch.cat([torch.randperm(T), torch.randperm(T)])[: T + T // 2]
+    offsets = torch.tensor([0, T // 3, T, len(twice)], dtype=torch.int32)
+    check(segments.segment_project_op, x, randn(3, r, k, dtype=dtype), twice, offsets, units=32)
+    check(segments.segment_outer_op, randn(len(twice), r, dtype=dtype), x, twice, offsets, units=32)
+    out, u = randn(2 * T, k, dtype=dtype), randn(T, r, dtype=dtype)
+    check(segments.segment_lift_op, out, u, randn(3, k, r, dtype=dtype), torch.randperm(2 * T)[:T],
+          torch.tensor([0, T // 3, T // 2, T]), written=(0,), units=32)  # fmt: skip
 
 
 def check_norm(d, k, r, dtype):
