@@ -33,25 +33,11 @@ from spectral_ops.core.autograd import (
     saved_hidden,
     wanted,
 )
-from spectral_ops.functional import dropout, segments
+from spectral_ops.functional import dropout
 from spectral_ops.functional.lowrank import fused
+from spectral_ops.functional.segments import segment_lift_op, segment_outer_op, segment_project_op
 
 __all__ = ["experts_lowrank", "experts_mlp"]
-
-
-# until the grouped operators take places
-def segment_project_op(x, A, order, offsets):
-    x = x if order is None else x[order]
-    return segments.segment_project_op(x, A, torch.arange(x.shape[0], device=x.device), offsets.long())
-
-
-def segment_lift_op(out, h, B, order, offsets):
-    segments.segment_lift_op(out, h, B, torch.arange(out.shape[0], device=out.device), offsets.long())
-
-
-def segment_outer_op(u, x, order, offsets):
-    x = x if order is None else x[order]
-    return segments.segment_outer_op(u, x, torch.arange(x.shape[0], device=x.device), offsets.long())
 
 
 # --- the base product ------------------------------------------------------------------------------------------------
