@@ -75,7 +75,8 @@ inline void lift_rows(const Lift& a, int64_t t, int64_t panel, const Dropout& dr
     return;
   }
   T edge[N * kTile] = {}, *rows[N];
-  for (int i = 0; i < N; ++i) rows[i] = a.places ? static_cast<T*>(a.out) + a.places[t + i] * a.out_stride + j : out + i * a.out_stride;
+  for (int i = 0; i < N; ++i)
+    rows[i] = static_cast<T*>(a.out) + (a.places ? a.places[t + i] : t + i) * a.out_stride + j;
   for (int i = 0; i < N; ++i) std::memcpy(edge + i * kTile, rows[i], columns * sizeof(T));
   for (int64_t c = 0; c < kTile; c += V * L)
     lift_block<T, N, V>(edge, kTile, h, h_stride, m, r, c, epilogue, keep, nullptr);

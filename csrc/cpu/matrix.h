@@ -18,8 +18,8 @@ inline DType accumulator(DType dtype) { return dtype == DType::float64 ? DType::
 // Lanes that a row of a packed skinny factor takes.
 inline int64_t padded_rank(int64_t r) { return r == 0 ? 0 : r <= 4 ? 4 : r <= 8 ? 8 : (r + 15) / 16 * 16; }
 
-// Any matrix: element (i, j) is at i * row + j * column. With pick, column j is column pick[j]; with places, which load_tile and
-// load_pairs alone know, row i is row places[i]. Without data there is none.
+// Any matrix: element (i, j) is at i * row + j * column. With pick, column j is column pick[j]; with places, which load_tile
+// and load_pairs alone know, row i is row places[i]. Without data there is none.
 struct Matrix {
   const void* data = nullptr;
   int64_t row = 0, column = 1;

@@ -1,6 +1,6 @@
-// The plans of rows with adapters of their own: a pass or a lift of lowrank.h for each part of an adapter's rows. A part has one
-// thread and packs its own factors, so that many adapters of few rows keep all threads busy. Rows that lie apart are read
-// and written where they are.
+// The plans of rows with adapters of their own: a pass or a lift of lowrank.h for each part of an adapter's rows. A part has
+// one thread and packs its own factors, so that many adapters of few rows keep all threads busy. Rows that lie apart are
+// read and written where they are.
 #pragma once
 
 #include "../ops/segments.h"
@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "run.h"
+#include "transpose.h"
 #endif
 
 namespace spectral_ops::cpu {
@@ -69,18 +69,45 @@ inline Matrix rows_at(const void* data, int64_t stride, DType dtype, const int64
   return rows;
 }
 
+// The factors of a stack [n, rows, columns]: where they are, or copied one after the other if the adapters are fastest in
+// memory (PEFT's lora_B of experts), where every number of one would come with a cache line of the others'.
+class Factors {
+ public:
+  Factors(const void* stack, const int64_t (&strides)[3], int64_t n, int64_t rows, int64_t columns, DType dtype,
+          const Tensor& like)
+      : data_(static_cast<const char*>(stack)), adapter_(strides[0]), row_(strides[1]), column_(strides[2]), dtype_(dtype) {
+    const int64_t each = rows * columns, least = smaller(row_, column_);
+    const bool by_row = row_ == columns * column_, by_column = column_ == rows * row_;
+    if (adapter_ != 1 || n < 2 || least < n || !(by_row || by_column)) return;
+    copy_ = workspace(like, n * each * element_size(dtype));
+    run(Transpose{stack, copy_->data_ptr(), each, n, least, each, dtype}, like);
+    data_ = static_cast<const char*>(copy_->data_ptr()), adapter_ = each;
+    row_ = by_row ? columns : 1, column_ = by_row ? 1 : rows;
+  }
+
+  Matrix of(int64_t s) const { return matrix(element_at(data_, s * adapter_, element_size(dtype_)), row_, column_, dtype_); }
+
+ private:
+  const char* data_;
+  int64_t adapter_, row_, column_;
+  DType dtype_;
+  std::optional<Tensor> copy_;
+};
+
 inline void run(const SegmentProject& a, const Tensor& like) {
   check_groups(a, a.x_rows);
   const int64_t size = element_size(a.dtype), first = offset_at(a, 0), last = offset_at(a, a.n);
   const auto clear = [&](int64_t from, int64_t to) {
-    if (from < to && a.r) std::memset(static_cast<char*>(a.h) + from * a.r * size, 0, static_cast<size_t>((to - from) * a.r * size));
+    const int64_t bytes = (to - from) * a.r * size;
+    if (bytes) std::memset(static_cast<char*>(a.h) + from * a.r * size, 0, static_cast<size_t>(bytes));
   };
   clear(0, first);
   clear(last, a.rows);
+  const Factors factors(a.A, a.A_strides, a.n, a.r, a.columns, a.dtype, like);
   each_part(parts_of_rows(a), (last - first) * a.columns * (a.r + 4), [&](const Part& part) {
     Pass pass;
     pass.x = rows_at(a.x, a.x_stride, a.dtype, a.order, part);
-    pass.m = matrix(element_at(a.A, part.adapter * a.A_strides[0], size), a.A_strides[2], a.A_strides[1], a.dtype);
+    pass.m = factors.of(part.adapter).transposed();
     pass.rows = part.count, pass.columns = a.columns, pass.r = a.r;
     pass.row_product = const_cast<void*>(element_at(a.h, part.first * a.r, size));
     pass.row_product_stride = a.r, pass.row_product_dtype = a.dtype;
@@ -91,13 +118,14 @@ inline void run(const SegmentProject& a, const Tensor& like) {
 inline void run(const SegmentLift& a, const Tensor& like) {
   check_groups(a, a.out_rows);
   const int64_t size = element_size(a.dtype), count = offset_at(a, a.n) - offset_at(a, 0);
+  const Factors factors(a.B, a.B_strides, a.n, a.columns, a.r, a.dtype, like);
   each_part(parts_of_rows(a), count * a.columns * (a.r + 4), [&](const Part& part) {
     Lift lift;
     lift.out = a.order ? a.out : const_cast<void*>(element_at(a.out, part.first * a.out_stride, size));
     lift.places = a.order ? a.order + part.first : nullptr;
     lift.out_stride = a.out_stride, lift.dtype = a.dtype;
     lift.h = rows_at(a.h, a.h_stride, a.dtype, nullptr, part);
-    lift.m = matrix(element_at(a.B, part.adapter * a.B_strides[0], size), a.B_strides[1], a.B_strides[2], a.dtype);
+    lift.m = factors.of(part.adapter);
     lift.rows = part.count, lift.columns = a.columns, lift.r = a.r;
     run_lift(lift, like);
   });

@@ -1,6 +1,7 @@
 """Fused operators: one file per operator, each with its schema, reference, autograd function and public functions."""
 
 from spectral_ops.core.scratch import scratch
+from spectral_ops.functional import routing  # noqa: F401  (its operators)
 from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
 from spectral_ops.functional.cayley import cayley

@@ -118,11 +118,11 @@ def group_rows(ids: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _groups(order, offsets, places: int, rows: int):
     """(adapter, its places, their rows) for each that has any. Reads the offsets: for the CPU, and as a reference."""
-    ends = [0, *offsets.tolist(), places]
+    ends = [0, *offsets.tolist()]
     for a, b in itertools.pairwise(ends):
-        if a > b:
+        if not a <= b <= places:
             raise ValueError(f"offsets: got {b} after {a}, wanted numbers that ascend from 0 to {places}")
-    for s, (a, b) in enumerate(itertools.pairwise(ends[1:-1])):
+    for s, (a, b) in enumerate(itertools.pairwise(ends[1:])):
         if a == b:
             continue
         own = slice(a, b)

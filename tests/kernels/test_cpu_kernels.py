@@ -17,6 +17,7 @@ from cpu_kernels import (
     check_dropout,
     check_lowrank,
     check_norm,
+    check_routing,
     check_segments,
     randn,
     sparse,
@@ -44,6 +45,9 @@ class TestAgainstReference:
 
     def test_segments(self, shape, dtype):
         check_segments(*shape, dtype)
+
+    def test_routing(self, shape, dtype):
+        check_routing(*shape, dtype)
 
     def test_norm(self, shape, dtype):
         check_norm(*shape, dtype)

@@ -186,6 +186,11 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
         "segment_project experts back": ("segments", "segment_project", (rows, packed.mT, None, ends)),
         "segment_lift_ experts": ("segments", "segment_lift_", (rows, u, packed, None, ends)),
     }
+    for label, K, d in (("", 8, 2048), (" odd", 3, 2047)):
+        y, g = make(4096 * K, d), make(4096, d)
+        routed = make(4096, K, dtype=wide), make(4096, K, dtype=torch.int64), ends
+        cases[f"routing_combine{label}"] = ("routing", "routing_combine", (y, *routed))
+        cases[f"routing_combine_backward{label}"] = ("routing", "routing_combine_backward", (g, y, *routed, True))
     for name in sorted(set(NAMES) - {operator for _, operator, _ in cases.values()}):
         for i, args in enumerate(arguments(name, 512, 1024, 1024, 64, dtype, "cpu")):
             args = tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)

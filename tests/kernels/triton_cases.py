@@ -46,7 +46,10 @@ SIZES_LOGITS = [(6, 21, 34, 5), (1, 24, 1, 1), (3, 1, 9000, 1)]  # V: one logit;
 SIZES_CAYLEY = [(6, 1, 1, 5), (1, 1, 1, 1), (3, 1, 1, 17), (2, 1, 1, 33)]
 SIZES_CAYLEY_MORE = [(1, 1, 1, 64), (1, 1, 1, 65)]  # the largest of the kernels, and one past it
 # kernels with few tokens or rows per program: the interpreter's time goes by programs, so they get fewer of either
-SMALL_TILES = {"block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40)}
+SMALL_TILES = {
+    "block_sum": (19, 72), "block_tile_": (19, 72), "seeded_dropout": (19, 72), "magnitude_grad": (19, 40),
+    "routing_combine": (19, 1100), "routing_combine_backward": (19, 1100),
+}  # fmt: skip
 OPERATORS = [name for name in OPERATOR_NAMES if triton_kernels.has(_library.OPERATORS[name].stem, name)]
 TILES = {name: triton_kernels.tiles(_library.OPERATORS[name].stem, name) for name in OPERATORS}
 CASES: dict[str, Callable[[], None]] = {}

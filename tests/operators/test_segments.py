@@ -12,6 +12,7 @@ from tensors import TYPICAL, randn, storage
 
 import spectral_ops
 from spectral_ops import _library
+from spectral_ops._library import OPERATORS
 
 
 class TestSegments(Contract):
@@ -211,6 +212,62 @@ def test_wrong_arguments(name):
     with pytest.raises(error) as caught:
         spectral_ops.segmented_lowrank_update(randn(2, 3, 6), **v)
     assert message in str(caught.value).splitlines()[-1]
+
+
+PLACES = {  # of 9 places and 3 adapters
+    "falling": ([0, 5, 4, 9], None, "offsets: got 4 after 5, wanted numbers that ascend from 0 to 9"),
+    "past the end": ([0, 5, 5, 10], None, "offsets: got 10"),
+    "negative": ([-1, 5, 5, 9], None, "offsets: got -1 after 0"),
+    "a row past the end": ([0, 5, 5, 9], 6, "order: got"),
+    "a negative row": ([0, 5, 5, 9], -1, "order: got"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_wrong_places(name, dtype, backend):
+    """An error on the CPU, whatever they are, and nothing written."""
+    ends, row, message = PLACES[name]
+    offsets, order = torch.tensor(ends, dtype=dtype), None if row is None else torch.tensor([*range(6), 0, 1, row])
+    x, h, A, out = randn(6 if row else 9, 8), randn(9, 2), randn(3, 2, 8), torch.zeros(6 if row else 9, 8).double()
+    calls = [
+        lambda: OPERATORS["segment_project"](x, A, order, offsets),
+        lambda: OPERATORS["segment_lift_"](out, h, A.mT, order, offsets),
+        lambda: OPERATORS["segment_outer"](h, x, order, offsets),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            call()
+        assert message in str(caught.value)
+    if extension_loaded("cpu") and backend != "reference":
+        assert not out.any()
+
+
+@pytest.mark.parametrize("order", [None, "shuffled"])
+def test_random_places_raise_or_are_right(order, backend):
+    torch.manual_seed(0)
+    raised = 0
+    for _ in range(200):
+        n, P = (int(i) for i in torch.randint(1, 6, (2,)))
+        offsets = torch.randint(-1, P + 2, (n + 1,))
+        if torch.rand(()) < 0.7:
+            offsets = offsets.sort().values
+        x, A = randn(P, 4, dtype=torch.float64), randn(n, 2, 4, dtype=torch.float64)
+        places = None if order is None else torch.randperm(P)
+        good = offsets[0] >= 0 and offsets[-1] <= P and bool((offsets.diff() >= 0).all())
+        try:
+            h = OPERATORS["segment_project"](x, A, places, offsets)
+        except (ValueError, RuntimeError) as error:
+            assert not good and "offsets: got" in str(error)
+            raised += 1
+            continue
+        assert good
+        rows = x if places is None else x[places]
+        own = torch.searchsorted(offsets, torch.arange(P), right=True) - 1
+        want = torch.einsum("pk,prk->pr", rows, A[own.clamp(0, n - 1)])
+        want[(own < 0) | (own >= n)] = 0
+        torch.testing.assert_close(h, want)
+    assert 20 < raised < 180
 
 
 def test_update_overwrites_a_fresh_base():

@@ -9,7 +9,7 @@ from tensors import DTYPES, accumulate
 from tensors import randn as normal
 
 from spectral_ops import _library, _loader
-from spectral_ops.functional import bat, csr, dora, dropout, lowrank, segments
+from spectral_ops.functional import bat, csr, dora, dropout, lowrank, routing, segments
 from spectral_ops.functional.cayley import cayley_backward_op, cayley_forward_op
 
 SHAPES = [  # rows, columns, r
@@ -117,6 +117,19 @@ def check_segments(T, k, r, dtype):
           torch.tensor([0, T // 3, T // 2, T]), written=(0,), units=32)  # fmt: skip
 
 
+def check_routing(T, d, K, dtype):
+    S = T * K
+    y, dout, places = randn(S, d, dtype=dtype), randn(T, d, dtype=dtype), torch.randperm(S).view(T, K)
+    for end in {S, S - S // 3, 0}:
+        offsets = torch.tensor([0, end], dtype=torch.int32)
+        y[end:] = torch.nan
+        for weights in (None, randn(T, K, dtype=dtype), randn(T, K, dtype=torch.float32)):
+            check(routing.routing_combine_op, y, weights, places, offsets)
+            for need in (True, False):
+                check(routing.routing_combine_backward_op, dout, y, weights, places, offsets.long(), need, units=64)
+        y = y.nan_to_num()
+
+
 def check_norm(d, k, r, dtype):
     for factor in {dtype, torch.float32, torch.bfloat16}:
         if torch.finfo(factor).bits > torch.finfo(dtype).bits and dtype == torch.float64:
@@ -220,6 +233,7 @@ def sweep(dtypes=DTYPES):
             check_lowrank(*shape, dtype)
             check_dropout(*shape, dtype)
             check_segments(*shape, dtype)
+            check_routing(*shape, dtype)
             check_norm(*shape, dtype)
         for name in OPERATOR_NAMES:  # what no check above knows
             if name in _loader.EXTENSIONS["cpu"].operators:
