@@ -35,6 +35,7 @@ from spectral_ops.core.autograd import (
 )
 from spectral_ops.functional import dropout
 from spectral_ops.functional.lowrank import fused
+from spectral_ops.functional.routing import routing_combine_backward_op, routing_combine_op
 from spectral_ops.functional.segments import segment_lift_op, segment_outer_op, segment_project_op
 
 __all__ = ["experts_lowrank", "experts_mlp"]
@@ -179,7 +180,7 @@ def _backward_fake(dy, x, weight, A, B, order, places, offsets, seed, h, scale, 
     " Tensor offsets, Tensor? seed, Tensor? h, float scale, float p, int needs, bool whole)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    pieces=_PIECES,
+    pieces=(*_PIECES, "routing_combine"),
 )
 def experts_backward_op(dy, x, weight, A, B, order, places, offsets, seed, h, scale, p, needs, whole):
     """dx [S, k] (with places [T, k], summed over a row's places), dA, dB and db."""
@@ -204,9 +205,9 @@ def experts_backward_op(dy, x, weight, A, B, order, places, offsets, seed, h, sc
         if whole and dx.is_cuda:
             dx.masked_fill_(nobody(dx.shape[0], offsets), 0)
         if places is not None:
-            dx = combine(dx, None, places, offsets)
+            dx = routing_combine_op(dx, None, places, offsets)
         if seed is not None and share is not None:
-            share = share if places is None else combine(share, None, places, offsets)
+            share = share if places is None else routing_combine_op(share, None, places, offsets)
             dx.add_(dropout.seeded_dropout_op(share, seed, p))
     return fresh(dy, needs, dx, dA, dB, db)
 
@@ -264,6 +265,33 @@ def sort_by_expert(top_k_index: torch.Tensor, E: int) -> tuple[torch.Tensor, tor
     return pairs // K, places, offsets
 
 
+class CombineFunction(Function):
+    """out [T, d] of :func:`combine`; saves y where the weights take a gradient."""
+
+    @staticmethod
+    def forward(ctx, y, weights, places, offsets):
+        need_weights = ctx.needs_input_grad[1]
+        ctx.save_for_backward(y if need_weights else None, weights, places, offsets)
+        return routing_combine_op(y, weights, places, offsets)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dout):
+        y, weights, places, offsets = ctx.saved_tensors
+        need_y, need_weights, *_ = ctx.needs_input_grad
+        if y is None:  # of which only the shape is asked for
+            y = dout.new_empty(()).expand(places.numel(), dout.shape[1])
+        dy, dweights = routing_combine_backward_op(rows(dout), y, weights, places, offsets, need_weights)
+        return dy if need_y else None, dweights if need_weights else None, None, None
+
+
+def combine(y, weights, places, offsets):
+    """out [T, d]: out_t = Σ_j w_tj y[places[t, j]], past places without expert, for y [S, d] and weights [T, K]."""
+    if torch.is_grad_enabled():
+        return apply(CombineFunction, y, y, weights, places, offsets)
+    return apply_op(routing_combine_op, y, y, weights, places, offsets)
+
+
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
@@ -271,15 +299,6 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up [..., f] of gate_up [..., 2 f], gate first."""
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
-
-
-def combine(y, weights, places, offsets):
-    """out [T, d]: out_t = Σ_j w_tj y[places[t, j]], past places without expert; weights [T, K] or None for 1."""
-    live = (places < offsets[-1]).unsqueeze(-1)
-    parts = torch.where(live, y[places], 0)
-    if weights is not None:
-        parts = parts * weights.unsqueeze(-1)
-    return parts.to(accumulate_dtype(y.dtype)).sum(1).to(y.dtype)
 
 
 def _check_stack(name, weight, E, like):

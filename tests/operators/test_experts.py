@@ -314,7 +314,7 @@ def test_another_rank_is_never_read():
 
 def test_what_the_layer_keeps():
     """x as it came, of each projection's input the second one, every h; nothing gathered, nothing of a stack's size."""
-    T, K, E, k, f, r = 64, 4, 8, 32, 16, 4
+    T, K, E, k, f, r = 64, 4, 16, 32, 16, 4
     arguments, given, _, leaves = layer(T, K, E, k, f, r, torch.float32)
     with saved_tensors() as kept:
         out = spectral_ops.experts_mlp(*arguments, **given)
