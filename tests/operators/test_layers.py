@@ -96,6 +96,10 @@ def test_flops_are_those_of_the_pieces(name):
     """torch's counter sees the same work whether it meets the layer or what it is composed of."""
     layer = LAYERS[name]
     for args in layer_samples(name)[:6]:
+        if layer.stem == "experts":  # a count reads no offsets, so it takes no row to be nobody's
+            args = copied(args)
+            offsets = next(t for t in tensors(args) if t.dtype == torch.int32)
+            offsets[-1] = layer.fake(*args)[0].shape[0] if name.endswith("forward") else args[0].shape[0]
         with FlopCounterMode(display=False) as whole:
             layer.default(*copied(args))
         with FlopCounterMode(display=False) as parts, torch.no_grad():
