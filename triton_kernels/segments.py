@@ -38,7 +38,7 @@ from spectral_ops.triton_kernels.common import (
 )
 
 # element size, or (architecture, element size): rows, inputs per step, greatest rank, warps, stages
-PROJECT = {2: (64, 128, 128, 8, 3), (80, 2): (64, 64, 64, 8, 3), 4: (32, 32, 32, 4, 2)}
+PROJECT = {2: (64, 64, 128, 4, 4), (80, 2): (64, 64, 64, 8, 3), 4: (32, 32, 32, 4, 2)}
 PROJECT_UNALIGNED = (32, 32, 32, 4, 1)
 # element size, or (architecture, element size): rows, outputs, greatest rank per step, warps, stages
 LIFT = {2: (64, 64, 64, 4, 3), (80, 2): (64, 64, 64, 4, 2), 4: (32, 64, 32, 8, 2)}
@@ -239,7 +239,7 @@ def segment_outer(u, x, order, offsets, tiles: Literal["", "short", "narrow"] = 
     BT, BK, R, warps, stages = tile(OUTER, x, tiles) if aligned(x) else OUTER_UNALIGNED
     R = power_of_2(r, 16, R)
     columns = cdiv(k, BK), cdiv(r, R)
-    _, steps = split(cdiv(P, BT) or 1, columns[0] * columns[1], 4 * processors(x))
+    _, steps = split(cdiv(P, BT) or 1, columns[0] * columns[1], 2 * processors(x))
     span = min(steps * BT, SPAN)
     most = min(n, P // (span + 1))  # adapters of several chunks, and how many chunks those can have
     slots = min(2 * P // span, P // span + most) if most else 0

@@ -11,6 +11,7 @@ TOKENS = (8192, 2048, 512)
 SHAPES = ((4096, 4096), (14336, 4096))  # W [d, k]
 DENSITY = 0.006
 ADAPTERS = 32  # of a segmented batch, with as many rows each
+EXPERTS = 128  # of a mixture like Qwen3-30B-A3B, eight of them for each of T / 2 tokens, as many rows each
 
 
 @dataclass
@@ -132,6 +133,27 @@ def _segments(m: Make) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(m.T, device=m.device), ends
 
 
+def _experts(operator: str, sixteenths: int) -> Case:
+    """Over rows sorted by expert, of so many sixteenths of k; lora_B is packed as PEFT packs it."""
+
+    def arguments(m: Make) -> tuple:
+        S, width = 4 * m.T, m.k * sixteenths // 16
+        offsets = (torch.arange(EXPERTS + 1, device=m.device) * S // EXPERTS).to(torch.int32)
+        rows, u, B = m(S, width), m(S, 16), m(width, 16, EXPERTS).permute(2, 0, 1)
+        return {"segment_project": (rows, m(EXPERTS, 16, width), None, offsets),
+                "segment_lift_": (rows, u, B, None, offsets),
+                "segment_outer": (u, rows, None, offsets)}[operator]  # fmt: skip
+
+    return Case(operator, f"r 16, {EXPERTS} experts, {256 * sixteenths} wide", arguments, tokens=False)
+
+
+def _routing(m: Make) -> tuple:
+    """y, weights, places and offsets of T / 2 tokens with eight experts each."""
+    T, width = m.T // 2, m.k // 2
+    offsets = torch.tensor([0, 8 * T], dtype=torch.int32, device=m.device)
+    return m(8 * T, width), m.wide(T, 8), torch.randperm(8 * T, device=m.device).view(T, 8), offsets
+
+
 def _dropout(operator: str, r: int) -> Case:
     def arguments(m: Make) -> tuple:
         x, A, u, seed = m(m.T, m.d), m(r, m.d), m(m.T, r), m.integers(1, 2**62)
@@ -189,6 +211,10 @@ MORE = (
     Case("segment_project", "r 16", lambda m: (m(m.T, m.k), m(ADAPTERS, 16, m.k), *_segments(m))),
     Case("segment_lift_", "r 16", lambda m: (m(m.T, m.d), m(m.T, 16), m(ADAPTERS, m.d, 16), *_segments(m))),
     Case("segment_outer", "r 16", lambda m: (m(m.T, 16), m(m.T, m.k), *_segments(m))),
+    *(_experts(f"segment_{name}", wide) for wide in (8, 3) for name in ("project", "lift_", "outer")),
+    Case("routing_combine", "8 experts a token, 2048 wide", _routing, tokens=False),
+    Case("routing_combine_backward", "8 experts a token, 2048 wide",
+         lambda m: (m(m.T // 2, m.k // 2), *_routing(m), True), tokens=False),
     _csr("csr_scatter_"),
     _csr("csr_gather_"),
     Case("target_logprob", "128256 logits",

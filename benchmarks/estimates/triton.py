@@ -261,15 +261,26 @@ def _lift(p: Launch):
 
 
 def _segment_project(p: Launch):
-    blocks = cdiv(p.T, p.BT)
+    blocks = p.n * cdiv(p.P // p.n, p.BT)
     return p.work(nbytes(p.x, p.A, p.out), (p.num_stages - 1) * p.BT * p.BK * 2, blocks * p.k * p.r * 2,
                   trips=blocks * cdiv(p.k, p.BK) * cdiv(p.r, p.R))  # fmt: skip
 
 
+def _segment_lift(p: Launch):
+    blocks = p.n * cdiv(p.P // p.n, p.BT)
+    ahead = max(p.num_stages - 1, 1) * p.BT * p.BD * 2
+    return p.work(2 * nbytes(p.out) + nbytes(p.h, p.B), ahead, blocks * p.d * p.r * 2, trips=blocks * cdiv(p.d, p.BD))
+
+
 def _segment_outer(p: Launch):
-    n = p.offsets.numel() - 1
-    steps = n * cdiv(p.x.shape[0] // n, p.BT) * cdiv(p.k, p.BK)
-    return p.work(nbytes(p.u, p.x, p.out), (p.num_stages - 1) * p.BT * p.BK * 2, trips=steps)
+    steps = p.n * cdiv(p.P // p.n, p.BT) * cdiv(p.k, p.BK) * cdiv(p.r, p.R)
+    parts = 4.0 * p.r * p.k * p.n * cdiv(p.P // p.n, p.span) if p.P // p.n > p.span else 0.0
+    return p.work(nbytes(p.u, p.x, p.out), (p.num_stages - 1) * p.BT * p.BK * 2, parts, trips=steps)
+
+
+def _combine_backward(p: Launch):
+    dram = nbytes(p.dout, p.y, p.weights, p.places, p.dy, p.dweights)
+    return p.work(dram, (p.KS + 1) * p.BD * 2, moved=nbytes(p.y), prefix="LDG")
 
 
 def _block_sum(p: Launch):
@@ -374,9 +385,11 @@ WORKS: dict[str, Callable[[Launch], tuple[Code, Work]]] = {
     "dropout.lift_kernel": _lift,
     "dropout.dropout_kernel": lambda p: p.work(nbytes(p.x, p.out), p.BT * p.BK * 2),
     "segments.project_kernel": _segment_project,
-    "segments.lift_kernel": lambda p: p.work(2 * nbytes(p.out) + nbytes(p.h, p.B), p.BT * p.BD * 2, 0.0,
-                                             trips=p.programs * cdiv(p.r, p.R)),
+    "segments.lift_kernel": _segment_lift,
     "segments.outer_kernel": _segment_outer,
+    "segments.join_kernel": lambda p: p.work(0.0, p.BLOCK * 4),  # as many rows each: no adapter has several chunks
+    "routing.combine_kernel": lambda p: p.work(nbytes(p.y, p.weights, p.places, p.out), p.K * p.BD * 2),
+    "routing.combine_backward_kernel": _combine_backward,
     "blocksum.block_sum_kernel": _block_sum,
     "blocksum.block_tile_kernel": _block_tile,
     "bat.weight_kernel": _weight,
