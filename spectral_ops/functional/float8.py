@@ -217,7 +217,7 @@ def differentiable(y, x, weight, scale, bias, block_rows, block_columns):
     wanting = x.requires_grad or (bias is not None and bias.requires_grad)
     if not (wanting and torch.is_grad_enabled()):
         return y
-    if y._is_view():  # made without a graph, it could not enter one as it is
+    if torch.compiler.is_compiling() or y._is_view():  # made without a graph, it could not enter one as it is
         y = torch.ops.aten._unsafe_view.default(y, y.shape)
     return apply(Float8GradientFunction, x, x, weight, scale, bias, block_rows, block_columns, y)
 
