@@ -242,6 +242,16 @@ def service(base: Base, adapters: list, exact: bool) -> tuple[str, str]:
     return BASE_AGNOSTIC if base.weight is None else FUSED, ", ".join(dict.fromkeys(names))
 
 
+def refuse_merge(layer: nn.Module) -> None:
+    """Raise ValueError where PEFT would add to a weight in FP8 without its scales."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dtype in float8.FLOAT8:
+        raise ValueError(
+            f"merge: got a base weight in {weight.dtype}, whose scales PEFT does not know, wanted a base that PEFT can"
+            " merge into (spectral_ops.as_peft_model and spectral_ops.merge quantise the merged weight anew)"
+        )
+
+
 def outliving(method: Callable) -> Callable:
     """The method, also for a layer that :func:`restore` gave its class back while somebody still held it bound."""
     name = method.__name__
@@ -302,6 +312,7 @@ class Fused:
 
     @outliving
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        refuse_merge(self)
         self._spectral_ops.forget()
         super().merge(*args, **kwargs)
 

@@ -360,5 +360,7 @@ def test_hooks_in_the_way_of_the_gradient_are_an_error():
     base = Blind(D, K)
     base.register_full_backward_hook(lambda module, into, out: None)
     net = adapted(base, "lora")
-    with pytest.raises(ValueError, match="base_layer: got Blind with a weight .*, wanted a layer that is differentiable"):
+    with pytest.raises(
+        ValueError, match="base_layer: got Blind with a weight .*, wanted a layer that is differentiable"
+    ):
         net(torch.randn(6, K, requires_grad=True))

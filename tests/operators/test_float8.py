@@ -161,7 +161,12 @@ def wrong():
     yield (x, weight, scale), (128, 64), ValueError, r"scale: got \[2, 3\].*wanted \[2, 5\] \(blocks of 128 x 64"
     yield (x, weight, scale[0]), block, ValueError, r"scale: got \[3\].*wanted \[2, 3\]"
     yield (x, weight, scale.t()), block, ValueError, r"scale: got \[3, 2\].*wanted \[2, 3\]"
-    yield (x, weight, scale.clone().requires_grad_()), block, ValueError, "scale: got requires_grad=True, wanted a frozen"
+    yield (
+        (x, weight, scale.clone().requires_grad_()),
+        block,
+        ValueError,
+        "scale: got requires_grad=True, wanted a frozen",
+    )
     yield (x, weight, scale), 128, ValueError, r"block_size: got 128, wanted two numbers \(rows, columns\)"
     yield (x, weight, scale), (128, 0), ValueError, "block_size: got 0, wanted at least 1"
     yield (x, weight, scale), (128, 128.0), TypeError, "block_size: got 128.0 .*wanted an integer"

@@ -125,7 +125,9 @@ BASES = {
     "torchao_row_dynamic": lambda d, k, dtype: torchao_layer(d, k, "row", dtype=dtype, dynamic=True),
     "torchao_tensor_dynamic": lambda d, k, dtype: torchao_layer(d, k, "tensor", dtype=dtype, dynamic=True),
     "compressed_tensor": lambda d, k, dtype: compressed_layer(d, k, "tensor", dtype=dtype),
-    "compressed_channel": lambda d, k, dtype: compressed_layer(d, k, "channel", dtype=dtype, scale_dtype=torch.bfloat16),
+    "compressed_channel": lambda d, k, dtype: compressed_layer(
+        d, k, "channel", dtype=dtype, scale_dtype=torch.bfloat16
+    ),
     "compressed_block": lambda d, k, dtype: compressed_layer(d, k, "block", dtype=dtype),
     "compressed_mxfp8": lambda d, k, dtype: compressed_layer(d, k, "group", dtype=dtype, scale_dtype=torch.uint8),
     "compressed_kernel": lambda d, k, dtype: kernel_layer(d, k, dtype=dtype),
