@@ -1,5 +1,6 @@
 """PEFT over bases in FP8: its numbers where it has them, and the whole gradient where it has none or too little."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ pytest.importorskip("peft")
 from fp8 import BASES, Blind, compressed_layer, torchao_layer, transformers_layer  # noqa: E402
 from peft import LoraConfig, MissConfig, get_peft_model  # noqa: E402
 from peft.tuners import miss  # noqa: E402
-from peft_tiny import errors, pair, perturb, worst  # noqa: E402
+from peft_tiny import config, errors, llama, pair, perturb, worst  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+import spectral_ops as so  # noqa: E402
 from spectral_ops import accelerate  # noqa: E402
-from spectral_ops.adapters import quantised  # noqa: E402
+from spectral_ops.adapters import float8, quantised  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, K = 150, 288
@@ -187,6 +189,60 @@ def test_merging_says_what_it_cannot_do():
         model.merge_adapter()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert model(torch.randn(2, K)).isfinite().all()
+
+
+def quantised_llama():
+    """A tiny Llama whose linear layers are FP8Linear, by blocks of 16."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    model = llama().requires_grad_(False)
+    for name, linear in list(model.model.named_modules()):
+        if type(linear) is nn.Linear:
+            d, k = linear.weight.shape
+            layer = fp8.FP8Linear(k, d, (16, 16))
+            weight, scale = float8.quantise(linear.weight, float8.empty_blocks(d, k, (16, 16)))
+            layer.weight, layer.weight_scale_inv = nn.Parameter(weight, False), nn.Parameter(scale, False)
+            model.model.set_submodule(name, layer)
+    return model
+
+
+def losses(model, steps=20):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, found = torch.optim.AdamW(parameters, lr=5e-3), []
+    tokens = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(5))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "miss"])
+def test_a_model_trains_as_under_peft(kind, emulated):
+    plain, ours = (get_peft_model(quantised_llama(), config(kind)) for _ in range(2))
+    torch.manual_seed(1)
+    ours.load_state_dict(perturb(plain).state_dict())
+    report = accelerate(ours, strict=True)
+    expected, got = losses(plain), losses(ours)
+    assert got == pytest.approx(expected, rel=2e-5) and got[-1] < got[0] - 0.5
+    assert report.counts == {"fused": 0, "fused (base-agnostic)": 14, "PEFT": 0} and not report.fallbacks()
+
+
+@pytest.mark.parametrize("method", [so.LoRAConfig(r=4), so.DoRAConfig(r=4), so.BoneConfig(r=4)], ids=type)
+def test_a_model_trains_natively(method):
+    """No emulation of anything: what runs is ours, also with the adapters off."""
+    model, tokens = quantised_llama(), torch.randint(0, 64, (2, 12))
+    so.attach(model, dataclasses.replace(method, target_modules="all-linear"))
+    found = losses(model)
+    assert found[-1] < found[0] - 0.5
+    with so.disabled(model), torch.no_grad():
+        plain = model(input_ids=tokens).logits
+    so.merge(model)
+    assert not torch.equal(model(input_ids=tokens).logits, plain)
+    so.unmerge(model)
+    with so.disabled(model), torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, plain)
 
 
 @pytest.mark.parametrize("kind", [LoraConfig, MissConfig])
