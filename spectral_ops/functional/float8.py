@@ -30,6 +30,7 @@ __all__ = ["float8_linear"]
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SCALES = (*checks.FLOATS, torch.float8_e8m0fnu)
+STRIP = 1 << 16  # entries
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -62,13 +63,17 @@ def float8_dequantise_op(out, weight, scale, block_rows, block_columns):
     scale = scale.to(accumulate_dtype(out.dtype))
     if scale.shape[0] > 1 and block_rows > 1:
         scale = scale.repeat_interleave(block_rows, 0)[: weight.shape[0]]
-    out.copy_(weight)
-    whole = weight.shape[1] // block_columns * block_columns  # columns of blocks that are not ragged
-    if whole:
-        blocks = out[:, :whole].unflatten(1, (-1, block_columns))
-        blocks.mul_(scale[:, : whole // block_columns, None])
-    if whole < weight.shape[1]:
-        out[:, whole:].mul_(scale[:, -1:])
+    (d, k), n = weight.shape, block_columns
+    whole = k // n * n  # columns of blocks that are not ragged
+    # on the CPU torch multiplies a narrower out through copies in float32: of a few rows, which stay in the cache
+    step = max(STRIP // max(k, 1), 1) if out.device.type == "cpu" else max(d, 1)
+    for start in range(0, d, step):
+        part, s = out[start : start + step], scale if scale.shape[0] == 1 else scale[start : start + step]
+        part.copy_(weight[start : start + step])
+        if whole:
+            part[:, :whole].unflatten(1, (-1, n)).mul_(s[:, : whole // n, None])
+        if whole < k:
+            part[:, whole:].mul_(s[:, -1:])
 
 
 def _tiles(weight, scale, block_rows, block_columns, dim, dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
