@@ -13,6 +13,8 @@ from spectral_ops.core import checks
 from spectral_ops.core.autograd import autocast_arguments
 from spectral_ops.functional.float8 import FLOAT8
 
+FP8 = frozenset(FLOAT8)
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (GPT-2): a linear layer whose weight is stored transposed, [in_features, out_features]."""
@@ -39,7 +41,7 @@ def why_not_dense(base: nn.Module) -> str | None:
     weight = parameters["weight"] if "weight" in parameters else base.weight
     if type(weight) is not nn.Parameter and quantised.kind(base):
         return f"the weight is a quantised {type(weight).__name__}"
-    if weight.dtype in FLOAT8:
+    if weight.dtype in FP8:
         return "the weight is in FP8"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return "the base layer carries hooks"
