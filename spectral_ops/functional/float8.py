@@ -51,6 +51,13 @@ def _dequantise_samples(s):
     yield s.rows(s.randn(s.d, s.k)), weight.to(torch.float8_e5m2), scale.to(torch.bfloat16), 4, 3
 
 
+def _table(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """All 256 numbers of a float8 dtype, on the CPU: there a look-up takes a quarter of the time of a conversion."""
+    if weight.dtype not in FLOAT8 or weight.device.type != "cpu":
+        return None
+    return torch.arange(256, dtype=torch.uint8).view(weight.dtype).to(dtype)
+
+
 @define(
     "float8_dequantise_(Tensor(a!) out, Tensor weight, Tensor scale, int block_rows, int block_columns) -> ()",
     fake=lambda out, weight, scale, block_rows, block_columns: None,
@@ -67,9 +74,13 @@ def float8_dequantise_op(out, weight, scale, block_rows, block_columns):
     whole = k // n * n  # columns of blocks that are not ragged
     # on the CPU torch multiplies a narrower out through copies in float32: of a few rows, which stay in the cache
     step = max(STRIP // max(k, 1), 1) if out.device.type == "cpu" else max(d, 1)
+    table = _table(weight, out.dtype)
     for start in range(0, d, step):
         part, s = out[start : start + step], scale if scale.shape[0] == 1 else scale[start : start + step]
-        part.copy_(weight[start : start + step])
+        q = weight[start : start + step]
+        if table is not None:
+            q = table.index_select(0, q.view(torch.uint8).int().flatten()).view(q.shape)
+        part.copy_(q)
         if whole:
             part[:, :whole].unflatten(1, (-1, n)).mul_(s[:, : whole // n, None])
         if whole < k:
