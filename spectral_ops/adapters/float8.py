@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
 
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.core import checks
@@ -90,7 +91,8 @@ def _read(base: nn.Module, weight: torch.Tensor, scale: torch.Tensor, block_size
 
 
 def _named(base: nn.Module) -> str:
-    return f"{type(base).__name__} with a weight {checks.describe(base.weight)}"
+    weight = getattr(base, "weight", None)
+    return type(base).__name__ + ("" if weight is None else f" with a weight {checks.describe(weight)}")
 
 
 def dequantised(base: nn.Module) -> torch.Tensor:
@@ -155,14 +157,41 @@ def dropped_product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def whole(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What any layer returns for x; ValueError where x takes a gradient and the output has none to give it."""
-    out = base(x)
-    if isinstance(out, torch.Tensor) and x.requires_grad and not out.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "the output of the base layer has no gradient, so x would get the adapter's share alone\n"
-            f"base_layer: got {_named(base)}, wanted a layer that is differentiable in its input"
-        )
+    """What any layer returns for x; ValueError where x takes a gradient and the layer has none to give it: at once
+    where its output has no graph, in backward where its node leaves x out."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return base(x)
+    known = type(base).__module__.startswith(TRUSTED) or torch.compiler.is_compiling()
+    out = base(x if known or torch._C._are_functorch_transforms_active() else _Reached.apply(x, base))
+    if isinstance(out, torch.Tensor) and not out.requires_grad:
+        raise _blind(base)
     return out
+
+
+TRUSTED = "torch.nn.", "bitsandbytes."  # where layers are whose nodes are known to reach x
+
+
+class _Reached(Function):
+    """x itself on its way into a layer, whose backward must return a gradient for it."""
+
+    @staticmethod
+    def forward(ctx, x, base):
+        ctx.set_materialize_grads(False)
+        ctx.base = base
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        if dx is None:
+            raise _blind(ctx.base)
+        return dx, None
+
+
+def _blind(base: nn.Module) -> ValueError:
+    return ValueError(
+        "the base layer has no gradient for its input, which would get the adapter's share alone\n"
+        f"base_layer: got {_named(base)}, wanted a layer that is differentiable in its input"
+    )
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -148,6 +148,31 @@ def test_a_base_without_a_gradient_is_an_error(method):
         net(torch.randn(2, K, requires_grad=True))
 
 
+@methods
+def test_a_base_whose_node_leaves_x_out_is_an_error(method):
+    class Deaf(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None, None
+
+    class Node(nn.Linear):
+        def forward(self, x):
+            return Deaf.apply(x, self.weight)
+
+    net = nn.Sequential(nn.Linear(K, K), Node(K, D, bias=False))
+    so.attach(net, dataclasses.replace(CONFIGS[method], target_modules=["1"]))
+    perturb(net)
+    with torch.no_grad():
+        net(torch.randn(2, K))
+    y = net(torch.randn(2, K, requires_grad=True))
+    with pytest.raises(ValueError, match="base_layer: got Node .*, wanted a layer that is differentiable in its input"):
+        y.sum().backward()
+
+
 def test_a_trained_fp8_weight_is_an_error():
     net = adapted(transformers_layer(D, K)[0], "lora")
     net[0].base_layer.weight_scale_inv.requires_grad_()
