@@ -40,6 +40,15 @@ def of_torchao(weight: torch.Tensor) -> bool:
     return instance(weight, "torchao.quantization", "Float8Tensor")
 
 
+def rounds_input(weight: torch.Tensor) -> bool:
+    """Whether a weight is torchao's int8 one that rounds x to int8 too: its product has no gradient for x either."""
+    return (
+        instance(weight, "torchao.quantization", "Int8Tensor")
+        and weight.act_quant_kwargs is not None
+        and getattr(weight, "act_pre_scale", None) is None
+    )
+
+
 def holds(weight: torch.Tensor) -> bool:
     """Whether a weight is in FP8, in a known format or not."""
     if type(weight) in (nn.Parameter, torch.Tensor):
@@ -53,6 +62,8 @@ def holds(weight: torch.Tensor) -> bool:
 def read(base: nn.Module) -> Blocks:
     """The weight [out_features, in_features] of a layer and its scales; ValueError where its format is not known."""
     weight = base.weight
+    if rounds_input(weight):
+        return Blocks(weight.qdata, weight.scale, *weight.block_size)
     if of_torchao(weight):
         return _read(base, weight.qdata, weight.scale, weight.block_size)
     if hasattr(base, "n_groups"):
@@ -113,7 +124,7 @@ def column_norm(base: nn.Module, A: torch.Tensor, B: torch.Tensor, scale: float)
 def has_kernel(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether the layer's forward multiplies in FP8 by itself here, rather than by a dequantised weight or not at all:
     the kernels of FP8Linear are for accelerators, and compressed-tensors' layers are nn.Linear with another forward."""
-    if of_torchao(base.weight):
+    if of_torchao(base.weight) or rounds_input(base.weight):
         return base.weight.act_quant_kwargs is not None
     if instance(base, "transformers.integrations.finegrained_fp8", "FP8Linear"):
         return x.device.type != "cpu"
@@ -128,20 +139,18 @@ def _bare(base: nn.Module) -> bool:
 def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What the layer returns for x [..., in_features], with the gradient of all of it: a fresh tensor.
 
-    Its own FP8 kernel makes it where there is one, else x W, W dequantised a tile at a time. Where a hook wants to see
-    the layer called, or its forward was replaced, it is called, and must be differentiable by itself.
+    Its own FP8 kernel makes it where there is one, else x Wᵀ, W dequantised a tile at a time. Where hooks or another
+    forward may do more than that, the layer is called, and must be differentiable by itself.
     """
     form = read(base)
     checks.frozen(weight=form.weight, scale=form.scale)
     replaced = "forward" in base.__dict__ and not hasattr(base, "quantization_scheme")
+    if replaced or not _bare(base):
+        return whole(base, x)
     if has_kernel(base, x):
-        if base._backward_hooks or base._backward_pre_hooks:
-            return whole(base, x)
         with torch.no_grad():
             y = base(x)
         return float8.differentiable(y, x, form.weight, form.scale, base.bias, *form[2:])
-    if replaced or not _bare(base):
-        return whole(base, x)
     if of_torchao(base.weight):  # its product is torch's, which autocast casts for
         (x,) = autocast_arguments(x)
     if not isinstance(x, torch.Tensor) or x.dim() < 1 or x.shape[-1] != form.weight.shape[1]:
@@ -158,17 +167,43 @@ def dropped_product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def whole(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What any layer returns for x; ValueError where x takes a gradient and the layer has none to give it: at once
-    where its output has no graph, in backward where its node leaves x out."""
+    where its output has no path to x, in backward where a node on that path leaves x out."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return base(x)
-    known = type(base).__module__.startswith(TRUSTED) or torch.compiler.is_compiling()
-    out = base(x if known or torch._C._are_functorch_transforms_active() else _Reached.apply(x, base))
-    if isinstance(out, torch.Tensor) and not out.requires_grad:
+    if _known(base):
+        return base(x)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        out = base(x)
+        found = not isinstance(out, torch.Tensor) or out.requires_grad
+    else:
+        reached = _Reached.apply(x, base)
+        out = base(reached)
+        found = not isinstance(out, torch.Tensor) or _leads(out.grad_fn, reached.grad_fn)
+    if not found:
         raise _blind(base)
     return out
 
 
-TRUSTED = "torch.nn.", "bitsandbytes."  # where layers are whose nodes are known to reach x
+def _known(base: nn.Module) -> bool:
+    """Whether a layer is torch's own over a plain weight, or bitsandbytes', which are differentiable."""
+    if "forward" in base.__dict__ or not _bare(base):
+        return False
+    module = type(base).__module__
+    plain = type(getattr(base, "weight", None)) in (nn.Parameter, torch.Tensor)
+    return module.startswith("bitsandbytes.") or (module.startswith("torch.nn.") and plain)
+
+
+def _leads(node: Any, target: Any) -> bool:
+    """Whether the graph below a node meets ``target``. Nothing of x's own graph is walked: ``target`` stands before."""
+    seen, ahead = set(), [node]
+    while ahead:
+        node = ahead.pop()
+        if node is target:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [further for further, _ in node.next_functions]
+    return False
 
 
 class _Reached(Function):

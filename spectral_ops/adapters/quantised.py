@@ -67,7 +67,7 @@ def column_norm(base: nn.Module, A: torch.Tensor, B: torch.Tensor, scale: float)
 def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What a layer, quantised or not, returns for x [..., in_features]; ValueError where x would get no gradient."""
     weight = getattr(base, "weight", None)  # GPTQ's layers have none
-    if isinstance(weight, torch.Tensor) and float8.holds(weight):
+    if isinstance(weight, torch.Tensor) and (float8.holds(weight) or float8.rounds_input(weight)):
         return float8.product(base, x)
     return float8.whole(base, x)
 

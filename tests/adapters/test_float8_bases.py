@@ -143,6 +143,10 @@ def test_a_base_without_a_gradient_is_an_error(method):
         net(torch.randn(2, K, requires_grad=True))
     with so.disabled(net), pytest.raises(ValueError, match=wanted):
         net(torch.randn(2, K, requires_grad=True))
+    net[0].base_layer.bias.requires_grad_()  # then the output has a gradient, but no path to x
+    net[0].base_layer.forward = lambda x: F.linear(x.detach(), net[0].base_layer.weight, net[0].base_layer.bias)
+    with pytest.raises(ValueError, match=wanted):
+        net(torch.randn(2, K, requires_grad=True))
     net(torch.randn(2, K))  # nobody asks for x's gradient
     with torch.no_grad():
         net(torch.randn(2, K, requires_grad=True))
@@ -374,16 +378,21 @@ def test_a_trained_bias_gets_its_gradient():
 
 
 def test_a_hook_on_the_base_layer_sees_it_called():
-    base, seen = torchao_layer(D, K, dynamic=True)[0], []
-    base.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    net, x = adapted(base, "lora"), torch.randn(6, K, requires_grad=True)
-    net(x).sum().backward()
-    assert seen == [torch.Size([6, D])] and x.grad.norm() > 0
+    """And may change what it returns, and what that is differentiated to."""
+    base, W = torchao_layer(D, K, bias=False)
+    base.register_forward_hook(lambda module, args, out: 3 * out)
+    net, x, dy = adapted(base, "lora"), torch.randn(6, K, requires_grad=True), torch.randn(6, D)
+    A, B = (getattr(net[0], key)["default"].detach().double() for key in ("lora_A", "lora_B"))
+    (dx,) = torch.autograd.grad(net(x), x, dy)
+    assert relative(dx, dy.double() @ (3 * W + 1.5 * B @ A)) < 2e-5
 
 
-def test_hooks_in_the_way_of_the_gradient_are_an_error():
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_hook_on_a_kernel_without_a_gradient_is_an_error(register):
     base = Blind(D, K)
-    base.register_full_backward_hook(lambda module, into, out: None)
+    getattr(base, register)(lambda *args: None)
     net = adapted(base, "lora")
     with pytest.raises(
         ValueError, match="base_layer: got Blind with a weight .*, wanted a layer that is differentiable"

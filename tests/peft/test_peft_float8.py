@@ -160,6 +160,26 @@ def test_where_the_gradient_is_quietly_too_small():
     assert relative(share, whole) > 0.1 and not report.fallbacks()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_torchao_s_int8_that_rounds_its_input_gets_the_whole_gradient(dtype):
+    quantization = pytest.importorskip("torchao.quantization")
+    if not hasattr(quantization, "Int8Tensor"):
+        pytest.skip("this torchao has no Int8Tensor")
+    net = nn.Sequential(nn.Linear(K, D, dtype=dtype))
+    quantization.quantize_(net, quantization.Int8DynamicActivationInt8WeightConfig())
+    base = net[0]
+    product = base(torch.ones(1, K, dtype=dtype))
+    model = with_adapters(One(base), targets=["layer"])
+    x, dy = torch.randn(6, K).to(dtype).requires_grad_(), torch.randn(6, D).to(dtype)
+    want_y, whole, share = formula(model, x.detach(), dy)
+    eps = 1e-5 if dtype == torch.float32 else 2e-2
+    assert relative(torch.autograd.grad(model(x), x, dy)[0], share) < eps  # PEFT's
+    report = accelerate(model, strict=True)
+    y = model(x)
+    assert relative(torch.autograd.grad(y, x, dy)[0], whole) < eps and relative(y.detach(), want_y) < 0.02
+    assert torch.equal(base(torch.ones(1, K, dtype=dtype)), product) and not report.fallbacks()
+
+
 def test_a_base_without_a_gradient_is_an_error():
     class Opaque(nn.Linear):
         def forward(self, x):

@@ -290,7 +290,13 @@ class Contract:
 
     def test_forward_makes_one_tensor_of_output_size(self, family):
         """At p = 0 a forward pass makes no [T, d] tensor but its result (none where it overwrites its base)."""
-        if "p" in family.options or family.name in ("group", "block-sum", "dora-update-bias", "bat-exact", "experts-routed"):
+        if "p" in family.options or family.name in (
+            "group",
+            "block-sum",
+            "dora-update-bias",
+            "bat-exact",
+            "experts-routed",
+        ):
             pytest.skip("promised without dropout, for one layer, in one precision")
         if family.name == "bat-few-tokens":
             pytest.skip("its kernel sums in parts, each of the output's size, and the promise is for many tokens")
