@@ -1,4 +1,4 @@
-"""Linear over a frozen weight in FP8 (METHODS 1.10): the product, and the input's gradient whatever made the product.
+"""Linear over a frozen weight in FP8 (METHODS 1.11): the product, and the input's gradient whatever made the product.
 
     W[o, i] = q[o, i] s[o // m, i // n]      q [d, k] in float8, s one scale for each block of m x n entries
     y = x Wᵀ + b                             dx = dy W      db = Σ dy
@@ -300,7 +300,7 @@ def float8_linear(x, weight, scale, bias=None, *, block_size=None):
         block_size: (rows, columns) of a block; None for one scale, or one per row.
 
     Returns y [..., d] in x's dtype. Saves nothing but weight, scale and bias. Dequantised entries are rounded once, to
-    x's dtype. Raises TypeError/ValueError that name the argument. METHODS 1.10.
+    x's dtype. Raises TypeError/ValueError that name the argument. METHODS 1.11.
     """
     form = blocks(weight, scale, block_size)
     checks.frozen(weight=weight, scale=scale)

@@ -1,4 +1,4 @@
-"""Methods over bases in FP8: the whole gradient, against the dequantised weight in float64 (METHODS 1.10)."""
+"""Methods over bases in FP8: the whole gradient, against the dequantised weight in float64 (METHODS 1.11)."""
 
 import dataclasses
 import itertools

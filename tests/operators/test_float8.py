@@ -1,4 +1,4 @@
-"""float8_linear: the product and the input's gradient over a weight in FP8, a tile of it in memory (METHODS 1.10)."""
+"""float8_linear: the product and the input's gradient over a weight in FP8, a tile of it in memory (METHODS 1.11)."""
 
 import math
 
