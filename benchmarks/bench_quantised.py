@@ -1,4 +1,7 @@
-"""Methods over quantised bases: step time beside the same base frozen, memory of the base, bytes saved for backward."""
+"""Methods over quantised bases: step time beside the same base frozen, memory of the base, bytes saved for backward.
+
+`python -m benchmarks.bench_quantised` prints the table of memory over bfloat16, FP8 and nf4 alone.
+"""
 
 import pytest
 import torch
@@ -6,12 +9,13 @@ from torch import nn
 
 from benchmarks import harness
 from benchmarks.harness import D, K, T
-from spectral_ops.adapters import quantised
+from spectral_ops.adapters import float8, quantised
 from spectral_ops.bench import methods, results
 from spectral_ops.bench.clock import interleave
 from spectral_ops.bench.counting import counted, peak_bytes, saved_bytes
 from spectral_ops.bench.layers import share, step
 from spectral_ops.bench.peers import Layer
+from spectral_ops.core.scratch import scratch
 
 FORMATS = ("float32", "nf4", "int8")  # torchao's tensors have no storage whose bytes could be told apart
 METHODS = ("lora", "pissa", "dora", "bone", "rosa", "pica", "spectral_rotation")
@@ -71,3 +75,71 @@ def test_step(benchmark, record, method, form):
     record(rows)
     benchmark.extra_info.update(weight_bytes=held, ratio=ratio, saved=rows[-1].saved_bytes, frozen=rows[0].saved_bytes)
     benchmark.pedantic(calls["spectral_ops"], rounds=3)
+
+
+# --- memory: bfloat16, FP8, nf4 --------------------------------------------------------------------------------------
+
+TOKENS, SIDE = 256, 4096  # of a layer [4096, 4096], as Llama 3 8B has two in a block
+BASES = ("bf16", "fp8", "nf4")
+MEMORY_METHODS = (None, "lora", "dora", "bone", "rosa")
+
+
+def memory_base(form: str, side: int) -> tuple[nn.Module, int]:
+    """A frozen layer [side, side] computing in bfloat16, and the bytes that its weight is stored in."""
+    torch.manual_seed(0)
+    linear = nn.Linear(side, side, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    if form == "bf16":
+        return linear, 2 * side * side
+    if form == "nf4":
+        layer = quantised.quantise(linear, "nf4")
+        return layer, sum(t.numel() * t.element_size() for t in stored(layer))
+    block = (128, 128)
+    linear.block_size, linear.weight_scale_inv = block, None
+    data, scale = float8.quantise(linear.weight, float8.empty_blocks(side, side, block))
+    linear.weight, linear.weight_scale_inv = nn.Parameter(data, False), nn.Parameter(scale, False)
+    return linear, data.numel() + 4 * scale.numel()
+
+
+def memory_row(method: str | None, form: str, tokens: int, side: int) -> tuple[int, int, int]:
+    """Bytes of the weight; held for backward beside x; the most held at once in a step beside what it started with."""
+    layer, held = memory_base(form, side)
+    pattern = methods.even_pattern(side, side) if method == "rosa" else None
+    known = list(layer.parameters())
+    if method is None:
+        call, parameters = (lambda x: quantised.product(layer, x)), []
+    else:
+        call, parameters = methods.layer(method, layer, pattern if form == "bf16" else None)
+        if pattern is not None and form != "bf16":
+            call.set_mask((pattern.row_offsets, pattern.col_indices))
+        known += [*call.parameters(), *call.buffers()] if isinstance(call, nn.Module) else []
+    x = torch.randn(tokens, side, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(tokens, side, dtype=torch.bfloat16)
+    candidate = Layer(call, parameters)
+    saved = saved_bytes(candidate.forward, x, [*known, *parameters])
+    scratch.release()  # a tile that stays from the last call would count as held before
+    return held, saved, peak_bytes(lambda: step(candidate, x, dy), x.device)
+
+
+def memory_table(tokens: int = TOKENS, side: int = SIDE) -> str:
+    """In MiB, as a table of Markdown."""
+    lines = ["| method | " + " | ".join(f"{form}: weight, saved, peak" for form in BASES) + " |"]
+    lines += ["|---" * (len(BASES) + 1) + "|"]
+    for method in MEMORY_METHODS:
+        cells = []
+        for form in BASES:
+            numbers = memory_row(method, form, tokens, side)
+            cells.append(", ".join(f"{n / 2**20:.1f}" for n in numbers))
+        lines.append(f"| {method or 'frozen'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("method", MEMORY_METHODS)
+def test_memory(benchmark, method):
+    rows = {form: memory_row(method, form, TOKENS, SIDE) for form in BASES}
+    assert rows["fp8"][0] < 0.51 * rows["bf16"][0], "the weight is stored in half"
+    benchmark.extra_info.update({f"{form}_bytes": row for form, row in rows.items()})
+    benchmark.pedantic(memory_row, (method, "fp8", TOKENS, SIDE), rounds=1)
+
+
+if __name__ == "__main__":
+    print(memory_table())

@@ -149,7 +149,7 @@ class AdaLoRALinear(LowRankLinear):
     def adapted(self, x, name):
         A, B, E = self.parameter("lora_A", name), self.parameter("lora_B", name), self.parameter("lora_E", name)
         if not A.shape[0]:  # all of its triplets were pruned, and the file had none
-            return self.base_layer(x)
+            return self.product(x)
         config = self.settings[name]
         return self.fused(
             x, fused_linear, fused_update, A, B, E, config.scaling, config.dropout if self.training else 0.0

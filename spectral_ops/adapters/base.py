@@ -149,7 +149,7 @@ class AdapterLinear(FrozenBase):
 
     def original(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output without adapters."""
-        return self.base_layer(x)
+        return self.product(x)
 
     def original_weight(self) -> torch.Tensor:
         """The weight [d, k] as it was before any adapter, in float32 (float64), merged or not. It may share memory."""
@@ -288,7 +288,7 @@ class AdapterLinear(FrozenBase):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] to [..., out_features]."""
         if self.merged is not None:
-            return self.base_layer(x)
+            return self.product(x)
         if self._disabled or self.active not in self.settings:
             return self.original(x)
         return self.adapted(x, self.active)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from spectral_ops._library import accumulate_dtype
+from spectral_ops.adapters import quantised
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.choice.targets import names_path
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
-from spectral_ops.functional import NormCache, column_norm, dora, dora_update, lowrank_update
+from spectral_ops.functional import NormCache, dora, dora_update, lowrank_update
 
 SMALL = 1e-4  # a row scaled by less than this cannot be unmerged by division
 
@@ -106,11 +107,11 @@ class MagnitudeLinear(AdapterLinear):
         if self.is_dense:
             norm = self.norms[name].get(self.matrix, A, B, scale)
         else:  # not cached: only the dequantised weight could tell whether it is stale
-            norm = column_norm(self.full_matrix(), A, B, scale)
+            norm = quantised.column_norm(self.base_layer, A, B, scale)
         if not p:
             return dora_update(out, x, A, B, m, norm, self.bias, scale=scale, recompute=self.settings[name].recompute)
         x = F.dropout(x, p)
-        plain = self.base_layer(x)
+        plain = self.product(x)
         plain = plain if self.bias is None else plain - self.bias
         z = lowrank_update(plain.clone(), x, A, B, scale=scale)
         return out + ((m / norm).to(x.dtype) * z - plain)

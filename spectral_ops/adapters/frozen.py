@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from spectral_ops._library import accumulate_dtype
-from spectral_ops.adapters import quantised
+from spectral_ops.adapters import float8, quantised
 from spectral_ops.core import checks
 from spectral_ops.core.autograd import autocast_arguments
+from spectral_ops.functional.float8 import FLOAT8
+
+FP8 = frozenset(FLOAT8)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -38,6 +41,8 @@ def why_not_dense(base: nn.Module) -> str | None:
     weight = parameters["weight"] if "weight" in parameters else base.weight
     if type(weight) is not nn.Parameter and quantised.kind(base):
         return f"the weight is a quantised {type(weight).__name__}"
+    if weight.dtype in FP8:
+        return "the weight is in FP8"
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return "the base layer carries hooks"
     if "forward" in base.__dict__:
@@ -61,6 +66,8 @@ class FrozenBase(nn.Module):
         """Take the layer that does not train; TypeError where it is none of this kind."""
         if not is_linear(base_layer):
             raise TypeError(f"linear: got {type(base_layer).__name__}, wanted nn.Linear or Conv1D")
+        if quantised.kind(base_layer) == "float8":
+            float8.read(base_layer)  # raises where it cannot be read
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.out_features, self.in_features = linear_size(base_layer)
@@ -73,7 +80,7 @@ class FrozenBase(nn.Module):
         """
         base = self._modules["base_layer"]
         if why_not_dense(base) is not None:
-            return update(base(x), x, *arguments)
+            return update(quantised.product(base, x), x, *arguments)
         parameters = base._parameters  # nn.Module's own lookup is slower; FSDP1 and DataParallel move tensors out of it
         weight = parameters["weight"] if "weight" in parameters else base.weight
         bias = parameters["bias"] if "bias" in parameters else base.bias
@@ -85,6 +92,10 @@ class FrozenBase(nn.Module):
             checks.linear(x, weight, bias)
             checks.same_dtype("x", x, weight=weight, bias=bias)
         return linear(x, weight, bias, *arguments)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """What the base layer returns for x, with the whole gradient for it; ValueError where it has none."""
+        return quantised.product(self._modules["base_layer"], x)
 
     def release(self) -> None:
         """Put W back into the base weight, where a method keeps something else there between calls."""
@@ -131,7 +142,7 @@ class FrozenBase(nn.Module):
     def readable(self, why: str) -> None:
         """Raise ValueError where the weight can neither be read nor dequantised."""
         if not self.is_dense and quantised.kind(self.base_layer) is None:
-            self._refuse(why, ", or one of bitsandbytes or torchao")
+            self._refuse(why, ", or one of bitsandbytes or torchao, or FP8")
 
     # in whatever format
 

@@ -231,7 +231,7 @@ class LoRALinear(LowRankLinear):
     def segmented(self, x, names, ids):
         """The output where each row has the adapter of ``names`` that its id says, or none."""
         if not names:
-            return self.base_layer(x)
+            return self.product(x)
         configs = [self.settings[name] for name in names]
         adapters = [self.lora_A[name] for name in names], [self.lora_B[name] for name in names], ids
         options = {

@@ -51,7 +51,7 @@ class LowRankLinear(AdapterLinear):
 
     def original(self, x):
         taken = self.taken()
-        return self.base_layer(x) if taken is None else self.fused(x, fused_linear, fused_update, *taken, 0.0)
+        return self.product(x) if taken is None else self.fused(x, fused_linear, fused_update, *taken, 0.0)
 
 
 def fused_linear(x, weight, bias, A, B, core, scale, p):

@@ -1,32 +1,31 @@
 """Quantised base layers: their weight in floating point, and another weight in their format.
 
-bitsandbytes' 4-bit (nf4, fp4) and 8-bit layers and torchao's weight-only integer tensors. Their products stay theirs;
-what a method computes from W itself (DoRA's norm, a spectral start, a merge) reads the dequantised weight, which lives
-no longer than that. A merge keeps what it replaces as it was packed, so that it comes back bit for bit.
+bitsandbytes' 4-bit (nf4, fp4) and 8-bit layers, torchao's weight-only integer tensors, and FP8 (float8.py). Their
+products stay theirs; what a method computes from W itself (DoRA's norm, a spectral start, a merge) reads the
+dequantised weight, which lives no longer than that. A merge keeps what it replaces as it was packed, so that it comes
+back bit for bit.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
+from spectral_ops.adapters import float8
+from spectral_ops.adapters.float8 import instance as _is
+from spectral_ops.functional import column_norm as dense_column_norm
+
 OPTIONS = ("blocksize", "compress_statistics", "quant_type", "quant_storage")  # of a 4-bit weight
 
 
-def _is(instance: Any, module: str, *names: str) -> bool:
-    """Whether an object's class is one of ``names`` of a module that need not be installed."""
-    loaded = sys.modules.get(module)
-    types = tuple(getattr(loaded, name) for name in names if hasattr(loaded, name)) if loaded else ()
-    return isinstance(instance, types)
-
-
 def kind(base: nn.Module) -> str | None:
-    """The format of a layer's weight: "bnb4", "bnb8" or "torchao"; None for any other."""
+    """The format of a layer's weight: "float8", "bnb4", "bnb8" or "torchao"; None for any other."""
     weight = base.weight
+    if float8.holds(weight):
+        return "float8"
     if type(weight) in (nn.Parameter, torch.Tensor):
         return None
     if _is(weight, "bitsandbytes.nn", "Params4bit") and weight.quant_state is not None:
@@ -47,6 +46,8 @@ def scales(base: nn.Module) -> torch.Tensor:
 def dequantised(base: nn.Module) -> torch.Tensor:
     """The weight [out_features, in_features] of a quantised layer in float32: a new tensor."""
     weight, form = base.weight, kind(base)
+    if form == "float8":
+        return float8.dequantised(base)
     if form == "torchao":
         return weight.dequantize().float()
     import bitsandbytes.functional as bnb
@@ -56,13 +57,32 @@ def dequantised(base: nn.Module) -> torch.Tensor:
     return weight.data * (scales(base).float().to(weight.device) / 127).unsqueeze(1)
 
 
+def column_norm(base: nn.Module, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """‖W + scale B A‖ of each row [out_features] of a quantised layer, in float32."""
+    if kind(base) == "float8":
+        return float8.column_norm(base, A, B, scale)
+    return dense_column_norm(dequantised(base), A, B, scale)
+
+
+def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer, quantised or not, returns for x [..., in_features]; ValueError where x would get no gradient."""
+    weight = getattr(base, "weight", None)  # GPTQ's layers have none
+    if isinstance(weight, torch.Tensor) and (float8.holds(weight) or float8.rounds_input(weight)):
+        return float8.product(base, x)
+    return float8.whole(base, x)
+
+
 def held(base: nn.Module) -> tuple[Any, ...]:
     """What :func:`write` replaces, to be given to :func:`put_back`."""
+    if kind(base) == "float8":
+        return float8.held(base)
     return base.weight, getattr(base, "state", None)
 
 
 def put_back(base: nn.Module, packed: tuple[Any, ...]) -> None:
     """Give the layer the weight again that :func:`held` took note of."""
+    if kind(base) == "float8":
+        return float8.put_back(base, packed)
     base.weight, state = packed
     if state is not None:
         base.state = state
@@ -72,7 +92,9 @@ def put_back(base: nn.Module, packed: tuple[Any, ...]) -> None:
 def write(base: nn.Module, weight: torch.Tensor) -> None:
     """Quantise ``weight`` [out_features, in_features] in the layer's own format; the packed tensors are new."""
     old, form, device = base.weight, kind(base), base.weight.device
-    if form == "torchao":
+    if form == "float8":
+        float8.write(base, weight)
+    elif form == "torchao":
         base.weight = nn.Parameter(_like_torchao(old, weight), requires_grad=False)
     elif form == "bnb4":
         plain = weight.to("cpu", old.quant_state.dtype).contiguous()

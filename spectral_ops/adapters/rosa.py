@@ -295,7 +295,7 @@ class RoSALinear(LoRALinear):
         A, B, _ = self.factors(name) if config.low_rank else (None, None, None)
         if A is None and csr is None:
             self.release()
-            return base(x)
+            return self.product(x)
         route = None
         if csr is not None and why_not_dense(base) is None:
             (x,) = autocast_arguments(x)
@@ -314,7 +314,7 @@ class RoSALinear(LoRALinear):
         if graph and not _compiling() and why_not_dense(base) is None and any(map(self.may_reside, self.settings)):
             return F.linear(x, residents.original(self.stored), base.bias)
         self.release()
-        return base(x)
+        return self.product(x)
 
     # merging
 

@@ -10,6 +10,7 @@ from spectral_ops.functional.csr_matrix import CSR
 from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
 from spectral_ops.functional.experts import experts_lowrank, experts_mlp
+from spectral_ops.functional.float8 import float8_linear
 from spectral_ops.functional.group import lowrank_linear_group
 from spectral_ops.functional.importance import adalora_importance, adalora_prune, orthogonality_loss
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
@@ -39,6 +40,7 @@ __all__ = [
     "dora_update",
     "experts_lowrank",
     "experts_mlp",
+    "float8_linear",
     "kl_to_anchor",
     "lowrank_linear",
     "lowrank_linear_group",

@@ -25,6 +25,7 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from spectral_ops.adapters import float8, quantised
 from spectral_ops.core.autograd import autocast_arguments
 from spectral_ops.functional import bat, blocksum, column_norm, dora, lowrank
 from spectral_ops.integrations import peft_tensor_parallel as tensor_parallel
@@ -58,8 +59,8 @@ def operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def base_result(base: Base, x: torch.Tensor) -> torch.Tensor:
-    """What the base layer returns, as a tensor that may be overwritten."""
-    out = base.layer(x)
+    """What the base layer returns, as a tensor that may be overwritten; ValueError where it has no gradient for x."""
+    out = quantised.product(base.layer, x)
     return out.clone() if base.observed else out
 
 
@@ -100,9 +101,11 @@ def lora_over(out: torch.Tensor, x: torch.Tensor, adapter: LowRank) -> torch.Ten
     return lowrank.update(out, x.to(out.dtype), adapter.A, B, None, None, None, scale, adapter.p)
 
 
-def norm_of(layer: nn.Module, weight: torch.Tensor, base: Base, adapter: LowRank) -> torch.Tensor:
+def norm_of(layer: nn.Module, weight: torch.Tensor | None, base: Base, adapter: LowRank) -> torch.Tensor:
     """The column norm. Over a dequantised weight none is kept: telling whether it is stale would need that weight."""
     B, scale = adapter.scaled()
+    if weight is None:
+        return float8.column_norm(base.layer, adapter.A, B, scale)
     if base.weight is None or torch.compiler.is_compiling():  # a compiled graph computes it anew each time
         with torch.no_grad():
             return column_norm(weight, adapter.A, B, scale)
@@ -116,13 +119,13 @@ def dora_linear(layer: nn.Module, x: torch.Tensor, base: Base, adapter: LowRank)
     return dora.linear(x, weight, *args, layer._spectral_ops.recompute)
 
 
-def dora_over(layer, out: torch.Tensor, x: torch.Tensor, base: Base, weight: torch.Tensor, adapter: LowRank):
+def dora_over(layer, out: torch.Tensor, x: torch.Tensor, base: Base, weight: torch.Tensor | None, adapter: LowRank):
     """DoRA over a result. With dropout PEFT scales not that, but the base weight's product with the dropped x."""
     norm, (B, scale) = norm_of(layer, weight, base, adapter), adapter.scaled()
     x, bias, recompute = x.to(out.dtype), base.bias, layer._spectral_ops.recompute
     if adapter.p > 0:
         x, bias = F.dropout(x, adapter.p), None
-        product = F.linear(x, weight.to(x.dtype))
+        product = float8.dropped_product(base.layer, x) if weight is None else F.linear(x, weight.to(x.dtype))
         return out - product + dora.update(product, x, adapter.A, B, adapter.magnitude, bias, norm, scale)
     return dora.update(out, x, adapter.A, B, adapter.magnitude, bias, norm, scale, recompute)
 
@@ -239,6 +242,16 @@ def service(base: Base, adapters: list, exact: bool) -> tuple[str, str]:
     return BASE_AGNOSTIC if base.weight is None else FUSED, ", ".join(dict.fromkeys(names))
 
 
+def refuse_merge(layer: nn.Module) -> None:
+    """Raise ValueError where PEFT would add to a weight in FP8 without its scales."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dtype in float8.FLOAT8:
+        raise ValueError(
+            f"merge: got a base weight in {weight.dtype}, whose scales PEFT does not know, wanted a base that PEFT can"
+            " merge into (spectral_ops.as_peft_model and spectral_ops.merge quantise the merged weight anew)"
+        )
+
+
 def outliving(method: Callable) -> Callable:
     """The method, also for a layer that :func:`restore` gave its class back while somebody still held it bound."""
     name = method.__name__
@@ -299,6 +312,7 @@ class Fused:
 
     @outliving
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        refuse_merge(self)
         self._spectral_ops.forget()
         super().merge(*args, **kwargs)
 

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from spectral_ops.adapters import float8
 from spectral_ops.integrations.peft_hooks import hooked, inert, keeps_device
 from spectral_ops.integrations.peft_sharded import fetch, freed, frozen, keep, unit, unit_weight
 from spectral_ops.integrations.peft_tensor_parallel import Split, split_of, styled
@@ -270,7 +271,7 @@ def quantised(base: nn.Module) -> bool:
     """Whether the base layer holds its weight quantised, and returns a fresh tensor that nobody else reads."""
     weight = base._parameters.get("weight")
     if weight is None or type(weight) in PLAIN:
-        return False
+        return weight is not None and float8.holds(weight)
     return type(base) in QUANTISED or isinstance(
         weight, getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", ())
     )
@@ -306,6 +307,8 @@ def base_of(layer: nn.Module, facts: Facts, x: torch.Tensor | None = None) -> Ba
     if "parametrizations" in base._modules:
         raise Unfit("the base layer is parametrized")
     if quantised(base):
+        if float8.holds(base.weight):
+            float8.read(base)  # raises where it cannot be read
         return Base(base, None, facts.parameter(base, "bias"), busy(base, facts) or bool(base._forward_hooks))
     if isinstance(layer, CALLED):
         if layer._modules.get("quant_linear_module", base) is not base:
@@ -318,11 +321,14 @@ def base_of(layer: nn.Module, facts: Facts, x: torch.Tensor | None = None) -> Ba
     return Base(base, None, facts.parameter(base, "bias"), True)
 
 
-def frozen_weight(base: Base) -> torch.Tensor:
-    """The weight that PEFT's DoRA reads: dequantised where the layer holds it quantised."""
+def frozen_weight(base: Base) -> torch.Tensor | None:
+    """The weight that PEFT's DoRA reads: dequantised where the layer holds it quantised. None where that is in FP8: it
+    is dequantised tile by tile, where it is needed."""
     if base.weight is not None:
         return base.weight
     weight = base.layer.weight
+    if float8.holds(weight):
+        return None
     if type(weight) in PLAIN:
         return weight.t() if isinstance(base.layer, Conv1D) else weight
     if type(base.layer) in QUANTISED:

@@ -147,6 +147,16 @@ for _name in filter(TILES.get, OPERATORS):
 
 
 @case
+def every_float8_number() -> None:
+    """Decoded from its bits: subnormals, the NaNs and infinities of either format, and both zeros."""
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        numbers, out = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(16, 16), torch.empty(16, 16)
+        triton_op("float8_dequantise_")(out, numbers, torch.ones(1, 1), 16, 16)
+        want = numbers.float()
+        assert torch.equal(out.isnan(), want.isnan()) and torch.equal(1 / out[~out.isnan()], 1 / want[~want.isnan()])
+
+
+@case
 def every_operator_is_listed():
     """What is read from a module's source is what importing it finds."""
     without = {"block_matmul"}  # no kernel: the library's product and block_tile_

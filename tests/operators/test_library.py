@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import check_operator
-from instruments import ROOT, extension_loaded, extension_waived, fresh_python, overload_or_reason, results
+from instruments import ROOT, extension_loaded, extension_waived, fresh_python, opchecks, overload_or_reason, results
 from problems import FAMILIES, cotangent
 from samples import OPERATOR_NAMES, SIZES, samples_of
 from tensors import DTYPES, copied, ids, randn
@@ -170,7 +170,7 @@ def test_operator_writes_only_what_its_schema_says(name):
 def test_opcheck(name):
     op = OPERATORS[name]
     for args in samples_of(name):
-        torch.library.opcheck(op.default, copied(args))
+        torch.library.opcheck(op.default, copied(args), test_utils=opchecks(args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)

@@ -199,10 +199,14 @@ def test_torchao(form, dtype, settings):
     assert report.counts == {"fused": 0, "fused (base-agnostic)": 2, "PEFT": 0}
     x = inputs(2, 5, 32, dtype=dtype)
     expected, got = results(plain, x), results(ours, x)
+    alike = dict(got)
+    if form == "int8_dynamic":  # torchao's product has no gradient: PEFT's x and first layer get the adapter's share
+        assert (got["x"] - expected["x"]).norm() > 0.1 * got["x"].norm()
+        alike, expected = ({n: t for n, t in r.items() if n == "y" or ".second." in n} for r in (got, expected))
     if dtype is torch.float32 and form != "int8_dynamic":
-        assert worst(expected, got) < EXACT
+        assert worst(expected, alike) < EXACT
     else:  # x is rounded too, to bfloat16 or int8: a difference in the last place may become one of a step
-        off = errors(expected, got)  # AdaLoRA's ranknum, which PEFT trains here, is one number in which much cancels
+        off = errors(expected, alike)  # AdaLoRA's ranknum, which PEFT trains here, is one number in which much cancels
         assert max(e / (4.0 if "ranknum" in name else 1.0) for name, e in off.items()) < 4 * 2.0**-8
     assert worst(got, results(ours, x)) == 0.0  # again, the same
     assert not report.fallbacks()

@@ -1,0 +1,400 @@
+"""Methods over bases in FP8: the whole gradient, against the dequantised weight in float64 (METHODS 1.11)."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fp8 import BASES, KERNELS, Blind, compressed_layer, frozen, packed, torchao_layer, transformers_layer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import spectral_ops as so
+from spectral_ops.adapters import float8, quantised
+from spectral_ops.init import topk_pattern
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIGS = {
+    "lora": so.LoRAConfig(r=4, lora_alpha=6),
+    "dora": so.DoRAConfig(r=4, lora_alpha=6),
+    "bone": so.BoneConfig(r=5),
+    "rosa": so.RoSAConfig(r=4, lora_alpha=6, d=0.02),
+}
+D, K = 150, 288  # 150 = 128 + 22, 288 = 2 * 128 + 32
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+EPS = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+bases = pytest.mark.parametrize("form", BASES)
+methods = pytest.mark.parametrize("method", CONFIGS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def perturb(net, d=D, k=K):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in so.adapter_layers(net).values():
+            if isinstance(layer, so.RoSALinear):
+                layer.set_mask(topk_pattern(torch.rand(d, k, generator=generator), int(0.02 * d * k)))
+            for p in layer.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def adapted(base, method, **options):
+    net = nn.Sequential(base)
+    so.attach(net, dataclasses.replace(CONFIGS[method], target_modules=["0"], **options))
+    return perturb(net, *quantised.dequantised(base).shape)
+
+
+def oracle(layer, method, product, W, x, leaves):
+    """The output in float64: its value over what the base made of x, its gradient over W."""
+    R = product.double() + x @ W.T - (x @ W.T).detach()
+    if method == "bone":
+        return R + F.pad(x, (0, -x.shape[-1] % 5)).unflatten(-1, (-1, 5)).sum(-2) @ leaves[0]
+    (A, B, *rest), scale = leaves, layer.settings["default"].scaling
+    z = R + scale * x @ A.T @ B.T
+    if method == "rosa":
+        csr = layer.csr()
+        rows = torch.repeat_interleave(torch.arange(W.shape[0]), csr.row_offsets.diff().long())
+        z = z + x @ torch.zeros_like(W).index_put((rows, csr.col_indices.long()), rest[0]).T
+    if method == "dora":
+        bias = 0 if layer.bias is None else layer.bias.double()
+        z = rest[0] / (W + scale * B @ A).norm(dim=1).detach() * (z - bias) + bias
+    return z
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@dtypes
+@methods
+@bases
+def test_output_and_gradients(form, method, dtype):
+    base, W = BASES[form](D, K, dtype)
+    net = adapted(base, method)
+    layer = net[0]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, K, generator=generator).to(dtype).requires_grad_()
+    dy = torch.randn(2, 3, D, generator=generator).to(dtype)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    y = net(x)
+    grads = torch.autograd.grad(y, [x, *trained], dy)
+    assert y.dtype == dtype and "base-agnostic" in layer.extra_repr()
+
+    with torch.no_grad():
+        product = layer.product(x)
+        if form in KERNELS:
+            assert torch.equal(product, base(x))  # its own kernel made it
+    x64, leaves = x.detach().double().requires_grad_(), [p.detach().double().requires_grad_() for p in trained]
+    bias = 0 if base.bias is None else base.bias.double()
+    assert relative(product, x64.detach() @ W.T + bias) < (0.06 if form in KERNELS else EPS[dtype])
+    y64 = oracle(layer, method, product, W, x64, leaves)
+    want = torch.autograd.grad(y64, [x64, *leaves], dy.double())
+    for got, expected in zip([y, *grads], [y64, *want], strict=True):
+        assert relative(got, expected) < EPS[dtype]
+
+
+@bases
+def test_without_grad_and_disabled(form):
+    base, W = BASES[form](D, K, torch.float32)
+    net, x = adapted(base, "lora"), torch.randn(3, K)
+    y = net(x.requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(net(x), y)
+    with torch.inference_mode():
+        assert torch.equal(net(x), y)
+    with so.disabled(net):
+        plain = net(x)
+        (dx,) = torch.autograd.grad(plain.sum(), x)
+    assert relative(dx, torch.ones(3, D).double() @ W) < 2e-5
+    assert relative(plain.detach(), x.detach().double() @ W.T + (0 if base.bias is None else base.bias.double())) < 0.06
+    so.detach(net)
+    assert net[0] is base
+
+
+# --- what is quietly too small elsewhere -----------------------------------------------------------------------------
+
+
+def test_a_kernel_that_autograd_does_not_see_gets_the_whole_gradient():
+    """Adding the adapter to what such a layer returns gives x the adapter's share u A, and nothing of dy W."""
+    base = Blind(D, K)
+    net, x, dy = adapted(base, "lora"), torch.randn(6, K, requires_grad=True), torch.randn(6, D)
+    A, B = (getattr(net[0], key)["default"].detach().double() for key in ("lora_A", "lora_B"))
+    share = 1.5 * dy.double() @ B @ A
+    composed = base(x) + 1.5 * F.linear(F.linear(x, A.float()), B.float())
+    assert relative(torch.autograd.grad(composed, x, dy)[0], share) < 2e-5
+    assert relative(torch.autograd.grad(net(x), x, dy)[0], share + dy.double() @ base.W) < 2e-5
+    assert (dy.double() @ base.W).norm() > share.norm()
+
+
+@methods
+def test_a_base_without_a_gradient_is_an_error(method):
+    class Opaque(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    net = nn.Sequential(Opaque(K, D))
+    so.attach(net, dataclasses.replace(CONFIGS[method], target_modules=["0"]))
+    perturb(net)
+    wanted = r"base_layer: got Opaque with a weight \[150, 288\] float32 on cpu, wanted a layer that is differentiable"
+    with pytest.raises(ValueError, match=wanted):
+        net(torch.randn(2, K, requires_grad=True))
+    with so.disabled(net), pytest.raises(ValueError, match=wanted):
+        net(torch.randn(2, K, requires_grad=True))
+    net[0].base_layer.bias.requires_grad_()  # then the output has a gradient, but no path to x
+    net[0].base_layer.forward = lambda x: F.linear(x.detach(), net[0].base_layer.weight, net[0].base_layer.bias)
+    with pytest.raises(ValueError, match=wanted):
+        net(torch.randn(2, K, requires_grad=True))
+    net(torch.randn(2, K))  # nobody asks for x's gradient
+    with torch.no_grad():
+        net(torch.randn(2, K, requires_grad=True))
+
+
+@methods
+def test_a_base_whose_node_leaves_x_out_is_an_error(method):
+    class Deaf(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None, None
+
+    class Node(nn.Linear):
+        def forward(self, x):
+            return Deaf.apply(x, self.weight)
+
+    net = nn.Sequential(nn.Linear(K, K), Node(K, D, bias=False))
+    so.attach(net, dataclasses.replace(CONFIGS[method], target_modules=["1"]))
+    perturb(net)
+    with torch.no_grad():
+        net(torch.randn(2, K))
+    y = net(torch.randn(2, K, requires_grad=True))
+    with pytest.raises(ValueError, match="base_layer: got Node .*, wanted a layer that is differentiable in its input"):
+        y.sum().backward()
+
+
+def test_a_trained_fp8_weight_is_an_error():
+    net = adapted(transformers_layer(D, K)[0], "lora")
+    net[0].base_layer.weight_scale_inv.requires_grad_()
+    with pytest.raises(ValueError, match="scale: got requires_grad=True, wanted a frozen tensor"):
+        net(torch.randn(2, K))
+
+
+# --- formats that cannot be read -------------------------------------------------------------------------------------
+
+
+def bare():
+    layer = nn.Linear(K, D)
+    layer.weight = frozen(packed(D, K, (D, K))[0])
+    return layer
+
+
+def with_attribute(name, value, layer):
+    setattr(layer, name, value)
+    return layer
+
+
+UNREADABLE = {
+    "no scale": (bare, "and no scale, wanted one of its own in weight_scale_inv, weight_scale"),
+    "zero point": (
+        lambda: with_attribute("weight_zero_point", frozen(torch.zeros(D, 1)), compressed_layer(D, K)[0]),
+        "and a weight_zero_point, wanted its weight_scale alone",
+    ),
+    "groups of outputs": (
+        lambda: with_attribute("n_groups", 2, transformers_layer(D, K)[0]),
+        "wanted a layer whose outputs see all of its inputs",
+    ),
+    "block of another weight": (
+        lambda: with_attribute("block_size", (64, 64), transformers_layer(D, K)[0]),
+        r"scale: got \[2, 3\] float32 on cpu, wanted \[3, 5\] \(blocks of 64 x 64 in a weight \[150, 288\]\)",
+    ),
+    "blocks of no size": (
+        lambda: with_attribute("quantization_scheme", None, compressed_layer(D, K, "block")[0]),
+        r"scale: got \[2, 3\] float32 on cpu, wanted one number, one per row \[150\] or \[150, 1\], or a block_size",
+    ),
+    "scale in integers": (
+        lambda: with_attribute("weight_scale", frozen(torch.ones(D, 1, dtype=torch.int32)), compressed_layer(D, K)[0]),
+        r"scale: got \[150, 1\] int32 on cpu, wanted float64, float32, bfloat16, float16, float8_e8m0fnu",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", UNREADABLE)
+def test_a_format_that_cannot_be_read_is_an_error(why):
+    make, message = UNREADABLE[why]
+    layer = make()
+    with pytest.raises(ValueError, match=message):
+        so.attach(nn.Sequential(layer), so.LoRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"base_layer: got (Linear|FP8Linear)"):
+        float8.read(layer)
+
+
+def test_only_the_right_shape_of_scales_is_read():
+    """Every small grid of scales against every small block: read where it is the grid of the blocks, else an error."""
+    d, k, layer = 6, 9, transformers_layer(6, 9, (4, 4), bias=False)[0]
+    read = 0
+    for rows, columns, m, n in itertools.product(range(4), range(5), (1, 2, 4, 6, 100), (1, 3, 4, 9, 100)):
+        layer.block_size, layer.weight_scale_inv = (m, n), frozen(torch.ones(rows, columns))
+        if (rows, columns) == (-(-d // m), -(-k // n)) or (rows, columns) == (1, 1):
+            assert float8.dequantised(layer).equal(layer.weight.float())
+            read += 1
+        else:
+            with pytest.raises(ValueError, match="base_layer: got FP8Linear"):
+                float8.read(layer)
+    assert read > 25
+
+
+# --- merge, start, files ---------------------------------------------------------------------------------------------
+
+
+@methods
+@bases
+def test_merge_and_unmerge(form, method):
+    base, W = BASES[form](D, K, torch.float32)
+    net = adapted(base, method)
+    layer, x = net[0], torch.randn(5, K)
+    before, delta = net(x), layer.delta_weight()
+    stored = {n: (p, p.clone()) for n, p in base.named_parameters()}
+    so.merge(net)
+    want = (W + delta.double()).abs()
+    got = quantised.dequantised(base).double()
+    # float8_e4m3fn has three bits after the first, so it rounds by a sixteenth; below 2⁻⁶ its steps are 2⁻⁹, of 448,
+    # which the largest number of a block becomes, or with a power of two as the scale no less than the half of it
+    assert ((got - W - delta).abs() <= want / 16 + want.max() * 2.0**-9 / 448).all()
+    assert (got - W).abs().max() > 0
+    assert relative(net(x), before.double()) < 0.15
+    so.unmerge(net)
+    for name, p in base.named_parameters():
+        assert p is stored[name][0]
+    assert torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize("start", ["pissa", "milora"])
+@pytest.mark.parametrize("form", ["transformers", "torchao_row", "compressed_channel"])
+def test_a_start_from_the_weight(form, start):
+    """The base gives up what the adapter has, and is quantised anew: QPiSSA."""
+    base, W = BASES[form](D, K, torch.float32)
+    net = nn.Sequential(base)
+    so.attach(net, so.LoRAConfig(r=8, lora_alpha=8, init_lora_weights=start, target_modules=["0"]))
+    layer = net[0]
+    total = layer.full_matrix() + layer.delta_weight()
+    assert relative(total, W) < 0.04
+    assert relative(layer.full_matrix(), W) > (0.2 if start == "pissa" else 1e-3)
+    net(torch.randn(3, K)).sum().backward()
+    assert layer.lora_A["default"].grad.abs().max() > 0
+    so.detach(net)
+    assert relative(quantised.dequantised(base), W) < 0.06
+
+
+@pytest.mark.parametrize("form", ["transformers", "torchao_row_dynamic", "compressed_block"])
+def test_files(form, tmp_path):
+    base, _ = BASES[form](D, K, torch.float32)
+    net, x = adapted(base, "dora"), torch.randn(5, K)
+    so.save_adapter(net, tmp_path)
+    again = so.load_adapter(nn.Sequential(BASES[form](D, K, torch.float32)[0]), tmp_path)
+    assert torch.equal(again(x), net(x))
+
+
+def test_what_reads_a_dense_weight_is_refused():
+    with pytest.raises(ValueError, match="base_layer: got FP8Linear with a weight .*float8_e4m3fn.*Bat's W' reads it"):
+        so.attach(nn.Sequential(transformers_layer(128, 256)[0]), so.BatConfig(r=8, target_modules=["0"]))
+
+
+# --- inside torch ----------------------------------------------------------------------------------------------------
+
+
+@methods
+@pytest.mark.parametrize("form", ["transformers", "torchao_row_dynamic"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(form, method, reentrant):
+    net = adapted(BASES[form](D, K, torch.float32)[0], method)
+    x, dy = torch.randn(6, K, requires_grad=True), torch.randn(6, D)
+    results = []
+    for call in (net, lambda x: checkpoint(net, x, use_reentrant=reentrant)):
+        net.zero_grad()
+        x.grad = None
+        call(x).backward(dy)
+        results.append([x.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@methods
+@pytest.mark.parametrize("form", ["transformers", "torchao_row", "torchao_row_dynamic", "compressed_block"])
+def test_compiled(form, method):
+    torch._dynamo.reset()
+    net = adapted(BASES[form](D, K, torch.float32)[0], method)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x, dy = torch.randn(6, K, requires_grad=True), torch.randn(6, D)
+    results = []
+    for call in (net, compiled):
+        net.zero_grad()
+        x.grad = None
+        y = call(x)
+        y.backward(dy)
+        results.append([y.detach(), x.grad, *(p.grad for p in net.parameters() if p.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        assert relative(a, b.double()) < 2e-6
+
+
+def test_dora_with_dropout():
+    """PEFT's form: the norm's gain on the base's own share is of the dropped x."""
+    base, W = transformers_layer(D, K)
+    net, x = adapted(base, "dora", lora_dropout=0.4), torch.randn(2000, K)
+    torch.manual_seed(1)
+    y = net(x)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.4).double()
+    A, B, m = (getattr(net[0], key)["default"].detach().double() for key in net[0].tensor_keys)
+    g = m / (W + 1.5 * B @ A).norm(dim=1)
+    want = x.double() @ W.T + base.bias.double() + (g - 1) * (dropped @ W.T) + g * 1.5 * (dropped @ A.T @ B.T)
+    assert relative(y, want) < 1e-4
+
+
+def test_autocast():
+    """FP8 layers keep x's dtype under autocast, torch's products do not: so neither do those over torchao's weights."""
+    x = torch.randn(6, K, requires_grad=True)
+    for (base, W), dtype in ((transformers_layer(D, K), torch.float32), (torchao_layer(D, K), torch.bfloat16)):
+        net = adapted(base, "lora")
+        with torch.autocast("cpu", torch.bfloat16):
+            y = net(x)
+        assert y.dtype == dtype
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        A, B = (getattr(net[0], key)["default"].detach().double() for key in ("lora_A", "lora_B"))
+        assert relative(dx, torch.ones(6, D).double() @ (W + 1.5 * B @ A)) < 2e-2
+
+
+def test_a_trained_bias_gets_its_gradient():
+    net = adapted(transformers_layer(D, K)[0], "lora", bias="all")
+    dy = torch.randn(6, D)
+    net(torch.randn(6, K)).backward(dy)
+    assert relative(net[0].bias.grad, dy.double().sum(0)) < 1e-5
+    net = adapted(torchao_layer(D, K, dynamic=True)[0], "lora", bias="all")
+    net(torch.randn(6, K)).backward(dy)
+    assert relative(net[0].bias.grad, dy.double().sum(0)) < 1e-5
+
+
+def test_a_hook_on_the_base_layer_sees_it_called():
+    """And may change what it returns, and what that is differentiated to."""
+    base, W = torchao_layer(D, K, bias=False)
+    base.register_forward_hook(lambda module, args, out: 3 * out)
+    net, x, dy = adapted(base, "lora"), torch.randn(6, K, requires_grad=True), torch.randn(6, D)
+    A, B = (getattr(net[0], key)["default"].detach().double() for key in ("lora_A", "lora_B"))
+    (dx,) = torch.autograd.grad(net(x), x, dy)
+    assert relative(dx, dy.double() @ (3 * W + 1.5 * B @ A)) < 2e-5
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_hook_on_a_kernel_without_a_gradient_is_an_error(register):
+    base = Blind(D, K)
+    getattr(base, register)(lambda *args: None)
+    net = adapted(base, "lora")
+    with pytest.raises(
+        ValueError, match="base_layer: got Blind with a weight .*, wanted a layer that is differentiable"
+    ):
+        net(torch.randn(6, K, requires_grad=True))
