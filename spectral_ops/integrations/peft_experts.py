@@ -33,7 +33,7 @@ from spectral_ops.integrations.peft_plan import (
     scaling,
     weight_of,
 )
-from spectral_ops.integrations.peft_report import FUSED, note_trace, note_while_tracing
+from spectral_ops.integrations.peft_report import FUSED, LayerState, note_trace, note_while_tracing
 
 MOE = "transformers.integrations.moe"
 
@@ -79,7 +79,7 @@ class Experts(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def misfit(kind: type, implementation: str | None) -> str:
-    """Why a class of experts computes something else than transformers' experts interface says; "" where it does not."""
+    """Why a class of experts does not compute what transformers' experts interface says; "" where it does."""
     moe = sys.modules.get(MOE)
     forward = kind.forward
     if moe is None or getattr(forward, "__globals__", None) is not vars(moe):
@@ -173,11 +173,8 @@ def experts_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tupl
     if x is not None:
         if x.dim() != 2:
             raise Unfit(f"x has {x.dim()} dimensions, not two")
-        others = [
-            experts.down,
-            *(b for b in experts.biases if b is not None),
-            *(t for f in factors for t in (f.A, f.B)),
-        ]
+        others = [experts.down, *(t for f in factors for t in (f.A, f.B))]
+        others += [bias for bias in experts.biases if bias is not None]
         check_input(layer, x, experts, others, facts, any_weight=not experts.sorted)
     return experts, factors
 
@@ -199,19 +196,17 @@ class Call(NamedTuple):
 
     experts: Experts
     factors: list[Factors]
-    inside: list[tuple]  # of each wrapper inside: itself, its adapters' names, whether they are merged or off
     autocast: torch.dtype | None
+    inside: list[tuple[nn.Module, list]]  # the wrappers inside, and how their adapters are switched
+    states: list[tuple[LayerState, bool]]  # what they remember, and whether they have a part in it
 
     def fits(self, x: torch.Tensor, args: tuple) -> str:
         """Why these arguments do not go with it; "" where they do."""
         if self.experts.sorted:
-            return (
-                "extra arguments to forward"
-                if args
-                else ""
-                if x.shape[0] % self.experts.weight.shape[0] == 0
-                else (f"{x.shape[0]} rows are not equally many for each of {self.experts.weight.shape[0]} experts")
-            )
+            E = self.experts.weight.shape[0]
+            if args:
+                return "extra arguments to forward"
+            return "" if x.shape[0] % E == 0 else f"{x.shape[0]} rows are not as many for each of {E} experts"
         if len(args) != 2:
             return f"{len(args)} arguments to forward beside x, not top_k_index and top_k_weights"
         for t in args:
@@ -226,7 +221,17 @@ class Call(NamedTuple):
             return False
         if not experts.sorted and experts.module.config._experts_implementation != experts.implementation:
             return False
-        return all(state_of(wrapper) == state for wrapper, *state in self.inside)
+        return all(switched(wrapper) == setting for wrapper, setting in self.inside)
+
+    def count(self, state: LayerState) -> None:
+        """A call of the outermost wrapper, whose state this is, is one of each inside of it."""
+        state.calls += 1
+        for inner, taken in self.states:
+            if taken:
+                inner.calls += 1
+                inner.served = state.served
+            else:
+                inner.idle += 1
 
     def __call__(self, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         """The views of PEFT's factors are made here, for the graph of this call."""
@@ -256,19 +261,17 @@ def llama4(module: nn.Module, experts: Experts, up: tuple | None, down: tuple | 
     return linear(value * module.act_fn(gate), experts.down, down)
 
 
-def state_of(wrapper: nn.Module) -> list:
-    """The names of a wrapper's adapters, and whether they take part."""
+def switched(wrapper: nn.Module) -> list:
+    """Which adapters of a wrapper are active, and whether they are off or merged."""
     names = wrapper._active_adapter
     return [list(names) if isinstance(names, list) else names, wrapper._disable_adapters, list(wrapper.merged_adapters)]
 
 
-def inside(layer: nn.Module) -> list[nn.Module]:
-    """The wrappers inside of a wrapper."""
-    found, module = [], layer._modules["base_layer"]
-    while isinstance(module, ParamWrapper):
-        found.append(module)
-        module = module._modules["base_layer"]
-    return found
+def call_of(experts: Experts, factors: list[Factors], facts: Facts, inner: list[nn.Module]) -> Call:
+    settings = [(wrapper, switched(wrapper)) for wrapper in inner]
+    stacks = {f.stack for f in factors}
+    states = [(w._spectral_ops, w.parameter_name in stacks) for w in inner if "_spectral_ops" in w.__dict__]
+    return Call(experts, factors, facts.autocast, settings, states)
 
 
 class FusedParamWrapper(Fused, ParamWrapper):
@@ -286,10 +289,10 @@ class FusedParamWrapper(Fused, ParamWrapper):
             if state is None:  # restored while somebody held this method bound
                 return type(self).forward(self, x, *args, **kwargs)
             plan = state.plan
-            if plan is not None and not kwargs and plan[0].hold(self, x) and plan[1].holds():
+            if plan is not None and not kwargs and plan[0].hold(self, x):
                 call = plan[1]
-                if not call.fits(x, args):
-                    self._count(call)
+                if call.holds() and not call.fits(x, args):
+                    call.count(state)
                     return call(x, *args)
         elif "_spectral_ops" not in self.__dict__:
             return type(self).forward(self, x, *args, **kwargs)
@@ -308,15 +311,15 @@ class FusedParamWrapper(Fused, ParamWrapper):
             except Unfit as unfit:
                 reason = str(unfit)
         if factors:
-            states = [(wrapper, *state_of(wrapper)) for wrapper in inside(self)]
-            call = Call(experts, factors, states, facts.autocast)
+            call = call_of(experts, factors, facts, nested(self, facts)[0][1:])
             reason = call.fits(x, args)
             if not reason:
                 if compiling:
                     note_trace()
                 else:
                     state.plan = (facts, call) if facts.lasting else None
-                    self._count(call)
+                    state.served = FUSED, experts.operators
+                    call.count(state)
                 return call(x, *args)
         if reason:
             note_while_tracing(state.key, reason) if compiling else state.note(reason)
@@ -324,18 +327,7 @@ class FusedParamWrapper(Fused, ParamWrapper):
             state.idle += 1
         return super(Fused, self).forward(x, *args, **kwargs)
 
-    def _count(self, call: Call) -> None:
-        """A call of this wrapper is one of each inside of it."""
-        served = FUSED, call.experts.operators
-        for wrapper, names, disabled, merged in [(self, None, False, []), *call.inside]:
-            if (state := wrapper.__dict__.get("_spectral_ops")) is None:
-                continue
-            if disabled or merged or not any(name in wrapper.lora_A for name in active(wrapper)):
-                state.idle += 1
-            else:
-                state.served = served
-                state.calls += 1
 
-
+FusedParamWrapper.__name__ = ParamWrapper.__name__  # by which PEFT knows a wrapper that may take another adapter
 REPLACEMENTS[ParamWrapper] = FusedParamWrapper
 ORIGINALS[FusedParamWrapper] = ParamWrapper

@@ -62,7 +62,7 @@ def inert(module: nn.Module) -> bool:
 
 def aligned(module: nn.Module, forward) -> bool:
     """Whether a replaced forward is accelerate's, and only brings the input to where the weight is."""
-    hook, weight = module.__dict__.get("_hf_hook"), next(iter(module._parameters.values()), None)
+    hook, weight = module.__dict__.get("_hf_hook"), next(module.parameters(), None)
     if weight is None or not isinstance(forward, functools.partial) or forward.func.__module__ != ModelHook.__module__:
         return False
     hooks = hook.hooks if type(hook) is SequentialHook else [hook]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -75,3 +76,15 @@ def experts_of(model: torch.nn.Module, everything: bool = False) -> list[torch.n
     """PEFT's wrappers around the experts: the outermost of each block, or all of them."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, ParamWrapper)}
     return [m for name, m in found.items() if everything or name.rpartition(".")[0] not in found]
+
+
+def with_second(model: torch.nn.Module, config: LoraConfig) -> torch.nn.Module:
+    """The model with an adapter of the name "second" beside the first, the same each time."""
+    torch.manual_seed(2)
+    try:
+        model.add_adapter("second", config)
+    except ValueError as refusal:
+        if "only one LoRA adapter per model" not in str(refusal):
+            raise
+        pytest.skip("this PEFT takes one adapter with target_parameters in a model")
+    return model
