@@ -1,4 +1,5 @@
-"""Accelerated experts in two processes, DistributedDataParallel and FSDP2: fused, in the numbers of stock PEFT."""
+"""Accelerated experts in two processes: fused, in the numbers of stock PEFT, under DDP and FSDP2; and under FSDP1, whose
+views PEFT's own forward cannot write to."""
 
 from __future__ import annotations
 
@@ -86,6 +87,25 @@ def sharded(rank: int, family: str, kind: str, accelerated: str) -> dict:
     return found | ({"counts": spectral_ops.report(model).counts} if accelerated else {})
 
 
+def flattened(rank: int, accelerated: str) -> dict:
+    """FSDP1, a unit for each block."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    import spectral_ops
+
+    model = adapted_mixture("qwen3_moe")
+    if accelerated == "before":
+        spectral_ops.accelerate(model, strict=True)
+    policy = ModuleWrapPolicy({type(model.base_model.model.model.layers[0])})
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    if accelerated == "after":
+        spectral_ops.accelerate(model, strict=True)
+    return {"losses": train(wrapped, wrapped, rank), "counts": spectral_ops.report(model).counts}
+
+
 def through_a_checkpoint(folder: str) -> list[bool]:
     """torch.distributed.checkpoint: saved in shards by an accelerated model, read by a stock one, and back."""
     import torch.distributed.checkpoint as dcp
@@ -107,7 +127,7 @@ def through_a_checkpoint(folder: str) -> list[bool]:
     return same
 
 
-def cases(rank: int, folder: str) -> tuple[dict, list[bool]]:
+def cases(rank: int, folder: str) -> tuple[dict, list[dict], list[bool]]:
     torch.manual_seed(0)
     found = {}
     for family in FAMILIES:
@@ -116,7 +136,7 @@ def cases(rank: int, folder: str) -> tuple[dict, list[bool]]:
             found["DDP", family, name] = [replicated(rank, family, options, reentrant, a) for a in (False, True)]
         for kind in SHARDED if everything else SHARDED[:1]:
             found["FSDP2", family, kind] = [sharded(rank, family, kind, when) for when in ("", "before", "after")]
-    return found, through_a_checkpoint(folder)
+    return found, [flattened(rank, when) for when in ("before", "after")], through_a_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +148,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.slow
 def test_training_is_fused_and_agrees_with_peft(runs):
-    for found, _ in runs:
+    for found, *_ in runs:
         for key, (stock, *accelerated) in found.items():
             exact = key[2] not in ("bfloat16 base", "mixed precision")
             for ours, planned in zip(accelerated, ("fused", "decided at the first call"), strict=False):
@@ -142,10 +162,18 @@ def test_training_is_fused_and_agrees_with_peft(runs):
                     error = ((got.double() - tensor.double()).norm() / tensor.double().norm()).item()
                     assert error < (2e-3 if exact else 0.1), (key, name, error)
     for key in runs[0][0]:
-        first, second = (found[key][1]["file"] for found, _ in runs)
+        first, second = (found[key][1]["file"] for found, *_ in runs)
         assert all(torch.equal(first[name], second[name]) for name in first), key  # the processes stay together
 
 
 @pytest.mark.slow
+def test_under_fsdp1_the_losses_are_those_under_ddp(runs):
+    for found, views, _ in runs:
+        stock, _ = found["DDP", "qwen3_moe", "plain"]
+        for ours in views:
+            assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-5) and ours["counts"] == FUSED
+
+
+@pytest.mark.slow
 def test_distributed_checkpoints_go_both_ways(runs):
-    assert all(same == [True, True] for _, same in runs)
+    assert all(same == [True, True] for *_, same in runs)
