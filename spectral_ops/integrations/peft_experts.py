@@ -53,8 +53,7 @@ class Factors(NamedTuple):
         B = self.B.unflatten(1, (-1, experts)).permute(2, 0, 1)
         if self.swapped is transposed:
             A, B = B.mT, A.mT
-        if A.dtype is not dtype and A.dtype is not torch.float32:
-            A, B = A.to(dtype), B.to(dtype)
+        A, B = (t if t.dtype in (dtype, torch.float32) else t.to(dtype) for t in (A, B))  # as PEFT casts them
         return (A, B * self.scale, 1.0) if isinstance(self.scale, torch.Tensor) else (A, B, self.scale)
 
 
@@ -114,12 +113,14 @@ def experts_of(module: nn.Module, facts: Facts) -> Experts:
     if busy(facts.module(module), facts):
         raise Unfit("the experts module carries hooks of its own")
     weight, down = stacks = [weight_of(module, facts, name) for name in (up, "down_proj")]
-    biases = [read(module, f"{n}_bias", "the base bias", facts) if biased else None for n in (up, "down_proj")]
-    for name, stack in zip((up, "down_proj"), stacks, strict=True):
+    biases = [read(module, f"{n}_bias", f"the base {n}_bias", facts) if biased else None for n in (up, "down_proj")]
+    for name, stack, bias in zip((up, "down_proj"), stacks, biases, strict=True):
         if stack.dim() != 3 or stack.shape[0] < 2:
             raise Unfit(f"{name} {list(stack.shape)} is not a stack of experts")
         if stack.dtype not in FLOATS or stack.dtype is not weight.dtype:
             raise Unfit(f"{name} is in {stack.dtype}, not a dtype that the experts' operators take")
+        if bias is not None and bias.dtype is not weight.dtype:
+            raise Unfit(f"{name}_bias is in {bias.dtype}, its stack in {weight.dtype}")
     operators = "experts_lowrank" if kind is llama4 else "experts_mlp"
     return Experts(module, up, weight, down, biases, bool(transposed), implementation, operators)
 

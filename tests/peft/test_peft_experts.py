@@ -232,6 +232,16 @@ def test_arguments_by_name():
     assert state.calls == 3 and not state.reasons
 
 
+def test_no_tokens():
+    results = []
+    for experts in alone("gpt_oss", "batched_mm"):
+        x = torch.empty(0, 32, requires_grad=True)
+        out = experts(x, torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
+        (out.sum() + sum(0.0 * p.sum() for p in experts.parameters() if p.requires_grad)).backward()
+        results.append({"out": out.detach(), "x": x.grad, **{n: p.grad for n, p in experts.named_parameters()}})
+    assert worst(*results) == 0.0
+
+
 class Ungated(nn.Module):
     """Experts without a gate, with biases and a norm behind them: the rest of what the interface's flags can say."""
 

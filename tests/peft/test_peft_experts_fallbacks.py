@@ -296,6 +296,15 @@ def test_stacks_in_two_dtypes():
     assert spectral_ops.accelerate(model).rows[0].reason == reason
 
 
+def test_biases_in_another_dtype_than_their_stacks():
+    def mix(model):
+        parameter = module_of(model).down_proj_bias
+        parameter.data = parameter.data.double()
+
+    model = adapted_mixture("gpt_oss", "eager")  # the one that takes it: what it sums up it casts
+    check(model, "down_proj_bias is in torch.float64, its stack in torch.float32", break_it=mix)
+
+
 def test_a_tensor_subclass():
     class Wrapped(torch.Tensor):
         pass

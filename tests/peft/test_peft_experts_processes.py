@@ -1,5 +1,5 @@
-"""Accelerated experts in two processes: fused, in the numbers of stock PEFT, under DDP and FSDP2; and under FSDP1, whose
-views PEFT's own forward cannot write to."""
+"""Accelerated experts in two processes: fused, in the numbers of stock PEFT, under DDP and FSDP2; also under FSDP1, to
+whose views the forward of PEFT cannot write."""
 
 from __future__ import annotations
 
