@@ -242,55 +242,6 @@ def test_no_tokens():
     assert worst(*results) == 0.0
 
 
-class Ungated(nn.Module):
-    """Experts without a gate, with biases and a norm behind them: the rest of what the interface's flags can say."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.num_experts, self.act_fn, self.post_expert_norm = 4, nn.GELU(), nn.LayerNorm(16)
-        generator = torch.Generator().manual_seed(3)
-        for name, *size in (("up_proj", 4, 24, 16), ("up_proj_bias", 4, 24), ("down_proj", 4, 16, 24),
-                            ("down_proj_bias", 4, 16)):  # fmt: skip
-            self.register_parameter(name, nn.Parameter(0.3 * torch.randn(size, generator=generator)))
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        raise NotImplementedError
-
-
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-def test_experts_without_a_gate_with_biases_and_a_norm(implementation):
-    """Its trained biases get their gradients; PEFT's ``bias`` and modules_to_save train such."""
-    from transformers import PretrainedConfig
-    from transformers.integrations.moe import use_experts_implementation
-
-    class Experts(Ungated):
-        pass
-
-    decorated = use_experts_implementation(Experts, has_gate=False, has_bias=True, has_post_expert_norm=True)
-    config = PretrainedConfig()
-    config._experts_implementation = implementation
-    model = nn.ModuleDict({"experts": decorated(config)})
-    names = ["experts.up_proj", "experts.down_proj"]
-    model = perturb(get_peft_model(model, LoraConfig(r=3, target_modules=[], target_parameters=names)))
-    results = []
-    for ours, some in enumerate(pair(model)):
-        if ours:
-            report = spectral_ops.accelerate(some, strict=True)
-        experts = some.base_model.model["experts"]
-        for n, p in experts.named_parameters():
-            p.requires_grad_(p.requires_grad or n.endswith("bias"))
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(7, 16, generator=generator).requires_grad_()
-        index = torch.randint(0, 4, (7, 2), generator=generator)
-        out = experts(x, index, torch.rand(7, 2, generator=generator))
-        out.square().sum().backward()
-        trained = {n: p.grad for n, p in experts.named_parameters() if p.requires_grad}
-        assert len(trained) == 7
-        results.append({"out": out.detach(), "x": x.grad, **trained})
-    assert worst(*results) < EXACT
-    assert [row.calls for row in report.rows] == [1, 1]
-
-
 def test_nothing_as_large_as_a_stack():
     """A layer with few rows for its many experts, in which PEFT makes the stack and its gradient."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

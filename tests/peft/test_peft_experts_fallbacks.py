@@ -15,7 +15,6 @@ from experts_tiny import adapted_mixture, experts_config, experts_of, mixture, w
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft_tiny import pair, perturb, tokens  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import PretrainedConfig  # noqa: E402
 from transformers.integrations import moe  # noqa: E402
 
 import spectral_ops  # noqa: E402
@@ -125,60 +124,6 @@ def test_a_class_whose_forward_is_not_the_interfaces():
     check(qwen(), reason, break_it=break_it)
 
 
-class Stacks(nn.Module):
-    """Experts of somebody's own: every token through the same expert."""
-
-    def __init__(self, config=None, experts=3):
-        super().__init__()
-        self.num_experts, self.act_fn = experts, nn.SiLU()
-        generator = torch.Generator().manual_seed(3)
-        self.gate_up_proj = nn.Parameter(torch.randn(experts, 12, 8, generator=generator))
-        self.down_proj = nn.Parameter(torch.randn(experts, 8, 6, generator=generator))
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        gate, up = nn.functional.linear(hidden_states, self.gate_up_proj[0]).chunk(2, -1)
-        return nn.functional.linear(self.act_fn(gate) * up, self.down_proj[0])
-
-
-def small(experts: nn.Module, names=("gate_up_proj", "down_proj")) -> nn.Module:
-    torch.manual_seed(1)
-    targets = [f"experts.{name}" for name in names]
-    config = LoraConfig(r=2, target_modules=[], target_parameters=targets)
-    return perturb(get_peft_model(nn.ModuleDict({"experts": experts}), config))
-
-
-def routed(model: nn.Module) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    index = torch.zeros(5, 1, dtype=torch.int64)
-    with torch.no_grad():
-        return model.base_model.model["experts"](torch.randn(5, 8, generator=generator), index, torch.ones(5, 1))
-
-
-def test_experts_of_somebodys_own():
-    reason = "the experts are Stacks, whose forward is not that of transformers' experts interface"
-    check(small(Stacks()), reason, call=routed)
-
-
-def test_an_interface_of_its_own():
-    """transformers' FP8 experts have one."""
-
-    class Other(moe.ExpertsInterface):
-        _global_mapping = {"eager": None}
-
-    class Experts(Stacks):
-        pass
-
-    decorated = moe.use_experts_implementation(Experts, experts_interface=Other())
-    config = PretrainedConfig()
-    config._experts_implementation = "eager"
-    reason = "the experts are Experts, with an interface of their own (Other)"
-    model = small(Stacks())
-    module_of(model).__class__ = decorated
-    module_of(model).config = config
-    report = spectral_ops.accelerate(model)
-    assert {row.path for row in report.rows} == {"PEFT"} and {row.reason for row in report.rows} == {reason}
-
-
 def test_an_implementation_of_somebodys_own(monkeypatch):
     """Its kernels were chosen by name; and a known name may have been given to another function."""
 
@@ -211,35 +156,6 @@ def test_matrices():
     x = torch.ones(3, 8)
     reason = "weight of Linear is a matrix, not a stack of experts"
     check(model, reason, call=lambda m: m.base_model.model["experts"](x).detach())
-
-
-def test_a_parameter_that_is_no_projection():
-    config = PretrainedConfig()
-    config._experts_implementation = "batched_mm"
-
-    class Experts(Stacks):
-        def __init__(self, config):
-            super().__init__()
-            self.extra = nn.Parameter(torch.ones(3, 4, 4))
-
-    model = small(moe.use_experts_implementation(Experts)(config), ("gate_up_proj", "extra"))
-    report = spectral_ops.accelerate(model)
-    outer = next(row for row in report.rows if not row.name.endswith("base_layer"))
-    assert (outer.path, outer.reason) == ("PEFT", "extra is neither gate_up_proj nor down_proj")
-
-
-def test_a_single_expert():
-    """PEFT takes its stack for a plain matrix; an older one's does not fit it."""
-    config = PretrainedConfig()
-    config._experts_implementation = "batched_mm"
-
-    class Experts(Stacks):
-        def __init__(self, config):
-            super().__init__(experts=1)
-
-    model = small(moe.use_experts_implementation(Experts)(config))
-    rows = spectral_ops.accelerate(model).rows
-    assert {(row.path, row.reason) for row in rows} == {("PEFT", "gate_up_proj [1, 12, 8] is not a stack of experts")}
 
 
 # --- its weights -----------------------------------------------------------------------------------------------------
