@@ -197,7 +197,6 @@ class Call(NamedTuple):
 
     experts: Experts
     factors: list[Factors]
-    autocast: torch.dtype | None
     inside: list[tuple[nn.Module, list]]  # the wrappers inside, and how their adapters are switched
     states: list[tuple[LayerState, bool]]  # what they remember, and whether they have a part in it
 
@@ -240,8 +239,7 @@ class Call(NamedTuple):
         up = lora_of(self.factors, experts.up, experts.weight, experts.transposed)
         down = lora_of(self.factors, "down_proj", experts.down, experts.transposed)
         if experts.sorted:
-            out = llama4(module, experts, up, down, x)
-            return out if self.autocast is None else out.to(self.autocast)  # as torch.bmm returns it
+            return llama4(module, experts, up, down, x)
         return experts_mlp(
             x, *routing, experts.weight, experts.down, up_lora=up, down_lora=down, up_bias=experts.biases[0],
             down_bias=experts.biases[1], activation=module._apply_gate if module.has_gate else module.act_fn,
@@ -268,11 +266,11 @@ def switched(wrapper: nn.Module) -> list:
     return [list(names) if isinstance(names, list) else names, wrapper._disable_adapters, list(wrapper.merged_adapters)]
 
 
-def call_of(experts: Experts, factors: list[Factors], facts: Facts, inner: list[nn.Module]) -> Call:
+def call_of(experts: Experts, factors: list[Factors], inner: list[nn.Module]) -> Call:
     settings = [(wrapper, switched(wrapper)) for wrapper in inner]
     stacks = {f.stack for f in factors}
     states = [(w._spectral_ops, w.parameter_name in stacks) for w in inner if "_spectral_ops" in w.__dict__]
-    return Call(experts, factors, facts.autocast, settings, states)
+    return Call(experts, factors, settings, states)
 
 
 class FusedParamWrapper(Fused, ParamWrapper):
@@ -312,7 +310,7 @@ class FusedParamWrapper(Fused, ParamWrapper):
             except Unfit as unfit:
                 reason = str(unfit)
         if factors:
-            call = call_of(experts, factors, facts, nested(self, facts)[0][1:])
+            call = call_of(experts, factors, nested(self, facts)[0][1:])
             reason = call.fits(x, args)
             if not reason:
                 if compiling:

@@ -181,6 +181,11 @@ def test_float32_under_autocast(family):
         theirs, got = logits_and_gradients(stock, tokens()), logits_and_gradients(ours, tokens())
     assert all(got[name].dtype == tensor.dtype for name, tensor in theirs.items())
     assert error(exact, got) < 1.15 * error(exact, theirs)
+    for x in (torch.ones(8, 32), torch.ones(8, 32, dtype=torch.bfloat16)):
+        args = (x,) if family == "llama4" else (x, torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [experts_of(model)[0](*args) for model in (stock, ours)]
+        assert outputs[0].dtype == outputs[1].dtype
 
 
 def test_float64():

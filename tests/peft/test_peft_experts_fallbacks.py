@@ -130,12 +130,15 @@ def test_an_implementation_of_somebodys_own(monkeypatch):
     def twice(self, *args):
         return 2 * moe.batched_mm_experts_forward(self, *args)
 
-    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "twice", twice)
-    check(qwen(implementation="twice"), "experts_implementation='twice' was chosen, whose kernels are its own")
-    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", twice)
-    check(
-        qwen(implementation="grouped_mm"), "experts_implementation='grouped_mm' was chosen, whose kernels are its own"
-    )
+    for name in ("twice", "grouped_mm"):
+        monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS._global_mapping, name, twice)
+        check(qwen(implementation=name), f"experts_implementation={name!r} was chosen, whose kernels are its own")
+    stock, ours = pair(qwen(implementation="batched_mm"))
+    report = spectral_ops.accelerate(ours)
+    for model in (stock, ours):
+        logits(model)
+        module_of(model).config._experts_implementation = "twice"  # after a plan was made
+    assert torch.equal(logits(ours), logits(stock)) and report.fallbacks()
 
 
 def test_a_parametrized_stack():
