@@ -14,7 +14,7 @@ from torch import nn
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import match_pattern
-from spectral_ops.adapters.expert_layer import Update, replaced, run_experts, stacks, unfit
+from spectral_ops.adapters.expert_layer import Update, is_llama4, replaced, run_experts, stacks, unfit
 from spectral_ops.adapters.lora import LoRAConfig, start
 from spectral_ops.adapters.lowrank import product
 from spectral_ops.init import svd, svd_cache
@@ -33,7 +33,7 @@ class LoRAExperts(AdapterLinear):
 
     ``lora_up_A`` and ``lora_up_B`` hold, by adapter, the pairs of the first projection (gate_up_proj or up_proj),
     ``lora_down_A`` and ``lora_down_B`` those of the second (down_proj); an adapter has those that its config names. The
-    forward is one :func:`run_experts`, whatever ``experts_implementation`` says: nothing of the size of a stack is made.
+    forward is :func:`run_experts`, whatever ``experts_implementation`` says: nothing of the size of a stack is made.
 
     ``settings[name]`` names this module's own parameters in target_parameters, rank_pattern and alpha_pattern.
     """
@@ -276,18 +276,40 @@ class LoRAExperts(AdapterLinear):
 
     # a file
 
-    def file_tensors(self, name, plain):
-        tensors = super().file_tensors(name, plain)
+    def plain_pair(self, side: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`pair` over the original stack: with the negative of what it started from beside it, if anything."""
+        A, B = (t.detach() for t in self.pair(side, name))
         if self._taken() != name:
-            return tensors
-        starts = {key: suffix for key, suffix in self.starts(name).items()}
-        if not plain:
-            return tensors | {suffix: getattr(self, key)[name].detach() for key, suffix in starts.items()}
-        for side in self.updates[name]:
-            (A, B), (A0, B0) = self.pair(side, name), self.pair(side, name, "initial")
-            suffixes = self.held(name)
-            tensors[suffixes[f"lora_{side}_A"]] = torch.cat([A, A0], 1).detach().flatten(0, 1)
-            tensors[suffixes[f"lora_{side}_B"]] = torch.cat([B, -B0], 2).detach().permute(1, 2, 0).flatten(1)
+            return A, B
+        A0, B0 = self.pair(side, name, "initial")
+        return torch.cat([A, A0], 1), torch.cat([B, -B0], 2)
+
+    def linear_pair(self, side: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`plain_pair` of the layer x W_eᵀ that expert e is, however the stack is stored."""
+        A, B = self.plain_pair(side, name)
+        return (B.mT, A.mT) if is_llama4(self.base_layer) else (A, B)
+
+    def linear_size(self, side: str) -> tuple[int, int]:
+        """[out_features, in_features] of that layer."""
+        size = tuple(self.slices(side).shape[1:])
+        return size[::-1] if is_llama4(self.base_layer) else size
+
+    def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The rows [E, out, ...] of the first projection by what they are: gate and up, or up alone."""
+        if self.sides["up"] != "gate_up_proj":
+            return {"up": rows}
+        if getattr(self.base_layer, "is_concatenated", True):
+            return dict(zip(("gate", "up"), rows.chunk(2, 1), strict=True))
+        return {"gate": rows[:, ::2], "up": rows[:, 1::2]}
+
+    def file_tensors(self, name, plain):
+        tensors, suffixes = super().file_tensors(name, plain), self.held(name)
+        if self._taken() == name and not plain:
+            return tensors | {s: getattr(self, key)[name].detach() for key, s in self.starts(name).items()}
+        for side in self.updates[name] if self._taken() == name else ():
+            A, B = self.plain_pair(side, name)
+            tensors[suffixes[f"lora_{side}_A"]] = A.flatten(0, 1)
+            tensors[suffixes[f"lora_{side}_B"]] = B.permute(1, 2, 0).flatten(1)
         return tensors
 
     def describe_adapter(self, name):

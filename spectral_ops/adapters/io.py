@@ -71,7 +71,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
         samples = {path: taken for path, layer in layers.items() if (taken := sample(layer))}
     if places := shared(root, layers):
         warnings.warn(f"{PARTLY.format(*places)}: it will not compute the same from this file", stacklevel=2)
-    fields = _fields(root, configs[name].for_file(plain), layers)
+    fields = config_fields(root, configs[name].for_file(plain), layers)
     note = {"format": FORMAT, "version": __version__, "method": type(next(iter(layers.values()))).__name__}
     metadata = {"format": "pt", "spectral_ops": json.dumps({**note, "base": samples})}
     directory = Path(directory)
@@ -81,7 +81,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     _write(directory / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2, sort_keys=True)))
 
 
-def _fields(root: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLinear]) -> dict[str, Any]:
+def config_fields(root: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLinear]) -> dict[str, Any]:
     """The content of adapter_config.json."""
     fields = config.peft_fields()
     if is_all_linear(config.target_modules) or (config.exclude_modules and "exclude_modules" not in fields):
