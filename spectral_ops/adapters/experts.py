@@ -89,7 +89,8 @@ class LoRAExperts(AdapterLinear):
     def pair(self, side: str, name: str, kind: str = "lora") -> tuple[torch.Tensor, torch.Tensor]:
         """A [E, r, k] and B [E, d, r] of an adapter, or the pair it started from (``kind`` "initial"); views."""
         A, B = self.parameter(f"{kind}_{side}_A", name), self.parameter(f"{kind}_{side}_B", name)
-        return A.unflatten(0, (self.num_experts, -1)), B.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+        E, (d, k) = self.num_experts, (B.shape[0], A.shape[1])
+        return A.reshape(E, -1, k), B.reshape(d, -1, E).permute(2, 0, 1)
 
     # an adapter
 

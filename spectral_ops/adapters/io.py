@@ -22,7 +22,7 @@ from spectral_ops.adapters.choice import embeddings
 from spectral_ops.adapters.choice.targets import Choice, choose, is_all_linear
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.files.given_state import given, standing_in
-from spectral_ops.adapters.files.saved_config import CONFIG, modern_key, read_config
+from spectral_ops.adapters.files.saved_config import CONFIG, modern_key, read_config, refuse_older_packing
 from spectral_ops.adapters.files.tensors import (
     PARTLY,
     PREFIX,
@@ -113,6 +113,7 @@ def load_adapter(
     refuse_peft(root)
     config = read_config(directory)
     tensors, note = _read_tensors(directory / WEIGHTS)
+    refuse_older_packing(directory)
     try:
         choice = choose(root, config, loading=True)
         sized = choice.config.for_model(linear_sizes(choice.layers))

@@ -216,6 +216,19 @@ def test_damaged_files(tmp_path):
     assert torch.equal(output(model), frozen) and not so.adapter_configs(model)
 
 
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", None])
+def test_stacks_that_older_versions_packed_otherwise(version, tmp_path):
+    theirs("olmoe").save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / CONFIG).read_text())
+    for written in (version, "0.19.1", "0.22.0.dev0@x"):
+        (tmp_path / CONFIG).write_text(json.dumps({**fields, "peft_version": written}))
+        if written != version:
+            so.load_adapter(build("olmoe"), tmp_path)
+            continue
+        with pytest.raises(ValueError, match=f"as PEFT {version or '0.17'} packs them, wanted a file of 0.19.1"):
+            so.load_adapter(build("olmoe"), tmp_path)
+
+
 def test_another_base_is_noticed(tmp_path):
     so.save_adapter(ours("olmoe", init_lora_weights="pissa"), tmp_path)
     so.load_adapter(build("olmoe"), tmp_path)
