@@ -88,13 +88,13 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def _each_expert(layer: LoRAExperts, name: str, path: str, names: dict[str, str]) -> dict[str, Pair]:
     """The pairs of every expert as linear layers, by their paths; ``names`` of gate, up and down in the checkpoint."""
-    adapted = {side: tuple(map(whole, layer.linear_pair(side, name))) for side in layer.updates[name]}
+    adapted = {side: tuple(map(whole, layer.linear_pair(side, name))) for side in layer.scales[name]}
     rank = max(A.shape[1] for A, _ in adapted.values())
     found: dict[str, Pair] = {}
     for side in layer.sides:
         d, k = layer.linear_size(side)
         if side in adapted:
-            (A, B), scale = adapted[side], layer.updates[name][side]
+            (A, B), scale = adapted[side], layer.scales[name][side]
         else:
             like = next(iter(adapted.values()))[0]
             A, B = like.new_zeros(layer.num_experts, rank, k), like.new_zeros(layer.num_experts, d, rank)

@@ -80,7 +80,7 @@ def delta(layer, side, name="default"):
     A, B = getattr(layer, f"lora_{side}_A")[name], getattr(layer, f"lora_{side}_B")[name]
     A, B = A.reshape(E, -1, A.shape[1]), B.reshape(B.shape[0], -1, E)
     form = "ore,eri->eio" if getattr(layer.base_layer, "is_transposed", False) else "ore,eri->eoi"
-    return layer.updates[name][side] * torch.einsum(form, B, A)
+    return layer.scales[name][side] * torch.einsum(form, B, A)
 
 
 def dense(layer, frozen, args, sides=("up", "down")):
@@ -132,10 +132,10 @@ def test_ranks_and_scales_by_parameter():
     patterns = {"rank_pattern": {r".*\.gate_up_proj": 5}, "alpha_pattern": {"experts.down_proj": 12}}
     layer, frozen, args = attach("qwen3_moe", **patterns)
     assert layer.lora_up_A["default"].shape == (5 * E, K) and layer.lora_down_A["default"].shape == (R * E, F)
-    assert layer.updates["default"] == {"up": 5 / 5, "down": 12 / R}
+    assert layer.scales["default"] == {"up": 5 / 5, "down": 12 / R}
     assert torch.allclose(layer(*args), dense(layer, frozen, args), atol=1e-12)
     stabilised, _, _ = attach("qwen3_moe", use_rslora=True, **patterns)
-    assert stabilised.updates["default"] == {"up": 5 / 5**0.5, "down": 12 / R**0.5}
+    assert stabilised.scales["default"] == {"up": 5 / 5**0.5, "down": 12 / R**0.5}
 
 
 def test_dropout_acts_on_the_updates_while_training_only():
@@ -357,6 +357,22 @@ def test_copies_state_dicts_and_peft_wrapper(tmp_path):
     assert torch.allclose(back(TOKENS).logits, want, atol=1e-6)
     trained_now, total = so.adapters.pretrained.trainable_parameters(back)
     assert trained_now == sum(p.numel() for p in trained(back)) and total > trained_now
+
+
+def test_a_reference_over_the_same_reduced_base(tmp_path):
+    model = adapted(init_lora_weights="pissa")
+    with torch.no_grad():
+        want = model(TOKENS).logits
+        wrapped = so.as_peft_model(model)
+        wrapped.add_adapter("ref", wrapped.peft_config["default"])
+        perturb(model, 0.3)
+        assert not torch.allclose(wrapped(TOKENS).logits, want, atol=1e-2)
+        for plain in (True, False):
+            so.save_adapter(model, tmp_path / str(plain), "ref", plain=plain)
+            back = so.load_adapter(mixture("qwen3_moe", "eager"), tmp_path / str(plain))
+            assert torch.allclose(back(TOKENS).logits, want, atol=1e-4)
+        wrapped.set_adapter("ref")
+        assert torch.equal(wrapped(TOKENS).logits, want)
 
 
 def test_what_the_model_reads_from_its_experts():

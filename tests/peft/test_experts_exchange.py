@@ -14,6 +14,7 @@ import transformers  # noqa: E402
 from experts_tiny import FAMILIES, INTERFACE, STACKS, mixture  # noqa: E402
 from models import adamw, perturb, trained  # noqa: E402
 from packaging.version import Version  # noqa: E402
+from processes import in_two_processes  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 import spectral_ops as so  # noqa: E402
@@ -181,6 +182,32 @@ def test_old_names_mean_stacks(family, tmp_path):
         theirs(family, target_modules=half, target_parameters=None)
     with pytest.raises(ValueError, match=f"'{names[1]}' too, which gate_up_proj holds as well"):
         so.attach(model, so.LoRAConfig(**{**FIELDS, "target_modules": half, "target_parameters": None}))
+
+
+def sharded(rank, folder):
+    """What two processes compute after two steps, and write, each from its shards."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = ours("gpt_oss").train()
+    for module in (*model.model.layers, model):
+        fully_shard(module)
+    optimizer = adamw(model)
+    for _ in range(2):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    so.save_adapter(model, folder / str(rank))
+    return output(model.eval())
+
+
+@pytest.mark.slow
+def test_a_sharded_model(tmp_path):
+    (tmp_path / "group").mkdir()
+    found, same = in_two_processes(sharded, tmp_path / "group", tmp_path)
+    assert torch.equal(found, same) and not torch.allclose(found, output(ours("gpt_oss")), atol=1e-2)
+    for rank in "01":
+        back = peft.PeftModel.from_pretrained(build("gpt_oss"), tmp_path / rank).eval()
+        assert torch.allclose(output(back), found, atol=1e-4)
 
 
 # --- files that are none ---------------------------------------------------------------------------------------------
