@@ -10,6 +10,8 @@ from spectral_ops.adapters.config import AdapterConfig, TokensConfig
 from spectral_ops.adapters.dash import LoRADashConfig, LoRADashLinear
 from spectral_ops.adapters.dora import DoRAConfig, DoRALinear
 from spectral_ops.adapters.dvora import DVoRAConfig, DVoRALinear
+from spectral_ops.adapters.experts import LoRAExperts
+from spectral_ops.adapters.export import export_adapter
 from spectral_ops.adapters.io import load_adapter, save_adapter
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
 from spectral_ops.adapters.model import attach, detach, disabled, merge, quantize_base, set_adapter, unmerge
@@ -42,6 +44,7 @@ __all__ = [
     "LoRAConfig",
     "LoRADashConfig",
     "LoRADashLinear",
+    "LoRAExperts",
     "LoRALinear",
     "MasksSaved",
     "PiCaConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "attach",
     "detach",
     "disabled",
+    "export_adapter",
     "fuse_spectral",
     "load_adapter",
     "merge",

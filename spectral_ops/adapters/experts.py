@@ -14,7 +14,7 @@ from torch import nn
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import match_pattern
-from spectral_ops.adapters.expert_layer import Update, replaced, run_experts, stacks, unfit
+from spectral_ops.adapters.expert_layer import Update, is_llama4, replaced, run_experts, stacks, unfit
 from spectral_ops.adapters.lora import LoRAConfig, start
 from spectral_ops.adapters.lowrank import product
 from spectral_ops.init import svd, svd_cache
@@ -33,7 +33,7 @@ class LoRAExperts(AdapterLinear):
 
     ``lora_up_A`` and ``lora_up_B`` hold, by adapter, the pairs of the first projection (gate_up_proj or up_proj),
     ``lora_down_A`` and ``lora_down_B`` those of the second (down_proj); an adapter has those that its config names. The
-    forward is one :func:`run_experts`, whatever ``experts_implementation`` says: nothing of the size of a stack is made.
+    forward is :func:`run_experts`, whatever ``experts_implementation`` says: nothing of the size of a stack is made.
 
     ``settings[name]`` names this module's own parameters in target_parameters, rank_pattern and alpha_pattern.
     """
@@ -50,7 +50,7 @@ class LoRAExperts(AdapterLinear):
         self.transposed = False  # no layer of its own that is stored so
         self.sides = dict(zip(SIDES, names, strict=True))
         self.num_experts = self.weight.shape[0]
-        self.updates: dict[str, dict[str, float]] = {}  # γ by adapter and side
+        self.scales: dict[str, dict[str, float]] = {}  # γ by adapter and side
 
     def __getattr__(self, name: str):
         try:
@@ -89,7 +89,8 @@ class LoRAExperts(AdapterLinear):
     def pair(self, side: str, name: str, kind: str = "lora") -> tuple[torch.Tensor, torch.Tensor]:
         """A [E, r, k] and B [E, d, r] of an adapter, or the pair it started from (``kind`` "initial"); views."""
         A, B = self.parameter(f"{kind}_{side}_A", name), self.parameter(f"{kind}_{side}_B", name)
-        return A.unflatten(0, (self.num_experts, -1)), B.unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+        E, (d, k) = self.num_experts, (B.shape[0], A.shape[1])
+        return A.reshape(E, -1, k), B.reshape(d, -1, E).permute(2, 0, 1)
 
     # an adapter
 
@@ -101,8 +102,8 @@ class LoRAExperts(AdapterLinear):
 
     def _of_sides(self, settings: LoRAConfig) -> dict[str, LoRAConfig]:
         """The config of each projection that ``settings`` names."""
-        named = settings.target_parameters or []
-        return {side: settings.for_layer(name) for side, name in self.sides.items() if name in named}
+        chosen = settings.target_parameters or []
+        return {side: settings.for_layer(name) for side, name in self.sides.items() if name in chosen}
 
     def tensor_shapes(self, settings, initial=False):
         shapes = {}
@@ -143,11 +144,11 @@ class LoRAExperts(AdapterLinear):
 
     def add_adapter(self, name, config, path="", **options):
         super().add_adapter(name, config, path, **options)
-        self.updates[name] = {side: c.scaling for side, c in self._of_sides(self.settings[name]).items()}
+        self.scales[name] = {side: c.scaling for side, c in self._of_sides(self.settings[name]).items()}
 
     def remove_adapter(self, name):
         super().remove_adapter(name)
-        self.updates.pop(name, None)
+        self.scales.pop(name, None)
 
     def reset(self, name):
         for side, config in self._of_sides(self.settings[name]).items():
@@ -176,11 +177,14 @@ class LoRAExperts(AdapterLinear):
     # the forward
 
     def _updates(self, name: str, kind: str = "lora") -> dict[str, Update]:
-        return {self.sides[s]: (*self.pair(s, name, kind), scale) for s, scale in self.updates[name].items()}
+        return {self.sides[s]: (*self.pair(s, name, kind), scale) for s, scale in self.scales[name].items()}
 
     def _taken(self) -> str | None:
-        """The adapter that started from a part of the stacks; at most one does."""
+        """The adapter that started from a part of the stacks, which they lack; at most one does, and its copies."""
         return next((name for key in self.initial_keys for name in getattr(self, key)), None)
+
+    def _took(self, name: str) -> bool:
+        return any(name in getattr(self, key) for key in self.initial_keys)
 
     def forward(self, *args):
         """The arguments of the experts' own forward, and its output."""
@@ -201,13 +205,13 @@ class LoRAExperts(AdapterLinear):
 
     def _add(self, name: str, sign: int, kind: str = "lora") -> None:
         """Add an adapter's product to the stacks, or take it out: a slice at a time, in float32 and cast once."""
-        for side in self.updates[name]:
+        for side in self.scales[name]:
             for weight, A, B in zip(self.slices(side), *self.pair(side, name, kind), strict=True):
-                weight.copy_(_sum(weight, A, B, sign * self.updates[name][side]))
+                weight.copy_(_sum(weight, A, B, sign * self.scales[name][side]))
 
     @torch.no_grad()
     def commit(self, name):
-        if self._taken() == name:
+        if self._took(name):
             self._add(name, -1, "initial")
 
     @torch.no_grad()
@@ -219,7 +223,7 @@ class LoRAExperts(AdapterLinear):
         name = self.active
         return all(
             bool(torch.isfinite(_sum(weight, A, B, scale).to(weight.dtype)).all())
-            for side, scale in self.updates[name].items()
+            for side, scale in self.scales[name].items()
             for weight, A, B in zip(self.slices(side), *self.pair(side, name), strict=True)
         )
 
@@ -229,7 +233,7 @@ class LoRAExperts(AdapterLinear):
             return
         if safe and not self.merges_finite():
             raise ValueError(f"adapter {self.active!r}: got non-finite merged weights, wanted finite ones (safe=True)")
-        self._snapshot = {side: self.slices(side).clone() for side in self.updates[self.active]} if keep_base else None
+        self._snapshot = {side: self.slices(side).clone() for side in self.scales[self.active]} if keep_base else None
         self._add(self.active, 1)
         self.merged = self.active
 
@@ -249,7 +253,7 @@ class LoRAExperts(AdapterLinear):
         """What a merge of the adapter (default: the active one) adds to each parameter, by its name and shaped as
         stored: the whole stack, or the slice of one expert; float32 (float64)."""
         name, found = self._known(adapter_name), {}
-        for side, scale in self.updates[name].items():
+        for side, scale in self.scales[name].items():
             A, B = self.pair(side, name)
             A, B = (A, B) if expert is None else (A[expert], B[expert])
             delta = product(A, B, None, scale)
@@ -268,26 +272,48 @@ class LoRAExperts(AdapterLinear):
                 e, row, column = place // (d * k), place // k % d, place % k
                 value = weight[e, row, column].to(accumulate_dtype(weight.dtype))
                 for name, kind, sign in lacking:
-                    if side in self.updates[name]:
+                    if side in self.scales[name]:
                         A, B = self.pair(side, name, kind)
-                        value = _sum(value, A[e, :, [column]], B[e, [row]], sign * self.updates[name][side])
+                        value = _sum(value, A[e, :, [column]], B[e, [row]], sign * self.scales[name][side])
                 values.append(float(value))
         return values
 
     # a file
 
+    def plain_pair(self, side: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`pair` over the original stack: with the negative of what it started from beside it, if anything."""
+        A, B = (t.detach() for t in self.pair(side, name))
+        if not self._took(name):
+            return A, B
+        A0, B0 = self.pair(side, name, "initial")
+        return torch.cat([A, A0], 1), torch.cat([B, -B0], 2)
+
+    def linear_pair(self, side: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`plain_pair` of the layer x W_eᵀ that expert e is, however the stack is stored."""
+        A, B = self.plain_pair(side, name)
+        return (B.mT, A.mT) if is_llama4(self.base_layer) else (A, B)
+
+    def linear_size(self, side: str) -> tuple[int, int]:
+        """[out_features, in_features] of that layer."""
+        size = tuple(self.slices(side).shape[1:])
+        return size[::-1] if is_llama4(self.base_layer) else size
+
+    def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The rows [E, out, ...] of the first projection by what they are: gate and up, or up alone."""
+        if self.sides["up"] != "gate_up_proj":
+            return {"up": rows}
+        if getattr(self.base_layer, "is_concatenated", True):
+            return dict(zip(("gate", "up"), rows.chunk(2, 1), strict=True))
+        return {"gate": rows[:, ::2], "up": rows[:, 1::2]}
+
     def file_tensors(self, name, plain):
-        tensors = super().file_tensors(name, plain)
-        if self._taken() != name:
-            return tensors
-        starts = {key: suffix for key, suffix in self.starts(name).items()}
-        if not plain:
-            return tensors | {suffix: getattr(self, key)[name].detach() for key, suffix in starts.items()}
-        for side in self.updates[name]:
-            (A, B), (A0, B0) = self.pair(side, name), self.pair(side, name, "initial")
-            suffixes = self.held(name)
-            tensors[suffixes[f"lora_{side}_A"]] = torch.cat([A, A0], 1).detach().flatten(0, 1)
-            tensors[suffixes[f"lora_{side}_B"]] = torch.cat([B, -B0], 2).detach().permute(1, 2, 0).flatten(1)
+        tensors, suffixes = super().file_tensors(name, plain), self.held(name)
+        if self._took(name) and not plain:
+            return tensors | {s: getattr(self, key)[name].detach() for key, s in self.starts(name).items()}
+        for side in self.scales[name] if self._took(name) else ():
+            A, B = self.plain_pair(side, name)
+            tensors[suffixes[f"lora_{side}_A"]] = A.flatten(0, 1)
+            tensors[suffixes[f"lora_{side}_B"]] = B.permute(1, 2, 0).flatten(1)
         return tensors
 
     def describe_adapter(self, name):

@@ -22,7 +22,7 @@ from spectral_ops.adapters.choice import embeddings
 from spectral_ops.adapters.choice.targets import Choice, choose, is_all_linear
 from spectral_ops.adapters.config import AdapterConfig
 from spectral_ops.adapters.files.given_state import given, standing_in
-from spectral_ops.adapters.files.saved_config import CONFIG, modern_key, read_config
+from spectral_ops.adapters.files.saved_config import CONFIG, modern_key, read_config, refuse_older_packing
 from spectral_ops.adapters.files.tensors import (
     PARTLY,
     PREFIX,
@@ -71,7 +71,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
         samples = {path: taken for path, layer in layers.items() if (taken := sample(layer))}
     if places := shared(root, layers):
         warnings.warn(f"{PARTLY.format(*places)}: it will not compute the same from this file", stacklevel=2)
-    fields = _fields(root, configs[name].for_file(plain), layers)
+    fields = config_fields(root, configs[name].for_file(plain), layers)
     note = {"format": FORMAT, "version": __version__, "method": type(next(iter(layers.values()))).__name__}
     metadata = {"format": "pt", "spectral_ops": json.dumps({**note, "base": samples})}
     directory = Path(directory)
@@ -81,7 +81,7 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     _write(directory / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2, sort_keys=True)))
 
 
-def _fields(root: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLinear]) -> dict[str, Any]:
+def config_fields(root: nn.Module, config: AdapterConfig, layers: dict[str, AdapterLinear]) -> dict[str, Any]:
     """The content of adapter_config.json."""
     fields = config.peft_fields()
     if is_all_linear(config.target_modules) or (config.exclude_modules and "exclude_modules" not in fields):
@@ -113,6 +113,7 @@ def load_adapter(
     refuse_peft(root)
     config = read_config(directory)
     tensors, note = _read_tensors(directory / WEIGHTS)
+    refuse_older_packing(directory)
     try:
         choice = choose(root, config, loading=True)
         sized = choice.config.for_model(linear_sizes(choice.layers))

@@ -434,7 +434,8 @@ def mixture(kind="Qwen3Moe"):
 @pytest.mark.parametrize("kind", ["Qwen3Moe", "Mixtral"])
 def test_all_linear_names_the_experts_that_pefts_includes(kind, tmp_path):
     with pytest.warns(
-        UserWarning, match=r'"all-linear" means the experts too in PEFT \(model\.layers\.[01]\.mlp\.experts'
+        UserWarning,
+        match=r'"all-linear" means the experts too in PEFT \(model\.layers\.[01]\.mlp\.experts.*target_parameters',
     ):
         mine = so.attach(mixture(kind), so.LoRAConfig(r=2, target_modules="all-linear"))
     assert {path.rpartition(".")[2] for path in so.adapter_layers(mine)} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -445,8 +446,12 @@ def test_all_linear_names_the_experts_that_pefts_includes(kind, tmp_path):
 
 
 def test_names_that_mean_experts_to_peft():
-    with pytest.raises(ValueError, match="'gate_proj' means the experts of a qwen3_moe .* to PEFT"):
+    with pytest.raises(ValueError, match=r"mlp.gate' \(Qwen3MoeTopKRouter\), wanted linear layers only"):
+        so.attach(mixture(), so.LoRAConfig(r=2, target_modules=["q_proj", "gate"]))
+    with pytest.raises(ValueError, match="'up_proj' too, which gate_up_proj holds as well"):
         so.attach(mixture(), so.LoRAConfig(r=2, target_modules=["q_proj", "gate_proj"]))
+    with pytest.raises(ValueError, match="'down_proj' means the experts"):  # PEFT's DoRA refuses parameters
+        so.attach(mixture(), so.DoRAConfig(r=2, target_modules=["q_proj", "down_proj"]))
     with pytest.raises(ValueError, match="layers.0.mlp.up_proj' means the experts"):
         so.attach(mixture(), so.LoRAConfig(r=2, target_modules=r".*mlp\.up_proj"))
     so.attach(mixture(), so.BoneConfig(r=4, target_modules=["gate_proj"]))  # only PEFT's LoRA renames them

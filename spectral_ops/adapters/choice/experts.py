@@ -75,6 +75,13 @@ def converted(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     )  # fmt: skip
 
 
+def checkpoint_names(model: nn.Module, path: str) -> tuple[str, dict[str, str]]:
+    """The path of the experts at ``path`` in a checkpoint that has linear layers for each, and what it calls those."""
+    if "w1" in _stacks(model, "LORA"):
+        return path.replace(".mlp.", ".block_sparse_moe."), {"gate": "w1", "up": "w3", "down": "w2"}
+    return path, {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
 def experts(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The experts modules of which ``config`` names parameters, by their first path.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,20 @@ def read_config(directory) -> AdapterConfig:
         return config.from_peft(fields)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def refuse_older_packing(directory) -> None:
+    """Raise ValueError where PEFT wrote stacks of experts before it packed them as it does today (0.19.1): a file that
+    may have the right shapes and other numbers."""
+    fields = json.loads((Path(directory) / CONFIG).read_text())
+    if not fields.get("target_parameters") or "loftq_config" not in fields:  # a field that ours lack and PEFT's have
+        return
+    version = str(fields.get("peft_version") or "0.17")  # the first to have them, which did not write that yet
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:3]) < (0, 19, 1):
+        raise ValueError(
+            f"{directory}: got target_parameters as PEFT {version} packs them, wanted a file of 0.19.1 or later (the"
+            " version that wrote it can merge it into the base)"
+        )
 
 
 def modern_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def adapter_tensors(model, name: str, *, plain=True, save_embedding_layers="auto
     base = embeddings.travelling(root, adapter_configs(root)[name], save_embedding_layers)
     others |= {f"{PREFIX}{path}": tensor for path, tensor in base.items()}
     tensors = {key: tensor for group in (*layers.values(), others) for key, tensor in group.items()}
-    return {key: _whole(tensor.detach()).cpu().clone().contiguous() for key, tensor in tensors.items()}
+    return {key: whole(tensor.detach()).cpu().clone().contiguous() for key, tensor in tensors.items()}
 
 
 def held_tensors(
@@ -45,7 +45,7 @@ def held_tensors(
         path: {layer.file_key(path, suffix): t for suffix, t in layer.file_tensors(name, plain).items()}
         for path, layer in with_adapter(root, name).items()
     }
-    return held, _beside(root, name)
+    return held, beside(root, name)
 
 
 def with_adapter(root: nn.Module, name: str) -> dict[str, AdapterLinear]:
@@ -53,7 +53,7 @@ def with_adapter(root: nn.Module, name: str) -> dict[str, AdapterLinear]:
     return {path: layer for path, layer in adapter_layers(root).items() if name in layer.settings}
 
 
-def _beside(root: nn.Module, name: str) -> dict[str, torch.Tensor]:
+def beside(root: nn.Module, name: str) -> dict[str, torch.Tensor]:
     """What trains with the layers of adapter ``name``, by its keys in the file: biases, copies, rows."""
     found = biases(root, adapter_configs(root)[name], with_adapter(root, name))
     for path, unit in units(root).items():
@@ -75,7 +75,7 @@ def biases(root: nn.Module, config: AdapterConfig, chosen) -> dict[str, torch.Te
     return found
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor gathered, which every process must take part in; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -126,7 +126,7 @@ def fill_adapter(model, name: str, tensors: dict[str, torch.Tensor]) -> None:
         if given and (moved or not known):
             layer.set_initial(name, *(tensors[key] for key in starts))
             layer.commit(name)
-    for key, tensor in _beside(root, name).items():
+    for key, tensor in beside(root, name).items():
         if key in tensors:  # else a bias that stays the model's: see _check
             tensor.copy_(tensors[key])
 
