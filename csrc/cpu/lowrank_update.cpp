@@ -22,16 +22,17 @@ inline vec<A> updated(vec<A> out, vec<A> product, const Epilogue<A>& e, int64_t 
   return out;
 }
 
-// N rows of out, the V vectors from column j of the tile: h [N, r], panel [r, kTile], r in factors.
+// The rows out [N], the V vectors from column j of the tile: h [N, r], panel [r, kTile], r in factors. ahead: the rows after
+// those, or null.
 template <class T, int N, int V>
-inline void lift_block(T* out, int64_t out_stride, const factor_t<T>* h, int64_t h_stride, const factor_t<T>* panel,
-                       int64_t r, int64_t j, const Epilogue<acc_t<T>>& epilogue, const uint32_t* const* keep, const T* ahead) {
+inline void lift_block(T* const* out, const factor_t<T>* h, int64_t h_stride, const factor_t<T>* panel, int64_t r, int64_t j,
+                       const Epilogue<acc_t<T>>& epilogue, const uint32_t* const* keep, const T* const* ahead) {
   using A = acc_t<T>;
   constexpr int L = kLanes<A>, lines = V * L * sizeof(T) >= 64 ? V * L * sizeof(T) / 64 : 1;
   vec<A> sums[N][V] = {};
   for (int64_t p = 0; p < r; ++p) {
     if (ahead && p < N * lines)
-      __builtin_prefetch(ahead + (p / lines) * out_stride + j + (p % lines) * static_cast<int64_t>(64 / sizeof(T)), 1);
+      __builtin_prefetch(ahead[p / lines] + j + (p % lines) * static_cast<int64_t>(64 / sizeof(T)), 1);
     vec<A> row[V];
     for (int v = 0; v < V; ++v) row[v] = bits_at<vec<A>>(panel + p * kTile + j + v * L);
 #pragma GCC unroll 16
@@ -41,7 +42,7 @@ inline void lift_block(T* out, int64_t out_stride, const factor_t<T>* h, int64_t
   for (int i = 0; i < N; ++i)
     for (int v = 0; v < V; ++v) {
       const int64_t c = j + v * L;
-      T* const at = out + i * out_stride + c;
+      T* const at = out[i] + c;
       store(at, updated(load(at), sums[i][v], epilogue, c, keep[i] ? keep[i] + c : nullptr));
     }
 }
@@ -67,19 +68,20 @@ inline void lift_rows(const Lift& a, int64_t t, int64_t panel, const Dropout& dr
   const int64_t r = factors<X>(a.r), h_stride = factors<X>(a.h_stride);
   const X* h = static_cast<const X*>(a.packed_h) + t * h_stride;
   const X* m = static_cast<const X*>(a.panels) + panel * r * kTile;
-  T* const out = static_cast<T*>(a.out) + t * a.out_stride + j;
-  if (columns == kTile && !a.places) {
-    const T* ahead = t + 2 * N <= a.rows ? out + N * a.out_stride : nullptr;
+  T *rows[N], *ahead[N];
+  const bool more = t + 2 * N <= a.rows;
+  for (int i = 0; i < N; ++i) {
+    rows[i] = static_cast<T*>(a.out) + (a.places ? a.places[t + i] : t + i) * a.out_stride + j;
+    if (more) ahead[i] = static_cast<T*>(a.out) + (a.places ? a.places[t + N + i] : t + N + i) * a.out_stride + j;
+  }
+  if (columns == kTile) {
     for (int64_t c = 0; c < kTile; c += V * L)
-      lift_block<T, N, V>(out, a.out_stride, h, h_stride, m, r, c, epilogue, keep, ahead);
+      lift_block<T, N, V>(rows, h, h_stride, m, r, c, epilogue, keep, more ? ahead : nullptr);
     return;
   }
-  T edge[N * kTile] = {}, *rows[N];
-  for (int i = 0; i < N; ++i)
-    rows[i] = static_cast<T*>(a.out) + (a.places ? a.places[t + i] : t + i) * a.out_stride + j;
-  for (int i = 0; i < N; ++i) std::memcpy(edge + i * kTile, rows[i], columns * sizeof(T));
-  for (int64_t c = 0; c < kTile; c += V * L)
-    lift_block<T, N, V>(edge, kTile, h, h_stride, m, r, c, epilogue, keep, nullptr);
+  T edge[N * kTile] = {}, *edges[N];
+  for (int i = 0; i < N; ++i) std::memcpy(edges[i] = edge + i * kTile, rows[i], columns * sizeof(T));
+  for (int64_t c = 0; c < kTile; c += V * L) lift_block<T, N, V>(edges, h, h_stride, m, r, c, epilogue, keep, nullptr);
   for (int i = 0; i < N; ++i) std::memcpy(rows[i], edge + i * kTile, columns * sizeof(T));
 }
 

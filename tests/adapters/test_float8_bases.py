@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fp8 import BASES, KERNELS, Blind, compressed_layer, frozen, packed, torchao_layer, transformers_layer
+from instruments import allocations, saved_tensors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import spectral_ops as so
 from spectral_ops.adapters import float8, quantised
+from spectral_ops.core.autograd import TILE_ROWS
 from spectral_ops.init import topk_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +114,40 @@ def test_without_grad_and_disabled(form):
     assert relative(plain.detach(), x.detach().double() @ W.T + (0 if base.bias is None else base.bias.double())) < 0.06
     so.detach(net)
     assert net[0] is base
+
+
+@dtypes
+@methods
+@pytest.mark.parametrize("form", ["transformers", "torchao_row", "torchao_row_dynamic", "compressed_block"])
+def test_no_more_of_the_weight_than_a_tile(form, method, dtype, monkeypatch):
+    """In a step over a weight [1024, 1024], whose tiles are [128, 1024] here, in float32 at most (DoRA's norm)."""
+    monkeypatch.setitem(TILE_ROWS, "cpu", 128)
+    net = adapted(BASES[form](1024, 1024, dtype)[0], method)
+    x, dy = torch.randn(16, 1024).to(dtype).requires_grad_(), torch.randn(16, 1024).to(dtype)
+    trained = [p for p in net.parameters() if p.requires_grad]
+
+    def step(y=None):
+        return torch.autograd.grad(net(x) if y is None else y, [x, *trained], dy)
+
+    step()  # what a sparse pattern keeps for good
+    with saved_tensors() as kept:
+        y = net(x)
+    so.scratch.release()
+    if form in KERNELS:  # on the CPU torch's own product makes all of W in float32
+        blocks = allocations(lambda: step(y))
+    else:
+        blocks = allocations(step)
+    tile = 128 * 1024 * (4 if method == "dora" and form not in KERNELS else dtype.itemsize)
+    assert max(blocks) <= max(tile, 2**18 + 2**14) < 2**20  # or a strip of 65,536 entries in float32
+    assert any(n >= 128 * 1024 * dtype.itemsize for n in blocks)  # a tile was seen
+
+    own = [x, *trained, *net[0].buffers(), *float8.read(net[0].base_layer)[:2]]
+    own += [] if net[0].bias is None else [net[0].bias]
+    known = {t.untyped_storage().data_ptr() for t in own}
+    beside = sum(t.numel() * t.element_size() for t in kept if t.untyped_storage().data_ptr() not in known)
+    y_and_gains = y.numel() * y.element_size() + 3 * 1024 * 4
+    pattern = 16 * int(0.02 * 1024 * 1024)
+    assert beside <= 16 * 64 * 4 + {"dora": y_and_gains, "rosa": pattern}.get(method, 0)
 
 
 # --- what is quietly too small elsewhere -----------------------------------------------------------------------------

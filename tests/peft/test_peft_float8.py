@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import spectral_ops as so  # noqa: E402
 from spectral_ops import accelerate  # noqa: E402
 from spectral_ops.adapters import float8, quantised  # noqa: E402
+from spectral_ops.functional import float8 as functional  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D, K = 150, 288
@@ -44,7 +45,13 @@ def with_adapters(net, kind=LoraConfig, targets=("first", "second"), **settings)
         configuration = SimpleNamespace(get_apply_tensor_subclass=torchao.Float8WeightOnlyConfig)
         net.hf_quantizer = SimpleNamespace(quantization_config=configuration)
     torch.manual_seed(1)
-    return perturb(get_peft_model(net, kind(r=5, target_modules=list(targets), **settings)))
+    return trainable(get_peft_model(net, kind(r=5, target_modules=list(targets), **settings)))
+
+
+def trainable(model):
+    if any(p.dtype in functional.FLOAT8 for p in model.parameters() if p.requires_grad):
+        pytest.skip("this PEFT makes its adapters in float8, where they do not train")
+    return perturb(model)
 
 
 @pytest.fixture
@@ -168,6 +175,8 @@ def test_torchao_s_int8_that_rounds_its_input_gets_the_whole_gradient(dtype):
     net = nn.Sequential(nn.Linear(K, D, dtype=dtype))
     quantization.quantize_(net, quantization.Int8DynamicActivationInt8WeightConfig())
     base = net[0]
+    if not isinstance(base.weight, quantization.Int8Tensor):
+        pytest.skip("torchao before 0.18 has another tensor for it, which is an error")
     product = base(torch.ones(1, K, dtype=dtype))
     model = with_adapters(One(base), targets=["layer"])
     x, dy = torch.randn(6, K).to(dtype).requires_grad_(), torch.randn(6, D).to(dtype)
@@ -242,7 +251,7 @@ def losses(model, steps=20):
 def test_a_model_trains_as_under_peft(kind, emulated):
     plain, ours = (get_peft_model(quantised_llama(), config(kind)) for _ in range(2))
     torch.manual_seed(1)
-    ours.load_state_dict(perturb(plain).state_dict())
+    ours.load_state_dict(trainable(plain).state_dict())
     report = accelerate(ours, strict=True)
     expected, got = losses(plain), losses(ours)
     assert got == pytest.approx(expected, rel=2e-5) and got[-1] < got[0] - 0.5
@@ -270,8 +279,11 @@ def test_merging_over_torchao_is_peft_s(kind):
     plain, ours = (with_adapters(two("torchao_row"), kind=kind) for _ in range(2))
     accelerate(ours, strict=True)
     x, apart = torch.randn(3, K), results(ours)["y"]
-    for model in (plain, ours):
-        model.merge_adapter()
+    try:
+        plain.merge_adapter()
+    except (NotImplementedError, AssertionError) as error:
+        pytest.skip(f"this PEFT does not merge into torchao's float8: {error}")
+    ours.merge_adapter()
     assert torch.equal(plain(x), ours(x))
     assert relative(results(ours)["y"], apart.double()) < 0.2
     for model in (plain, ours):
