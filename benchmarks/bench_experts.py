@@ -21,12 +21,14 @@ from dataclasses import asdict, dataclass
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import spectral_ops
 from benchmarks import harness
 from spectral_ops.bench.clock import interleave
-from spectral_ops.bench.counting import peak_bytes
+from spectral_ops.bench.counting import CEILINGS, counted, peak_bytes
 from spectral_ops.bench.methods import DTYPES
+from spectral_ops.functional import experts
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,47 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def predict(shape: Shape) -> str:
+    """Milliseconds on an H100 of one projection [E, k, f] of T rows, and of the whole layer, frozen and adapted, from what
+    they compute and move in bfloat16, forward and backward."""
+    E, k, f, T, r = shape.experts, shape.features, shape.width, shape.tokens, shape.rank
+    lines = []
+    with FakeTensorMode():
+
+        def empty(*sizes, trained=True):
+            return torch.empty(*sizes, dtype=torch.bfloat16).requires_grad_(trained)
+
+        def lora(d, k):
+            return empty(E, r, k), empty(E, d, r), 1.0
+
+        def projection(lora):
+            offsets = torch.empty(E + 1, dtype=torch.int32)
+            return [x], experts.linear(x, weight, None, lora, None, None, offsets, 0.0, True)
+
+        def layer(up_lora, down_lora):
+            index, weights = torch.empty(T, shape.per_token, dtype=torch.int64), empty(T, shape.per_token)
+            given = {"up_lora": up_lora, "down_lora": down_lora}
+            return [x, weights], spectral_ops.experts_mlp(x, index, weights, up, down, **given)
+
+        weight = empty(E, k, f, trained=False)
+        up, down = empty(E, 2 * f, k, trained=False), empty(E, k, f, trained=False)
+        for what, call, inputs, pairs in (
+            ("one projection", projection, f, [lora(k, f)]),
+            ("a layer", layer, k, [lora(2 * f, k), lora(k, f)]),
+        ):
+            x = empty(T, inputs)
+            for name, given in (("frozen", [None] * len(pairs)), ("adapted", pairs)):
+                with counted() as counts:
+                    leaves, y = call(*given)
+                    leaves = [*leaves, *(t for pair in given if pair for t in pair[:2])]
+                    torch.autograd.grad(y, leaves, torch.empty_like(y))
+                ms = 1e3 * counts.seconds(*CEILINGS["sm_90"])
+                lines.append(
+                    f"{what:16}{name:10}{ms:7.3f} ms {counts.flops / 1e12:7.3f} TFLOP {counts.bytes / 1e9:7.3f} GB"
+                )
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 @pytest.mark.parametrize("name", [*harness.operators("experts"), *harness.operators("routing")])
 def test_operator(benchmark, name, dtype):
@@ -207,7 +250,12 @@ def main(argv=None) -> None:
     parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json")
+    parser.add_argument("--predict", action="store_true")
     options = parser.parse_args(argv)
+    if options.predict:
+        shape = Shape(*options.shape) if options.shape else SHAPES["cuda"]
+        print(f"{shape}, bfloat16, predicted for an H100\n{predict(shape)}")
+        return
     for name in options.imported:
         importlib.import_module(name)
     for peer in ("unsloth", "axolotl"):
