@@ -148,10 +148,32 @@ def compare_with_numbers(model: nn.Module, value: float) -> torch.Tensor:
 # --- dtypes ----------------------------------------------------------------------------------------------------------
 
 
-def error(expected: dict, got: dict) -> float:
-    """Of all tensors together."""
-    difference = sum((expected[n].double() - got[n].double()).square().sum() for n in expected)
-    return (difference / sum(t.double().square().sum() for t in expected.values())).sqrt().item()
+def called(experts: nn.Module, dtype: torch.dtype, seed: int, autocast: bool = False) -> dict[str, torch.Tensor]:
+    """Output and gradients of the experts alone: a whole model in bfloat16 may choose other experts."""
+    generator = torch.Generator().manual_seed(seed)
+    E = experts.get_base_layer().num_experts
+    x, dy = (torch.randn(64, 32, generator=generator).bfloat16().to(dtype) for _ in range(2))
+    index = torch.stack([torch.randperm(E, generator=generator)[:2] for _ in range(64)])
+    weights = torch.rand(64, 2, generator=generator).bfloat16().to(dtype)
+    x.requires_grad_()
+    experts.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = experts(x) if type(experts.get_base_layer()).__name__.startswith("Llama4") else experts(x, index, weights)
+    out.backward(dy.to(out.dtype))
+    trained = {n: p.grad for n, p in experts.named_parameters() if p.requires_grad}
+    return {"out": out.detach(), "x": x.grad, **trained}
+
+
+def far(exact: nn.Module, stock: nn.Module, ours: nn.Module, dtype: torch.dtype, autocast: bool) -> list[float]:
+    """How far PEFT and we are from the exact experts, all tensors and three batches together; the dtypes agree."""
+    found = torch.zeros(2, dtype=torch.float64)
+    for seed in range(3):
+        expected = called(exact, torch.float32, seed)
+        results = [called(experts, dtype, seed, autocast) for experts in (stock, ours)]
+        assert {n: t.dtype for n, t in results[0].items()} == {n: t.dtype for n, t in results[1].items()}
+        for name, e in expected.items():
+            found += torch.stack([(got[name].double() - e).square().sum() / e.square().sum() for got in results])
+    return found.sqrt().tolist()
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
@@ -162,30 +184,25 @@ def test_bfloat16_is_no_farther_from_float32_than_peft(family, adapters, autocas
     for model in (stock, ours):
         for p in model.parameters():
             p.data = p.data.to(adapters if p.requires_grad else torch.bfloat16)
-    exact = logits_and_gradients(copy.deepcopy(stock).float(), tokens())
+    exact = copy.deepcopy(stock).float()
     report = spectral_ops.accelerate(ours, strict=True)
+    theirs, got = far(*(experts_of(m)[0] for m in (exact, stock, ours)), torch.bfloat16, autocast)
+    assert 1e-3 < theirs and got < 1.1 * theirs
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        theirs, got = logits_and_gradients(stock, tokens()), logits_and_gradients(ours, tokens())
-    assert all(got[name].dtype == tensor.dtype for name, tensor in theirs.items())
-    assert error(exact, got) < 1.15 * error(exact, theirs) + 1e-4
-    assert report.counts == ALL_FUSED
+        logits_and_gradients(ours, tokens())
+    assert report.counts == ALL_FUSED and not report.fallbacks()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
-def test_float32_under_autocast(family):
-    """The experts' products are those of transformers' grouped_mm, in the weights' dtype."""
+def test_float32_under_autocast(family, dtype):
+    """torch's grouped_mm takes no part in it. Llama 4's bmm does: it rounds W + γBA once, where the product and the
+    update are rounded each."""
     stock, ours = pair(adapted_mixture(family))
-    exact = logits_and_gradients(copy.deepcopy(stock), tokens())
+    exact = copy.deepcopy(stock)
     spectral_ops.accelerate(ours, strict=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        theirs, got = logits_and_gradients(stock, tokens()), logits_and_gradients(ours, tokens())
-    assert all(got[name].dtype == tensor.dtype for name, tensor in theirs.items())
-    assert error(exact, got) < 1.15 * error(exact, theirs)
-    for x in (torch.ones(8, 32), torch.ones(8, 32, dtype=torch.bfloat16)):
-        args = (x,) if family == "llama4" else (x, torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = [experts_of(model)[0](*args) for model in (stock, ours)]
-        assert outputs[0].dtype == outputs[1].dtype
+    theirs, got = far(*(experts_of(m)[0] for m in (exact, stock, ours)), dtype, True)
+    assert got < 1.4 * theirs + 1e-5
 
 
 def test_float64():
