@@ -356,6 +356,30 @@ def test_layer_compiles_whole():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("what", ["layer", "rows"])
+def test_one_program_serves_any_number_of_tokens(what):
+    """The second size is compiled for all others: no check and no search may make a constant of it."""
+    _, given, _, _ = layer(dtype=torch.float32)
+    weight, A, B, bias = stack(dtype=torch.float32)
+    programs = []
+
+    def backend(graph, _):
+        programs.append(graph)
+        return graph.forward
+
+    def call(T):
+        arguments, _, _, _ = layer(T, dtype=torch.float32)
+        if what == "layer":
+            return compiled(*arguments[:3], *arguments[3:], **given)
+        return compiled(randn(T, 8, dtype=torch.float32), weight, torch.tensor([1, 2, 2, 5]), A, B, bias)
+
+    function = spectral_ops.experts_mlp if what == "layer" else spectral_ops.experts_lowrank
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for T in (23, 40, 57, 90):
+        assert call(T).shape[0] == T
+    assert len(programs) == 2
+
+
 BAD_LAYERS = {
     "top_k_index": {1: torch.zeros(23, 2)},
     "top_k_index, shape": {1: torch.zeros(22, 2, dtype=torch.int64)},
