@@ -257,7 +257,8 @@ def sort_by_expert(top_k_index: torch.Tensor, E: int) -> tuple[torch.Tensor, tor
     for: the token at each place, the places of each token, and where each expert's begin. Pairs of another rank's
     experts (indices from E on, or negative) come last."""
     T, K = top_k_index.shape
-    ids = top_k_index.reshape(-1).bitwise_and(torch.iinfo(top_k_index.dtype).max)  # a negative one becomes great
+    ids = top_k_index.reshape(-1)
+    ids = ids.masked_fill(ids < 0, torch.iinfo(ids.dtype).max)
     ids, pairs = torch.sort(ids, stable=True)
     numbers = torch.arange(max(T * K, E + 1), device=ids.device)
     offsets = torch.searchsorted(ids, numbers[: E + 1].to(ids.dtype), out_int32=True)
