@@ -270,7 +270,8 @@ def quantise(weight: torch.Tensor, form: Blocks) -> tuple[torch.Tensor, torch.Te
     largest = torch.finfo(form.weight.dtype).max
     padded = F.pad(wide.abs(), (0, q * n - k, 0, p * m - d))
     scale = padded.unflatten(1, (q, n)).unflatten(0, (p, m)).amax((1, 3)) / largest
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # float16 has few bits, or none, for the scale of a block of small numbers; its least normal one serves them better
+    scale = torch.where(scale > 0, scale.clamp_min(torch.finfo(form.scale.dtype).smallest_normal), 1)
     if form.scale.dtype == torch.float8_e8m0fnu:
         scale = torch.exp2(scale.log2().ceil().clamp(-127, 127))
     scale = scale.to(form.scale.dtype)

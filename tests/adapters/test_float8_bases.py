@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import spectral_ops as so
 from spectral_ops.adapters import float8, quantised
 from spectral_ops.core.autograd import TILE_ROWS
+from spectral_ops.functional import float8 as functional
 from spectral_ops.init import topk_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -434,3 +435,14 @@ def test_a_hook_on_a_kernel_without_a_gradient_is_an_error(register):
         ValueError, match="base_layer: got Blind with a weight .*, wanted a layer that is differentiable"
     ):
         net(torch.randn(6, K, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", functional.SCALES, ids=str)
+def test_small_numbers_have_a_scale(dtype):
+    """Rows whose scale float16 cannot hold: no NaN, and nothing is off by more than its row is large."""
+    weight = torch.tensor([[1.0, 0.5], [1e-5, 5e-6], [1e-30, 0.0], [0.0, 0.0]])
+    form = functional.blocks(torch.zeros(4, 2).to(functional.FLOAT8[0]), torch.ones(4, 1).to(dtype))
+    data, scale = float8.quantise(weight, form)
+    got = functional.dequantised(data, scale, 1, 2, torch.float32)
+    assert got.isfinite().all() and (scale.float() > 0).all()
+    assert ((got - weight).abs().amax(1) <= torch.tensor([0.1, 1e-6, 1e-30, 0.0])).all()
