@@ -257,7 +257,8 @@ def sort_by_expert(top_k_index: torch.Tensor, E: int) -> tuple[torch.Tensor, tor
     for: the token at each place, the places of each token, and where each expert's begin. Pairs of another rank's
     experts (indices from E on, or negative) come last."""
     T, K = top_k_index.shape
-    ids = top_k_index.reshape(-1).bitwise_and(torch.iinfo(top_k_index.dtype).max)  # a negative one becomes great
+    ids = top_k_index.reshape(-1)
+    ids = ids.masked_fill(ids < 0, torch.iinfo(ids.dtype).max)
     ids, pairs = torch.sort(ids, stable=True)
     numbers = torch.arange(max(T * K, E + 1), device=ids.device)
     offsets = torch.searchsorted(ids, numbers[: E + 1].to(ids.dtype), out_int32=True)
@@ -338,16 +339,21 @@ def _check_bias(name, bias, weight, x):
 
 def _begins(offsets, E, S, x):
     """offsets [E] of ends as [E + 1] int32 that begin with 0, in order and within the rows."""
-    wanted_text = f"int32 or int64 [{E}], the end of each expert's rows in x, none before the one in front, at most {S}"
+
+
+    def wrong(kind, got):  # written only where it is raised: S in a string is a constant to the compiler
+        ends = f"int32 or int64 [{E}], the end of each expert's rows in x, none before the one in front, at most {S}"
+        return kind(f"offsets: got {got}, wanted {ends}")
+
     if not isinstance(offsets, torch.Tensor) or offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"offsets: got {checks.describe(offsets)}, wanted {wanted_text}")
+        raise wrong(TypeError, checks.describe(offsets))
     if offsets.shape != (E,):
-        raise ValueError(f"offsets: got {checks.describe(offsets)}, wanted {wanted_text}")
+        raise wrong(ValueError, checks.describe(offsets))
     checks.device("x", x, offsets=offsets)
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = offsets.tolist()
         if any(a > b for a, b in zip([0, *ends], [*ends, S], strict=True)):
-            raise ValueError(f"offsets: got {ends}, wanted {wanted_text}")
+            raise wrong(ValueError, ends)
         return F.pad(offsets.to(torch.int32), (1, 0))
     return F.pad(offsets.clamp(0, S).cummax(0).values.to(torch.int32), (1, 0))
 
@@ -458,12 +464,15 @@ def experts_mlp(
 
 
 def _check_routing(x, top_k_index, top_k_weights):
-    text = f"int32 or int64 [{x.shape[0]}, K], the experts of each token"
+    def wrong(kind):  # as above
+        text = f"int32 or int64 [{x.shape[0]}, K], the experts of each token"
+        return kind(f"top_k_index: got {checks.describe(top_k_index)}, wanted {text}")
+
     if not isinstance(top_k_index, torch.Tensor) or top_k_index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"top_k_index: got {checks.describe(top_k_index)}, wanted {text}")
+        raise wrong(TypeError)
     if top_k_index.dim() != 2 or top_k_index.shape[0] != x.shape[0]:
-        raise ValueError(f"top_k_index: got {checks.describe(top_k_index)}, wanted {text}")
-    checks.tensor("top_k_weights", top_k_weights, f"{list(top_k_index.shape)}", 2)
+        raise wrong(ValueError)
+    checks.tensor("top_k_weights", top_k_weights, "as top_k_index", 2)
     if top_k_weights.shape != top_k_index.shape:
         raise ValueError(
             f"top_k_weights: got {checks.describe(top_k_weights)}, wanted {list(top_k_index.shape)} as top_k_index"

@@ -196,6 +196,7 @@ def test_errors_name_the_argument(name):
 @pytest.mark.parametrize(("T", "K", "E"), [(0, 2, 3), (1, 1, 1), (50, 2, 7), (9, 4, 4), (3, 2, 300)])
 def test_sort_by_expert(T, K, E, dtype):
     index = torch.randint(-1, E + 2, (T, K), generator=torch.Generator().manual_seed(T), dtype=dtype)
+    index[-1:] = torch.iinfo(dtype).min
     order, places, offsets = sort_by_expert(index, E)
     begins = offsets.tolist()
     assert offsets.dtype == torch.int32 and len(begins) == E + 1 and begins[0] == 0
@@ -354,6 +355,30 @@ def test_layer_compiles_whole():
     torch.testing.assert_close(out, want)
     for a, b in zip(*(torch.autograd.grad(t.sum(), leaves) for t in (out, want)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("what", ["layer", "rows"])
+def test_one_program_serves_any_number_of_tokens(what):
+    """The second size is compiled for all others: no check and no search may make a constant of it."""
+    _, given, _, _ = layer(dtype=torch.float32)
+    weight, A, B, bias = stack(dtype=torch.float32)
+    programs = []
+
+    def backend(graph, _):
+        programs.append(graph)
+        return graph.forward
+
+    def call(T):
+        arguments, _, _, _ = layer(T, dtype=torch.float32)
+        if what == "layer":
+            return compiled(*arguments[:3], *arguments[3:], **given)
+        return compiled(randn(T, 8, dtype=torch.float32), weight, torch.tensor([1, 2, 2, 5]), A, B, bias)
+
+    function = spectral_ops.experts_mlp if what == "layer" else spectral_ops.experts_lowrank
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for T in (23, 40, 57, 90):
+        assert call(T).shape[0] == T
+    assert len(programs) == 2
 
 
 BAD_LAYERS = {
