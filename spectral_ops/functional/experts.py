@@ -340,7 +340,6 @@ def _check_bias(name, bias, weight, x):
 def _begins(offsets, E, S, x):
     """offsets [E] of ends as [E + 1] int32 that begin with 0, in order and within the rows."""
 
-
     def wrong(kind, got):  # written only where it is raised: S in a string is a constant to the compiler
         ends = f"int32 or int64 [{E}], the end of each expert's rows in x, none before the one in front, at most {S}"
         return kind(f"offsets: got {got}, wanted {ends}")
