@@ -1,4 +1,4 @@
-"""LoRA on the stacked weights of experts (``target_parameters``): W_e + γ B_e A_e for each expert e (METHODS 1.9).
+"""LoRA on the stacked weights of experts (``target_parameters``): W_e + γ B_e A_e for each expert e (METHODS 1.10).
 
 A pair is held as PEFT packs it: A [E r, k] has the expert slowest, B [d, r E] the expert fastest. [d, k] is the
 parameter's slice as stored, or turned where the module says ``is_transposed``.
@@ -221,6 +221,7 @@ class LoRAExperts(AdapterLinear):
         if (name := self._taken()) is not None:
             self._add(name, 1, "initial")
 
+    @torch.no_grad()
     def merges_finite(self):
         name = self.active
         return all(
