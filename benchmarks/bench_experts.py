@@ -179,8 +179,10 @@ def table(rows: list[Row]) -> str:
 
 
 def predict(shape: Shape) -> str:
-    """Milliseconds on an H100 of one projection [E, k, f] of T rows, and of the whole layer, frozen and adapted: forward
-    and backward in bfloat16, from what they compute and move."""
+    """Milliseconds on an H100 of one projection [E, k, f] of T rows, and of the whole layer, frozen and adapted.
+
+    Forward and backward in bfloat16, from what they compute and move.
+    """
     E, k, f, T, r = shape.experts, shape.features, shape.width, shape.tokens, shape.rank
     lines = []
     with FakeTensorMode():

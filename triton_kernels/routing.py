@@ -1,4 +1,4 @@
-"""Experts' rows summed over their tokens, and the gradient of that (METHODS 1.9). No host knows how many have one.
+"""Experts' rows summed over their tokens, and the gradient of that (METHODS 1.10). No host knows how many have one.
 
 * ``routing_combine``: every row of y once, every row of out once. A program has some columns of one token, and asks for
   all of its rows before it adds the first.

@@ -4,9 +4,9 @@ transformers 5 says in attributes of an experts module what its forward computes
 that another implementation can take its place: here :func:`experts_mlp`. Llama 4's module has no such attributes. It
 gets the rows of its experts in order, an equal number each, and is two :func:`experts_lowrank`.
 
-An update is that of the stacked parameter as PEFT packs it: scale B_e A_e is added to the slice [d, k] of expert e, or
-its transpose where the module says ``is_transposed``. Llama 4's slices are stored [k, d] and the module does not say
-so; A and B then have each other's place in x W.
+An update belongs to the product x W_eᵀ, whichever way the slice of expert e is stored. PEFT packs that of the slice as
+it is stored, [d, k], or transposed where the module says ``is_transposed``. Llama 4's slices are stored [k, d] and the
+module does not say so: of what is packed, A and B then have each other's place (:func:`of_product`).
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ def replaced(module: nn.Module) -> str | None:
     return None
 
 
+def of_product(module: nn.Module, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [E, r, in] and B [E, out, r] of the product x W_eᵀ, from those that PEFT packs for the module."""
+    return (B.mT, A.mT) if is_llama4(module) else (A, B)
+
+
 def run_experts(
     module: nn.Module, args: tuple, lora: dict[str, Update], dropout_p: float = 0.0, training: bool = False
 ) -> torch.Tensor:
@@ -78,8 +83,8 @@ def run_experts(
 
     Args:
         module: an experts module that is not :func:`unfit`, its weights frozen.
-        lora: by the parameter's name, (A [E, r, in], B [E, out, r], scale), any strides (PEFT's packing as views).
-            A parameter that is not named runs as it is.
+        lora: by the parameter's name, (A [E, r, in], B [E, out, r], scale) of its product, any strides. A parameter
+            that is not named runs as it is.
         dropout_p, training: inverted dropout on the updates' inputs.
 
     Nothing of the size of a stack is made. Raises TypeError/ValueError as the operators do.
@@ -115,11 +120,10 @@ def _llama4(module, args, up, down, up_lora, down_lora, dropout_p, training):
     each = x.shape[0] // up.shape[0]
     ends = torch.arange(1, up.shape[0] + 1, device=x.device, dtype=torch.int32) * each
     options = {"transposed": True, "dropout_p": dropout_p, "training": training}
-    gate, value = _transposed(x, up, ends, up_lora, options).chunk(2, -1)
-    return _transposed(value * module.act_fn(gate), down, ends, down_lora, options)
 
+    def linear(rows, weight, lora):
+        A, B, scale = lora or (None, None, 1.0)
+        return experts_lowrank(rows, weight, ends, A, B, scale=scale, **options)
 
-def _transposed(x, weight, ends, lora, options):
-    A, B, scale = (None, None, 1.0) if lora is None else lora
-    A, B = (None, None) if lora is None else (B.mT, A.mT)
-    return experts_lowrank(x, weight, ends, A, B, scale=scale, **options)
+    gate, value = linear(x, up, up_lora).chunk(2, -1)
+    return linear(value * module.act_fn(gate), down, down_lora)

@@ -1,4 +1,4 @@
-"""LoRA on the stacked weights of experts (``target_parameters``): W_e + γ B_e A_e for each expert e (METHODS 1.9).
+"""LoRA on the stacked weights of experts (``target_parameters``): W_e + γ B_e A_e for each expert e (METHODS 1.10).
 
 A pair is held as PEFT packs it: A [E r, k] has the expert slowest, B [d, r E] the expert fastest. [d, k] is the
 parameter's slice as stored, or turned where the module says ``is_transposed``.
@@ -14,7 +14,7 @@ from torch import nn
 from spectral_ops._library import accumulate_dtype
 from spectral_ops.adapters.base import AdapterLinear
 from spectral_ops.adapters.config import match_pattern
-from spectral_ops.adapters.expert_layer import Update, is_llama4, replaced, run_experts, stacks, unfit
+from spectral_ops.adapters.expert_layer import Update, is_llama4, of_product, replaced, run_experts, stacks, unfit
 from spectral_ops.adapters.lora import LoRAConfig, start
 from spectral_ops.adapters.lowrank import product
 from spectral_ops.init import svd, svd_cache
@@ -177,7 +177,9 @@ class LoRAExperts(AdapterLinear):
     # the forward
 
     def _updates(self, name: str, kind: str = "lora") -> dict[str, Update]:
-        return {self.sides[s]: (*self.pair(s, name, kind), scale) for s, scale in self.scales[name].items()}
+        base = self._modules["base_layer"]
+        scales = self.scales[name].items()
+        return {self.sides[s]: (*of_product(base, *self.pair(s, name, kind)), scale) for s, scale in scales}
 
     def _taken(self) -> str | None:
         """The adapter that started from a part of the stacks, which they lack; at most one does, and its copies."""
@@ -219,6 +221,7 @@ class LoRAExperts(AdapterLinear):
         if (name := self._taken()) is not None:
             self._add(name, 1, "initial")
 
+    @torch.no_grad()
     def merges_finite(self):
         name = self.active
         return all(
@@ -290,8 +293,7 @@ class LoRAExperts(AdapterLinear):
 
     def linear_pair(self, side: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`plain_pair` of the layer x W_eᵀ that expert e is, however the stack is stored."""
-        A, B = self.plain_pair(side, name)
-        return (B.mT, A.mT) if is_llama4(self.base_layer) else (A, B)
+        return of_product(self.base_layer, *self.plain_pair(side, name))
 
     def linear_size(self, side: str) -> tuple[int, int]:
         """[out_features, in_features] of that layer."""

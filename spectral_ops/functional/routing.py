@@ -1,4 +1,4 @@
-"""Experts' results back to their tokens (METHODS 1.9): sums of rows over the inverse of the order that sorted them.
+"""Experts' results back to their tokens (METHODS 1.10): sums of rows over the inverse of the order that sorted them.
 
     out_t = Σ_j w_tj y[places_tj]      backward: dy[places_tj] = w_tj dout_t      dw_tj = dout_t · y[places_tj]
 

@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from spectral_ops.functional import experts_lowrank, experts_mlp
+from spectral_ops.adapters.expert_layer import run_experts
 from spectral_ops.integrations.peft import ORIGINALS, REPLACEMENTS, Fused, argument_reason
 from spectral_ops.integrations.peft_plan import (
     FLOATS,
@@ -235,29 +235,10 @@ class Call(NamedTuple):
 
     def __call__(self, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         """The views of PEFT's factors are made here, for the graph of this call."""
-        experts, module = self.experts, self.experts.module
-        up = lora_of(self.factors, experts.up, experts.weight, experts.transposed)
-        down = lora_of(self.factors, "down_proj", experts.down, experts.transposed)
-        if experts.sorted:
-            return llama4(module, experts, up, down, x)
-        return experts_mlp(
-            x, *routing, experts.weight, experts.down, up_lora=up, down_lora=down, up_bias=experts.biases[0],
-            down_bias=experts.biases[1], activation=module._apply_gate if module.has_gate else module.act_fn,
-            post_norm=module.post_expert_norm if module.has_post_expert_norm else None, transposed=experts.transposed,
-        )  # fmt: skip
-
-
-def llama4(module: nn.Module, experts: Experts, up: tuple | None, down: tuple | None, x: torch.Tensor) -> torch.Tensor:
-    """Llama 4's experts: a row of every token for every expert, expert by expert."""
-    E = experts.weight.shape[0]
-    ends = torch.arange(1, E + 1, dtype=torch.int32, device=x.device) * (x.shape[0] // E)
-
-    def linear(rows: torch.Tensor, weight: torch.Tensor, lora: tuple | None) -> torch.Tensor:
-        A, B, scale = lora or (None, None, 1.0)
-        return experts_lowrank(rows, weight, ends, A, B, scale=scale, transposed=True)
-
-    gate, value = linear(x, experts.weight, up).chunk(2, -1)
-    return linear(value * module.act_fn(gate), experts.down, down)
+        experts = self.experts
+        stacks = (experts.up, experts.weight), ("down_proj", experts.down)
+        loras = {name: lora_of(self.factors, name, weight, experts.transposed) for name, weight in stacks}
+        return run_experts(experts.module, (x, *routing), loras)
 
 
 def switched(wrapper: nn.Module) -> list:

@@ -22,7 +22,7 @@ from instruments import overload_or_reason, poisoned, results
 from matmul_case import FULL, Case, first_wrong, launched, tensors_of
 from matmul_case import run as run_matmul
 from oracles import weight_norm
-from problems import BLOCKSUM, DORA, FAMILIES, LOWRANK, SEGMENTS, cotangent
+from problems import BLOCKSUM, DORA, EXPERTS, FAMILIES, LOWRANK, SEGMENTS, cotangent
 from samples import OPERATOR_NAMES, layer_samples, samples_of
 from tensors import DTYPES, accumulate, copied, ids, randn
 from torch.utils._pytree import tree_map_only
@@ -50,6 +50,8 @@ CALLS = [
     "bone",
     "mini",
     "bone-dropout",
+    "experts",
+    "experts-routed",
 ]
 SIZES = [{}, {"T": 1, "r": 1}, {"T": 300, "k": 131, "d": 266, "r": 17}, {"T": 128, "k": 256, "d": 512, "r": 64}]
 
@@ -344,7 +346,7 @@ def test_the_mask_is_the_cpus(p, backend):
 
 class TestFunctions(Contract):
     device = "cuda"
-    families = LOWRANK + DORA + BLOCKSUM + SEGMENTS
+    families = LOWRANK + DORA + BLOCKSUM + SEGMENTS + EXPERTS
 
     @pytest.fixture(autouse=True)
     def deterministic(self):
@@ -364,9 +366,10 @@ def test_forced_backend(name, backend):
             with use_backend(backend):
                 check(problem)
         except spectral_ops.BackendUnavailable as error:
-            missing = [n for n in OPERATOR_NAMES if f"cannot run {n}: " in str(error)]
+            every = OPERATORS | LAYERS
+            missing = [n for n in every if f"cannot run {n}: " in str(error)]
             assert missing
-            assert overload_or_reason(OPERATORS[missing[0]], backend, "cuda")[0] is None
+            assert overload_or_reason(every[missing[0]], backend, "cuda")[0] is None
             pytest.skip(str(error))
 
 

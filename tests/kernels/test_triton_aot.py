@@ -335,6 +335,8 @@ def test_fits_the_processor(dtype, case, arch):
             assert b.product in PRODUCTS[arch], (b.name, b.product)
         if arch == 90 and dtype == torch.bfloat16 and case.startswith("lowrank_matmul"):
             assert b.product == "HGMMA" and "mma.sync" not in b.ptx
+        if arch == 90 and dtype == torch.bfloat16 and half_product and "experts" in case:
+            assert b.product == "HGMMA", b.name
 
 
 @pytest.mark.slow

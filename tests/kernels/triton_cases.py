@@ -41,7 +41,7 @@ SIZES_BAT_MORE = [(37, 12, 9, 3), (4, 96, 32, 16), (5, 160, 80, 80), (3, 72, 36,
 SIZES_CSR = [(6, 21, 34, 5), (1, 150, 12, 1), (67, 24, 9, 3)]
 SIZES_CSR_MORE = [(3, 260, 70, 1), (300, 10, 17, 3)]
 # programs search the offsets, which takes the interpreter long: none of these is of many
-SIZES_SEGMENT_MORE = [(300, 20, 33, 3), (9, 40, 36, 130)]
+SIZES_SEGMENT, SIZES_SEGMENT_MORE = SIZES[:4], [*SIZES[-1:], (300, 20, 33, 3), (9, 40, 36, 130)]
 SIZES_LOGITS = [(6, 21, 34, 5), (1, 24, 1, 1), (3, 1, 9000, 1)]  # V: one logit; several steps
 SIZES_CAYLEY = [(6, 1, 1, 5), (1, 1, 1, 1), (3, 1, 1, 17), (2, 1, 1, 33)]
 SIZES_CAYLEY_MORE = [(1, 1, 1, 64), (1, 1, 1, 65)]  # the largest of the kernels, and one past it
@@ -86,7 +86,7 @@ def sizes(name: str, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
         "bat": (SIZES_BAT, SIZES_BAT_MORE),
         "csr": (SIZES_CSR, SIZES_CSR_MORE),
         "cayley": (SIZES_CAYLEY, SIZES_CAYLEY_MORE),
-        "segment": (SIZES, SIZES_SEGMENT_MORE),
+        "segment": (SIZES_SEGMENT, SIZES_SEGMENT_MORE),
     }
     some, more = of_row.get(name.partition("_")[0], (SIZES, SIZES_MORE))
     if name in ("target_logprob", "softmax_gradient_"):

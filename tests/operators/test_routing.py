@@ -1,4 +1,4 @@
-"""The routing row (METHODS 1.9): its operators as a sum over tokens, and what they refuse.
+"""The routing row (METHODS 1.10): its operators as a sum over tokens, and what they refuse.
 
 test_library.py, test_triton.py and test_gpu.py run them like every other row's.
 """

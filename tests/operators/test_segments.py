@@ -243,6 +243,26 @@ def test_wrong_places(name, dtype, backend):
         assert not out.any()
 
 
+def test_threads_do_not_matter():
+    """Many experts of few rows, and one of many."""
+    if not extension_loaded("cpu"):
+        pytest.skip("the reference leaves it to torch's products")
+    offsets = torch.tensor([0, *range(20, 660, 20), 1700, 1700], dtype=torch.int32)
+    x, A, u = randn(1700, 300).float(), randn(34, 5, 300).float(), randn(1700, 5).float()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = torch.ones(1700, 300)
+            OPERATORS["segment_lift_"](out, u, A.mT, None, offsets)
+            h, dA = OPERATORS["segment_project"](x, A, None, offsets), OPERATORS["segment_outer"](u, x, None, offsets)
+            found.append((out, h, dA))
+    finally:
+        torch.set_num_threads(before)
+    for one, several in zip(*found, strict=True):
+        assert torch.equal(one, several)
+
+
 @pytest.mark.parametrize("order", [None, "shuffled"])
 def test_random_places_raise_or_are_right(order, backend):
     torch.manual_seed(0)

@@ -103,6 +103,24 @@ def test_same_as_peft(form, settings, dtype, emulated):
     assert not report.fallbacks()
 
 
+@pytest.mark.parametrize("settings", ["lora", "miss"])
+def test_over_the_layer_s_own_kernel(settings, emulated, monkeypatch):
+    """As on an accelerator: FP8Linear makes the product, under no_grad, and the gradient is ours."""
+    monkeypatch.setattr(float8, "has_kernel", lambda base, x: True)
+    plain, ours = (with_adapters(two("transformers"), **SETTINGS[settings]) for _ in range(2))
+    report = accelerate(ours, strict=True)
+    called = []
+    forward = type(ours.base_model.model.first.base_layer).forward
+    monkeypatch.setattr(
+        type(ours.base_model.model.first.base_layer),
+        "forward",
+        lambda self, x: called.append(torch.is_grad_enabled()) or forward(self, x),
+    )
+    got = results(ours)
+    assert called == [False, False]
+    assert worst(results(plain), got) < 5e-6 and not report.fallbacks()
+
+
 def formula(model, x, dy):
     """y, dx and the adapter's own share of dx over one adapted layer, in float64: those of its merged weight."""
     layer = model.base_model.model.layer

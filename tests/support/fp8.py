@@ -1,13 +1,18 @@
-"""Base layers in FP8: real ones of transformers and torchao, and stand-ins with compressed-tensors' attributes."""
+"""Base layers in FP8 (real ones, and stand-ins with the attributes of compressed-tensors' modules), and adapters."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+
+import spectral_ops as so
+from spectral_ops.adapters import quantised
+from spectral_ops.init import topk_pattern
 
 E4M3 = torch.float8_e4m3fn
 
@@ -133,3 +138,36 @@ BASES = {
     "compressed_kernel": lambda d, k, dtype: kernel_layer(d, k, dtype=dtype),
 }
 KERNELS = "torchao_row_dynamic", "torchao_tensor_dynamic", "compressed_kernel"  # products in FP8, also on the CPU
+
+
+# --- adapters over them ----------------------------------------------------------------------------------------------
+
+D, K = 150, 288  # 150 = 128 + 22, 288 = 2 * 128 + 32
+CONFIGS = {
+    "lora": so.LoRAConfig(r=4, lora_alpha=6),
+    "dora": so.DoRAConfig(r=4, lora_alpha=6),
+    "bone": so.BoneConfig(r=5),
+    "rosa": so.RoSAConfig(r=4, lora_alpha=6, d=0.02),
+}
+
+
+def perturb(net, d=D, k=K):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in so.adapter_layers(net).values():
+            if isinstance(layer, so.RoSALinear):
+                layer.set_mask(topk_pattern(torch.rand(d, k, generator=generator), int(0.02 * d * k)))
+            for p in layer.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return net
+
+
+def adapted(base, method, **options):
+    net = nn.Sequential(base)
+    so.attach(net, dataclasses.replace(CONFIGS[method], target_modules=["0"], **options))
+    return perturb(net, *quantised.dequantised(base).shape)
+
+
+def relative(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()

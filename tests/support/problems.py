@@ -346,18 +346,20 @@ def build_experts(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained"
         own = F.one_hot(indices, E + 1)[..., :E]
         v["routing"] = (0.5 + randn(T, 3).square()).to(device, dtype)
 
+    offsets = None if ends is None else ends.to(device, torch.int32)
+    indices = None if indices is None else indices.to(device)
+
     def function(v):
         x = v["x"].reshape(T, k)
         options = {"scale": scale, "dropout_p": p, "training": True}
         if kind == "sorted":
-            offsets = ends.to(device, torch.int32)
             y = spectral_ops.experts_lowrank(x, v["weight0"], offsets, v["A0"], v["B0"], v.get("bias"), **options)
         else:
-            order, places, offsets = sort_by_expert(indices.to(device), E)
+            order, places, begins = sort_by_expert(indices, E)
             lora = v["A0"], v["B0"], scale
             x, weight, bias = autograd.autocast_arguments(x, v["weight0"], v.get("bias"))
-            y = expert_linear(x, weight, bias, lora, order, places, offsets, p, False)
-            y = combine(y, v["routing"], places, offsets)
+            y = expert_linear(x, weight, bias, lora, order, places, begins, p, False)
+            y = combine(y, v["routing"], places, begins)
         return y.reshape(*lead, d)
 
     constants = {"scale": scale, "own": own.double(), **_mask({"x": v["x"].reshape(T, k)}, p, 1234)}
