@@ -131,6 +131,16 @@ def has_kernel(base: nn.Module, x: torch.Tensor) -> bool:
     return type(base).forward is not nn.Linear.forward
 
 
+def _foreign(base: nn.Module) -> bool:
+    """Whether a layer with a forward of its own is of a library that is not known here."""
+    return not (
+        of_torchao(base.weight)
+        or rounds_input(base.weight)
+        or instance(base, "transformers.integrations.finegrained_fp8", "FP8Linear")
+        or instance(base, "transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear")
+    )
+
+
 def _bare(base: nn.Module) -> bool:
     """Whether calling the layer does no more than its forward."""
     return not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
@@ -148,8 +158,15 @@ def product(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if replaced or not _bare(base):
         return whole(base, x)
     if has_kernel(base, x):
-        with torch.no_grad():
-            y = base(x)
+        # a foreign forward may do more than multiply, and have the gradient of that
+        if _foreign(base) and x.requires_grad and torch.is_grad_enabled():
+            y, found = _called(base, x)
+            if found:
+                return y
+            y = y.detach()
+        else:
+            with torch.no_grad():
+                y = base(x)
         return float8.differentiable(y, x, form.weight, form.scale, base.bias, *form[2:])
     if of_torchao(base.weight):  # its product is torch's, which autocast casts for
         (x,) = autocast_arguments(x)
@@ -172,6 +189,14 @@ def whole(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return base(x)
     if _known(base):
         return base(x)
+    out, found = _called(base, x)
+    if not found:
+        raise _blind(base)
+    return out
+
+
+def _called(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """What a layer returns for x, and whether that has a path to x."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         out = base(x)
         found = not isinstance(out, torch.Tensor) or out.requires_grad
@@ -179,9 +204,7 @@ def whole(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
         reached = _Reached.apply(x, base)
         out = base(reached)
         found = not isinstance(out, torch.Tensor) or _leads(out.grad_fn, reached.grad_fn)
-    if not found:
-        raise _blind(base)
-    return out
+    return out, found
 
 
 def _known(base: nn.Module) -> bool:

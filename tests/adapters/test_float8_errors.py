@@ -30,6 +30,20 @@ def test_a_kernel_that_autograd_does_not_see_gets_the_whole_gradient():
     assert (dy.double() @ base.W).norm() > share.norm()
 
 
+def test_a_forward_of_its_own_keeps_its_gradient():
+    """A layer of another library that does more than multiply, and is differentiable: dy W is not its gradient."""
+
+    class Tripled(Blind):
+        def forward(self, x):
+            return 3 * x @ self.W.to(x.dtype).t()
+
+    base = Tripled(D, K)
+    net, x, dy = adapted(base, "lora"), torch.randn(6, K, requires_grad=True), torch.randn(6, D)
+    A, B = (getattr(net[0], key)["default"].detach().double() for key in ("lora_A", "lora_B"))
+    wanted = dy.double() @ (3 * base.W + 1.5 * B @ A)
+    assert relative(torch.autograd.grad(net(x), x, dy)[0], wanted) < 2e-5
+
+
 @methods
 def test_a_base_without_a_gradient_is_an_error(method):
     class Opaque(nn.Linear):
