@@ -456,10 +456,19 @@ def experts_mlp(
     x = x.to(up.dtype)
     order, places, offsets = sort_by_expert(top_k_index, E)
     hidden = (activation or swiglu)(linear(x, up, up_bias, up_lora, order, places, offsets, p, False))
-    checks.size("activation", hidden, 1, down.shape[2], "in_features of down")
+    _check_rows("activation", hidden, order.shape[0], down.shape[2], "in_features of down")
     y = linear(hidden.to(down.dtype), down, down_bias, down_lora, None, None, offsets, p, post_norm is not None)
-    y = y if post_norm is None else post_norm(y)
+    if post_norm is not None:
+        y = post_norm(y)
+        _check_rows("post_norm", y, order.shape[0], down.shape[1], "out_features of down")
     return combine(y, top_k_weights, places, offsets).to(dtype)
+
+
+def _check_rows(name, value, S, columns, why):
+    """What a callable made of the S rows."""
+    checks.tensor(name, value, "[rows, features]", 2)
+    checks.size(name, value, 0, S, "a row for each it gets")
+    checks.size(name, value, 1, columns, why)
 
 
 def _check_routing(x, top_k_index, top_k_weights):

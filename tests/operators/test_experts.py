@@ -388,6 +388,10 @@ BAD_LAYERS = {
     "up": {3: torch.zeros(16, 12, dtype=torch.float64)},
     "down": {4: torch.zeros(4, 12, 8, dtype=torch.float64)},
     "activation": {4: torch.zeros(5, 12, 9, dtype=torch.float64), "down_lora": None},
+    "activation, nothing": {"activation": lambda rows: None},
+    "activation, rows": {"activation": lambda rows: rows[1:, :8]},
+    "post_norm": {"post_norm": lambda rows: rows[1:]},
+    "post_norm, columns": {"post_norm": lambda rows: torch.cat([rows, rows], 1)},
     "up_lora": {"up_lora": [1, 2]},
     "up_lora_A": {
         "up_lora": (torch.zeros(5, 3, 9, dtype=torch.float64), torch.zeros(5, 16, 3, dtype=torch.float64), 1.0)
