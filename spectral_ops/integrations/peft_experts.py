@@ -36,6 +36,7 @@ from spectral_ops.integrations.peft_plan import (
 from spectral_ops.integrations.peft_report import FUSED, LayerState, note_trace, note_while_tracing
 
 MOE = "transformers.integrations.moe"
+INTEGERS = (torch.int64, torch.int32)
 
 
 class Factors(NamedTuple):
@@ -212,6 +213,9 @@ class Call(NamedTuple):
         for t in args:
             if type(t) not in PLAIN or t.dim() != 2:
                 return "top_k_index or top_k_weights is not a plain tensor [tokens, k]"
+        index, weights = args
+        if index.dtype not in INTEGERS or weights.dtype not in FLOATS:
+            return f"top_k_index is in {index.dtype} and top_k_weights in {weights.dtype}"
         return ""
 
     def holds(self) -> bool:

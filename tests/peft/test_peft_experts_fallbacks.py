@@ -276,6 +276,16 @@ def test_arguments_that_are_not_the_interfaces():
     ]
 
 
+@pytest.mark.parametrize(("index", "weights"), [(torch.int16, torch.float32), (torch.int64, torch.int64)], ids=str)
+def test_routing_in_a_dtype_that_the_operators_do_not_take(index, weights):
+    stock, ours = pair(qwen())
+    report = spectral_ops.accelerate(ours)
+    x, experts, ones = torch.randn(6, 32), torch.tensor([[0, 1, 2]] * 6), torch.ones(6, 3)
+    got, wanted = (experts_of(m)[0](x, experts.to(index), ones.to(weights)) for m in (ours, stock))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert report.fallbacks()[0].reason == f"top_k_index is in {index} and top_k_weights in {weights}"
+
+
 def test_rows_that_llama4_cannot_share_out():
     stock, ours = pair(adapted_mixture("llama4"))
     report = spectral_ops.accelerate(ours)
