@@ -21,7 +21,7 @@ Update = tuple[torch.Tensor, torch.Tensor, float]
 
 INTERFACE = "transformers.integrations.moe"
 ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "num_experts")
-LLAMA4 = "Llama4TextExperts.forward"
+LLAMA4 = "transformers.models.llama4.modeling_llama4", "Llama4TextExperts.forward"
 
 
 def follows_interface(module: nn.Module) -> bool:
@@ -32,7 +32,8 @@ def follows_interface(module: nn.Module) -> bool:
 
 def is_llama4(module: nn.Module) -> bool:
     """Whether this is Llama 4's experts module."""
-    return getattr(type(module).forward, "__qualname__", "") == LLAMA4
+    forward = type(module).forward
+    return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) == LLAMA4
 
 
 def stacks(module: nn.Module) -> tuple[str, ...]:
@@ -57,6 +58,10 @@ def unfit(module: nn.Module, names) -> str | None:
         if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dim() != 3 or weight.dtype not in checks.FLOATS:
             got = checks.describe(weight) if isinstance(weight, torch.Tensor) else type(weight).__name__
             return f"{name} is {got}, not a plain floating-point stack [experts, out, in]"
+    biases = [f"{name}_bias" for name in known] if getattr(module, "has_bias", False) else []
+    dtypes = {name: getattr(module, name).dtype for name in (*known, *biases)}
+    if other := [name for name, dtype in dtypes.items() if dtype is not dtypes[known[0]]]:
+        return f"{other[0]} is in {dtypes[other[0]]}, {known[0]} in {dtypes[known[0]]}"
     return replaced(module)
 
 
@@ -117,7 +122,9 @@ def run_experts(
 def _llama4(module, args, up, down, up_lora, down_lora, dropout_p, training):
     (x,) = args
     x = x.reshape(-1, up.shape[1])
-    each = x.shape[0] // up.shape[0]
+    each, rest = divmod(x.shape[0], up.shape[0])
+    if rest:
+        raise ValueError(f"x: got {checks.describe(x)}, wanted as many rows for each of {up.shape[0]} experts")
     ends = torch.arange(1, up.shape[0] + 1, device=x.device, dtype=torch.int32) * each
     options = {"transposed": True, "dropout_p": dropout_p, "training": training}
 

@@ -437,6 +437,30 @@ def test_what_cannot_be_run_is_refused():
     )
 
 
+@pytest.mark.parametrize("name", ["down_proj", "gate_up_proj_bias"])
+def test_experts_in_two_dtypes_are_refused(name):
+    net = module("gpt_oss")[0]
+    getattr(net["experts"], name).data = getattr(net["experts"], name).data.float()
+    wrong(net, f"{name} is in torch.float32, gate_up_proj in torch.float64", target_parameters=["down_proj"])
+
+
+def test_the_name_of_llama4s_experts_is_not_enough():
+    class Llama4TextExperts(Odd):
+        def forward(self, x):
+            return super().forward(x)
+
+    Llama4TextExperts.forward.__qualname__ = "Llama4TextExperts.forward"
+    experts = Llama4TextExperts()
+    experts.down_proj = nn.Parameter(torch.randn(E, K, F))
+    wrong(nn.ModuleDict({"experts": experts}), "follows neither", target_parameters=["down_proj"])
+
+
+def test_rows_that_llama4_cannot_share_out():
+    layer, _, (x,) = attach("llama4")
+    with pytest.raises(ValueError, match=rf"x: got .*, wanted as many rows for each of {E} experts"):
+        layer(x[1:])
+
+
 def test_a_subclass_with_a_forward_of_its_own_is_refused():
     kind, config = experts_class("mixtral")
     config._experts_implementation = "eager"
