@@ -1,4 +1,4 @@
-"""examples/experts.py on the mixture that it builds: PEFT's experts accelerated and ours train alike, and both files are written."""
+"""examples/experts.py on the mixture that it builds: PEFT's experts accelerated and ours train alike."""
 
 import re
 
