@@ -12,7 +12,7 @@ from problems import EXPERTS, FAMILIES
 from tensors import DTYPES, ids, randn, storage
 
 import spectral_ops
-from spectral_ops.functional.experts import sort_by_expert, swiglu
+from spectral_ops.functional.experts import grouped_mm_takes, sort_by_expert, swiglu
 
 
 class TestExperts(Contract):
@@ -129,6 +129,30 @@ def test_no_tensor_of_the_stacks_size(route):
 
     made = allocations(step)
     assert made and max(made) < weight.numel() * 4 // 4, max(made)
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "takes"),
+    [((8, 0), None, False), ((8, 9), None, False), ((9, 0), None, True), ((10, 0), None, True), ((12, 0), None, False),
+     ((9, 4), "7.0", False)],
+)  # fmt: skip
+def test_where_torchs_product_waits_ours_is_taken(capability, hip, takes, monkeypatch):
+    """torch's grouped_mm has its kernel for two architectures; elsewhere it copies the offsets to the host."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    x, weight = torch.empty(24, 64, dtype=torch.bfloat16), torch.empty(4, 32, 64, dtype=torch.bfloat16)
+
+    assert grouped_mm_takes(x.as_subclass(OnGPU), weight) is takes
+    assert not grouped_mm_takes(x[1:, 1:].as_subclass(OnGPU), weight[..., 1:])  # rows begin anywhere
+    assert not grouped_mm_takes(x.as_subclass(OnGPU), weight[:, :30])  # nor would y's, which it pads
+    assert not grouped_mm_takes(x.float().as_subclass(OnGPU), weight.float())
+    assert not grouped_mm_takes(x, weight)
 
 
 # --- bad offsets -----------------------------------------------------------------------------------------------------
