@@ -83,8 +83,8 @@ def experts_matmul_op(x, weight, bias, offsets):
 
 def grouped_mm_takes(x, weight) -> bool:
     """Whether torch's grouped_mm computes this without waiting for the offsets: bfloat16 on compute capability 9 and
-    10, rows that begin at multiples of 16 bytes, y's too, which it would pad. Elsewhere, and on ROCm, it reads them and
-    is a loop."""
+    10, rows that begin at multiples of 16 bytes, y's too, which it would pad, and fewer than 1,024 experts. Elsewhere,
+    and on ROCm, it reads them and is a loop."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or torch.version.hip is not None:
         return False
     if torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
@@ -95,6 +95,7 @@ def grouped_mm_takes(x, weight) -> bool:
         inner
         and w[0] % 8 == 0
         and weight.shape[1] % 8 == 0
+        and weight.shape[0] < 1024
         and x.stride(1) == 1
         and x.stride(0) % 8 == 0
         and not (x.data_ptr() % 16 or weight.data_ptr() % 16)

@@ -151,6 +151,7 @@ def test_where_torchs_product_waits_ours_is_taken(capability, hip, takes, monkey
     assert grouped_mm_takes(x.as_subclass(OnGPU), weight) is takes
     assert not grouped_mm_takes(x[1:, 1:].as_subclass(OnGPU), weight[..., 1:])  # rows begin anywhere
     assert not grouped_mm_takes(x.as_subclass(OnGPU), weight[:, :30])  # nor would y's, which it pads
+    assert not grouped_mm_takes(x.as_subclass(OnGPU), weight[:1].expand(1024, -1, -1).contiguous())
     assert not grouped_mm_takes(x.float().as_subclass(OnGPU), weight.float())
     assert not grouped_mm_takes(x, weight)
 
