@@ -44,6 +44,12 @@ void expert_product(const Tensor& y, const Tensor& x, const Tensor& weight, cons
                     const Tensor& offsets) {
   const int64_t E = weight.size(0), S = y.size(0);
   check_stack("weight", weight, E, x.size(1), x);
+  if (bias) {
+    check_matrix("bias", *bias);
+    check_size("bias", *bias, 0, E, "the experts");
+    check_size("bias", *bias, 1, weight.size(1), "the rows of each weight");
+    check_same_device("bias", *bias, x);
+  }
   const int32_t* const begins = begins_of(offsets, E, S);
   const auto nobody = [&](int64_t first, int64_t end) {
     if (first < end) torch::stable::fill_(rows_of(y, first, end - first), 0);
@@ -59,11 +65,12 @@ void expert_product(const Tensor& y, const Tensor& x, const Tensor& weight, cons
   nobody(begins[E], S);
 }
 
-inline void scale_(const Tensor& t, double factor) {
-  if (factor != 1) scaled_into(t, t, factor);
+// γB in the dtype of `like`, rounded once: γ h might overflow in float16.
+inline Tensor scaled_as(const Tensor& B, double scale, const Tensor& like) {
+  return cast_as(scale == 1 ? B : call("aten::mul", "Tensor", B, scalar(scale)), like);
 }
 
-// Results: y [S, d] and h [S, r], which has the scale in it; h is empty [0] without A and B.
+// Results: y [S, d] and h [S, r]; h is empty [0] without A and B.
 template <class Device>
 std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor A, MaybeTensor B,
                                            MaybeTensor order, Tensor offsets, MaybeTensor seed, double scale, double p, bool) {
@@ -76,8 +83,7 @@ std::tuple<Tensor, Tensor> experts_forward(Tensor x, Tensor weight, MaybeTensor 
   if (A) {
     const Tensor read = seed ? seeded_dropout<Device>(x, *seed, p) : x;
     h = segment_project<Device>(read, cast_as(*A, x), order, offsets);
-    scale_(h, scale);
-    segment_lift_<Device>(y, h, cast_as(given("B", B), x), std::nullopt, offsets);
+    segment_lift_<Device>(y, h, scaled_as(given("B", B), scale, x), std::nullopt, offsets);
   }
   return {y, h};
 }
@@ -100,17 +106,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> experts_backward(Tensor dy, MaybeTens
   dy = flat("dy", dy);
   const int64_t S = dy.size(0), E = weight.size(0), k = weight.size(2);
   Tensor dx = nothing(dy), dA = nothing(dy), dB = nothing(dy), db = nothing(dy), u = nothing(dy);
-  if (A && (need_x || need_A)) {
-    u = segment_project<Device>(dy, turned(cast_as(given("B", B), dy)), std::nullopt, offsets);
-    scale_(u, scale);
-  }
+  if (A && (need_x || need_A))
+    u = segment_project<Device>(dy, turned(scaled_as(given("B", B), scale, dy)), std::nullopt, offsets);
   if (need_A) {
     const Tensor& from = given("x", x);
+    check_matrix("x", from);
+    check_size("x", from, 1, k, "the columns of each weight");
     dA = cast_as(segment_outer<Device>(u, seed ? seeded_dropout<Device>(from, *seed, p) : from, order, offsets), given("A", A));
   }
   if (need_B) {
     const Tensor hidden = saved_hidden(h, true, dy, given("B", B).size(2));
-    dB = turned_as(segment_outer<Device>(hidden, dy, std::nullopt, offsets), *B);
+    const Tensor sums = segment_outer<Device>(hidden, dy, std::nullopt, offsets);
+    if (scale != 1) scaled_into(sums, sums, scale);
+    dB = turned_as(sums, *B);
   }
   if (need_bias) {
     const Tensor one = ones_like(dy);

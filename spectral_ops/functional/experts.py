@@ -1,9 +1,9 @@
 """Low-rank linear over a stack of experts, and the whole layer of a mixture of experts (METHODS 1.10).
 
     rows sorted by expert, e the expert of row s
-    h_s = γ drop(x_s) A_eᵀ      y_s = x_s W_eᵀ + h_s B_eᵀ + b_e
+    h_s = drop(x_s) A_eᵀ      y_s = x_s W_eᵀ + γ h_s B_eᵀ + b_e
     backward: u_s = γ dy_s B_e      dx_s = dy_s W_e + mask * (u_s A_e)
-              dA_e = Σ u_sᵀ drop(x_s)      dB_e = Σ dy_sᵀ h_s      db_e = Σ dy_s      over the rows s of expert e
+              dA_e = Σ u_sᵀ drop(x_s)      dB_e = γ Σ dy_sᵀ h_s      db_e = Σ dy_s      over the rows s of expert e
 
 The base product is the library's: torch's grouped_mm on a GPU, one product per expert on the CPU. The products with A
 and B are the grouped ones of :mod:`spectral_ops.functional.segments`, whose adapters are the experts here. Nothing of
@@ -134,6 +134,11 @@ def nobody(rows: int, offsets: torch.Tensor) -> torch.Tensor:
     return (torch.arange(rows, device=offsets.device) >= offsets[-1]).unsqueeze(1)
 
 
+def scaled(B, scale, dtype):
+    """γB in ``dtype``, rounded once: γ h might overflow in float16."""
+    return (B if scale == 1 else B * scale).to(dtype)
+
+
 # --- layers ----------------------------------------------------------------------------------------------------------
 # x [S, k] sorted by expert; or x [T, k] with order [S], the row of x at each place, and places [T, K], the K places
 # of each row. ``whole``: rows without expert are zero in every result; else they may hold anything on a GPU, and must
@@ -154,7 +159,7 @@ def _forward_fake(x, weight, bias, A, B, order, offsets, seed, scale, p, whole):
     pieces=_PIECES,
 )
 def experts_forward_op(x, weight, bias, A, B, order, offsets, seed, scale, p, whole):
-    """y [S, d] and h [S, r], which has the scale in it."""
+    """y [S, d] and h [S, r]."""
     xs = x if order is None else x.index_select(0, order)
     apart = bias is not None and grouped_mm_takes(xs, weight)  # the bias then rides on the update, as one rank more
     y = product(xs, weight, None if apart else bias, offsets)
@@ -162,8 +167,8 @@ def experts_forward_op(x, weight, bias, A, B, order, offsets, seed, scale, p, wh
     b = None
     if A is not None:
         rows_of_A = xs if seed is None else dropout.seeded_dropout_op(x, seed, p)
-        h = segment_project_op(rows_of_A, A.to(x.dtype), None if seed is None else order, offsets).mul_(scale)
-        lifted, b = h, B.to(x.dtype)
+        h = segment_project_op(rows_of_A, A.to(x.dtype), None if seed is None else order, offsets)
+        lifted, b = h, scaled(B, scale, x.dtype)
     if apart:
         one = x.new_ones(y.shape[0], 1)
         lifted = one if b is None else torch.cat([h, one], 1)
@@ -193,13 +198,13 @@ def experts_backward_op(dy, x, weight, A, B, order, places, offsets, seed, h, sc
     need_x, need_A, need_B, need_bias = (bool(needs >> bit & 1) for bit in range(4))
     dx = dA = dB = db = u = None
     if A is not None and (need_x or need_A):
-        u = segment_project_op(dy, B.to(dy.dtype).mT, None, offsets).mul_(scale)
+        u = segment_project_op(dy, scaled(B, scale, dy.dtype).mT, None, offsets)
     if need_A:
         read = x if seed is None else dropout.seeded_dropout_op(x, seed, p)
         dA = segment_outer_op(u, read, order, offsets).to(A.dtype)
     if need_B:
         h = saved_hidden(h, True, dy, B.shape[2])
-        dB = segment_outer_op(h, dy, None, offsets).mT.to(B.dtype).contiguous()
+        dB = segment_outer_op(h, dy, None, offsets).mul_(scale).mT.to(B.dtype).contiguous()
     if need_bias:
         db = segment_outer_op(dy.new_ones(dy.shape[0], 1), dy, None, offsets).squeeze(1).to(dy.dtype)
     if need_x:
@@ -354,7 +359,7 @@ def _begins(offsets, E, S, x):
     if offsets.shape != (E,):
         raise wrong(ValueError, checks.describe(offsets))
     checks.device("x", x, offsets=offsets)
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if offsets.device.type == "cpu" and type(offsets) is torch.Tensor and not torch.compiler.is_compiling():
         ends = offsets.tolist()
         if any(a > b for a, b in zip([0, *ends], [*ends, S], strict=True)):
             raise wrong(ValueError, ends)
@@ -433,6 +438,7 @@ def experts_mlp(
         up_lora, down_lora: (A [E, r, in_features], B [E, out_features, r], scale), or None: that projection is frozen.
         up_bias: [E, u]; down_bias: [E, d]; or None, in the weights' dtype; may be trainable.
         activation: from [S, u] to [S, f], row by row; None: silu(gate) * up, gate in the first half.
+            One that trains parameters of its own must skip rows of another rank's experts, which hold anything.
         post_norm: from [S, d] to [S, d], row by row, or None.
         dropout_p, training: inverted dropout on the adapter branches, active only while training. A token's mask is the
             same for all its experts.

@@ -116,6 +116,18 @@ def test_factors_packed_as_peft_does(dtype, backend):
         assert (a.double() - b.double()).norm() <= 8 * torch.finfo(dtype).eps * b.double().norm()
 
 
+def test_a_large_scale_overflows_nothing_in_float16(backend):
+    """γ h is past float16 where γ h Bᵀ is not: so γ must not be in h."""
+    weight, A, B, _ = stack(dtype=torch.float16, bias=False)
+    x, ends = torch.full((12, 8), 50.0, dtype=torch.float16), [3, 6, 9, 12]
+    with torch.no_grad():
+        A.fill_(55.0)  # h = 22,000
+        B.fill_(1e-4)
+    y = spectral_ops.experts_lowrank(x, 0 * weight, torch.tensor(ends), A, B, scale=16.0)
+    want = 16 * (x.double() @ A[0].double().T) @ B[0].double().T
+    torch.testing.assert_close(y.double(), want, rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("route", ["forward", "backward"])
 def test_no_tensor_of_the_stacks_size(route):
     E, d, k, r, T = 16, 64, 48, 4, 40
