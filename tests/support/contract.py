@@ -125,7 +125,7 @@ class Contract:
                     continue
                 if any(tuple(problem.inputs[n].shape) == shape for n in problem.trained()):
                     continue
-                if name == "x" and problem.x_sized in problem.trained():
+                if name == problem.scaled or (name == "x" and problem.x_sized in problem.trained()):
                     continue
                 assert shape not in shapes, f"d{name} {shape} was computed although {name} is frozen: {seen.allocated}"
             low_rank = {n for n in problem.trained() if n in ("x", "A", "core")}

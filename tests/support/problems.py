@@ -46,6 +46,7 @@ class Problem:
     out_features: int = 0
     saved: Callable | None = None  # (T, r, element size) -> bytes kept for backward beyond parameters and x
     indices: int = 0  # of its saved vectors, beyond those of d elements
+    scaled: str = ""  # a parameter that is multiplied by the scale, in a copy
     x_sized: str = ""  # a trained tensor whose gradient is made of a tensor of x's size
     seed: int = 1234
 
@@ -366,7 +367,7 @@ def build_experts(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained"
     return Problem(
         function, experts, v, constants, dtype, bool(p), d,
         saved=lambda T, r, size: T * r * size if kind == "sorted" else 3 * T * (r * size + 8),  # h, places
-        indices=0 if kind == "sorted" else 3 * T, x_sized="A0" if p else "",  # drop(x)
+        indices=0 if kind == "sorted" else 3 * T, scaled="B0", x_sized="A0" if p else "",  # drop(x)
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spectral_ops
 from spectral_ops import _library
 from spectral_ops.bench.samples import arguments
+from spectral_ops.functional.float8 import float8_column_norm_op
 
 # those that take lists of tensors have tests of their own
 OPERATOR_NAMES = [name for name, operator in sorted(_library.OPERATORS.items()) if "[]" not in operator.schema]
@@ -58,6 +59,10 @@ def _layer_calls(dtype: torch.dtype, shape: tuple) -> dict[str, list[tuple]]:
             spectral_ops.bat_weight(weight, randn(n, 4, 4, dtype=dtype).requires_grad_(), mode=mode).sum().backward()
         csr = csr.with_values(csr.values.detach().requires_grad_())
         spectral_ops.csr_add(weight, csr).sum().backward()
+        x, bias = randn(3, 5, 16, dtype=dtype).requires_grad_(), randn(12, dtype=dtype).requires_grad_()
+        narrow, scale = weight.to(torch.float8_e4m3fn), torch.arange(1.0, 7.0).view(2, 3)
+        spectral_ops.float8_linear(x, narrow, scale, bias, block_size=(7, 6)).sum().backward()
+        float8_column_norm_op(narrow, scale, randn(4, 16, dtype=dtype), randn(12, 4, dtype=dtype), 0.5, 7, 6)
     finally:
         _library.LayerOperator.__call__ = call
     return calls
