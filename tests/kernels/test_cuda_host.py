@@ -1101,8 +1101,11 @@ def test_the_route_goes_by_sizes(emulated, hopper):
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
+IN_PYTHON = {"experts", "float8"}  # composed there on a GPU, where the time of their kernels hides that
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", sorted(LAYERS))
+@pytest.mark.parametrize("name", [name for name in sorted(LAYERS) if LAYERS[name].stem not in IN_PYTHON])
 def test_layer(emulated, name, dtype):
     """The C++ of a layer with its CUDA kernels emulated, against the composition in Python of references."""
     layer = LAYERS[name]
