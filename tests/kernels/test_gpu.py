@@ -199,6 +199,8 @@ def test_layer_against_the_cpu(name, backend, dtype):
     if overload is None:
         pytest.skip(reason)
     for args in layer_samples(name, dtype):
+        if layer.stem == "experts":
+            args = (*args[:-1], True)  # else rows without expert may hold anything there
         on_gpu = tree_map_only(torch.Tensor, lambda t: t.cuda(), args)
         got, want = results(layer, overload, on_gpu), results(layer, layer.overloads["reference"], args)
         for a, b in zip(got, want, strict=True):
