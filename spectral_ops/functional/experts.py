@@ -204,7 +204,9 @@ def experts_backward_op(dy, x, weight, A, B, order, places, offsets, seed, h, sc
         dA = segment_outer_op(u, read, order, offsets).to(A.dtype)
     if need_B:
         h = saved_hidden(h, True, dy, B.shape[2])
-        dB = segment_outer_op(h, dy, None, offsets).mul_(scale).mT.to(B.dtype).contiguous()
+        sums = segment_outer_op(h, dy, None, offsets)
+        sums = sums if scale == 1 else sums.mul_(scale)
+        dB = sums.mT.to(B.dtype).contiguous()
     if need_bias:
         db = segment_outer_op(dy.new_ones(dy.shape[0], 1), dy, None, offsets).squeeze(1).to(dy.dtype)
     if need_x:
