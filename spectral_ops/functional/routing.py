@@ -11,8 +11,10 @@ nothing: whole rows are moved, for which Triton's loads are as wide, and nothing
 from __future__ import annotations
 
 import torch
+from torch.autograd import Function
 
 from spectral_ops._library import Cost, accumulate_dtype, define, nbytes
+from spectral_ops.core.autograd import apply, apply_op, backward_pass, rows
 
 __all__: list[str] = []
 
@@ -62,8 +64,8 @@ def routing_combine_op(y, weights, places, offsets):
     (None: all 1), places [T, K] int64. ``offsets`` int32 or int64, of which the last counts: where rows are nobody's.
     On the CPU one past the rows, or a negative place, raises; a GPU skips what is no row."""
     out = y.new_zeros(places.shape[0], y.shape[1], dtype=accumulate_dtype(y.dtype))
-    for j, tokens, rows in _terms(y, places, offsets):
-        term = y[rows].to(out.dtype)
+    for j, tokens, own in _terms(y, places, offsets):
+        term = y[own].to(out.dtype)
         out[tokens] += term if weights is None else term * weights[tokens, j, None].to(out.dtype)
     return out.to(y.dtype)
 
@@ -97,9 +99,53 @@ def routing_combine_backward_op(dout, y, weights, places, offsets, need_weights)
     nobody wants them: then y's contents are not read). Each row of y has at most one pair."""
     acc = accumulate_dtype(dout.dtype)
     dy, dweights = (t.zero_() for t in _backward_fake(dout, y, weights, places, offsets, need_weights))
-    for j, tokens, rows in _terms(y, places, offsets):
+    for j, tokens, own in _terms(y, places, offsets):
         g = dout[tokens].to(acc)
-        dy[rows] = (g if weights is None else g * weights[tokens, j, None].to(acc)).to(dy.dtype)
+        dy[own] = (g if weights is None else g * weights[tokens, j, None].to(acc)).to(dy.dtype)
         if need_weights:
-            dweights[tokens, j] = (g * y[rows].to(acc)).sum(1).to(dweights.dtype)
+            dweights[tokens, j] = (g * y[own].to(acc)).sum(1).to(dweights.dtype)
     return dy, dweights
+
+
+# --- the order, and autograd -----------------------------------------------------------------------------------------
+
+
+def sort_by_expert(top_k_index: torch.Tensor, E: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """order [S], places [T, K] and offsets [E + 1] of top_k_index [T, K], computed on its device, which is not waited
+    for: the token at each place, the places of each token, and where each expert's begin. Pairs of another rank's
+    experts (indices from E on, or negative) come last."""
+    T, K = top_k_index.shape
+    ids = top_k_index.reshape(-1)
+    ids = ids.masked_fill(ids < 0, torch.iinfo(ids.dtype).max)
+    ids, pairs = torch.sort(ids, stable=True)
+    numbers = torch.arange(max(T * K, E + 1), device=ids.device)
+    offsets = torch.searchsorted(ids, numbers[: E + 1].to(ids.dtype), out_int32=True)
+    places = torch.empty_like(pairs).scatter_(0, pairs, numbers[: T * K]).reshape(T, K)
+    return pairs // K, places, offsets
+
+
+class CombineFunction(Function):
+    """out [T, d] of :func:`combine`; saves y where the weights take a gradient."""
+
+    @staticmethod
+    def forward(ctx, y, weights, places, offsets):
+        need_weights = ctx.needs_input_grad[1]
+        ctx.save_for_backward(y if need_weights else None, weights, places, offsets)
+        return routing_combine_op(y, weights, places, offsets)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx, dout):
+        y, weights, places, offsets = ctx.saved_tensors
+        need_y, need_weights, *_ = ctx.needs_input_grad
+        if y is None:  # of which only the shape is asked for
+            y = dout.new_empty(()).expand(places.numel(), dout.shape[1])
+        dy, dweights = routing_combine_backward_op(rows(dout), y, weights, places, offsets, need_weights)
+        return dy if need_y else None, dweights if need_weights else None, None, None
+
+
+def combine(y, weights, places, offsets):
+    """out [T, d]: out_t = Σ_j w_tj y[places[t, j]], past places without expert, for y [S, d] and weights [T, K]."""
+    if torch.is_grad_enabled():
+        return apply(CombineFunction, y, y, weights, places, offsets)
+    return apply_op(routing_combine_op, y, y, weights, places, offsets)

@@ -12,7 +12,8 @@ from problems import EXPERTS, FAMILIES
 from tensors import DTYPES, ids, randn, storage
 
 import spectral_ops
-from spectral_ops.functional.experts import grouped_mm_takes, sort_by_expert, swiglu
+from spectral_ops.functional.experts import grouped_mm_takes, swiglu
+from spectral_ops.functional.routing import sort_by_expert
 
 
 class TestExperts(Contract):

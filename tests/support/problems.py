@@ -29,8 +29,8 @@ from tensors import TYPICAL, accumulate, laid_out, randn, sparse_pattern
 
 import spectral_ops
 from spectral_ops.core import autograd, philox
-from spectral_ops.functional.experts import combine, sort_by_expert
 from spectral_ops.functional.experts import linear as expert_linear
+from spectral_ops.functional.routing import combine, sort_by_expert
 
 
 @dataclass
