@@ -155,8 +155,9 @@ def text(table: Table) -> str:
 
 
 def signature(args: Sequence) -> tuple[torch.dtype | None, tuple]:
-    """The narrowest floating dtype among a call's tensors (and the first of each list of them), and what tells classes
-    apart: shapes, integers, flags, lengths of lists, and what is None; numbers that are no sizes become None."""
+    """The narrowest floating dtype among a call's tensors (and the first of each list of them), of 16 bits and more
+    since FP8 is not computed in, and what tells classes apart: shapes, integers, flags, lengths of lists, and what is
+    None; numbers that are no sizes become None."""
     dtype, found = None, []
     for a in args:
         tensor = a
@@ -169,7 +170,7 @@ def signature(args: Sequence) -> tuple[torch.dtype | None, tuple]:
             found.append(None if isinstance(a, float) else a)
             continue
         narrower = getattr(tensor, "dtype", dtype)
-        if narrower is not dtype and narrower.is_floating_point:
+        if narrower is not dtype and narrower.is_floating_point and narrower.itemsize > 1:
             if dtype is None or narrower.itemsize < dtype.itemsize:
                 dtype = narrower
     return dtype, tuple(found)

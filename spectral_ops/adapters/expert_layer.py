@@ -82,7 +82,12 @@ def of_product(module: nn.Module, A: torch.Tensor, B: torch.Tensor) -> tuple[tor
 
 
 def run_experts(
-    module: nn.Module, args: tuple, lora: dict[str, Update], dropout_p: float = 0.0, training: bool = False
+    module: nn.Module,
+    args: tuple,
+    lora: dict[str, Update],
+    dropout_p: float = 0.0,
+    training: bool = False,
+    held: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The module's output for the positional arguments ``args`` of its forward, with updates on its stacks.
 
@@ -91,12 +96,19 @@ def run_experts(
         lora: by the parameter's name, (A [E, r, in], B [E, out, r], scale) of its product, any strides. A parameter
             that is not named runs as it is.
         dropout_p, training: inverted dropout on the updates' inputs.
+        held: stacks and biases, by name, to be read in place of the module's own (views of FSDP1's, which take no
+            gradient).
 
     Nothing of the size of a stack is made. Raises TypeError/ValueError as the operators do.
     """
     llama4 = "has_gate" not in module.__dict__  # the only one that fits without
     first, second = "gate_up_proj" if llama4 or module.has_gate else "up_proj", "down_proj"
-    up, down = getattr(module, first), getattr(module, second)
+    held = held or {}
+
+    def own(name):
+        return held[name] if name in held else getattr(module, name)
+
+    up, down = own(first), own(second)
     if llama4:
         return _llama4(module, args, up, down, lora.get(first), lora.get(second), dropout_p, training)
     x, index, weights = args
@@ -109,8 +121,8 @@ def run_experts(
         down,
         up_lora=lora.get(first),
         down_lora=lora.get(second),
-        up_bias=getattr(module, f"{first}_bias") if has_bias else None,
-        down_bias=getattr(module, f"{second}_bias") if has_bias else None,
+        up_bias=own(f"{first}_bias") if has_bias else None,
+        down_bias=own(f"{second}_bias") if has_bias else None,
         activation=module._apply_gate if module.has_gate else module.act_fn,
         post_norm=module.post_expert_norm if module.has_post_expert_norm else None,
         transposed=module.is_transposed,

@@ -242,7 +242,9 @@ class Call(NamedTuple):
         experts = self.experts
         stacks = (experts.up, experts.weight), ("down_proj", experts.down)
         loras = {name: lora_of(self.factors, name, weight, experts.transposed) for name, weight in stacks}
-        return run_experts(experts.module, (x, *routing), loras)
+        names = f"{experts.up}_bias", "down_proj_bias"
+        biases = {name: bias for name, bias in zip(names, experts.biases, strict=True) if bias is not None}
+        return run_experts(experts.module, (x, *routing), loras, held={**dict(stacks), **biases})
 
 
 def switched(wrapper: nn.Module) -> list:

@@ -387,3 +387,10 @@ def test_tiles_are_those_that_launchers_take():
             assert set(tiles) <= set(common.VARIANTS)
     assert common.varied((64, 128, 16, 8), "short") == (32, 128, 16, 8)
     assert common.varied((64, 16, 16, 8), "narrow") == (64, 16, 16, 8), "products take 16 at least"
+
+
+def test_a_class_is_of_the_dtype_that_is_computed_in():
+    """A weight in FP8 beside an output in bfloat16: it is bfloat16's, of the narrowest of 16 bits and more."""
+    narrow, out = torch.zeros(4, 4).to(torch.float8_e4m3fn), torch.zeros(4, 4, dtype=torch.bfloat16)
+    assert tuning.signature((out, narrow, torch.zeros(1, 1), 4, 4))[0] is torch.bfloat16
+    assert tuning.signature((torch.zeros(2), out))[0] is torch.bfloat16
