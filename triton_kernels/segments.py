@@ -1,4 +1,4 @@
-"""Segmented low-rank products over rows grouped by adapter (METHODS 1.7), or by expert (1.9).
+"""Segmented low-rank products over rows grouped by adapter (METHODS 1.7), or by expert (1.10).
 
 No number of rows is known on the host, and nothing waits for it. A grid has as many programs as there can be tiles;
 each finds its own from the offsets, which are one load and one scan, and belongs to one adapter. Those left over end.

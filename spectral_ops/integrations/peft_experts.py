@@ -1,7 +1,7 @@
 """PEFT's ParamWrapper (``target_parameters``) over the experts of transformers 5: what a call computes with.
 
 PEFT writes W + γBA of the whole stack [E, d, k] in every call, and its gradient. Here the outermost wrapper calls
-:func:`spectral_ops.functional.experts_mlp` for itself and the wrappers inside of it, and nothing of that size is made.
+:func:`run_experts` for itself and the wrappers inside of it, and nothing of that size is made.
 
 Experts are known by transformers' experts interface alone: a class that ``use_experts_implementation`` has decorated
 tells by its flags which parameters it has and how they lie, and has its own gate, activation and norm, which are

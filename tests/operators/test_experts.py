@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruments import allocations, saved_tensors
 from problems import EXPERTS, FAMILIES
-from tensors import DTYPES, ids, randn, storage
+from samples import layer_samples
+from tensors import DTYPES, copied, ids, randn, storage
 
 import spectral_ops
+from spectral_ops import _library
+from spectral_ops.functional import experts
 from spectral_ops.functional.experts import grouped_mm_takes, swiglu
 from spectral_ops.functional.routing import sort_by_expert
 
@@ -167,6 +170,37 @@ def test_where_torchs_product_waits_ours_is_taken(capability, hip, takes, monkey
     assert not grouped_mm_takes(x.as_subclass(OnGPU), weight[:1].expand(1024, -1, -1).contiguous())
     assert not grouped_mm_takes(x.float().as_subclass(OnGPU), weight.float())
     assert not grouped_mm_takes(x, weight)
+
+
+def grouped(x, weight, offs):
+    """What torch's grouped_mm is on a GPU: rows past the last end are memory as it was."""
+    y = x.new_full((x.shape[0], weight.shape[2]), float("nan"))
+    first = 0
+    for e, end in enumerate(offs.tolist()):
+        y[first:end] = x[first:end] @ weight[e]
+        first = end
+    return y
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", ["experts_forward", "experts_backward"])
+def test_the_composition_around_torchs_product(name, whole, monkeypatch):
+    """The way of a GPU, run here: a bias rides on the update, and rows of nobody become zero where they must."""
+    operator = _library.LAYERS[name]
+    for args in layer_samples(name, torch.float64):
+        args = (*args[:-1], whole)
+        want = operator.default(*copied(args))
+        with monkeypatch.context() as patch:
+            patch.setattr(experts, "grouped_mm_takes", lambda x, weight: True)
+            patch.setattr(F, "grouped_mm", grouped)
+            got = operator.reference(*copied(args))
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            sorted_rows = name == "experts_forward" or args[6] is None  # else dx is summed over a row's places
+            if i == 0 and not whole and sorted_rows and b.numel():
+                end = int(next(t for t in args if isinstance(t, torch.Tensor) and t.dtype == torch.int32)[-1])
+                assert a[end:].isnan().all()
+                a, b = a[:end], b[:end]
+            torch.testing.assert_close(a, b)
 
 
 # --- bad offsets -----------------------------------------------------------------------------------------------------
