@@ -1,12 +1,15 @@
 """Thin driver: setuptools packages, CMake and Ninja build. Everything else is in pyproject.toml and CMakeLists.txt.
 
 Environment: SPECTRAL_OPS_SKIP_BUILD=1 (pure Python, no compiler), SPECTRAL_OPS_SKIP_CUDA_BUILD=1, FORCE_CUDA=1 (build
-_C_cuda although this torch has no CUDA), TORCH_CUDA_ARCH_LIST, MAX_JOBS, SPECTRAL_OPS_SANITIZE=address,undefined.
+_C_cuda although this torch has no CUDA), TORCH_CUDA_ARCH_LIST, MAX_JOBS, SPECTRAL_OPS_SANITIZE=address,undefined,
+SPECTRAL_OPS_DEBUG_FILES=1 (symbols for debuggers beside build/cmake/*.so), SPECTRAL_OPS_LOCAL_VERSION=cu130.
 """
 
 import fcntl
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +26,23 @@ ROOT = Path(__file__).resolve().parent
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
+
+
+def version() -> tuple[str, str | None]:
+    """The version and the commit: a release at its tag, else a development version; a source archive keeps its own."""
+    if (ROOT / "PKG-INFO").exists():
+        return re.search(r"^Version: (.+)$", (ROOT / "PKG-INFO").read_text(), re.M)[1], None
+    release = re.search(r'^RELEASE = "(.+)"', (ROOT / "spectral_ops/_version.py").read_text(), re.M)[1]
+    local = [os.environ[name] for name in ["SPECTRAL_OPS_LOCAL_VERSION"] if os.environ.get(name)]
+    commit = None
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        ask = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
+        commit = ask("rev-parse", "HEAD") or None
+        changed = ["dirty"] * bool(ask("status", "--porcelain", "--untracked-files=no"))
+        if f"v{release}" in ask("tag", "--points-at", "HEAD").split() and not changed:
+            return "+".join([release, *local]), commit
+        local += [f"g{commit[:7]}", *changed] if commit else []
+    return "+".join([f"{release}.dev0", *[".".join(local)] * bool(local)]), commit
 
 
 def tool(name: str) -> str | None:
@@ -73,6 +93,8 @@ def cmake_build(targets: list[str]) -> Path:
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECTRAL_OPS_TORCH_DIR={torch_folder()}"]
     configure += [f"-DSPECTRAL_OPS_CUDA={'ON' if '_C_cuda' in targets else 'OFF'}"]
     configure += [f"-DSPECTRAL_OPS_SANITIZE={sanitize}"]
+    configure += [f"-DSPECTRAL_OPS_DEBUG_FILES={'ON' if flag('SPECTRAL_OPS_DEBUG_FILES') else 'OFF'}"]
+    configure += [f"-DSPECTRAL_OPS_NVCC={nvcc()}"] * bool(nvcc())
     configure += [f"-DSPECTRAL_OPS_CUDA_ARCHS={os.environ.get('TORCH_CUDA_ARCH_LIST', '')}"]
     build = [cmake, "--build", folder, "--parallel", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
     with open(folder / ".lock", "w") as lock:
@@ -107,8 +129,12 @@ class FreshBuildPy(build_py):
         if not self.editable_mode:
             shutil.rmtree(self.build_lib, ignore_errors=True)  # or modules deleted since the last build would be packed
         super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "spectral_ops/_built.json"
+            target.write_text(json.dumps({"version": VERSION, "commit": COMMIT}) + "\n")
 
 
+VERSION, COMMIT = version()
 extensions = []
 if not flag("SPECTRAL_OPS_SKIP_BUILD"):
     extensions = [Extension(f"spectral_ops.{n}", [], py_limited_api=True) for n in ("_C", *["_C_cuda"] * want_cuda())]
@@ -122,6 +148,7 @@ packages = {*find_packages(include=["spectral_ops", "spectral_ops.*"]), "spectra
 license_field = "license_expression" if int(setuptools.__version__.split(".")[0]) >= 77 else "license"
 
 setup(
+    version=VERSION,
     **{license_field: "Apache-2.0"},
     packages=sorted(packages),
     ext_modules=extensions,

@@ -21,9 +21,9 @@ inline void register_bindings(const Bindings& bindings, const char* key) {
   for (const Binding& binding : bindings) library->impl(binding.name, binding.function);
 }
 
-inline bool add_attributes(PyObject* module, const Bindings& bindings, const std::string& build_info) {
+inline bool add_attributes(PyObject* module, const Bindings& bindings, const char* build_info) {
   if (PyModule_AddStringConstant(module, "schema_hash", SPECTRAL_OPS_SCHEMA_HASH) < 0) return false;
-  if (PyModule_AddStringConstant(module, "build_info", build_info.c_str()) < 0) return false;
+  if (PyModule_AddStringConstant(module, "build_info", build_info) < 0) return false;
   PyObject* operators = PyTuple_New(static_cast<Py_ssize_t>(bindings.size()));
   if (!operators) return false;
   for (size_t i = 0; i < bindings.size(); ++i) {
