@@ -1,4 +1,4 @@
-"""What carries the package to clusters: workflows, containers, Slurm, conda. What they name exists, and checkers pass."""
+"""What carries the package to clusters: workflows, containers, Slurm, conda. What they name exists; checkers pass."""
 
 from __future__ import annotations
 
@@ -128,11 +128,9 @@ import torch
 import torch.distributed as dist
 import spectral_ops
 
-if "fail" in sys.argv:
-    sys.exit("the script failed")
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-config = spectral_ops.LoraConfig(r=4, target_modules=["0"])
+config = spectral_ops.LoRAConfig(r=4, target_modules=["0"])
 model = spectral_ops.attach(torch.nn.Sequential(torch.nn.Linear(16, 16)), config)
 trained = [p for p in model.parameters() if p.requires_grad]
 optimizer = torch.optim.SGD(trained, lr=0.1)
@@ -156,7 +154,7 @@ dist.destroy_process_group()
 @pytest.fixture
 def sbatch(tmp_path):
     """Runs train.sbatch as Slurm would on two nodes, which are this machine."""
-    python = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    python = f'#!/bin/sh\n[ -z "$BROKEN" ] || exit 3\nexec {sys.executable} "$@"\n'
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "python": python}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(stat.S_IRWXU)
@@ -185,10 +183,8 @@ def test_slurm_script_trains_on_two_nodes(sbatch):
     assert lines == [f"rank {rank} of 2: True, ['warmed'], 1, ['--lr', '0.1']" for rank in (0, 1)]
 
 
-@pytest.mark.slow
-def test_slurm_script_fails_with_its_script(sbatch):
-    done = sbatch("train.py", "fail", SLURM_NNODES="1")
-    assert done.returncode and "the script failed" in done.stderr
+def test_slurm_script_fails_where_a_node_does(sbatch):
+    assert sbatch("train.py", BROKEN="1").returncode == 3
 
 
 def test_slurm_script_says_what_is_missing(sbatch):
