@@ -76,8 +76,8 @@ def nvcc() -> str | None:
 
 
 def want_cuda() -> bool:
-    if flag("SPECTRAL_OPS_SKIP_CUDA_BUILD"):
-        return False
+    if flag("SPECTRAL_OPS_SKIP_CUDA_BUILD") or os.environ.get("CMAKE_TOOLCHAIN_FILE"):
+        return False  # the second: this nvcc compiles for this machine
     if flag("FORCE_CUDA"):
         return True  # CMake says what is missing if there is no nvcc
     return nvcc() is not None and (torch_folder() / "lib" / "libtorch_cuda.so").exists()
