@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -219,11 +220,14 @@ def repair(wheel: Path, folder: Path) -> Path:
         machine = re.search(r"(x86_64|aarch64)\.whl$", name)
         with tempfile.TemporaryDirectory() as made:
             excluded = [word for pattern in EXCLUDED for word in ("--exclude", pattern)]
-            wanted = f"manylinux_{GLIBC}_{machine[1]}" if machine else "auto"
+            same = machine and machine[1] == platform.machine()  # auditwheel knows the tags of this processor alone
+            wanted = f"manylinux_{GLIBC}_{machine[1]}" if same else "auto"
             call = [sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", made, "--only-plat"]
             try:
                 run(*call, "--plat", wanted, wheel)
             except Refused as refused:
+                if wanted == "auto":
+                    raise
                 print(f"{refused}\nnot {wanted}; taking the tag that this toolchain gives", file=sys.stderr)
                 run(*call, "--plat", "auto", wheel)
             (repaired,) = Path(made).glob("*.whl")
