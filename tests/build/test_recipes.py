@@ -144,7 +144,7 @@ for _ in range(5):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
-cache, offline = os.listdir(os.environ["TRITON_CACHE_DIR"]), os.environ["HF_HUB_OFFLINE"]
+cache, offline = os.listdir(os.environ["SPECTRAL_OPS_TRITON_CACHE"]), os.environ["HF_HUB_OFFLINE"]
 rank = f"rank {dist.get_rank()} of {dist.get_world_size()}"
 sys.stdout.write(f"{rank}: {losses[-1] < losses[0]}, {cache}, {offline}, {sys.argv[1:]}" + chr(10))  # one write
 dist.destroy_process_group()
@@ -166,7 +166,7 @@ def sbatch(tmp_path):
     def call(*arguments, **env):
         job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[0-1]", "PROCESSES": "1"}
         job |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        job |= {"TMPDIR": str(tmp_path / "local"), "CACHE": str(tmp_path / "cache")}
+        job |= {"TMPDIR": str(tmp_path / "local"), "SPECTRAL_OPS_TRITON_CACHE": str(tmp_path / "cache")}
         command, settings = ["bash", DEPLOY / "slurm/train.sbatch", *arguments], {**os.environ, **job, **env}
         done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=300)
         assert not list((tmp_path / "local").glob("spectral-ops-*")), "a node's folder was left"
@@ -190,8 +190,8 @@ def test_slurm_script_fails_where_a_node_does(sbatch):
 def test_slurm_script_says_what_is_missing(sbatch):
     done = sbatch()
     assert done.returncode == 2 and "got no training script" in done.stderr
-    done = sbatch("train.py", CACHE="/absent/cache")
-    assert done.returncode == 2 and "no folder /absent/cache" in done.stderr
+    done = sbatch("train.py", SPECTRAL_OPS_TRITON_CACHE="/absent")
+    assert done.returncode == 2 and "SPECTRAL_OPS_TRITON_CACHE: no folder /absent, wanted" in done.stderr
 
 
 def test_container_script_refuses_a_version_that_is_none():
