@@ -3,6 +3,7 @@
 Environment: SPECTRAL_OPS_SKIP_BUILD=1 (pure Python, no compiler), SPECTRAL_OPS_SKIP_CUDA_BUILD=1, FORCE_CUDA=1 (build
 _C_cuda although this torch has no CUDA), TORCH_CUDA_ARCH_LIST, MAX_JOBS, SPECTRAL_OPS_SANITIZE=address,undefined,
 SPECTRAL_OPS_DEBUG_FILES=1 (symbols for debuggers beside build/cmake/*.so), SPECTRAL_OPS_LOCAL_VERSION=cu130.
+From elsewhere for 64-bit Arm: CMAKE_TOOLCHAIN_FILE=deploy/aarch64.cmake, _PYTHON_HOST_PLATFORM=linux-aarch64.
 """
 
 import fcntl
@@ -75,8 +76,8 @@ def nvcc() -> str | None:
 
 
 def want_cuda() -> bool:
-    if flag("SPECTRAL_OPS_SKIP_CUDA_BUILD"):
-        return False
+    if flag("SPECTRAL_OPS_SKIP_CUDA_BUILD") or os.environ.get("CMAKE_TOOLCHAIN_FILE"):
+        return False  # the second: this nvcc compiles for this machine
     if flag("FORCE_CUDA"):
         return True  # CMake says what is missing if there is no nvcc
     return nvcc() is not None and (torch_folder() / "lib" / "libtorch_cuda.so").exists()
@@ -86,7 +87,8 @@ def cmake_build(targets: list[str]) -> Path:
     """Configure once, build what is out of date, and return the build folder, which persists between calls."""
     check_tools(compiles=True)
     sanitize = os.environ.get("SPECTRAL_OPS_SANITIZE", "")
-    folder = ROOT / "build" / ("cmake-sanitize" if sanitize else "cmake")
+    target = os.environ.get("_PYTHON_HOST_PLATFORM", "")  # of a cross build, as setuptools reads it too
+    folder = ROOT / "build" / "-".join(filter(None, ("cmake", target, "sanitize" if sanitize else "")))
     folder.mkdir(parents=True, exist_ok=True)
     cmake = tool("cmake")
     configure = [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]

@@ -14,6 +14,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -219,11 +220,14 @@ def repair(wheel: Path, folder: Path) -> Path:
         machine = re.search(r"(x86_64|aarch64)\.whl$", name)
         with tempfile.TemporaryDirectory() as made:
             excluded = [word for pattern in EXCLUDED for word in ("--exclude", pattern)]
-            wanted = f"manylinux_{GLIBC}_{machine[1]}" if machine else "auto"
+            same = machine and machine[1] == platform.machine()  # auditwheel knows the tags of this processor alone
+            wanted = f"manylinux_{GLIBC}_{machine[1]}" if same else "auto"
             call = [sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", made, "--only-plat"]
             try:
                 run(*call, "--plat", wanted, wheel)
             except Refused as refused:
+                if wanted == "auto":
+                    raise
                 print(f"{refused}\nnot {wanted}; taking the tag that this toolchain gives", file=sys.stderr)
                 run(*call, "--plat", "auto", wheel)
             (repaired,) = Path(made).glob("*.whl")
@@ -262,10 +266,20 @@ def toolkit(major: str) -> Path:
     raise Refused(f"CUDA={major}: wanted an nvcc of CUDA {major}; found {had}; set CUDA_HOME to one")
 
 
-def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT) -> Path:
-    """Compile, pack and repair. ``cuda``: "" for what is there under a plain version, "none" (+cpu), "12", "13" (+cu130)."""
+def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT, target: str = "") -> Path:
+    """Compile, pack and repair. ``cuda``: "" for what is there under a plain version, "none" (+cpu), "12", "13" (+cu130).
+
+    ``target``: "aarch64" compiles the CPU kernels for 64-bit Arm, whatever this machine is.
+    """
     env = {"SOURCE_DATE_EPOCH": str(epoch())}
-    if pure:
+    if target:
+        if cuda or pure:
+            raise Refused("--target: compiles CPU kernels; wanted neither --cuda nor --pure with it")
+        if tool(f"{target}-linux-gnu-g++") is None:
+            raise Refused(f"--target {target}: no {target}-linux-gnu-g++; run: apt install g++-{target}-linux-gnu")
+        file = root / f"deploy/{target}.cmake"
+        env |= {"CMAKE_TOOLCHAIN_FILE": str(file), "_PYTHON_HOST_PLATFORM": f"linux-{target}"}
+    elif pure:
         env["SPECTRAL_OPS_SKIP_BUILD"] = "1"
     elif cuda == "none":
         env |= {"SPECTRAL_OPS_SKIP_CUDA_BUILD": "1", "SPECTRAL_OPS_LOCAL_VERSION": "cpu"}
@@ -284,7 +298,7 @@ def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT) -
         (wheel,) = Path(made).glob("*.whl")
         repaired = repair(wheel, folder)
     if debug:
-        for file in (root / "build/cmake").glob("*.so.debug"):
+        for file in (root / f"build/cmake{f'-linux-{target}' if target else ''}").glob("*.so.debug"):
             if file.name.removesuffix(".debug") in {Path(n).name for n in unpack(repaired)}:
                 shutil.copy(file, folder)
     return repaired
@@ -448,6 +462,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--cuda", default="", choices=("", "none", "12", "13"), help="a version with a local tag")
         command.add_argument("--pure", action="store_true", help="the reference and Triton, for every platform")
         if name == "build":
+            command.add_argument("--target", default="", choices=("aarch64",), help="CPU kernels for another processor")
             command.add_argument("--debug-files", action="store_true", help="symbols for debuggers beside the wheel")
             command.add_argument("--dest", type=Path, default=ROOT / "dist")
     command = commands.add_parser("repair")
@@ -462,7 +477,8 @@ def main(argv: list[str] | None = None) -> int:
         print(repair(arguments.wheel, arguments.dest))
         return 0
     if arguments.command == "build":
-        wheels = [build(arguments.cuda, arguments.pure, arguments.debug_files, arguments.dest)]
+        options = (arguments.cuda, arguments.pure, arguments.debug_files, arguments.dest)
+        wheels = [build(*options, target=arguments.target)]
     else:
         wheels = arguments.wheels
     faults = []

@@ -107,7 +107,7 @@ class Operator:
         library.define(f"{self.name}.reference({arguments}")
         library.define(f"{self.name}.triton({arguments}")
         library.define(f"{self.name}.tuned({arguments}")
-        packet = getattr(torch.ops.spectral_ops, self.name)
+        packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
         self.default = packet.default
         self.overloads = {"reference": packet.reference, "triton": packet.triton}
         self.tuned = packet.tuned

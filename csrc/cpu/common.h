@@ -31,6 +31,12 @@ constexpr int kVectorBytes = 16;
 struct bfloat16 { uint16_t bits; };
 struct float16 { uint16_t bits; };
 
+#if defined(__aarch64__)
+typedef __fp16 half;  // g++ before 13 has _Float16 on x86 alone
+#else
+typedef _Float16 half;
+#endif
+
 // The type that values of T are summed in.
 template <class T> struct Accumulator { using type = float; };
 template <> struct Accumulator<double> { using type = double; };
@@ -59,7 +65,7 @@ template <class To, class From> inline To bits_as(const From& from) {
 inline float value(float x) { return x; }
 inline double value(double x) { return x; }
 inline float value(bfloat16 x) { return bits_as<float>(uint32_t{x.bits} << 16); }
-inline float value(float16 x) { return static_cast<float>(bits_as<_Float16>(x.bits)); }
+inline float value(float16 x) { return static_cast<float>(bits_as<half>(x.bits)); }
 
 template <class T> inline T rounded(acc_t<T> x) { return x; }
 template <> inline bfloat16 rounded<bfloat16>(float x) {
@@ -67,7 +73,7 @@ template <> inline bfloat16 rounded<bfloat16>(float x) {
   if (x != x) return {0x7fc0};
   return {static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16)};  // to nearest, ties to even
 }
-template <> inline float16 rounded<float16>(float x) { return {bits_as<uint16_t>(static_cast<_Float16>(x))}; }
+template <> inline float16 rounded<float16>(float x) { return {bits_as<uint16_t>(static_cast<half>(x))}; }
 
 // --- one vector of kLanes<acc_t<T>> values ---
 
