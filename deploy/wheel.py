@@ -27,6 +27,8 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.estimates.sass import disassembler
+
 ROOT = Path(__file__).resolve().parents[1]
 GLIBC = "2_28"
 MEGABYTES = 25
@@ -56,8 +58,9 @@ def run(*command, cwd: Path = ROOT, **env: str) -> str:
         [str(word) for word in command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": paths, **env}
     )
     if done.returncode:
-        words = " ".join(str(word) for word in command[:6])
-        raise Refused(f"`{words} ...` failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
+        words, said = " ".join(map(str, command[:6])), (done.stdout + done.stderr).splitlines()
+        last = "\n".join(said[-60:])
+        raise Refused(f"`{words} ...` failed with status {done.returncode}; the last it said:\n{last}")
     return done.stdout
 
 
@@ -391,15 +394,15 @@ def _images(path: Path, one: Built, audit: Audit) -> None:
     """The GPU code: an image for each architecture, compressed."""
     fat = re.findall(rb"\x50\xed\x55\xba", path.read_bytes())
     audit.hold(bool(fat), f"{len(fat)} fat binaries", "no GPU code")
-    cuobjdump = tool("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    cuobjdump = disassembler()
     if cuobjdump is None:
         audit.seen.append("GPU code: not looked into (cuobjdump was not found)")
         return
-    images = re.findall(r"ELF file +\d+: \S+\.sm_(\w+)\.cubin", run(cuobjdump, "-lelf", path))
-    ptx = re.findall(r"PTX file +\d+: \S+\.sm_(\w+)\.ptx", run(cuobjdump, "-lptx", path))
-    plain = [arch.removesuffix("+PTX").replace(".", "") for arch in one.archs]
-    audit.hold(set(images) == set(plain), f"GPU code: {len(images)} images for sm_{', sm_'.join(sorted(set(images)))}")
-    wanted = {arch.removesuffix("+PTX").replace(".", "") for arch in one.archs if arch.endswith("+PTX")}
+    images = re.findall(r"ELF file +\d+: \S+\.sm_(\d+)[af]?\.cubin", run(cuobjdump, "-lelf", path))
+    ptx = re.findall(r"PTX file +\d+: \S+\.sm_(\d+)[af]?\.ptx", run(cuobjdump, "-lptx", path))
+    plain = {re.sub(r"\D", "", arch) for arch in one.archs}
+    audit.hold(set(images) == plain, f"GPU code: {len(images)} images for sm_{', sm_'.join(sorted(set(images)))}")
+    wanted = {re.sub(r"\D", "", arch) for arch in one.archs if arch.endswith("+PTX")}
     audit.hold(set(ptx) == wanted, f"PTX for newer ones: {', '.join(sorted(set(ptx))) or 'none'}")
     if one.cuda.split(".")[0] == "13":
         size = len(run_bytes("objcopy", "-O", "binary", "--only-section=.nv_fatbin", path))
