@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy import wheel
 from spectral_ops._version import __version__
 
 yaml = pytest.importorskip("yaml")
@@ -198,3 +199,12 @@ def test_container_script_refuses_a_version_that_is_none():
     settings = {**os.environ, "SPECTRAL_OPS_CUDA": "cu130"}
     done = subprocess.run(["bash", DEPLOY / "manylinux.sh"], env=settings, capture_output=True, text=True)
     assert done.returncode == 2 and "got cu130, wanted a version such as" in done.stderr
+
+
+def test_a_wheel_for_another_processor_has_cpu_kernels_alone(monkeypatch):
+    for options in (["--pure"], ["--cuda", "13"]):
+        with pytest.raises(SystemExit, match="--target: compiles CPU kernels; wanted neither --cuda nor --pure"):
+            wheel.main(["build", "--target", "aarch64", *options])
+    monkeypatch.setattr(wheel, "tool", lambda name: None)
+    with pytest.raises(SystemExit, match="run: apt install g\\+\\+-aarch64-linux-gnu"):
+        wheel.main(["build", "--target", "aarch64"])
