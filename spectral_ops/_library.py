@@ -139,9 +139,7 @@ class Operator:
         """Let torch's flop counter count this operator by its formula."""
         from torch.utils.flop_counter import register_flop_formula
 
-        register_flop_formula(self.default.overloadpacket, get_raw=True)(
-            lambda *args, out_val=None: self.flops(*args)
-        )
+        register_flop_formula(self.default.overloadpacket, get_raw=True)(lambda *args, out_val=None: self.flops(*args))
 
     def triton_function(self) -> Callable:
         """The launcher in ``triton_kernels/<stem>.py``; imports triton on first use."""
