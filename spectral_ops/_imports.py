@@ -1,11 +1,23 @@
-"""Run something once a module is imported that may never be, or that is slow to import, without importing it."""
+"""Packages that may be missing, or are slow to import: needed by one call, or waited for without importing them."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+
+
+def need(name: str, what: str, mend: str) -> ModuleType:
+    """Import an optional package; ImportError where it is missing, with what for and what to ``pip install``."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
+            raise
+        raise ImportError(f"{what} needs {error.name}, which is not installed (pip install {mend})") from None
 
 
 class Finder(importlib.abc.MetaPathFinder):
