@@ -54,8 +54,9 @@ def _load(extension: Extension) -> str | None:
         return reason
     try:
         module = importlib.import_module(name)
-    except ImportError as error:  # what dlopen says names the file
-        return f"{name} does not load: {error} ({MEND})"
+    except ImportError as error:
+        file = "" if str(error.path) in str(error) else f"{error.path}: "
+        return f"{name} does not load with torch {torch.__version__}: {file}{error} ({MEND})"
     if reason := _other_cuda(module.build_info):
         return f"{name} {reason}"
     expected = _library.schema_hash()
