@@ -21,7 +21,7 @@ from spectral_ops.cli import info
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "spectral_ops/_C.abi3.so"
 needs_build = pytest.mark.skipif(not BUILT.is_file(), reason="_C is not built: there is no file to break")
-CUDA_INFO = "nvcc 13.0, GNU 12.2.0, 8.0|8.6|8.9|9.0a|10.0f|12.0+PTX, torch 2.13.0"
+CUDA_INFO = "nvcc 13.0, driver >= 580, GNU 12.2.0, 8.0|8.6|8.9|9.0a|10.0f|12.0+PTX, torch 2.13.0"
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0f", "12.0+PTX")
 
 
