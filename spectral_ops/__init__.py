@@ -1,5 +1,6 @@
 """Fused adapter operators for parameter-efficient fine-tuning. The README is the way in."""
 
+import gc
 import importlib.util
 
 # triton_kernels lies at the top level of a checkout; a symbolic link leads there
@@ -9,17 +10,24 @@ if importlib.util.find_spec("spectral_ops.triton_kernels") is None:
         " package (pip install .), or links (git config core.symlinks true, git checkout spectral_ops/triton_kernels)"
     )
 
-from spectral_ops import _loader, adapters, backends, functional
-from spectral_ops._version import __version__ as __version__
-from spectral_ops.adapters import *
-from spectral_ops.backends import BackendUnavailable, explain, use_backend
-from spectral_ops.functional import *
-from spectral_ops.integrations import accelerate, as_peft_model, report, restore
-from spectral_ops.integrations.auto import auto, from_environment
+# What is made here stays: a collection meanwhile walks all of torch, for nothing and as long as the rest of this takes
+_collecting = gc.isenabled()
+gc.disable()
+try:
+    from spectral_ops import _loader, adapters, backends, functional
+    from spectral_ops._version import __version__ as __version__
+    from spectral_ops.adapters import *
+    from spectral_ops.backends import BackendUnavailable, explain, use_backend
+    from spectral_ops.functional import *
+    from spectral_ops.integrations import accelerate, as_peft_model, report, restore
+    from spectral_ops.integrations.auto import auto, from_environment
 
-_loader.load()
-backends.activate()
-from_environment()
+    _loader.load()
+    backends.activate()
+    from_environment()
+finally:
+    if _collecting:
+        gc.enable()
 
 
 __all__ = [

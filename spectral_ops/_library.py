@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,9 +32,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, flop_registry, register_flop_formula
+
+from spectral_ops._imports import Finder
 
 NAMESPACE = "spectral_ops"
+FLOP_COUNTER = "torch.utils.flop_counter"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 library = torch.library.Library(NAMESPACE, "DEF")  # lives as long as the process; owns every registration
@@ -45,10 +48,6 @@ PRODUCTS: dict[str, Callable] = {}  # public function -> its products of several
 forced_backend: str | None = None
 _composing = threading.local()  # .backend: what a layer operator composed in this thread takes its pieces from
 backends: ModuleType | None = None  # spectral_ops.backends, which puts itself here: this module imports none of it
-
-
-if torch.ops.aten.addmm_ not in flop_registry:  # torch counts addmm, but not the in-place form that the layers use
-    register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,9 @@ class Operator:
         library.impl(f"{self.name}.triton", self._run_triton, "CompositeExplicitAutograd")
         library.impl(f"{self.name}.tuned", self._run_tuned, "CompositeExplicitAutograd")
         for name in (self.name, *(f"{self.name}.{overload}" for overload in ("reference", "triton", "tuned"))):
-            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-        register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None: self.flops(*args))
+            library.impl(name, fake, "Meta")  # register_fake does this and reads our source, a third of the import
+        if FLOP_COUNTER in sys.modules:
+            self.enter_formula()
         self._triton: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -134,6 +134,12 @@ class Operator:
 
     def flops(self, *args: Any) -> int:
         return self.cost(*args).flops
+
+    def enter_formula(self) -> None:
+        """Let torch's flop counter count this operator by its formula."""
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(self.default.overloadpacket, get_raw=True)(lambda *args, out_val=None: self.flops(*args))
 
     def triton_function(self) -> Callable:
         """The launcher in ``triton_kernels/<stem>.py``; imports triton on first use."""
@@ -188,6 +194,8 @@ class LayerOperator(Operator):
 
     def flops(self, *args: Any) -> int:
         """Those of its pieces and products, counted on tensors without memory."""
+        from torch.utils.flop_counter import FlopCounterMode
+
         with _disable_current_modes(), FlopCounterMode(display=False) as counter:
             self._compose(None, tree_map_only(torch.Tensor, _without_memory, args))
         return counter.get_total_flops()
@@ -281,6 +289,23 @@ def calls(*operators: Operator) -> Callable[[Callable], Callable]:
         return function
 
     return decorate
+
+
+def enter_formulas() -> None:
+    """Let torch's flop counter count every operator that there is."""
+    from torch.utils.flop_counter import addmm_flop, flop_registry, register_flop_formula
+
+    if torch.ops.aten.addmm_ not in flop_registry:  # torch counts addmm, but not the in-place form that layers use
+        register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)
+    for operator in (*OPERATORS.values(), *LAYERS.values()):
+        operator.enter_formula()
+
+
+# The counter imports triton where that is installed, which takes longer than all of this package: so it is waited for.
+if FLOP_COUNTER in sys.modules:
+    enter_formulas()
+else:
+    sys.meta_path.insert(0, Finder(FLOP_COUNTER, enter_formulas))
 
 
 def schema_hash() -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def triton_missing() -> str | None:
     """Why Triton cannot be imported here, or None when it can."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
+        return "the package triton is not installed (pip install 'spectral_ops[triton]')"
     return None
 
 
@@ -295,8 +297,35 @@ def activate() -> None:
         for operator in _library.OPERATORS.values():
             if operator.name not in compiled and has_triton(operator.stem, operator.name):
                 _library.library.impl(operator.name, operator._run_triton, "CUDA")
+    if compiled:
+        torch.cuda._lazy_call(check_devices)  # when CUDA starts: asking now would start it, and forbid forking
     if name := os.environ.get("SPECTRAL_OPS_BACKEND"):
         _force(name)
+
+
+def check_devices() -> None:
+    """Withdraw the compiled CUDA kernels where they have no code for one of the GPUs: a launch would fail there."""
+    extension = _loader.EXTENSIONS["cuda"]
+    build = _loader.cuda_build(extension.info)
+    devices = range(torch.cuda.device_count()) if build else ()
+    for i in devices:
+        capability = torch.cuda.get_device_capability(i)
+        if not _loader.has_image(build[1], capability):
+            break
+    else:
+        return
+    reason = (
+        f"{extension.module} has code for {', '.join(build[1])}, cuda:{i} is sm_{capability[0]}{capability[1]};"
+        " Triton and the reference serve (build it with that architecture in TORCH_CUDA_ARCH_LIST)"
+    )
+    logging.getLogger("spectral_ops").warning("%s", reason)
+    known = _library.OPERATORS | _library.LAYERS
+    withdrawn, extension.operators, extension.error = extension.operators, frozenset(), reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells of a kernel that takes another's place, as it is meant to here
+        for operator in (known[name] for name in withdrawn):
+            triton = has_triton(operator.stem, operator.name) and triton_missing() is None
+            _library.library.impl(operator.name, operator._run_triton if triton else operator._run_default, "CUDA")
 
 
 _library.backends = sys.modules[__name__]

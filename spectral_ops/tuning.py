@@ -35,6 +35,7 @@ from spectral_ops.triton_kernels import tiles as triton_tiles
 
 VERSION = 1
 MEND = "delete the file, and `python -m spectral_ops tune --write` makes another"
+READABLE = "wanted a folder of tables that can be read (SPECTRAL_OPS_TUNED names another, and is empty for none)"
 OTHER = 64.0  # how far apart two flags are, or two numbers of dimensions: farther than any two sizes
 FOLDER = os.environ.get("SPECTRAL_OPS_TUNED", str(Path(__file__).parent / "tuned"))
 
@@ -83,8 +84,13 @@ def file(device: torch.device) -> Path | None:
 
 
 def any_table() -> bool:
-    """Whether the folder holds a table, of whatever architecture."""
-    return bool(FOLDER) and any(Path(FOLDER).glob("*.json"))
+    """Whether the folder holds a table, of whatever architecture. Raises ValueError for one that cannot be read."""
+    try:
+        return bool(FOLDER) and any(name.endswith(".json") for name in os.listdir(FOLDER))
+    except FileNotFoundError:
+        return False  # `tune --write` makes it
+    except OSError as error:
+        raise ValueError(f"{FOLDER}: {error.strerror}; {READABLE}") from None
 
 
 def choices(operator: Operator) -> list[str]:
@@ -99,10 +105,12 @@ def _refuse(path: Path, what: str, got: Any, wanted: str) -> None:
 
 def read(path: Path) -> Table:
     """The table in a file, checked; empty where there is no file. Raises ValueError that names the file."""
-    if not path.is_file():
-        return {}
     try:
         data = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; {READABLE}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); {MEND}") from None
     version = data.get("version") if isinstance(data, dict) else None

@@ -12,7 +12,8 @@ def to_peft(config: Any) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"{ours}.to_peft: needs PEFT (pip install -U peft): {error}") from error
+        wanted = "needs PEFT 0.18.1 or later (pip install 'spectral_ops[peft]')"
+        raise ImportError(f"{ours}.to_peft: {wanted}: {error}") from error
     fields = config.peft_fields()
     method = fields.pop("peft_type")
     kind = {str(name.value): kind for name, kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(method)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import spectral_ops
+from spectral_ops._imports import need
 from spectral_ops.bench import methods
 from spectral_ops.bench.peers import FROZEN, OURS, entries, plain_rosa
 
@@ -36,14 +37,13 @@ MODELS = {  # fields of transformers' LlamaConfig
 
 def base_model(name: str, blocks: int | None, dtype: torch.dtype, device: str) -> nn.Module:
     """A frozen causal language model of ``name``'s dimensions with ``blocks`` blocks (None: as many as it has)."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
+    transformers = need("transformers", "a model to measure", "'spectral_ops[bench]'")
     fields = MODELS[name] | {"use_cache": False, "initializer_range": MODELS[name]["hidden_size"] ** -0.5}
     if blocks is not None:
         fields["num_hidden_layers"] = blocks
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**fields), dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**fields), dtype=dtype)
     return model.requires_grad_(False).train()
 
 
@@ -112,8 +112,7 @@ def _native_rosa(model: nn.Module, config: spectral_ops.RoSAConfig) -> nn.Module
 
 
 def _peft(model: nn.Module, config: spectral_ops.AdapterConfig) -> nn.Module:
-    import peft
-
+    peft = need("peft", "a model to compare with", "'spectral_ops[bench]'")
     return peft.get_peft_model(model, config.to_peft())
 
 

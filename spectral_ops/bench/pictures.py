@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from spectral_ops._imports import need
 from spectral_ops.bench.results import Layer, Operator, Results
 
 COLORS = {
@@ -37,13 +38,7 @@ UNITS = {"tokens": "tokens", "features": "features, in and out", "rank": "rank",
 
 def pyplot():
     """matplotlib.pyplot, drawing into files; ImportError with the command that mends it where it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError(
-            "pictures: got no matplotlib, wanted that of the extra `demo`: pip install 'spectral_ops[demo]'"
-        ) from None
-    matplotlib.use("Agg")
+    need("matplotlib", "a picture", "'spectral_ops[bench]'").use("Agg")
     import matplotlib.pyplot as plt
 
     style = {

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
+import re
+from pathlib import Path
 
 import torch
 
 import spectral_ops
 from spectral_ops import _library, _loader, backends, tuning
 from spectral_ops._table import table
+
+DRIVERS = {11: 450, 12: 525, 13: 580}  # by CUDA's major version, the least driver: minor versions are compatible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +34,31 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def driver(path: str = "/proc/driver/nvidia/version") -> tuple[int, ...] | None:
+    """The version of the NVIDIA driver in this kernel, asked without starting CUDA; None where there is none."""
+    try:
+        found = re.search(r"\b\d{3,}(?:\.\d+)+", Path(path).read_text())
+    except OSError:
+        return None
+    return tuple(map(int, found[0].split("."))) if found else None
+
+
+def no_gpu() -> str:
+    """Why torch sees no GPU, as far as that can be said."""
+    if torch.version.hip or torch.version.cuda is None:
+        return "a build for ROCm" if torch.version.hip else "and is a build without CUDA"
+    version = torch.version.cuda
+    least = DRIVERS.get(int(version.partition(".")[0]))
+    wanted = f"CUDA {version} needs driver {least} or newer" if least else f"it is for CUDA {version}"
+    if (found := driver()) is None:
+        return f"no NVIDIA driver on this machine, as on a login node; {wanted}"
+    name = ".".join(map(str, found))
+    if least and found[0] < least:
+        return f"driver {name} is too old: {wanted}; update it, or install a torch for an older CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"driver {name} is there" + (f"; CUDA_VISIBLE_DEVICES={visible!r}" if visible is not None else "")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; the exit status is 0 also where something optional is missing."""
     print(f"spectral_ops {spectral_ops.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
@@ -40,18 +70,18 @@ def run(arguments: argparse.Namespace) -> int:
             p = torch.cuda.get_device_properties(i)
             print(f"cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     else:
-        print("cuda: torch sees no GPU" + ("" if torch.version.cuda else " (and is a build without CUDA)"))
+        print(f"cuda: torch sees no GPU ({no_gpu()})")
     print()
     mend = []
     for name, extension in _loader.EXTENSIONS.items():
         state = extension.error or f"{len(extension.operators)} operators; {extension.info}"
         print(f"extension {extension.module}: {state}")
         if extension.error and (name == "cpu" or torch.cuda.is_available()):
-            mend.append("make build        # or: pip install --no-build-isolation -e .")
+            mend.append(_loader.MEND)
     if missing := backends.triton_missing():
         print(f"triton: {missing}")
         if torch.cuda.is_available():
-            mend.append("pip install triton==3.6.0")
+            mend.append("pip install 'spectral_ops[triton]'")
     for device in devices():
         path = tuning.file(torch.device(device))
         state = f"{len(tuning.read(path))} operators in {path}" if path and path.exists() else "no table"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spectral_ops._imports import need
 from spectral_ops.core import checks
 
 INT32_MAX = 2**31 - 1
@@ -330,12 +331,11 @@ class CSR:
 
     def to_scipy(self) -> Any:
         """As a scipy.sparse.csr_array on the CPU; bfloat16 and float16, which it lacks, become float32."""
-        import scipy.sparse
-
+        sparse = need("scipy.sparse", "to_scipy", "scipy")
         values = self.values.detach().cpu()
         values = values if values.dtype in (torch.float32, torch.float64) else values.float()
         indices = (t.cpu().numpy() for t in (self.col_indices, self.row_offsets))
-        return scipy.sparse.csr_array((values.numpy(), *indices), shape=self.shape)
+        return sparse.csr_array((values.numpy(), *indices), shape=self.shape)
 
     @classmethod
     def _narrowed(cls, values, row_offsets, col_indices, shape) -> CSR:

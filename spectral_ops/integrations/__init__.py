@@ -110,5 +110,6 @@ def _peft():
     try:
         from spectral_ops.integrations import peft_accelerate
     except ImportError as error:
-        raise ImportError(f"accelerate needs PEFT 0.18.1 or later (pip install -U peft): {error}") from error
+        wanted = "accelerate needs PEFT 0.18.1 or later (pip install 'spectral_ops[peft]')"
+        raise ImportError(f"{wanted}: {error}") from error
     return peft_accelerate

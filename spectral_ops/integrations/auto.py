@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ import threading
 from typing import Any
 
 from spectral_ops import integrations
+from spectral_ops._imports import Finder
 
 __all__ = ["auto"]
 
@@ -147,38 +147,4 @@ def take(tuner: Any, options: dict[str, Any]) -> None:
     logger.info("auto: %s in %s: %s", kind, type(tuner.model).__name__, report.headline())
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Finds what the finders behind it find, for one module, with a loader that installs the wrapper afterwards."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != TUNERS:
-            return None
-        for other in list(sys.meta_path):
-            if other is not self and hasattr(other, "find_spec"):
-                spec = other.find_spec(fullname, path, target)
-                if spec is not None:
-                    if spec.loader is not None:
-                        spec.loader = Loader(spec.loader)
-                    return spec
-        return None
-
-
-class Loader(importlib.abc.Loader):
-    """The loader it is given, which the module also gets to keep."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["loader"], name)
-
-    def create_module(self, spec: Any) -> Any:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        install()
-
-
-finder = Finder()
+finder = Finder(TUNERS, install)

@@ -17,7 +17,7 @@ from spectral_ops.cli import cost
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES += sorted([*DOCS.rglob("*.md"), *(ROOT / "benchmarks" / "results").rglob("*.md")])
 API = (DOCS / "API.md").read_text()
 EXAMPLES = [

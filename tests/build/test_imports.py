@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (  # from the bottom; those in one line do not import each other
-    ("_version", "_table", "_files"),
+    ("_version", "_table", "_files", "_imports"),
     ("_library",),
     ("_loader",),
     ("triton_kernels", "core"),

@@ -24,7 +24,8 @@ ACCELERATED = 'print("layer", type(model.base_model.model[0]).__name__)\n'
 LAZILY = """
 import importlib, importlib.metadata, importlib.util, inspect, sys
 import spectral_ops
-assert "peft" not in sys.modules and len([f for f in sys.meta_path if "spectral_ops" in type(f).__module__]) == 1
+from spectral_ops.integrations.auto import finder
+assert "peft" not in sys.modules and sys.meta_path.count(finder) == 1
 sys.modules["peft"] = None
 try:
     import peft
@@ -40,7 +41,7 @@ assert "class BaseTuner(" in inspect.getsource(tuners)
 assert "spectral_ops" in tuners.BaseTuner.inject_adapter.__code__.co_filename
 spectral_ops.auto(False)
 assert "spectral_ops" not in tuners.BaseTuner.inject_adapter.__code__.co_filename
-assert not [f for f in sys.meta_path if "spectral_ops" in type(f).__module__]
+assert finder not in sys.meta_path
 spectral_ops.auto()
 first = tuners.BaseTuner
 importlib.reload(tuners)
