@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs once in cibuildwheel's manylinux_2_28 container: with SPECTRAL_OPS_CUDA=13.0 installs that CUDA compiler.
+# Runs once in cibuildwheel's manylinux_2_28 container: with SPECTRAL_OPS_CUDA=13.0 installs that CUDA compiler, from
+# CUDA_REPOSITORY: the address of NVIDIA's packages for RHEL 8, or of a mirror, under which x86_64/ and sbsa/ lie.
 set -euo pipefail
 
 version=${SPECTRAL_OPS_CUDA:-}
@@ -16,7 +17,8 @@ case $(uname -m) in
   aarch64) platform=sbsa ;;
   *) echo "NVIDIA has no CUDA packages for $(uname -m); unset SPECTRAL_OPS_CUDA" >&2; exit 2 ;;
 esac
-dnf config-manager --add-repo "https://developer.download.nvidia.com/compute/cuda/repos/rhel8/$platform/cuda-rhel8.repo"
+repository=${CUDA_REPOSITORY:?is not set, wanted the address of the packages for RHEL 8 from NVIDIA}
+dnf config-manager --add-repo "$repository/$platform/cuda-rhel8.repo"
 dnf install -y "cuda-nvcc-${version/./-}" "cuda-cudart-devel-${version/./-}"
 ln -sfn "/usr/local/cuda-$version" /usr/local/cuda
 /usr/local/cuda/bin/nvcc --version

