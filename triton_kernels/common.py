@@ -29,6 +29,8 @@ VARIANTS: dict[str, tuple[int, Callable[[int], int]]] = {
 DESCRIPTORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # older ones were not looked into
 TURN = (64, 64, 4)  # rows, columns, warps
 INTERPRETED_PROCESSORS = 4  # what the interpreter pretends to have, so that small tests split their work too
+# the column and the processors of a GPU that is not here, while launches are recorded for it (see aot.py)
+pretended: tuple[int, int] | None = None
 
 
 def _mend_interpreter() -> None:
@@ -64,22 +66,32 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+def column(major: int) -> int:
+    """The column of the tile tables for a compute capability. 8.x and 12.x share one: it keeps to the 99 KiB of shared
+    memory that the smallest of them has."""
+    return {9: 90, 10: 100}.get(major, 80)
+
+
 @functools.cache
 def _properties(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    tuned = {9: 90, 10: 100}  # 8.x and 12.x share one table: it keeps to the 99 KiB of shared memory the smallest has
-    arch = 80 if torch.version.hip else tuned.get(properties.major, 80)
-    return arch, properties.multi_processor_count
+    return 80 if torch.version.hip else column(properties.major), properties.multi_processor_count
+
+
+def _device(x: torch.Tensor) -> tuple[int, int]:
+    if pretended is not None:
+        return pretended
+    return _properties(x.get_device()) if x.is_cuda else (80, INTERPRETED_PROCESSORS)
 
 
 def arch(x: torch.Tensor) -> int:
     """Which column of the tile tables serves x's device: 80 (any GPU), 90 or 100."""
-    return _properties(x.get_device())[0] if x.is_cuda else 80
+    return _device(x)[0]
 
 
 def processors(x: torch.Tensor) -> int:
     """Streaming multiprocessors of x's device."""
-    return _properties(x.get_device())[1] if x.is_cuda else INTERPRETED_PROCESSORS
+    return _device(x)[1]
 
 
 def entry(table: Mapping[int | tuple[int, int], Any], architecture: int, size: int) -> Any:
