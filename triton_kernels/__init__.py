@@ -14,7 +14,10 @@ import ast
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
+
+VARIABLE = "SPECTRAL_OPS_TRITON_CACHE"  # a folder of kernels compiled ahead: see warmed.py
 
 
 @functools.cache
@@ -48,4 +51,6 @@ def tiles(stem: str, name: str) -> tuple[str, ...]:
 
 def launcher(stem: str, name: str) -> Callable:
     """The launcher of operator ``name`` in ``triton_kernels/<stem>.py``; imports triton on first use."""
+    if os.environ.get(VARIABLE):
+        importlib.import_module(f"{__name__}.warmed").activate()
     return getattr(importlib.import_module(f"{__name__}.{stem}"), name)

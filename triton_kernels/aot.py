@@ -7,13 +7,21 @@ So what is compiled is what would run, and Triton keeps it under the key that th
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sysconfig
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import build, driver
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from spectral_ops.triton_kernels import common
@@ -82,7 +90,7 @@ def compiling(target: int) -> Iterator[None]:
 
 
 def compiled(launch: Launch) -> Any:
-    """Triton's ``CompiledKernel`` of a recorded launch, under :func:`compiling`; from Triton's cache where it is there."""
+    """Triton's ``CompiledKernel`` of a recorded launch, under :func:`compiling`; from a cache where it is there."""
     return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.kwargs)
 
 
@@ -96,3 +104,46 @@ def key(launch: Launch) -> tuple[str, str]:
     finally:
         knobs.runtime.jit_cache_hook = before
     return f"{launch.kernel.__module__}.{launch.kernel.__qualname__}", *found
+
+
+# --- what Triton compiles with the C compiler ------------------------------------------------------------------------
+
+
+def _build_only(src: str, name: str, library_dirs=None, include_dirs=None, libraries=None, ccflags=None) -> object:
+    """As Triton's ``compile_module_from_src``, but what was built is not loaded: that takes a driver."""
+    cache = get_cache_manager(hashlib.sha256((src + build.platform_key()).encode()).hexdigest())
+    file = name + sysconfig.get_config_var("EXT_SUFFIX")
+    if cache.get_file(file) is None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / f"{name}.c"
+            source.write_text(src)
+            made = build._build(name, str(source), folder, library_dirs, include_dirs, libraries, ccflags or [])
+            cache.put(Path(made).read_bytes(), file, binary=True)
+    return SimpleNamespace(**dict.fromkeys(_LOADED))
+
+
+_LOADED = ("launch", "PyCUtensorMap", "load_binary", "get_device_properties", "cuOccupancyMaxActiveClusters",
+           "set_printf_fifo_size", "fill_tma_descriptor")  # fmt: skip
+
+
+@contextmanager
+def host_functions() -> Iterator[None]:
+    """Make :func:`host_function` work where there is no driver: it links against a library of libcuda's name."""
+    before = nvidia.compile_module_from_src, nvidia.PyCUtensorMap
+    with tempfile.TemporaryDirectory() as folder:
+        empty = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
+        subprocess.run(["cc", *empty], check=True, capture_output=True)
+        caches = nvidia.libcuda_dirs, nvidia.library_dirs
+        nvidia.libcuda_dirs, nvidia.library_dirs = lambda: [folder], lambda: [nvidia.libdevice_dir, folder]
+        nvidia.compile_module_from_src = _build_only
+        try:
+            nvidia.CudaUtils.__init__(SimpleNamespace())
+            yield
+        finally:
+            nvidia.libcuda_dirs, nvidia.library_dirs = caches
+            nvidia.compile_module_from_src, nvidia.PyCUtensorMap = before
+
+
+def host_function(kernel: Any) -> None:
+    """Build the C function that hands a kernel's arguments to the driver; else Triton builds it at the first launch."""
+    nvidia.CudaLauncher(kernel.src, kernel.metadata)

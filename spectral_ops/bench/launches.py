@@ -20,17 +20,18 @@ from torch.utils._pytree import tree_map_only
 
 import spectral_ops
 from spectral_ops import _library
-from spectral_ops._library import LAYERS, OPERATORS
+from spectral_ops._library import OPERATORS
 from spectral_ops.bench import methods
 from spectral_ops.bench.counting import Unfolding
 from spectral_ops.bench.samples import arguments
-from spectral_ops.triton_kernels import has, launcher
+from spectral_ops.functional import rosa_routes
+from spectral_ops.triton_kernels import aot, has, launcher
 
 Call = tuple[str, tuple]  # an operator, and its arguments on the meta device
 
 
 class _OnGPU(TorchFunctionMode):
-    """Tensors say that they are on a GPU, so that the routes of one are taken, and are made where those are that say so."""
+    """Tensors say that they are on a GPU, so that its routes are taken. New ones are made beside them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == torch.Tensor.is_cuda.__get__:
@@ -85,3 +86,93 @@ class _Calls(Unfolding):
             norm = weight.new_empty(weight.shape[0], dtype=_library.accumulate_dtype(weight.dtype))
             stamp = torch.empty(2, dtype=torch.int64)
             self.add("column_norm_cached_", (norm, stamp, weight, A, B, scale, False))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a method's layers are recorded for: every combination."""
+
+    tokens: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]  # [out, in]
+    ranks: tuple[int | None, ...] = (None,)  # None: the method's usual one
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    wide_adapters: tuple[bool, ...] = (True,)  # float32 parameters, as PEFT makes them, or the layer's dtype
+    biases: tuple[bool, ...] = (False,)
+
+
+ALSO = {  # what a method calls outside its layers
+    "adalora": ("importance_update_", "importance_prune_"),
+    "adalora_dash": ("importance_update_", "importance_prune_"),
+    "rosa": ("csr_gather_", "csr_scatter_"),
+}
+
+
+def of_method(name: str, sizes: Sizes, compiled: frozenset[str] = frozenset()) -> Iterator[Call]:
+    """The operators that Triton serves in layers of method ``name``, forward and backward, with and without dropout and
+    a gradient of x. ``compiled``: operators, of layers too, that have CUDA kernels."""
+    fields = methods.METHODS[name].build().__dict__
+    ways = [(0.0, True), (0.0, False)] + [(0.1, True)] * ("lora_dropout" in fields)
+    for d, k in sizes.shapes:
+        pattern = methods.even_pattern(d, k) if name == "rosa" else None
+        for dtype, wide, bias, rank in itertools.product(sizes.dtypes, sizes.wide_adapters, sizes.biases, sizes.ranks):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                linear = nn.Linear(k, d, bias=bias, dtype=dtype).requires_grad_(False)
+                for p, gradient in ways:
+                    for forward in _forwards(name, linear, pattern, wide, rank, p):
+                        for T in sizes.tokens:
+                            x = torch.empty(T, k, dtype=dtype, requires_grad=gradient)
+                            with _Calls(compiled) as calls:
+                                y = forward(x)
+                                y.backward(torch.empty_like(y))
+                            yield from calls.found
+    for operator in ALSO.get(name, ()):
+        if operator not in compiled:
+            yield from of_operator(operator, sizes)
+
+
+def _forwards(name, linear, pattern, wide: bool, rank: int | None, p: float) -> Iterator[Callable]:
+    """The forward of a layer; of RoSA one for every route, for which is taken goes by the device."""
+    fields = {"lora_dropout": p} if p else {}
+    if rank is not None:
+        fields["init_r" if name.startswith("adalora") else "r"] = rank
+        if name == "mini":
+            fields["mini_r"] = rank
+    forward, (A, B, *rest) = methods.layer(name, linear, pattern, autocast_adapter_dtype=wide, **fields)
+    if name != "rosa":
+        yield forward
+        return
+    scale = methods.METHODS[name].build(**fields).scaling
+    for route, gradient_route in itertools.product(("spmm", "scatter"), rosa_routes.GRADIENT_ROUTES):
+        yield lambda x, route=route, gradient_route=gradient_route: spectral_ops.rosa_linear(
+            x, linear.weight, pattern, A, B, linear.bias, scale=scale, route=route, gradient_route=gradient_route,
+            dropout_p=p, training=True,
+        )  # fmt: skip
+
+
+def of_operator(name: str, sizes: Sizes) -> Iterator[Call]:
+    """An operator's own samples, at most 512 tokens and 1024 features of the same remainders by 16: what is compiled
+    depends on no more, but for how far a launch is split."""
+    least = lambda n, most: n if n <= most else most + n % 16  # noqa: E731
+    small = {
+        (least(T, 512), least(d, 1024), least(k, 1024), rank or methods.RANK)
+        for T, (d, k), rank in itertools.product(sizes.tokens, sizes.shapes, sizes.ranks)
+    }
+    for size, dtype in itertools.product(sorted(small), sizes.dtypes):
+        for args in arguments(name, *size, dtype, "cpu"):
+            yield name, _meta(args)
+
+
+def record(calls: Iterator[Call], target: int, processors: tuple[int, ...], tiles: dict[str, set[str]]) -> dict:
+    """The launches of those calls on a GPU of compute capability ``target``, one for each that is compiled apart.
+
+    processors: of the cards. tiles: by operator the other tiles that a table of measured choices may ask for.
+    """
+    found: dict[tuple, aot.Launch] = {}
+    for name, args in calls:
+        run = launcher(OPERATORS[name].stem, name)
+        for n, other in itertools.product(processors, ("", *sorted(tiles.get(name, ())))):
+            with aot.recorded(target, n) as launches:
+                run(*args, **({"tiles": other} if other else {}))
+            for launch in launches:
+                found.setdefault(aot.key(launch), launch)
+    return found
