@@ -137,11 +137,11 @@ def _forwards(name, linear, pattern, wide: bool, rank: int | None, p: float) -> 
         fields["init_r" if name.startswith("adalora") else "r"] = rank
         if name == "mini":
             fields["mini_r"] = rank
-    forward, (A, B, *rest) = methods.layer(name, linear, pattern, autocast_adapter_dtype=wide, **fields)
+    forward, trained = methods.layer(name, linear, pattern, autocast_adapter_dtype=wide, **fields)
     if name != "rosa":
         yield forward
         return
-    scale = methods.METHODS[name].build(**fields).scaling
+    (A, B, _), scale = trained, methods.METHODS[name].build(**fields).scaling
     for route, gradient_route in itertools.product(("spmm", "scatter"), rosa_routes.GRADIENT_ROUTES):
         yield lambda x, route=route, gradient_route=gradient_route: spectral_ops.rosa_linear(
             x, linear.weight, pattern, A, B, linear.bias, scale=scale, route=route, gradient_route=gradient_route,

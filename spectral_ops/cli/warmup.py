@@ -208,7 +208,10 @@ def _record(arguments: argparse.Namespace, compiled: frozenset[str]) -> tuple[li
     for name in (*arguments.methods, *arguments.operators):
         began = time.monotonic()
         of_method = name in arguments.methods
-        calls = list(launches.of_method(name, sizes, compiled) if of_method else launches.of_operator(name, sizes))
+        try:
+            calls = list(launches.of_method(name, sizes, compiled) if of_method else launches.of_operator(name, sizes))
+        except ValueError as error:  # sizes that a method does not take
+            raise Refused(f"{name}: {str(error).splitlines()[-1]}") from None
         for target in arguments.targets:
             processors = tuple(arguments.processors or aot.TARGETS[target])
             with aot.compiling(target):
