@@ -53,4 +53,8 @@ def launcher(stem: str, name: str) -> Callable:
     """The launcher of operator ``name`` in ``triton_kernels/<stem>.py``; imports triton on first use."""
     if os.environ.get(VARIABLE):
         importlib.import_module(f"{__name__}.warmed").activate()
-    return getattr(importlib.import_module(f"{__name__}.{stem}"), name)
+    module = importlib.import_module(f"{__name__}.{stem}")
+    settle = importlib.import_module(f"{__name__}.common").settle
+    for kernel in vars(module).values():
+        settle(kernel)
+    return getattr(module, name)

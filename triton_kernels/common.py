@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from spectral_ops import _library
 
@@ -160,6 +161,21 @@ def threshold(p: float) -> int:
 
 def strides(t: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else t.stride()
+
+
+_settled: set[int] = set()
+
+
+def settle(function: object) -> None:
+    """Have Triton hash a kernel after all that it calls, so that its key is the same in every process. Triton 3.6 adds
+    the constants of a callee to a caller's hash only where the callee happens to have been hashed before."""
+    if not isinstance(function, JITFunction) or id(function) in _settled:
+        return
+    _settled.add(id(function))
+    for name in function.fn.__code__.co_names:
+        settle(function.fn.__globals__.get(name))
+        settle(getattr(tl, name, None))
+    function.cache_key  # noqa: B018 (a property, which keeps what it computes)
 
 
 # --- device side -----------------------------------------------------------------------------------------------------

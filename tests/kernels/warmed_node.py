@@ -89,11 +89,16 @@ hits = []
 
 
 def call(self, *args):
-    return self._run_triton(*args) if triton_kernels.has(self.stem, self.name) else self.default(*args)
+    with OnGPU():  # backward passes leave the mode
+        return self._run_triton(*args) if triton_kernels.has(self.stem, self.name) else self.default(*args)
 
 
-_library.Operator.__call__ = call
-_library.LayerOperator.__call__ = lambda self, *args: self._compose(None, args)
+def call_layer(self, *args):
+    with OnGPU():
+        return self._compose(None, args)
+
+
+_library.Operator.__call__, _library.LayerOperator.__call__ = call, call_layer
 listen = triton.knobs.compilation.listener
 
 
