@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 VARIABLE = "SPECTRAL_OPS_TRITON_CACHE"  # a folder of kernels compiled ahead: see warmed.py
@@ -58,3 +59,9 @@ def launcher(stem: str, name: str) -> Callable:
     for kernel in vars(module).values():
         settle(kernel)
     return getattr(module, name)
+
+
+def use() -> str | None:
+    """How many kernels this process has found compiled ahead, and which not; None where it looks for none."""
+    warmed = sys.modules.get(f"{__name__}.warmed")
+    return str(warmed.used) if warmed and warmed.used else None

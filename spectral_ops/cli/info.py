@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
+from pathlib import Path
 
 import torch
 
 import spectral_ops
 from spectral_ops import _library, _loader, backends, tuning
 from spectral_ops._table import table
+from spectral_ops.triton_kernels import VARIABLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,19 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def warmed() -> list[str]:
+    """What the folder of kernels compiled ahead holds, and whether it fits."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return [f"Triton kernels compiled ahead: {VARIABLE} is not set"]
+    if backends.triton_missing():
+        return [f"Triton kernels compiled ahead: {folder}, and no triton to read them"]
+    from spectral_ops.triton_kernels.warmed import describe
+
+    path = Path(folder).absolute()
+    return [f"Triton kernels compiled ahead: {path}", *(f"  {line}" for line in describe(path)[0])]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         path = tuning.file(torch.device(device))
         state = f"{len(tuning.read(path))} operators in {path}" if path and path.exists() else "no table"
         print(f"tuned choices on {device}: {state}")
+    print("\n".join(warmed()))
     print(f"schemas: {_library.schema_hash()}\n")
     rows = []
     for operator in sorted(_library.OPERATORS.values(), key=lambda op: (op.stem, op.name)):
