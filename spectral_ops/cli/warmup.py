@@ -77,6 +77,7 @@ def _checked(arguments: argparse.Namespace) -> None:
         raise Refused(missing)
     if backends.interpreting():
         raise Refused("TRITON_INTERPRET is set: kernels are interpreted then, not compiled; unset it")
+    os.environ.pop(VARIABLE, None)  # else launchers would read kernels from there, and say so
     if not arguments.cache:
         raise Refused("--cache: got none, wanted the folder for the compiled kernels")
     arguments.methods = _some("methods", arguments.methods, methods.METHODS)

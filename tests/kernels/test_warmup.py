@@ -34,6 +34,13 @@ NODE = Path(__file__).with_name("warmed_node.py")
 ONE = ["--arch", "sm_90", "--methods", "bone", "--tokens", "96", "--shape", "256", "128", "--jobs", "1"]
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    yield
+    assert warmed.used is None and knobs.cache.manager_class is None and knobs.compilation.listener is None
+    assert "TRITON_CACHE_MANAGER" not in os.environ and common.pretended is None
+
+
 def warm(folder: Path, *arguments: str) -> int:
     return main(["warmup", *arguments, "--cache", str(folder)])
 
@@ -299,7 +306,6 @@ def test_a_cache_of_triton_s_own_that_cannot_be_written(folder, tmp_path, caplog
         shutil.rmtree(warmed._writable())
         warmed._writable.cache_clear()
     assert "kernels that are compiled here are kept for this process only" in caplog.text
-    assert knobs.cache.manager_class is None and "TRITON_CACHE_MANAGER" not in os.environ
 
 
 def test_the_variable_names_no_folder(tmp_path):
