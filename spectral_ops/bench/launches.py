@@ -170,7 +170,7 @@ def record(calls: Iterator[Call], target: int, processors: tuple[int, ...], tile
     found: dict[tuple, aot.Launch] = {}
     for name, args in calls:
         run = launcher(OPERATORS[name].stem, name)
-        for n, other in itertools.product(processors, ("", *sorted(tiles.get(name, ())))):
+        for n, other in itertools.product(processors, sorted({""} | tiles.get(name, set()))):
             with aot.recorded(target, n) as launches:
                 run(*args, **({"tiles": other} if other else {}))
             for launch in launches:

@@ -102,23 +102,26 @@ def _checked(arguments: argparse.Namespace) -> None:
 
 
 def _compiled_operators(arguments: argparse.Namespace) -> frozenset[str]:
-    """The operators whose CUDA kernels run in place of Triton's, and a line that says which."""
+    """The operators whose CUDA kernels run in place of Triton's; prints a line that says which."""
     extension = _loader.EXTENSIONS["cuda"]
     if arguments.without_cuda_kernels or extension.error:
         why = "--without-cuda-kernels" if arguments.without_cuda_kernels else extension.error
         print(f"for every operator that has a Triton kernel ({why})")
         return frozenset()
     print("for operators without a CUDA kernel in this installation (--without-cuda-kernels takes all)")
-    return extension.operators
+    chosen = {name for target in arguments.targets for name in _tuned(target)}  # and layers are then made of pieces
+    layers = {name for name, layer in _library.LAYERS.items() if chosen.intersection(layer.pieces)}
+    return extension.operators - chosen - layers
 
 
-def _other_tiles(target: int) -> dict[str, set[str]]:
-    """The tiles that a table of measured choices for this architecture may ask for, by operator."""
+def _tuned(target: int) -> dict[str, set[str]]:
+    """By operator the tiles that a table of measured choices for this architecture asks Triton for; "": the usual."""
     path = Path(tuning.FOLDER) / f"sm_{target}.json" if tuning.FOLDER else None
     found: dict[str, set[str]] = {}
     for name, dtypes in (tuning.read(path) if path else {}).items():
-        chosen = {one.choice for entry in dtypes.values() for one in entry.classes}
-        found[name] = {c.partition(":")[2] for c in chosen if c.startswith("triton:")}
+        choices = {one.choice.partition(":") for entry in dtypes.values() for one in entry.classes}
+        if tiles := {tiles for backend, _, tiles in choices if backend == "triton"}:
+            found[name] = tiles
     return found
 
 
@@ -216,7 +219,7 @@ def _record(arguments: argparse.Namespace, compiled: frozenset[str]) -> tuple[li
         for target in arguments.targets:
             processors = tuple(arguments.processors or aot.TARGETS[target])
             with aot.compiling(target):
-                found = launches.record(calls, target, processors, _other_tiles(target))
+                found = launches.record(calls, target, processors, _tuned(target))
             work += [Work(name, target, launch) for key, launch in found.items() if (target, key) not in seen]
             seen.update((target, key) for key in found)
             seconds[target, name] = time.monotonic() - began

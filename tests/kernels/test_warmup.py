@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,13 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from spectral_ops import triton_kernels  # noqa: E402
-from spectral_ops.cli import info, main  # noqa: E402
+from spectral_ops import (  # noqa: E402
+    _library,
+    triton_kernels,  # noqa: E402
+    tuning,
+)
+from spectral_ops.bench import launches, methods  # noqa: E402
+from spectral_ops.cli import info, main, warmup  # noqa: E402
 from spectral_ops.triton_kernels import aot, common, warmed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,9 +257,16 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
     assert warm(tmp_path / "cache", *ONE) == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission_to_write(tmp_path, capsys):
-    (tmp_path / "shared").mkdir(mode=0o500)
+def test_no_permission_to_write(tmp_path, capsys, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    make = os.mkdir
+
+    def mkdir(path, *arguments):  # a mode would not keep root out
+        if Path(path).is_relative_to(tmp_path / "shared"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
     assert warm(tmp_path / "shared" / "cache", *ONE) == 2
     line = capsys.readouterr().err
     assert "Permission denied" in line and line.count("\n") == 1
@@ -313,3 +326,55 @@ def test_the_variable_names_no_folder(tmp_path):
     assert "WARNING spectral_ops SPECTRAL_OPS_TRITON_CACHE: no kernel can come from there" in log
     assert f"{tmp_path / 'nowhere'}: no such folder" in log
     assert not (tmp_path / "nowhere").exists()
+
+
+def recorded(calls, processors=(132,), tiles=None) -> dict:
+    with aot.compiling(90):
+        return launches.record(calls, 90, processors, tiles or {})
+
+
+def test_a_table_of_measured_choices_is_followed(tmp_path, monkeypatch):
+    operator = _library.OPERATORS["lowrank_backward"]
+    arguments = (None,) * len(operator.default._schema.arguments)
+    classes = tuple(tuning.Class(arguments, choice, {}) for choice in ("triton:short", "reference"))
+    table = {operator.name: {"bfloat16": tuning.Entry("nobody", classes)}}
+    (tmp_path / "sm_90.json").write_text(tuning.text(table))
+    monkeypatch.setattr(tuning, "FOLDER", str(tmp_path))
+    assert warmup._tuned(90) == {"lowrank_backward": {"short"}} and warmup._tuned(80) == {}
+    calls = list(launches.of_method("lora", launches.Sizes((4096,), ((1024, 1024),))))
+    usual, tuned = recorded(calls), recorded(calls, tiles=warmup._tuned(90))
+    assert usual.keys() < tuned.keys()
+
+
+def test_the_usual_lengths_stand_for_all_others():
+    """What a launch is compiled for goes by its sizes' divisibility, and by how far it is split: 48 other numbers of
+    tokens need no kernel that the default ones do not."""
+    draw, shapes = random.Random(0), ((1024, 4096),)
+    others = tuple(int(2 ** draw.uniform(0, 16)) for _ in range(48))
+    for method in ("lora", "bone"):
+        usual = recorded(launches.of_method(method, launches.Sizes(warmup.TOKENS, shapes)), aot.TARGETS[90])
+        needed = recorded(launches.of_method(method, launches.Sizes(others, shapes)))
+        assert needed and needed.keys() <= usual.keys(), method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_method_has_its_launches(method):
+    """Adapters in float32 and in the layer's dtype, on each generation; each launch has a key of its own."""
+    sizes = launches.Sizes((64,), ((512, 512),), wide_adapters=(True, False), biases=(False, True))
+    calls = list(launches.of_method(method, sizes))
+    for target in (80, 90, 100):
+        with aot.compiling(target):
+            assert len(launches.record(calls, target, aot.TARGETS[target], {})) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 100])
+def test_a_training_step_compiles_nothing(tmp_path, target):
+    """LoRA, DoRA, Bone and Bat, with dropout and without."""
+    some = ["lora", "dora", "bone", "bat"]
+    sizes = ["--tokens", "96", "--shape", "256", "128", "--rank", "16"]
+    assert warm(tmp_path / "cache", "--arch", f"sm_{target}", "--methods", *some, *sizes) == 0
+    for more in ({}, {"methods": ["lora", "dora"], "dropout": 0.1}):
+        seen, log = node(tmp_path / "cache", tmp_path / "own", **{"methods": some, "rank": 16, "arch": target} | more)
+        assert seen["compiled"] == [] and seen["built"] == [] and seen["hits"] > 8, log
