@@ -7,7 +7,7 @@ the GPU, has its launcher called on meta tensors of the same shapes, strides and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -107,10 +107,11 @@ ALSO = {  # what a method calls outside its layers
 }
 
 
-def of_method(name: str, sizes: Sizes, compiled: frozenset[str] = frozenset()) -> Iterator[Call]:
+def of_method(name: str, sizes: Sizes, compiled: frozenset[str] = frozenset()) -> list[Call]:
     """The operators that Triton serves in layers of method ``name``, forward and backward, with and without dropout and
     a gradient of x. ``compiled``: operators, of layers too, that have CUDA kernels."""
     fields = methods.METHODS[name].build().__dict__
+    found: list[Call] = []
     ways = [(0.0, True), (0.0, False)] + [(0.1, True)] * ("lora_dropout" in fields)
     for d, k in sizes.shapes:
         pattern = methods.even_pattern(d, k) if name == "rosa" else None
@@ -124,10 +125,11 @@ def of_method(name: str, sizes: Sizes, compiled: frozenset[str] = frozenset()) -
                             with _Calls(compiled) as calls:
                                 y = forward(x)
                                 y.backward(torch.empty_like(y))
-                            yield from calls.found
+                            found += calls.found
     for operator in ALSO.get(name, ()):
         if operator not in compiled:
-            yield from of_operator(operator, sizes)
+            found += of_operator(operator, sizes)
+    return found
 
 
 def _forwards(name, linear, pattern, wide: bool, rank: int | None, p: float) -> Iterator[Callable]:
@@ -162,7 +164,7 @@ def of_operator(name: str, sizes: Sizes) -> Iterator[Call]:
             yield name, _meta(args)
 
 
-def record(calls: Iterator[Call], target: int, processors: tuple[int, ...], tiles: dict[str, set[str]]) -> dict:
+def record(calls: Iterable[Call], target: int, processors: tuple[int, ...], tiles: dict[str, set[str]]) -> dict:
     """The launches of those calls on a GPU of compute capability ``target``, one for each that is compiled apart.
 
     processors: of the cards. tiles: by operator the other tiles that a table of measured choices may ask for.

@@ -26,11 +26,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
 
-from spectral_ops import (  # noqa: E402
-    _library,
-    triton_kernels,  # noqa: E402
-    tuning,
-)
+from spectral_ops import _library, triton_kernels, tuning  # noqa: E402
 from spectral_ops.bench import launches, methods  # noqa: E402
 from spectral_ops.cli import info, main, warmup  # noqa: E402
 from spectral_ops.triton_kernels import aot, common, warmed  # noqa: E402
@@ -346,35 +342,28 @@ def test_a_table_of_measured_choices_is_followed(tmp_path, monkeypatch):
     assert usual.keys() < tuned.keys()
 
 
-def test_the_usual_lengths_stand_for_all_others():
-    """What a launch is compiled for goes by its sizes' divisibility, and by how far it is split: 48 other numbers of
+@pytest.mark.parametrize("method", ["bone", pytest.param("dora", marks=pytest.mark.slow)])
+def test_the_usual_lengths_stand_for_all_others(method):
+    """What a launch is compiled for goes by its sizes' divisibility, and by how far it is split: 32 other numbers of
     tokens need no kernel that the default ones do not."""
     draw, shapes = random.Random(0), ((1024, 4096),)
-    others = tuple(int(2 ** draw.uniform(0, 16)) for _ in range(48))
-    for method in ("lora", "bone"):
-        usual = recorded(launches.of_method(method, launches.Sizes(warmup.TOKENS, shapes)), aot.TARGETS[90])
-        needed = recorded(launches.of_method(method, launches.Sizes(others, shapes)))
-        assert needed and needed.keys() <= usual.keys(), method
+    others = tuple(int(2 ** draw.uniform(0, 16)) for _ in range(32))
+    usual = recorded(launches.of_method(method, launches.Sizes(warmup.TOKENS, shapes)), aot.TARGETS[90])
+    needed = recorded(launches.of_method(method, launches.Sizes(others, shapes)))
+    assert needed and needed.keys() <= usual.keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_has_its_launches(method):
-    """Adapters in float32 and in the layer's dtype, on each generation; each launch has a key of its own."""
-    sizes = launches.Sizes((64,), ((512, 512),), wide_adapters=(True, False), biases=(False, True))
-    calls = list(launches.of_method(method, sizes))
-    for target in (80, 90, 100):
-        with aot.compiling(target):
-            assert len(launches.record(calls, target, aot.TARGETS[target], {})) >= 2
+    sizes = launches.Sizes((64,), ((512, 512),))
+    assert len(recorded(launches.of_method(method, sizes))) >= 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [80, 100])
-def test_a_training_step_compiles_nothing(tmp_path, target):
-    """LoRA, DoRA, Bone and Bat, with dropout and without."""
-    some = ["lora", "dora", "bone", "bat"]
-    sizes = ["--tokens", "96", "--shape", "256", "128", "--rank", "16"]
-    assert warm(tmp_path / "cache", "--arch", f"sm_{target}", "--methods", *some, *sizes) == 0
-    for more in ({}, {"methods": ["lora", "dora"], "dropout": 0.1}):
-        seen, log = node(tmp_path / "cache", tmp_path / "own", **{"methods": some, "rank": 16, "arch": target} | more)
-        assert seen["compiled"] == [] and seen["built"] == [] and seen["hits"] > 8, log
+def test_a_training_step_compiles_nothing(tmp_path):
+    """DoRA with dropout, and Bat."""
+    some, sizes = ["dora", "bat"], ["--tokens", "96", "--shape", "256", "128", "--rank", "16"]
+    assert warm(tmp_path / "cache", "--arch", "sm_100", "--methods", *some, *sizes) == 0
+    seen, log = node(tmp_path / "cache", tmp_path / "own", methods=some, rank=16, arch=100, dropout=0.1)
+    assert seen["compiled"] == [] and seen["built"] == [] and seen["hits"] > 8, log

@@ -114,7 +114,7 @@ triton.knobs.compilation.listener = listener
 for name in asked["methods"]:
     linear = nn.Linear(k, d, bias=asked.get("bias", False), dtype=dtype).requires_grad_(False)
     fields = {"r": asked["rank"]} if "rank" in asked else {}
-    if asked.get("dropout"):
+    if asked.get("dropout") and hasattr(methods.METHODS[name].build(), "lora_dropout"):
         fields["lora_dropout"] = asked["dropout"]
     forward, _ = methods.layer(name, linear, **fields)
     for T in asked["tokens"]:
