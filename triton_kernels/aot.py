@@ -119,31 +119,36 @@ def _build_only(src: str, name: str, library_dirs=None, include_dirs=None, libra
             source.write_text(src)
             made = build._build(name, str(source), folder, library_dirs, include_dirs, libraries, ccflags or [])
             cache.put(Path(made).read_bytes(), file, binary=True)
-    return SimpleNamespace(**dict.fromkeys(_LOADED))
+    return _Loaded()
 
 
-_LOADED = ("launch", "PyCUtensorMap", "load_binary", "get_device_properties", "cuOccupancyMaxActiveClusters",
-           "set_printf_fifo_size", "fill_tma_descriptor")  # fmt: skip
+class _Loaded:
+    """What was built, as far as Triton looks at it: names of functions that nobody calls."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @contextmanager
 def host_functions() -> Iterator[None]:
-    """Make :func:`host_function` work where there is no driver: it links against a library of libcuda's name."""
-    before = nvidia.compile_module_from_src, nvidia.PyCUtensorMap
+    """Make :func:`host_function` work where there is no driver: it links against an empty library of libcuda's name."""
+    before = dict(vars(nvidia))
     with tempfile.TemporaryDirectory() as folder:
-        empty = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"]
+        library = Path(folder) / "libcuda.so.1"
+        empty = ["-shared", "-x", "c", "/dev/null", f"-Wl,-soname,{library.name}", "-o", str(library)]
         subprocess.run(["cc", *empty], check=True, capture_output=True)
-        caches = nvidia.libcuda_dirs, nvidia.library_dirs
-        nvidia.libcuda_dirs, nvidia.library_dirs = lambda: [folder], lambda: [nvidia.libdevice_dir, folder]
+        library.with_suffix("").symlink_to(library.name)
+        nvidia.library_dirs = lambda: [nvidia.libdevice_dir, folder]
         nvidia.compile_module_from_src = _build_only
         try:
             nvidia.CudaUtils.__init__(SimpleNamespace())
             yield
         finally:
-            nvidia.libcuda_dirs, nvidia.library_dirs = caches
-            nvidia.compile_module_from_src, nvidia.PyCUtensorMap = before
+            vars(nvidia).update(before)
 
 
 def host_function(kernel: Any) -> None:
-    """Build the C function that hands a kernel's arguments to the driver; else Triton builds it at the first launch."""
-    nvidia.CudaLauncher(kernel.src, kernel.metadata)
+    """Build the C function that hands a kernel's arguments to the driver; else Triton builds it at the first launch.
+    From Triton 3.7 on one serves all kernels, which :func:`host_functions` has built."""
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.CudaLauncher(kernel.src, kernel.metadata)

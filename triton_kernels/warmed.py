@@ -118,7 +118,8 @@ def _sources() -> str:
 
 def identity(target: int) -> dict[str, Any]:
     """What decides, beside a launch itself, under which key Triton keeps a kernel for this compute capability."""
-    compiler = f"{triton_key()}-{make_backend(GPUTarget('cuda', target, 32)).hash()}"
+    backend = make_backend(GPUTarget("cuda", target, 32))
+    compiler = f"{triton_key()}-{backend.hash()}-{backend.parse_options({'debug': knobs.runtime.debug}).hash()}"
     return {
         "arch": f"sm_{target}",
         "spectral_ops": __version__,
@@ -137,7 +138,7 @@ def misfits(run: dict[str, Any]) -> list[str]:
         f"{name} {run.get(name)}, here {here[name]}" for name in ("triton", "python") if run.get(name) != here[name]
     ]
     if not named and run.get("compiler") != here["compiler"]:
-        named = [f"another build of triton {triton_version}, or another ptxas"]
+        named = [f"another build of triton {triton_version}, another ptxas, or other options in Triton's environment"]
     if run.get("kernels") != here["kernels"]:
         named.append(f"kernels of spectral_ops {run.get('spectral_ops')}, here others of {__version__}")
     if run.get("environment") != here["environment"]:

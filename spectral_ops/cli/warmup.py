@@ -303,7 +303,8 @@ def _host_functions(stack: ExitStack, temporary: Path, folder: Path) -> bool:
                 warmed.keep(made, folder)
         return True
     except (FileNotFoundError, subprocess.CalledProcessError, AttributeError, RuntimeError) as error:
-        print(f"without the C functions that launch kernels, which the nodes then need a C compiler for: {error}")
+        why = str(error).splitlines()[-1][:200]
+        print(f"without the C functions that launch kernels, which the nodes then need a C compiler for: {why}")
         return False
 
 
