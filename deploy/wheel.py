@@ -161,7 +161,7 @@ def platforms(parts: dict[str, Built], tag: str) -> list[str]:
 
 
 def bill(files: dict[str, bytes], parts: dict[str, Built]) -> bytes:
-    """The bill of materials: CycloneDX 1.6 as JSON, of everything that is compiled into the wheel or must be beside it."""
+    """The bill of materials: CycloneDX 1.6, of all that is compiled into the wheel or must be beside it."""
     fields = metadata(files)
     name, version = fields["Name"], fields["Version"]
     here = f"pkg:pypi/{name.replace('_', '-')}@{version.replace('+', '%2B')}"
@@ -285,7 +285,7 @@ def toolkit(major: str) -> Path:
 
 
 def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT, target: str = "") -> Path:
-    """Compile, pack and repair. ``cuda``: "" for what is there under a plain version, "none" (+cpu), "12", "13" (+cu130).
+    """Compile, pack and repair. ``cuda``: "" for what is there and a plain version, "none" (+cpu), "12", "13" (+cu130).
 
     ``target``: "aarch64" compiles the CPU kernels for 64-bit Arm, whatever this machine is.
     """

@@ -15,6 +15,7 @@ _collecting = gc.isenabled()
 gc.disable()
 try:
     from spectral_ops import _loader, adapters, backends, functional
+    from spectral_ops._version import __commit__ as __commit__
     from spectral_ops._version import __version__ as __version__
     from spectral_ops.adapters import *
     from spectral_ops.backends import BackendUnavailable, explain, use_backend

@@ -14,8 +14,12 @@ import ast
 import functools
 import importlib
 import importlib.util
+import os
 import re
+import sys
 from collections.abc import Callable
+
+VARIABLE = "SPECTRAL_OPS_TRITON_CACHE"  # a folder of kernels compiled ahead: see warmed.py
 
 
 @functools.cache
@@ -58,4 +62,16 @@ def tiles(stem: str, name: str) -> tuple[str, ...]:
 
 def launcher(stem: str, name: str) -> Callable:
     """The launcher of operator ``name`` in ``triton_kernels/<stem>.py``; imports triton on first use."""
-    return getattr(importlib.import_module(f"{__name__}.{stem}"), name)
+    if os.environ.get(VARIABLE):
+        importlib.import_module(f"{__name__}.warmed").activate()
+    module = importlib.import_module(f"{__name__}.{stem}")
+    settle = importlib.import_module(f"{__name__}.common").settle
+    for kernel in vars(module).values():
+        settle(kernel)
+    return getattr(module, name)
+
+
+def use() -> str | None:
+    """How many kernels this process has found compiled ahead, and which not; None where it looks for none."""
+    warmed = sys.modules.get(f"{__name__}.warmed")
+    return str(warmed.used) if warmed and warmed.used else None

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from spectral_ops import _library
 
@@ -29,6 +30,8 @@ VARIANTS: dict[str, tuple[int, Callable[[int], int]]] = {
 DESCRIPTORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # older ones were not looked into
 TURN = (64, 64, 4)  # rows, columns, warps
 INTERPRETED_PROCESSORS = 4  # what the interpreter pretends to have, so that small tests split their work too
+# the column and the processors of a GPU that is not here, while launches are recorded for it (see aot.py)
+pretended: tuple[int, int] | None = None
 
 
 def _mend_interpreter() -> None:
@@ -64,22 +67,32 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
+def column(major: int) -> int:
+    """The column of the tile tables for a compute capability. 8.x and 12.x share one: it keeps to the 99 KiB of shared
+    memory that the smallest of them has."""
+    return {9: 90, 10: 100}.get(major, 80)
+
+
 @functools.cache
 def _properties(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    tuned = {9: 90, 10: 100}  # 8.x and 12.x share one table: it keeps to the 99 KiB of shared memory the smallest has
-    arch = 80 if torch.version.hip else tuned.get(properties.major, 80)
-    return arch, properties.multi_processor_count
+    return 80 if torch.version.hip else column(properties.major), properties.multi_processor_count
+
+
+def _device(x: torch.Tensor) -> tuple[int, int]:
+    if pretended is not None:
+        return pretended
+    return _properties(x.get_device()) if x.is_cuda else (80, INTERPRETED_PROCESSORS)
 
 
 def arch(x: torch.Tensor) -> int:
     """Which column of the tile tables serves x's device: 80 (any GPU), 90 or 100."""
-    return _properties(x.get_device())[0] if x.is_cuda else 80
+    return _device(x)[0]
 
 
 def processors(x: torch.Tensor) -> int:
     """Streaming multiprocessors of x's device."""
-    return _properties(x.get_device())[1] if x.is_cuda else INTERPRETED_PROCESSORS
+    return _device(x)[1]
 
 
 def entry(table: Mapping[int | tuple[int, int], Any], architecture: int, size: int) -> Any:
@@ -148,6 +161,21 @@ def threshold(p: float) -> int:
 
 def strides(t: torch.Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else t.stride()
+
+
+_settled: set[int] = set()
+
+
+def settle(function: object) -> None:
+    """Have Triton hash a kernel after all that it calls, so that its key is the same in every process. Triton 3.6 adds
+    the constants of a callee to a caller's hash only where the callee happens to have been hashed before."""
+    if not isinstance(function, JITFunction) or id(function) in _settled:
+        return
+    _settled.add(id(function))
+    for name in function.fn.__code__.co_names:
+        settle(function.fn.__globals__.get(name))
+        settle(getattr(tl, name, None))
+    function.cache_key  # noqa: B018 (a property, which keeps what it computes)
 
 
 # --- device side -----------------------------------------------------------------------------------------------------

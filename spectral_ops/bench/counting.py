@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -79,7 +79,7 @@ class Unfolding(TorchDispatchMode):
         layer = LAYERS.get(func._schema.name.removeprefix(f"{NAMESPACE}::"))
         if layer is not None:
             self.enter(func, args)
-            with self, torch.no_grad():
+            with self, self.composing(), torch.no_grad():
                 return layer.reference(*args)
         if func.namespace == "aten":  # inside a layer torch takes no composite operator apart before a mode sees it
             with self:
@@ -90,6 +90,10 @@ class Unfolding(TorchDispatchMode):
 
     def enter(self, func, args) -> None:
         """Told of a layer operator before its pieces."""
+
+    def composing(self) -> AbstractContextManager:
+        """What is entered while a layer operator is composed."""
+        return nullcontext()
 
     def call(self, func, args, kwargs):
         """Runs one operator that is no layer."""

@@ -14,12 +14,21 @@ import torch
 import spectral_ops
 from spectral_ops import _library, _loader, backends, tuning
 from spectral_ops._table import table
+from spectral_ops.triton_kernels import VARIABLE
 
 DRIVERS = {11: 450, 12: 525, 13: 580}  # by CUDA's major version, the least driver: minor versions are compatible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``info`` takes none."""
+
+
+def built_for() -> list[str]:
+    """What an audited wheel says that it needs besides torch: the C library, and for CUDA architectures and driver."""
+    try:
+        return importlib.metadata.metadata("spectral_ops").get_all("Supported-Platform") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        return []
 
 
 def devices() -> list[str]:
@@ -59,10 +68,27 @@ def no_gpu() -> str:
     return f"driver {name} is there" + (f"; CUDA_VISIBLE_DEVICES={visible!r}" if visible is not None else "")
 
 
+def warmed() -> list[str]:
+    """What the folder of kernels compiled ahead holds, and whether it fits."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return [f"Triton kernels compiled ahead: {VARIABLE} is not set"]
+    if backends.triton_missing():
+        return [f"Triton kernels compiled ahead: {folder}, and no triton to read them"]
+    from spectral_ops.triton_kernels.warmed import describe
+
+    path = Path(folder).absolute()
+    return [f"Triton kernels compiled ahead: {path}", *(f"  {line}" for line in describe(path)[0])]
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; the exit status is 0 also where something optional is missing."""
-    print(f"spectral_ops {spectral_ops.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    version, commit = spectral_ops.__version__, spectral_ops.__commit__
+    version += f" (commit {commit[:7]})" if commit and commit[:7] not in version else ""
+    print(f"spectral_ops {version}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"triton {_version('triton')}, peft {_version('peft')}, transformers {_version('transformers')}\n")
+    for line in built_for():
+        print(f"wheel: {line}")
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads, torch uses {capability}")
     if torch.cuda.is_available():
@@ -86,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         path = tuning.file(torch.device(device))
         state = f"{len(tuning.read(path))} operators in {path}" if path and path.exists() else "no table"
         print(f"tuned choices on {device}: {state}")
+    print("\n".join(warmed()))
     print(f"schemas: {_library.schema_hash()}\n")
     rows = []
     for operator in sorted(_library.OPERATORS.values(), key=lambda op: (op.stem, op.name)):

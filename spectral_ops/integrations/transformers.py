@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from spectral_ops import integrations
+from spectral_ops import integrations, triton_kernels
 from spectral_ops.integrations.peft_report import BASE_AGNOSTIC, FUSED, NEVER, PEFT, Report
 
 logger = logging.getLogger("spectral_ops")
@@ -95,3 +95,5 @@ class SpectralOpsCallback(TrainerCallback):
             logger.warning(lines)
         else:
             say(lines)
+        if line := triton_kernels.use():
+            say(f"spectral_ops: {line}")

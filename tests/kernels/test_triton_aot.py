@@ -7,7 +7,6 @@ tests/kernels/test_triton_aot.py`` prints the table of registers, spills, shared
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import re
@@ -24,9 +23,6 @@ from torch.utils._pytree import tree_map_only
 
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 if knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted, not compiled", allow_module_level=True)
@@ -35,9 +31,11 @@ from spectral_ops import triton_kernels  # noqa: E402
 from spectral_ops._library import OPERATORS  # noqa: E402
 from spectral_ops.bench.samples import arguments  # noqa: E402
 from spectral_ops.triton_kernels import common, launcher  # noqa: E402
+from spectral_ops.triton_kernels.aot import Launch, compiling, recorded  # noqa: E402
+from spectral_ops.triton_kernels.aot import compiled as compile_launch  # noqa: E402
+from spectral_ops.triton_kernels.aot import key as launch_key  # noqa: E402
 
 ARCHS = (80, 90, 100)
-PROCESSORS = {80: 108, 90: 132, 100: 148}
 SHARED = {80: 99, 90: 227, 100: 227}  # KiB; sm_80's table also serves 8.6, 8.9 and 12.x, which have 99
 REGISTERS = 255
 NAMES = [name for name, operator in OPERATORS.items() if triton_kernels.has(operator.stem, name)]
@@ -198,20 +196,6 @@ def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> 
     return cases
 
 
-@contextlib.contextmanager
-def recorded(arch: int) -> Iterator[list]:
-    """Launches become (kernel, grid, args, kwargs) in a list; launchers see a device of this architecture."""
-    launches: list = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", lambda self, *a, grid, warmup, **k: launches.append((self, grid, a, k)))
-        for module in MODULES:
-            for name, value in (("processors", PROCESSORS[arch]), ("arch", arch)):
-                if hasattr(module, name):
-                    patch.setattr(module, name, lambda x, value=value: value)
-        patch.setattr(common, "arch", lambda x: arch)
-        yield launches
-
-
 @dataclass
 class Build:
     """What one compiled kernel needs."""
@@ -259,17 +243,12 @@ def cuobjdump(cubin: bytes, option: str) -> str:
     return done.stdout + done.stderr
 
 
-def build(arch: int, kernel: JITFunction, grid: tuple, args: tuple, kwargs: dict) -> Build:
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        *args, **kwargs, debug=False
-    )
-    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    key = (kernel.__name__, arch, str(signature), str(constexprs), str(attrs), str(options))
-    if key not in _builds:
-        source = ASTSource(kernel, signature, constexprs, attrs)
-        compiled = triton.compile(source, target=target, options=options.__dict__)
+def build(arch: int, kernel: object, grid: tuple, args: tuple, kwargs: dict) -> Build:
+    launch = Launch(kernel, grid, args, kwargs)
+    with compiling(arch):
+        key = arch, *launch_key(launch)
+        compiled = None if key in _builds else compile_launch(launch)
+    if compiled:
         ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
         report = cuobjdump(cubin, "-res-usage")
         found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
