@@ -181,7 +181,12 @@ def write(folder: Path, options: argparse.Namespace, work: Path) -> str:
     wanted = wants_torch(options.wheel).specifier
     runs_on = target(wheels)
     sizes = [i.file_size for w in wheels for i in zipfile.ZipFile(w).infolist()]
-    facts = {"wheel": options.wheel.name, "torch": str(wanted), "with_torch": bool(heavy), "installed_bytes": sum(sizes)}
+    facts = {
+        "wheel": options.wheel.name,
+        "torch": str(wanted),
+        "with_torch": bool(heavy),
+        "installed_bytes": sum(sizes),
+    }
     (folder / "bundle.json").write_text(json.dumps({**facts, **runs_on}, indent=1) + "\n")
     text = README.format(
         version=told["Version"],
@@ -215,9 +220,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the folder to write; by default dist/ and the bundle's own name")
     parser.add_argument("--extras", nargs="+", default=[], metavar="NAME", help="such as peft")
     parser.add_argument("--with-torch", metavar="SPEC", help="bring this torch too, such as torch==2.13.0")
-    parser.add_argument("--torch", metavar="VERSION", help="the cluster's, to choose the extras' versions by; the least")
+    parser.add_argument(
+        "--torch", metavar="VERSION", help="the cluster's, to choose the extras' versions by; the least"
+    )
     parser.add_argument("--constraint", type=Path, metavar="FILE", help="versions to choose, as pip's --constraint")
-    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="an interpreter of the target's version")
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="PATH", help="an interpreter of the target's version"
+    )
     parser.add_argument("--platform", metavar="TAG", help="the target's, such as manylinux_2_28_x86_64")
     options = parser.parse_args(argv)
     least = min(s.version for s in wants_torch(options.wheel).specifier if s.operator == ">=")

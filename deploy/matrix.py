@@ -180,7 +180,7 @@ def render(results: dict) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"{table}\n\n`{meta['wheel']}`, SHA-256 `{meta['sha256'][:16]}…`, {meta['date']}, `{meta['command']}`.\n"
-        "Training: the greatest difference of a loss between the kernels and the reference, relative, over four steps."
+        "Training: the greatest difference of a loss between the kernels and the reference, relative, over three steps."
     )
 
 
@@ -241,7 +241,12 @@ def main(argv: list[str] | None = None) -> int:
     requirement = wants_torch(options.wheel)
     digest = hashlib.sha256(options.wheel.read_bytes()).hexdigest()
     command = f"python -m deploy.matrix dist/{options.wheel.name}"
-    meta = {"wheel": options.wheel.name, "sha256": digest, "bytes": options.wheel.stat().st_size, "wants": str(requirement)}
+    meta = {
+        "wheel": options.wheel.name,
+        "sha256": digest,
+        "bytes": options.wheel.stat().st_size,
+        "wants": str(requirement),
+    }
     results = {"meta": meta, "rows": []}
     with contextlib.suppress(SystemExit):  # there may be no results yet
         if (old := read(options.results))["meta"]["sha256"] == digest:

@@ -2,7 +2,7 @@
 
 `deploy/matrix.py` runs it in each environment. It needs torch and spectral_ops alone:
 
-    python -I deploy/train_step.py [--methods lora dora] [--dtypes float32] [--steps 4] [--json]
+    python -I deploy/train_step.py [--methods lora dora] [--dtypes float32] [--steps 3] [--json]
 
 Each method is attached to a small model of random weights and trained for a few steps of AdamW, once with what the
 package chooses and once with its reference. The losses of both must agree within ``BOUNDS`` and must have moved. Exit
@@ -101,7 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     options = parser.parse_args()
     torch.set_num_threads(1)
