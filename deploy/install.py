@@ -76,7 +76,7 @@ def check_torch(bundle: dict) -> str | None:
 
 
 def install(requirements: str) -> None:
-    """Exactly what the file lists, with its hashes; settings of the user or the machine that add an index do not count."""
+    """Exactly what the file lists, with its hashes; no setting of the user or the machine adds an index."""
     env = {**os.environ, "PIP_CONFIG_FILE": os.devnull}
     command = [sys.executable, "-m", "pip", "--isolated", "install", *NETWORKLESS, "--require-hashes"]
     command += ["--break-system-packages"] * bool(os.environ.get("PIP_BREAK_SYSTEM_PACKAGES"))
