@@ -26,6 +26,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -132,7 +133,8 @@ def trained(there: Environment, folder: Path, row: dict, compiled: list[str]) ->
             row["red"].append(f"{name}: {each['error']}")
     worst = {}
     for r in found["rows"]:
-        worst[r["dtype"]] = max(worst.get(r["dtype"], 0.0), r.get("difference", float("nan")))
+        apart = math.inf if r["failed"] else r["difference"]
+        worst[r["dtype"]] = max(worst.get(r["dtype"], 0.0), apart)
     return {
         "cuda": found["cuda"],
         "extensions": states,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 
 import torch
 from torch import nn
@@ -86,7 +87,8 @@ def compare(name: str, dtype: str, steps: int) -> dict:
     except Exception as error:  # one method that fails must not hide the others
         return {**row, "failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     ours, reference = row["chosen"], row["reference"]
-    row["difference"] = max(abs(a - b) / abs(b) for a, b in zip(ours, reference, strict=True))
+    apart = [abs(a - b) / abs(b) for a, b in zip(ours, reference, strict=True)]
+    row["difference"] = max(apart) if all(map(math.isfinite, apart)) else math.nan  # max would skip a NaN
     if not row["difference"] <= BOUNDS[dtype]:
         row["failed"] = f"loss is {row['difference']:.1e} from the reference's, wanted at most {BOUNDS[dtype]:g}"
     elif ours[-1] == ours[0]:
