@@ -128,19 +128,26 @@ def trained(there: Environment, folder: Path, row: dict, compiled: list[str]) ->
     row["red"] += [f"training: {r['method']}, {r['dtype']}: {r['failed']}" for r in found["rows"] if r["failed"]]
     states = {name: each for name, each in found["extensions"].items() if name in compiled}
     for name, each in states.items():
-        needed = row["supported"] and not (name == "_C_cuda" and found["cuda"] is None)
-        if needed and each["error"]:
+        if each["error"] and row["supported"] and not no_match(name, each["error"], found["cuda"]):
             row["red"].append(f"{name}: {each['error']}")
     worst = {}
     for r in found["rows"]:
         apart = math.inf if r["failed"] else r["difference"]
         worst[r["dtype"]] = max(worst.get(r["dtype"], 0.0), apart)
     return {
+        "torch": found["torch"],
         "cuda": found["cuda"],
         "extensions": states,
         "methods": len({r["method"] for r in found["rows"]}),
         "difference": worst,
     }
+
+
+def no_match(name: str, error: str, cuda: str | None) -> str | None:
+    """Why an extension is rightly refused: its CUDA kernels need a torch of CUDA's same major version."""
+    if name == "_C_cuda" and cuda is None:
+        return "torch has no CUDA"
+    return "of another CUDA" if name == "_C_cuda" and "was built for CUDA" in error else None
 
 
 # --- the table ---
@@ -156,7 +163,7 @@ def state(row: dict, name: str) -> str:
         return "–"
     if not each["error"]:
         return f"{each['operators']} operators"
-    return "needs a CUDA torch" if name == "_C_cuda" and row["supported"] and row["cuda"] is None else "refused"
+    return (row["supported"] and no_match(name, each["error"], row["cuda"])) or "refused"
 
 
 def render(results: dict) -> str:

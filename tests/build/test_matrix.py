@@ -107,10 +107,16 @@ def test_an_old_torch_gets_the_wheel_alone_and_needs_no_kernels(told, wheel):
     assert matrix.state(row, "_C") == "refused"
 
 
-def test_a_torch_without_cuda_needs_no_cuda_kernels(told, wheel):
+def test_a_torch_of_no_or_another_cuda_needs_no_cuda_kernels(told, wheel):
     told.torch, told.cuda, told.errors = "2.13.0+cpu", None, {"_C": None, "_C_cuda": "no CUDA"}
     row = matrix.cell(wheel, "python3.11", "2.13.0+cpu")
-    assert row["red"] == [] and matrix.state(row, "_C_cuda") == "needs a CUDA torch"
+    assert row["red"] == [] and matrix.state(row, "_C_cuda") == "torch has no CUDA"
+    told.cuda, told.errors = (
+        "12.8",
+        {"_C": None, "_C_cuda": "_C_cuda was built for CUDA 13.0, torch 2.10 is for CUDA 12.8"},
+    )
+    row = matrix.cell(wheel, "python3.11", "2.10.0")
+    assert row["red"] == [] and matrix.state(row, "_C_cuda") == "of another CUDA"
 
 
 def test_results_are_renewed_row_by_row_and_end_red(told, wheel, tmp_path, capsys):
