@@ -147,6 +147,11 @@ def target(wheels: list[Path]) -> dict:
     return {"python": python, "machine": machine, "glibc": glibc}
 
 
+def unpacked(wheels: list[Path]) -> int:
+    """The bytes of what is in them."""
+    return sum(info.file_size for wheel in wheels for info in zipfile.ZipFile(wheel).infolist())
+
+
 def bundle_name(version: str, runs_on: dict, wheel: Path) -> str:
     tag = sorted(parse_wheel_filename(wheel.name)[3], key=str)[0]
     python = f"cp{runs_on['python'].replace('.', '')}" if runs_on["python"] else tag.interpreter
@@ -177,16 +182,11 @@ def write(folder: Path, options: argparse.Namespace, work: Path) -> str:
     write_requirements(folder / "requirements.txt", plain)
     if heavy:
         write_requirements(folder / "requirements-torch.txt", heavy)
-    told, wheels = metadata(options.wheel), [*plain, *heavy]
+    told = metadata(options.wheel)
     wanted = wants_torch(options.wheel).specifier
-    runs_on = target(wheels)
-    sizes = [i.file_size for w in wheels for i in zipfile.ZipFile(w).infolist()]
-    facts = {
-        "wheel": options.wheel.name,
-        "torch": str(wanted),
-        "with_torch": bool(heavy),
-        "installed_bytes": sum(sizes),
-    }
+    runs_on = target([*plain, *heavy])
+    sizes = {"bytes": unpacked(plain), "torch_bytes": unpacked(heavy)}
+    facts = {"wheel": options.wheel.name, "torch": str(wanted), **sizes}
     (folder / "bundle.json").write_text(json.dumps({**facts, **runs_on}, indent=1) + "\n")
     text = README.format(
         version=told["Version"],

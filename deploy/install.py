@@ -56,9 +56,12 @@ def check_environment(bundle: dict) -> None:
     if not os.access(site, os.W_OK):
         make = f"{sys.executable} -m venv --system-site-packages ENV"
         raise fail(f"{site}: no permission to write, wanted an environment of your own; run: {make}")
-    free = shutil.disk_usage(site).free
-    if free < bundle["installed_bytes"]:
-        raise fail(f"{site}: {free >> 20} MiB free, wanted {bundle['installed_bytes'] >> 20} MiB")
+    free, wanted = (
+        shutil.disk_usage(site).free,
+        bundle["bytes"] + (bundle["torch_bytes"] if torch_version() is None else 0),
+    )
+    if free < wanted:
+        raise fail(f"{site}: {free >> 20} MiB free, wanted {wanted >> 20} MiB")
 
 
 def check_torch(bundle: dict) -> str | None:
@@ -67,7 +70,7 @@ def check_torch(bundle: dict) -> str | None:
 
     found = torch_version()
     if found is None:
-        if not bundle["with_torch"]:
+        if not bundle["torch_bytes"]:
             raise fail(f"{sys.executable}: has no torch, wanted torch{bundle['torch']}; install your cluster's first")
     elif not SpecifierSet(bundle["torch"]).contains(found, prereleases=True):
         alone = f"{sys.executable} -m pip install --no-index --no-deps {HERE / bundle['wheel']}"

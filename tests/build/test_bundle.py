@@ -212,7 +212,7 @@ def test_an_environment_that_lacks_something_is_refused(made, pip, tmp_path):
     )
 
 
-FACTS = {"python": None, "machine": None, "glibc": None, "installed_bytes": 1}
+FACTS = {"python": None, "machine": None, "glibc": None, "bytes": 1, "torch_bytes": 0}
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_another_interpreter_or_system_is_refused(facts, message):
 
 def test_no_permission_and_no_room_are_refused(monkeypatch):
     with pytest.raises(SystemExit, match=r"MiB free, wanted \d{5,} MiB"):
-        install.check_environment({**FACTS, "installed_bytes": 2**62})
+        install.check_environment({**FACTS, "bytes": 2**62})
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(SystemExit, match="no permission to write, wanted an environment of your own; run: .* -m venv"):
         install.check_environment(FACTS)
@@ -278,7 +278,7 @@ def test_extras_and_torch_come_in_files_of_their_own(tmp_path, monkeypatch):
     assert pins["requirements.txt"] == ["shared==3.0", "spectral-ops==1.2", "tuner==1.5"]
     assert pins["requirements-torch.txt"] == ["mathematics==0.1", "torch==2.13.0"]
     facts = json.loads((out / "bundle.json").read_text())
-    assert facts["with_torch"] and facts["torch"] == ">=2.10.dev0" and facts["python"] is None
+    assert facts["torch_bytes"] and facts["torch"] == ">=2.10.dev0" and facts["python"] is None
     listed = [line.split("  ")[1] for line in (out / "SHA256SUMS").read_text().splitlines()]
     assert listed == sorted(path.name for path in out.iterdir() if path.name != "SHA256SUMS")
 
