@@ -128,6 +128,7 @@ def trained(there: Environment, folder: Path, row: dict, compiled: list[str]) ->
     row["red"] += [f"training: {r['method']}, {r['dtype']}: {r['failed']}" for r in found["rows"] if r["failed"]]
     states = {name: each for name, each in found["extensions"].items() if name in compiled}
     for name, each in states.items():
+        each["error"] = each["error"] and each["error"].replace(f"{folder}/", "")
         if each["error"] and row["supported"] and not no_match(name, each["error"], found["cuda"]):
             row["red"].append(f"{name}: {each['error']}")
     worst = {}
@@ -135,7 +136,6 @@ def trained(there: Environment, folder: Path, row: dict, compiled: list[str]) ->
         apart = math.inf if r["failed"] else r["difference"]
         worst[r["dtype"]] = max(worst.get(r["dtype"], 0.0), apart)
     return {
-        "torch": found["torch"],
         "cuda": found["cuda"],
         "extensions": states,
         "methods": len({r["method"] for r in found["rows"]}),
@@ -174,9 +174,10 @@ def render(results: dict) -> str:
         worst = row.get("difference", {})
         apart = ", ".join(f"{worst[dtype]:.0e}" for dtype in ("float32", "bfloat16") if dtype in worst)
         good = "ok" if row.get("supported") else "ok, on the reference"
+        build = f", CUDA {row['cuda']}" if row.get("cuda") and "+" not in row["torch"] else ""
         lines.append(
             [
-                row["torch"],
+                row["torch"] + build,
                 row["python"],
                 state(row, "_C"),
                 state(row, "_C_cuda"),
@@ -187,8 +188,14 @@ def render(results: dict) -> str:
         )
     meta = results["meta"]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    refused = "".join(
+        f"torch {row['torch']}: {row['extensions']['_C']['error']}.\n"
+        for row in results["rows"]
+        if "_C" in row.get("extensions", {}) and not row["supported"]
+    )
     return (
-        f"{table}\n\n`{meta['wheel']}`, SHA-256 `{meta['sha256'][:16]}…`, {meta['date']}, `{meta['command']}`.\n"
+        f"{table}\n\n{refused}`{meta['wheel']}`, SHA-256 `{meta['sha256'][:16]}…`, {meta['date']},"
+        f" `{meta['command']}`.\n"
         "Training: the greatest difference of a loss between the kernels and the reference, relative, over three steps."
     )
 

@@ -137,6 +137,10 @@ def test_results_are_renewed_row_by_row_and_end_red(told, wheel, tmp_path, capsy
     lines = page.read_text().splitlines()
     assert lines[:2] == ["before", matrix.MARKER] and lines[-2:] == ["<!-- end -->", "after"]
     assert {line.count("|") for line in lines if line.startswith("|")} == {8}
+    assert (
+        "torch 2.9.1: old." in lines
+        and "| 2.14.1+cu130 | 3.12.1 | 57 operators | 57 operators | ok |" in page.read_text()
+    )
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("other", "")
     told.check = 0
