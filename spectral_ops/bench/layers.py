@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectral_ops.bench import judge, results
@@ -147,6 +146,8 @@ def measure_overhead(method: str, device: str, *, seconds: float = 0.2, peers: b
 
     nn.Linear frozen, ours and with ``peers`` PEFT's, by torch.utils.benchmark for ``seconds`` each.
     """
+    from torch.utils.benchmark import Timer  # in torch 2.10 it imports setuptools, which torch need not bring
+
     weight = torch.randn(SMALL, SMALL, device=device) * SMALL**-0.5
     linear = torch.nn.Linear(SMALL, SMALL, bias=False, device=device).requires_grad_(False)
     subject = Subject(method, weight, METHODS[method])

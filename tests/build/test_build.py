@@ -135,7 +135,7 @@ def test_wheel_contents(wheel):
     metadata = (wheel.parent / f"installed/spectral_ops-{version}.dist-info/METADATA").read_text()
     for line in (f"Version: {version}", "License-Expression: Apache-2.0", "Requires-Python: >=3.10"):
         assert line in metadata
-    assert "Requires-Dist: torch>=2.10\n" in metadata
+    assert "Requires-Dist: torch>=2.10.dev0\n" in metadata
     scripts = (wheel.parent / f"installed/spectral_ops-{version}.dist-info/entry_points.txt").read_text()
     assert "spectral-ops = spectral_ops.cli:main" in scripts
 
