@@ -1,4 +1,4 @@
-# make demo | methods | rlhf | test | peft | trainers | build | bench | lint | gpu | gpu-dry | wheel | sanitize | clean
+# make demo | methods | rlhf | test | peft | trainers | build | bench | lint | gpu | gpu-dry | wheel | audit | bundle | matrix | sanitize | clean
 # The first run makes .venv and installs what requirements/ pins; later runs start in seconds.
 
 PYTHON ?= python3
@@ -14,6 +14,10 @@ SECTIONS ?=
 CUDA   ?=
 PURE   ?=
 DEBUG  ?=
+TARGET ?=
+WHEEL  ?= dist/*.whl
+PYTHONS ?=
+TORCHES ?=
 TRAINERS ?= axolotl swift llamafactory
 VERSION ?= $(OLDEST_PEFT)
 
@@ -30,7 +34,7 @@ PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no
 ONCE := -m "not slow" $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
 with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=tests/peft
 
-.PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel sanitize clean
+.PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel audit bundle matrix sanitize clean
 
 demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa|experts STEPS=n DTYPE=float32|bf16
 	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
@@ -72,8 +76,17 @@ gpu: ## SECTIONS="truth|figures|test bench" LIMIT=seconds OUT=folder; with an NV
 gpu-dry: $(VENV)/.built ## the same script as far as it goes without a chip
 	PYTHON=$(PY) SECTIONS="$(SECTIONS)" DRY=1 bash benchmarks/gpu.sh
 
-wheel: $(VENV)/.built ## CUDA=12|13|none (a version with a local tag) PURE=1 DEBUG=1 (symbols beside it): builds, repairs and audits one into dist/
-	$(PY) -m deploy.wheel build $(if $(CUDA),--cuda $(CUDA)) $(if $(PURE),--pure) $(if $(DEBUG),--debug-files)
+wheel: $(VENV)/.built ## CUDA=12|13|none (a version with a local tag) PURE=1 TARGET=aarch64 DEBUG=1 (symbols beside it): builds, repairs and audits one into dist/
+	$(PY) -m deploy.wheel build $(if $(CUDA),--cuda $(CUDA)) $(if $(PURE),--pure) $(if $(TARGET),--target $(TARGET)) $(if $(DEBUG),--debug-files)
+
+audit: $(VENV)/.installed ## WHEEL=file: what is in a wheel, and whether it is as docs/clusters.md says
+	$(PY) -m deploy.wheel audit $(WHEEL)
+
+bundle: $(VENV)/.built ## WHEEL=file ARGS="--extras peft --with-torch torch==2.13.0": it and what it needs, to install without a network
+	$(PY) -m deploy.bundle $(WHEEL) $(ARGS)
+
+matrix: $(VENV)/.built ## WHEEL=file PYTHONS="python3.10 python3.13" TORCHES="2.10.0 2.14.1": it in fresh environments
+	$(PY) -m deploy.matrix $(WHEEL) $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TORCHES),--torch $(TORCHES)) $(ARGS)
 
 sanitize: $(VENV)/.built ## every CPU operator on every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer
 	SPECTRAL_OPS_SANITIZE=address,undefined SPECTRAL_OPS_SKIP_CUDA_BUILD=1 $(PY) setup.py build_ext --build-lib build/sanitize
