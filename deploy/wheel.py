@@ -322,8 +322,9 @@ def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT, t
     return repaired
 
 
-def reproduce(cuda: str, pure: bool) -> int:
-    """Build a clean copy of this commit in two folders of different length; 0 where both wheels are the same bytes."""
+def reproduce(cuda: str, pure: bool, folder: Path) -> int:
+    """Build a clean copy of this commit in two folders of different length; where both wheels are the same bytes, it is
+    put into ``folder`` and 0 returned."""
     digests = []
     with tempfile.TemporaryDirectory() as made:
         for name in ("a", "another-folder"):
@@ -332,7 +333,10 @@ def reproduce(cuda: str, pure: bool) -> int:
             wheel = build(cuda, pure, False, Path(made) / f"dist-{name}", root)
             digests.append(hashlib.sha256(wheel.read_bytes()).hexdigest())
             print(f"{digests[-1]}  {wheel.name}  in a folder of {len(str(root))} letters", flush=True)
-    same = digests[0] == digests[1]
+        same = digests[0] == digests[1]
+        if same:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(wheel, folder)
     print("the same bytes" if same else "they differ")
     return 0 if same else 1
 
@@ -487,10 +491,10 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name)
         command.add_argument("--cuda", default="", choices=("", "none", "12", "13"), help="a version with a local tag")
         command.add_argument("--pure", action="store_true", help="the reference and Triton, for every platform")
+        command.add_argument("--dest", type=Path, default=ROOT / "dist")
         if name == "build":
             command.add_argument("--target", default="", choices=("aarch64",), help="CPU kernels for another processor")
             command.add_argument("--debug-files", action="store_true", help="symbols for debuggers beside the wheel")
-            command.add_argument("--dest", type=Path, default=ROOT / "dist")
     command = commands.add_parser("repair")
     command.add_argument("wheel", type=Path)
     command.add_argument("dest", type=Path)
@@ -498,7 +502,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("wheels", type=Path, nargs="+")
     arguments = parser.parse_args(argv)
     if arguments.command == "reproduce":
-        return reproduce(arguments.cuda, arguments.pure)
+        return reproduce(arguments.cuda, arguments.pure, arguments.dest)
     if arguments.command == "repair":
         print(repair(arguments.wheel, arguments.dest))
         return 0
