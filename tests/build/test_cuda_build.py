@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from sources import copy_of_sources
 
 from benchmarks.estimates import cases, lowrank, sass, table
 from benchmarks.estimates.launches import Launch
 from benchmarks.estimates.model import estimate
+from deploy import wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -130,6 +132,41 @@ def test_extension_loads(nvcc_build, python):
         pytest.skip(f"{python} names no Python whose torch has CUDA")
     registered, operators = run(interpreter, "-c", LOAD, nvcc_build / "_C_cuda.abi3.so", stub).split()
     assert registered == operators and int(operators) >= 37
+
+
+def test_a_wheel_with_it_passes_its_audit(nvcc_build, tmp_path):
+    """The tag manylinux_2_28 although this machine's glibc may be newer, compressed images, nothing of this machine."""
+    for module in ("auditwheel", "abi3audit"):
+        pytest.importorskip(module, reason="pip install -r requirements/wheel.txt")
+    made = wheel.build("none", False, False, tmp_path / "cpu")
+    files = wheel.unpack(made)
+    files["spectral_ops/_C_cuda.abi3.so"] = (nvcc_build / "_C_cuda.abi3.so").read_bytes()
+    wheel.pack(files, tmp_path / made.name)
+    repaired = wheel.repair(tmp_path / made.name, tmp_path / "repaired")
+    result = wheel.audit(repaired)
+    assert not result.faults, result.faults
+    assert "-manylinux_2_28_" in repaired.name
+    stated = "\n".join(wheel.metadata(wheel.unpack(repaired)).get_all("Supported-Platform"))
+    assert re.search(rf"CUDA [\d.]+, driver >= \d+, architectures {' '.join(ARCHS)}$", stated)
+    bill = wheel.unpack(repaired)[next(n for n in wheel.unpack(repaired) if n.endswith(".cdx.json"))].decode()
+    assert "cudart_static" in bill and "NVIDIA CUDA Toolkit EULA" in bill
+
+
+@pytest.mark.skipif(tool("strip") is None, reason="needs strip (binutils)")
+def test_the_code_is_the_same_from_another_folder(nvcc_build, tmp_path):
+    """nvcc would put a hash of the whole path into names. The name of its temporary file is stripped."""
+    name = "cuda/csr_scatter_gather.o"
+    root = copy_of_sources(tmp_path / "a folder of another length")
+    there = root / "build"
+    settings = ["-DSPECTRAL_OPS_CUDA=ON", f"-DSPECTRAL_OPS_CUDA_ARCHS={' '.join(ARCHS)}"]
+    settings += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    run(tool("cmake"), "-G", "Ninja", "-S", root, "-B", there, *settings)
+    run(tool("ninja"), "-C", there, name)
+    stripped = []
+    for folder in (nvcc_build, there):
+        stripped.append(tmp_path / f"{len(stripped)}.o")
+        run(tool("strip"), "--strip-unneeded", folder / name, "-o", stripped[-1])
+    assert stripped[0].read_bytes() == stripped[1].read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -6,36 +6,22 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from sources import copy_of_sources
 
 from deploy import wheel as tool
 from spectral_ops import _loader, _version
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("CMakeLists.txt", "LICENSE", "NOTICE", "README.md", "pyproject.toml", "setup.py", "csrc", "spectral_ops")
-COPIED += ("triton_kernels",)
 
 for module in ("auditwheel", "abi3audit", "pip", "setuptools"):
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed: pip install -r requirements/wheel.txt", allow_module_level=True)
-
-
-def sources(target: Path) -> Path:
-    """A copy of what is built, without what was built."""
-    target.mkdir(parents=True)
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            hidden = shutil.ignore_patterns("*.so", "__pycache__", "*.partial")
-            shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=hidden)
-        else:
-            shutil.copy(ROOT / name, target / name)
-    return target
 
 
 def git(folder: Path, *words: str) -> str:
@@ -145,7 +131,7 @@ def test_version_of_a_build(tmp_path, monkeypatch):
     for name in ("SPECTRAL_OPS_LOCAL_VERSION", "GIT_DIR", "GIT_WORK_TREE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SPECTRAL_OPS_SKIP_BUILD", "1")
-    root = sources(tmp_path / "copy")
+    root = copy_of_sources(tmp_path / "copy")
 
     def version(**env) -> str:
         command = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "--version"]
@@ -202,7 +188,7 @@ def test_objects_are_the_same_from_another_folder(tmp_path):
     missing = [name for name in names if not (here / name).exists()]
     if missing or not (cmake := tool.tool("cmake")) or not (ninja := tool.tool("ninja")):
         pytest.skip(f"no build folder with {missing} beside this checkout, or no cmake and ninja")
-    root = sources(tmp_path / "a folder of another length")
+    root = copy_of_sources(tmp_path / "a folder of another length")
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DSPECTRAL_OPS_TORCH_DIR={Path(torch.__file__).parent}"]
     options += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     there = root / "build/elsewhere"
@@ -215,7 +201,9 @@ def test_objects_are_the_same_from_another_folder(tmp_path):
 @pytest.mark.slow
 def test_pure_wheels_are_the_same_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    wheels = [tool.build("", True, False, tmp_path / name, sources(tmp_path / "s" / name)) for name in ("a", "b/c/d")]
+    wheels = [
+        tool.build("", True, False, tmp_path / name, copy_of_sources(tmp_path / "s" / name)) for name in ("a", "b/c/d")
+    ]
     assert wheels[0].name == wheels[1].name == f"spectral_ops-{_version.RELEASE}.dev0-py3-none-any.whl"
     assert wheels[0].read_bytes() == wheels[1].read_bytes()
     assert not tool.audit(wheels[0]).faults
