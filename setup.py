@@ -35,10 +35,13 @@ def version() -> tuple[str, str | None]:
         return re.search(r"^Version: (.+)$", (ROOT / "PKG-INFO").read_text(), re.M)[1], None
     release = re.search(r'^RELEASE = "(.+)"', (ROOT / "spectral_ops/_version.py").read_text(), re.M)[1]
     local = [os.environ[name] for name in ["SPECTRAL_OPS_LOCAL_VERSION"] if os.environ.get(name)]
+    if local and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", local[0]):
+        raise SystemExit(f"spectral_ops: SPECTRAL_OPS_LOCAL_VERSION: got {local[0]!r}, wanted such as cu130")
     commit = None
     if (ROOT / ".git").exists() and shutil.which("git"):
-        ask = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
-        commit = ask("rev-parse", "HEAD") or None
+        git = ["git", "--git-dir", ROOT / ".git", "--work-tree", ROOT]  # whoever owns it, and whatever GIT_DIR says
+        ask = lambda *words: subprocess.run([*git, *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()  # noqa: E731
+        commit = ask("rev-parse", "--verify", "--quiet", "HEAD") or None
         changed = ["dirty"] * bool(ask("status", "--porcelain", "--untracked-files=no"))
         if f"v{release}" in ask("tag", "--points-at", "HEAD").split() and not changed:
             return "+".join([release, *local]), commit

@@ -128,8 +128,7 @@ def test_a_toolkit_that_is_not_there_is_named(monkeypatch, tmp_path):
 
 def test_version_of_a_build(tmp_path, monkeypatch):
     """A tag gives a release; else the commit is in it; changes are not hidden; an archive keeps what it was made as."""
-    for name in ("SPECTRAL_OPS_LOCAL_VERSION", "GIT_DIR", "GIT_WORK_TREE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SPECTRAL_OPS_LOCAL_VERSION", raising=False)
     monkeypatch.setenv("SPECTRAL_OPS_SKIP_BUILD", "1")
     root = copy_of_sources(tmp_path / "copy")
 
@@ -140,13 +139,21 @@ def test_version_of_a_build(tmp_path, monkeypatch):
         ).stdout.split()[-1]
 
     release = _version.RELEASE
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "commit", "--quiet", "--allow-empty", "--message", "of another project, which the archive lies in")
     assert version() == f"{release}.dev0"
     git(root, "init", "--quiet")
+    assert version() == f"{release}.dev0"  # no commit yet
     git(root, "add", "LICENSE")
     git(root, "commit", "--quiet", "--message", "x")
     commit = git(root, "rev-parse", "HEAD")
     assert version() == f"{release}.dev0+g{commit[:7]}"
     assert version(SPECTRAL_OPS_LOCAL_VERSION="cu130") == f"{release}.dev0+cu130.g{commit[:7]}"
+    assert version(GIT_DIR=str(tmp_path / ".git")) == f"{release}.dev0+g{commit[:7]}"  # as in a hook of git's
+    assert version(GIT_TEST_ASSUME_DIFFERENT_OWNER="1") == f"{release}.dev0+g{commit[:7]}"
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        version(SPECTRAL_OPS_LOCAL_VERSION="CU 13")
+    assert "SPECTRAL_OPS_LOCAL_VERSION: got 'CU 13', wanted such as cu130\n" in refused.value.stderr
     git(root, "tag", f"v{release}")
     assert version() == release
     assert version(SPECTRAL_OPS_LOCAL_VERSION="cu130") == f"{release}+cu130"
