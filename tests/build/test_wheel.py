@@ -182,6 +182,33 @@ def test_commit_of_a_checkout(tmp_path):
     assert _version._head(root / ".git") == second
 
 
+# --- what is newer than the tag promises ---
+
+USES = """
+#include <sstream>
+#include <vector>
+extern "C" __attribute__((visibility("default"))) int f(int n) {
+  std::ostringstream text;
+  text << n;
+  return text.str().size() + std::vector<int>(n)[0];
+}
+"""
+
+
+@pytest.mark.parametrize("option", ["", "-static-libstdc++"])
+def test_what_stands_in_for_a_newer_libstdcpp_links(option, tmp_path):
+    """Also beside a static one, which has the same functions, as RHEL's newer compilers link it in part."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("g++ is not on PATH")
+    (tmp_path / "uses.cpp").write_text(USES)
+    sources = [tmp_path / "uses.cpp", ROOT / "csrc/manylinux.cpp"]
+    command = [compiler, "-O1", "-fPIC", "-shared", "-fvisibility=hidden", *filter(None, [option]), *sources]
+    done = subprocess.run([*command, "-o", tmp_path / "it.so"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needed = subprocess.run(["readelf", "-W", "--dyn-syms", tmp_path / "it.so"], capture_output=True, text=True).stdout
+    assert not re.search(r"UND .*(throw_bad_array_new_length|single_threaded)", needed)
+
+
 # --- the same bytes again ---
 
 
