@@ -27,6 +27,9 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from packaging.tags import parse_tag
+from packaging.utils import parse_wheel_filename
+
 from benchmarks.estimates.sass import disassembler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,9 +133,14 @@ def unpack(wheel: Path) -> dict[str, bytes]:
     """The files of a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-    except (OSError, zipfile.BadZipFile) as error:
+            files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+        for name in ("METADATA", "RECORD", "WHEEL"):
+            if sum(n.endswith(f".dist-info/{name}") for n in files) != 1:
+                raise ValueError(f"got no *.dist-info/{name}, or several")
+        parse_wheel_filename(wheel.name)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:  # InvalidWheelFilename is a ValueError
         raise Refused(f"{wheel}: {error}; wanted a wheel") from None
+    return files
 
 
 def metadata(files: dict[str, bytes]) -> email.message.Message:
@@ -367,6 +375,23 @@ def _record(files: dict[str, bytes], audit: Audit) -> None:
     )
 
 
+def _names(name: str, files: dict[str, bytes], audit: Audit) -> None:
+    """What the file's name says, against what is in it: an installer believes the one or the other."""
+    _, version, _, tags = parse_wheel_filename(name)
+    (inside,) = (data for n, data in files.items() if n.endswith(".dist-info/WHEEL"))
+    stated = {tag for line in email.message_from_bytes(inside).get_all("Tag", []) for tag in parse_tag(line)}
+    line = f"tags: {', '.join(sorted(map(str, tags)))}"
+    audit.hold(stated == tags, line, "the file WHEEL has other tags than the name")
+    told = {"METADATA": metadata(files)["Version"], "_built.json": built_as(files)}
+    other = [f"{where} {what}" for where, what in told.items() if what != str(version)]
+    audit.hold(not other, f"version: {version}", f"the name says version {version}, others: {', '.join(other)}")
+
+
+def built_as(files: dict[str, bytes]) -> str | None:
+    """The version that the package will say it is."""
+    return json.loads(files.get("spectral_ops/_built.json", b"{}")).get("version")
+
+
 def _contents(files: dict[str, bytes], audit: Audit) -> None:
     strange = [n for n in files if not re.search(r"\.(py|json|abi3\.so)$|\.dist-info/", n)]
     audit.hold(not strange, "contents: Python, JSON and extensions", f"holds also {strange[:3]}")
@@ -449,6 +474,7 @@ def audit(wheel: Path) -> Audit:
     size = wheel.stat().st_size / 1e6
     result.hold(size <= MEGABYTES, f"{wheel.name}: {size:.1f} MB, at most {MEGABYTES} wanted")
     _record(files, result)
+    _names(wheel.name, files, result)
     _contents(files, result)
     for line in fields.get_all("Supported-Platform", []):
         result.seen.append(f"metadata: {line}")
@@ -466,10 +492,9 @@ def audit(wheel: Path) -> Audit:
     outside = sorted(shown["external_libs"])
     strangers = [name for name in outside if not any(fnmatch.fnmatch(name, pattern) for pattern in EXCLUDED)]
     result.hold(not strangers, f"libraries from outside: {', '.join(outside)}", f"needs {', '.join(strangers)}")
-    claimed, real = (
-        tuple(map(int, re.findall(r"manylinux_(\d+)_(\d+)", t)[0])) for t in (wheel.name, shown["sym_tag"])
-    )
-    result.hold(claimed >= real, f"auditwheel: its symbols would allow {shown['sym_tag']}")
+    claimed, real = (re.search(r"manylinux_(\d+)_(\d+)", tag) for tag in (wheel.name, shown["sym_tag"]))
+    good = claimed and real and tuple(map(int, claimed.groups())) >= tuple(map(int, real.groups()))
+    result.hold(bool(good), f"auditwheel: its symbols would allow {shown['sym_tag']}")
     report = json.loads(run(sys.executable, "-m", "abi3audit", "--strict", "--report", wheel))
     (spec,) = report["specs"].values()
     bad = [e["name"] for e in spec["wheel"] if not e["result"]["is_abi3"] or e["result"]["non_abi3_symbols"]]

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -83,16 +84,19 @@ def test_each_fault_is_noticed(made, tmp_path, monkeypatch):
     files[fields] = files[fields].replace(b"glibc >= 2.", b"glibc >= 1.", 1)
     files[fields] = files[fields].replace(b"Requires-Dist: torch>=", b"Requires-Dist: numpy\nRequires-Dist: torch>=", 1)
     record = next(n for n in files if n.endswith("/RECORD"))
-    tool.pack(files, tmp_path / made.name)
-    wrong = tool.unpack(tmp_path / made.name)
+    bad = tmp_path / re.sub(r"manylinux_2_\d+", "linux", made.name)  # not repaired, as its name says
+    tool.pack(files, bad)
+    wrong = tool.unpack(bad)
     wrong[record] = wrong[record].replace(b"sha256=", b"sha256=x", 1)
+    wrong["spectral_ops/_built.json"] = b'{"version": "7", "commit": null}'
     monkeypatch.setattr(tool, "unpack", lambda wheel: wrong)
     monkeypatch.setattr(tool, "MEGABYTES", 1)
-    found = "\n".join(tool.audit(tmp_path / made.name).faults)
+    found = "\n".join(tool.audit(bad).faults)
     for fault in (
         "at most 1 wanted", "RECORD is wrong", "holds also ['spectral_ops/notes.txt']", "top level: other",
         "NOTICE: missing", "bill of materials has another", "needs more than torch", "metadata agrees",
         "needs libnowhere.so", "has a run path", "not so: stack not executable", "names ",
+        "tag: cp310-abi3-linux_", "auditwheel: its symbols", "WHEEL has other tags", "others: _built.json 7",
     ):  # fmt: skip
         assert fault in found, (fault, found)
 
@@ -100,8 +104,11 @@ def test_each_fault_is_noticed(made, tmp_path, monkeypatch):
 def test_a_strange_file_is_one_line(tmp_path):
     file = tmp_path / "spectral_ops-1-cp310-abi3-linux_x86_64.whl"
     file.write_bytes(b"not a zip")
+    empty = tmp_path / "spectral_ops-1-py3-none-any.whl"
+    zipfile.ZipFile(empty, "w").close()
     for call in (
         lambda: tool.audit(file),
+        lambda: tool.audit(empty),
         lambda: tool.repair(file, tmp_path / "out"),
         lambda: tool.audit(tmp_path / "no"),
     ):
