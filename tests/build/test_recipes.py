@@ -146,8 +146,9 @@ for _ in range(5):
     optimizer.zero_grad()
     losses.append(loss.item())
 cache, offline = os.listdir(os.environ["SPECTRAL_OPS_TRITON_CACHE"]), os.environ["HF_HUB_OFFLINE"]
+mode = oct(os.stat(os.path.dirname(os.environ["TRITON_CACHE_DIR"])).st_mode & 0o777)
 rank = f"rank {dist.get_rank()} of {dist.get_world_size()}"
-sys.stdout.write(f"{rank}: {losses[-1] < losses[0]}, {cache}, {offline}, {sys.argv[1:]}" + chr(10))  # one write
+sys.stdout.write(f"{rank}: {losses[-1] < losses[0]}, {cache}, {mode}, {offline}, {sys.argv[1:]}" + chr(10))  # one write
 dist.destroy_process_group()
 """
 
@@ -181,7 +182,7 @@ def test_slurm_script_trains_on_two_nodes(sbatch):
     done = sbatch("train.py", "--lr", "0.1")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert lines == [f"rank {rank} of 2: True, ['warmed'], 1, ['--lr', '0.1']" for rank in (0, 1)]
+    assert lines == [f"rank {rank} of 2: True, ['warmed'], 0o700, 1, ['--lr', '0.1']" for rank in (0, 1)]
 
 
 def test_slurm_script_fails_where_a_node_does(sbatch):
