@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,12 @@ def test_nothing_in_the_package_runs_what_a_file_says():
             found += unsafe(path.read_text(), str(path.relative_to(ROOT / folder)))
     (condition,) = found
     assert condition.startswith(CONDITIONS) and condition.endswith(": eval")
+
+
+def test_every_variable_that_the_package_reads_is_in_the_policy():
+    paths = [path for folder in ("spectral_ops", "triton_kernels") for path in (ROOT / folder).rglob("*.py")]
+    read = {name for path in paths for name in re.findall(r'"(SPECTRAL_OPS_[A-Z_]+)"', path.read_text())}
+    assert len(read) >= 5 and not {name for name in read if f"`{name}`" not in (ROOT / "SECURITY.md").read_text()}
 
 
 @pytest.mark.parametrize(
