@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,8 +195,12 @@ def _compile_all(jobs: int) -> list[Done]:
     numbers = range(len(_plan.work))
     if min(jobs, len(numbers)) == 1:
         return [_compile(i) for i in numbers]
-    with multiprocessing.get_context("fork").Pool(min(jobs, len(numbers))) as pool:
-        return list(pool.imap_unordered(_compile, numbers))
+    try:
+        with ProcessPoolExecutor(min(jobs, len(numbers)), multiprocessing.get_context("fork")) as pool:
+            return list(pool.map(_compile, numbers))
+    except BrokenProcessPool:  # multiprocessing.Pool would wait for it for ever
+        raise Refused("a process that compiled was killed, by want of memory perhaps; run it again with fewer --jobs."
+                      " Kernels that are there are whole") from None  # fmt: skip
 
 
 def _record(arguments: argparse.Namespace, compiled: frozenset[str]) -> tuple[list[Work], dict[tuple, float]]:

@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,17 @@ def test_a_full_disk(tmp_path, capsys, monkeypatch):
     assert "No space left on device" in line and line.count("\n") == 1
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == sorted([warmed.MANIFEST, *kept])
     assert all(warmed.files(tmp_path / "cache" / name) for name in kept)
+
+
+def test_a_process_that_is_killed(tmp_path, capsys, monkeypatch):
+    """As by a login node that is short of memory: one line, and nothing waits."""
+    here, compiled = os.getpid(), aot.compiled
+    kill = lambda launch: compiled(launch) if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    monkeypatch.setattr(aot, "compiled", kill)
+    assert warm(tmp_path / "cache", *ONE[:-1], "2") == 2
+    line = capsys.readouterr().err
+    assert "a process that compiled was killed" in line and "fewer --jobs" in line and line.count("\n") == 1
+    assert [path.name for path in (tmp_path / "cache").glob(".*")] == []
 
 
 def test_no_permission_to_write(tmp_path, capsys, monkeypatch):
