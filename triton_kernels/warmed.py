@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,10 +311,18 @@ def install(folder: Path, writing: bool = False) -> tuple[Use, Callable[[], None
     return use, functools.partial(set_to, *before)
 
 
-@functools.cache
+_activating = threading.Lock()  # functools.cache lets several threads in
+
+
 def activate() -> None:
     """Read kernels from the folder that ``SPECTRAL_OPS_TRITON_CACHE`` names, from now on, and log whether it fits; how
     many were found there is logged when the process ends."""
+    with _activating:
+        _activate()
+
+
+@functools.cache
+def _activate() -> None:
     folder = Path(os.environ[VARIABLE]).absolute()
     target = None
     if torch.cuda.is_available() and not torch.version.hip:

@@ -15,6 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -328,10 +330,19 @@ def test_a_cache_of_triton_s_own_that_cannot_be_written(folder, tmp_path, caplog
 
 
 def test_the_variable_names_no_folder(tmp_path, caplog, monkeypatch):
+    """One warning, also where several threads launch first."""
     monkeypatch.setenv(triton_kernels.VARIABLE, str(tmp_path / "nowhere"))
     monkeypatch.setattr(warmed, "install", lambda folder: (warmed.Use(folder), None))
     monkeypatch.setattr(warmed.atexit, "register", lambda call: None)
-    warmed.activate.__wrapped__()
+    real = warmed.describe
+    monkeypatch.setattr(warmed, "describe", lambda *given: time.sleep(0.1) or real(*given))
+    warmed._activate.cache_clear()
+    threads = [threading.Thread(target=warmed.activate) for _ in range(4)]
+    try:
+        for act in (threading.Thread.start, threading.Thread.join):
+            list(map(act, threads))
+    finally:
+        warmed._activate.cache_clear()
     line = "SPECTRAL_OPS_TRITON_CACHE: no kernel can come from there, so they are compiled at first use: "
     assert caplog.messages == [f"{line}{tmp_path / 'nowhere'}: no such folder"]
     assert not (tmp_path / "nowhere").exists()
