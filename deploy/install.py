@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PYTHON = shlex.quote(sys.executable)  # in a command to copy
 NETWORKLESS = ("--no-index", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "--find-links", HERE)
 
 
@@ -47,14 +49,14 @@ def check_interpreter(bundle: dict) -> None:
 
 def check_environment(bundle: dict) -> None:
     if importlib.util.find_spec("pip") is None:
-        raise fail(f"{sys.executable}: has no pip, wanted one; run: {sys.executable} -m ensurepip")
+        raise fail(f"{sys.executable}: has no pip, wanted one; run: {PYTHON} -m ensurepip")
     site = Path(sysconfig.get_path("purelib"))
     managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     if sys.prefix == sys.base_prefix and managed.exists() and not os.environ.get("PIP_BREAK_SYSTEM_PACKAGES"):
-        make = f"{sys.executable} -m venv --system-site-packages ENV"
+        make = f"{PYTHON} -m venv --system-site-packages ENV"
         raise fail(f"{sys.executable}: belongs to the system, wanted an environment; run: {make}")
     if not os.access(site, os.W_OK):
-        make = f"{sys.executable} -m venv --system-site-packages ENV"
+        make = f"{PYTHON} -m venv --system-site-packages ENV"
         raise fail(f"{site}: no permission to write, wanted an environment of your own; run: {make}")
     free, wanted = (
         shutil.disk_usage(site).free,
@@ -73,7 +75,7 @@ def check_torch(bundle: dict) -> str | None:
         if not bundle["torch_bytes"]:
             raise fail(f"{sys.executable}: has no torch, wanted torch{bundle['torch']}; install your cluster's first")
     elif not SpecifierSet(bundle["torch"]).contains(found, prereleases=True):
-        alone = f"{sys.executable} -m pip install --no-index --no-deps {HERE / bundle['wheel']}"
+        alone = f"{PYTHON} -m pip install --no-index --no-deps {shlex.quote(str(HERE / bundle['wheel']))}"
         raise fail(f"torch is {found}, wanted {bundle['torch']}; for the reference and Triton alone run: {alone}")
     return found
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -198,14 +199,14 @@ def test_a_python_that_will_not_do_is_named(made, tmp_path):
 
 
 def test_an_environment_that_lacks_something_is_refused(made, pip, tmp_path):
-    bare = environment(tmp_path / "bare")
-    assert f"{bare}: has no pip, wanted one; run: {bare} -m ensurepip" in refused(made, bare)
+    bare = environment(tmp_path / "a bare one")
+    assert f"{bare}: has no pip, wanted one; run: '{bare}' -m ensurepip" in refused(made, bare)
     without = environment(tmp_path / "without", pip)
     assert f"{without}: has no torch, wanted torch>=2.10" in refused(made, without)
-    old = environment(tmp_path / "old", pip, torch_metadata(tmp_path / "torch", "2.9.1"))
+    old = environment(tmp_path / "an old one", pip, torch_metadata(tmp_path / "torch", "2.9.1"))
     assert "torch is 2.9.1, wanted >=2.10.dev0; for the reference and Triton alone run: " in refused(made, old)
     (command,) = re.findall("run: (.*)", refused(made, old))
-    call(*command.split())  # what it says can be done
+    call(*shlex.split(command))  # what it says can be done
     assert (
         call(old, "-c", "import importlib.metadata as m; print(m.version('spectral_ops'))", cwd=tmp_path).stdout
         == "1.2\n"
