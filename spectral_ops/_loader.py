@@ -22,6 +22,7 @@ MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of an ELF header
 CHECKOUT = (Path(__file__).parent.parent / "CMakeLists.txt").is_file()
 REINSTALL = "pip install --force-reinstall --no-deps"
 MEND = "run `make build`" if CHECKOUT else f"`{REINSTALL}` this machine's spectral_ops wheel, or the py3-none-any one"
+LACKING = "was not built (run `make build`)" if CHECKOUT else f"is not in this wheel (`{REINSTALL}` one that has it)"
 
 
 @dataclass
@@ -72,11 +73,11 @@ def _load(extension: Extension) -> str | None:
 
 def _unfit(name: str) -> str | None:
     """Why a module is not to be handed to dlopen; None where it may be."""
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        return f"{name} was not built ({MEND})"
     if name == "spectral_ops._C_cuda" and torch.version.cuda is None:
         return f"{name} is not loaded: torch {torch.__version__} has no CUDA"
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return f"{name} {LACKING}"
     least = ".".join(map(str, LEAST_TORCH))
     if tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups())) < LEAST_TORCH:
         return (

@@ -179,6 +179,9 @@ def test_cuda_kernels_are_not_loaded_beside_a_torch_without_cuda(monkeypatch):
     assert _loader._unfit("spectral_ops._C_cuda") == (
         f"spectral_ops._C_cuda is not loaded: torch {torch.__version__} has no CUDA"
     )
+    monkeypatch.setattr(_loader.importlib.util, "find_spec", lambda name: None)  # nor is its absence a fault to mend
+    assert "has no CUDA" in _loader._unfit("spectral_ops._C_cuda")
+    assert "spectral_ops._C was not built (run `make build`)" == _loader._unfit("spectral_ops._C")
 
 
 @pytest.mark.parametrize("checkout", [True, False])
