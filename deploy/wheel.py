@@ -24,6 +24,7 @@ import tempfile
 import time
 import uuid
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,9 +131,12 @@ def unpack(wheel: Path) -> dict[str, bytes]:
     """The files of a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            return {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
-    except (OSError, zipfile.BadZipFile) as error:
+            files = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}
+    except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise Refused(f"{wheel}: {error}; wanted a wheel") from None
+    if sum(name.endswith((".dist-info/METADATA", ".dist-info/RECORD")) for name in files) != 2:
+        raise Refused(f"{wheel}: has no METADATA and RECORD of one package; wanted a wheel")
+    return files
 
 
 def metadata(files: dict[str, bytes]) -> email.message.Message:
@@ -292,12 +296,14 @@ def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT, t
     env = {"SOURCE_DATE_EPOCH": str(epoch())}
     if target:
         if cuda or pure:
-            raise Refused("--target: compiles CPU kernels; wanted neither --cuda nor --pure with it")
+            raise Refused(f"--target {target}: compiles CPU kernels; wanted neither --cuda nor --pure with it")
         if tool(f"{target}-linux-gnu-g++") is None:
             raise Refused(f"--target {target}: no {target}-linux-gnu-g++; run: apt install g++-{target}-linux-gnu")
         file = root / f"deploy/{target}.cmake"
         env |= {"CMAKE_TOOLCHAIN_FILE": str(file), "_PYTHON_HOST_PLATFORM": f"linux-{target}"}
     elif pure:
+        if cuda or debug:
+            raise Refused("--pure: compiles nothing; wanted neither --cuda nor --debug-files with it")
         env["SPECTRAL_OPS_SKIP_BUILD"] = "1"
     elif cuda == "none":
         env |= {"SPECTRAL_OPS_SKIP_CUDA_BUILD": "1", "SPECTRAL_OPS_LOCAL_VERSION": "cpu"}
