@@ -216,7 +216,7 @@ def write_tar(folder: Path, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.bundle", description=__doc__.splitlines()[0])
-    parser.add_argument("wheel", type=Path, help="the built wheel")
+    parser.add_argument("wheel", type=Path, nargs="+", help="the built wheel")
     parser.add_argument("--out", type=Path, help="the folder to write; by default dist/ and the bundle's own name")
     parser.add_argument("--extras", nargs="+", default=[], metavar="NAME", help="such as peft")
     parser.add_argument("--with-torch", metavar="SPEC", help="bring this torch too, such as torch==2.13.0")
@@ -229,6 +229,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--platform", metavar="TAG", help="the target's, such as manylinux_2_28_x86_64")
     options = parser.parse_args(argv)
+    if len(options.wheel) > 1:  # what a shell makes of dist/*.whl
+        raise fail(f"got {len(options.wheel)} wheels, {', '.join(p.name for p in options.wheel)}; wanted one")
+    (options.wheel,) = options.wheel
     least = min(s.version for s in wants_torch(options.wheel).specifier if s.operator == ">=")
     options.torch = options.torch or re.match(r"[\d.]*\d", least.replace(".dev0", ""))[0]
     if options.with_torch and canonicalize_name(Requirement(options.with_torch).name) != "torch":

@@ -303,6 +303,7 @@ def test_what_a_bundle_runs_on_is_that_of_its_wheels(tmp_path):
     [
         (["{none}"], "none.whl: .*No such file.*; wanted a wheel, such as `make wheel` writes to dist/"),
         (["{text}"], "text.whl: File is not a zip file; wanted a wheel"),
+        (["{wheel}", "{none}"], r"got 2 wheels, spectral_ops.*\.whl, none\.whl; wanted one$"),
         (["{wheel}", "--extras", "pfet"], "--extras: got pfet, wanted some of none"),
         (["{wheel}", "--with-torch", "numpy"], None),
         (["{wheel}", "--out", "{there}"], "there: exists, wanted a new name"),
