@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import email
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import platform
@@ -117,14 +119,28 @@ def pack(files: dict[str, bytes], target: Path) -> None:
     digest = lambda data: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()  # noqa: E731
     rows = [f"{name},sha256={digest(files[name])},{len(files[name])}" for name in names] + [f"{record},,"]
     date = time.gmtime(max(epoch(), 315532800))[:6]
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w") as archive:
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
         for name, data in [*((n, files[n]) for n in names), (record, "\n".join([*rows, ""]).encode())]:
             entry = zipfile.ZipInfo(name, date)
             entry.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data, compresslevel=9)
-    os.replace(partial, target)
+    put(target, written.getvalue())
+
+
+def put(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all; Refused where it cannot be written."""
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, target)
+    except OSError as error:
+        raise Refused(f"{target}: {error.strerror}; wanted to write {len(data) / 1e6:.1f} MB there") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def unpack(wheel: Path) -> dict[str, bytes]:
@@ -234,7 +250,6 @@ def bill(files: dict[str, bytes], parts: dict[str, Built]) -> bytes:
 
 def repair(wheel: Path, folder: Path) -> Path:
     """The wheel under the oldest tag that it may bear, with its bill of materials; a pure wheel keeps its tag."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = unpack(wheel)
     parts = extensions(files)
     name = wheel.name
@@ -324,7 +339,7 @@ def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT, t
     if debug:
         for file in (root / f"build/cmake{f'-linux-{target}' if target else ''}").glob("*.so.debug"):
             if file.name.removesuffix(".debug") in {Path(n).name for n in unpack(repaired)}:
-                shutil.copy(file, folder)
+                put(folder / file.name, file.read_bytes())
     return repaired
 
 
@@ -341,8 +356,7 @@ def reproduce(cuda: str, pure: bool, folder: Path) -> int:
             print(f"{digests[-1]}  {wheel.name}  in a folder of {len(str(root))} letters", flush=True)
         same = digests[0] == digests[1]
         if same:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(wheel, folder)
+            put(folder / wheel.name, wheel.read_bytes())
     print("the same bytes" if same else "they differ")
     return 0 if same else 1
 

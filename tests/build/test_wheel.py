@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -108,7 +109,7 @@ def test_a_strange_file_is_one_line(tmp_path):
     ):
         with pytest.raises(SystemExit, match=r"^deploy.wheel: .*; wanted a wheel$"):
             call()
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_wheel_is_one_line(tmp_path):
@@ -128,6 +129,21 @@ def test_a_damaged_wheel_is_one_line(tmp_path):
             tool.unpack(file)
         said.add(re.search("decompressing|CRC|differ", str(raised.value))[0])
     assert "decompressing" in said
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
+    def full(path, data):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    files = {"p/__init__.py": b"", "p-1.dist-info/METADATA": b""}
+    with pytest.raises(SystemExit, match=r"^deploy.wheel: .*p-1.whl: No space left on device; wanted to write 0.0 MB"):
+        tool.pack(files, tmp_path / "p-1.whl")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^deploy.wheel: .*: (Not a directory|File exists); "):
+        tool.pack(files, tmp_path / "file/p-1.whl")
 
 
 @pytest.mark.parametrize("options", [{"pure": True, "cuda": "13"}, {"pure": True, "debug": True}])
