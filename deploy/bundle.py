@@ -237,9 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.with_torch and canonicalize_name(Requirement(options.with_torch).name) != "torch":
         parser.error(f"--with-torch: got {options.with_torch!r}, wanted a torch, such as torch==2.13.0")
     parent = options.out.parent if options.out else Path("dist")
-    parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".bundle-", dir=parent))  # beside what it becomes, to be renamed
+    work = None
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".bundle-", dir=parent))  # beside what it becomes, to be renamed
         for name in ("files", "stub"):
             (work / name).mkdir()
         name = write(work / "files", options, work / "stub")
@@ -252,8 +253,13 @@ def main(argv: list[str] | None = None) -> int:
         (work / "files").chmod(0o755)
         os.rename(work / "files", out)
         os.rename(work / tar.name, tar)
+    except OSError as error:
+        raise fail(
+            f"{parent}: {error.strerror or error}; wanted a folder that can be written, with room; --out names another"
+        ) from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(list(out.glob('*.whl')))} wheels, {size / 2**20:.1f} MiB; {tar}: SHA-256 {digest(tar)}")
     return 0
