@@ -22,7 +22,6 @@ MACHINES = {62: "x86_64", 183: "aarch64"}  # e_machine of an ELF header
 CHECKOUT = (Path(__file__).parent.parent / "CMakeLists.txt").is_file()
 REINSTALL = "pip install --force-reinstall --no-deps"
 MEND = "run `make build`" if CHECKOUT else f"`{REINSTALL}` this machine's spectral_ops wheel, or the py3-none-any one"
-LACKING = "was not built (run `make build`)" if CHECKOUT else f"is not in this wheel (`{REINSTALL}` one that has it)"
 
 
 @dataclass
@@ -77,7 +76,10 @@ def _unfit(name: str) -> str | None:
         return f"{name} is not loaded: torch {torch.__version__} has no CUDA"
     spec = importlib.util.find_spec(name)
     if spec is None:
-        return f"{name} {LACKING}"
+        if CHECKOUT:
+            return f"{name} was not built ({MEND})"
+        wheel = "a cp310-abi3 wheel" if torch.version.cuda is None else f"the wheel +cu{torch.version.cuda[:2]}x"
+        return f"{name} is not in this wheel (`{REINSTALL}` {wheel} of spectral_ops)"
     least = ".".join(map(str, LEAST_TORCH))
     if tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups())) < LEAST_TORCH:
         return (
