@@ -216,7 +216,7 @@ def write_tar(folder: Path, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deploy.bundle", description=__doc__.splitlines()[0])
-    parser.add_argument("wheel", type=Path, help="the built wheel")
+    parser.add_argument("wheel", type=Path, nargs="+", help="the built wheel")
     parser.add_argument("--out", type=Path, help="the folder to write; by default dist/ and the bundle's own name")
     parser.add_argument("--extras", nargs="+", default=[], metavar="NAME", help="such as peft")
     parser.add_argument("--with-torch", metavar="SPEC", help="bring this torch too, such as torch==2.13.0")
@@ -229,14 +229,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--platform", metavar="TAG", help="the target's, such as manylinux_2_28_x86_64")
     options = parser.parse_args(argv)
+    if len(options.wheel) > 1:  # what a shell makes of dist/*.whl
+        raise fail(f"got {len(options.wheel)} wheels, {', '.join(p.name for p in options.wheel)}; wanted one")
+    (options.wheel,) = options.wheel
     least = min(s.version for s in wants_torch(options.wheel).specifier if s.operator == ">=")
     options.torch = options.torch or re.match(r"[\d.]*\d", least.replace(".dev0", ""))[0]
     if options.with_torch and canonicalize_name(Requirement(options.with_torch).name) != "torch":
         parser.error(f"--with-torch: got {options.with_torch!r}, wanted a torch, such as torch==2.13.0")
     parent = options.out.parent if options.out else Path("dist")
-    parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".bundle-", dir=parent))  # beside what it becomes, to be renamed
+    work = None
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".bundle-", dir=parent))  # beside what it becomes, to be renamed
         for name in ("files", "stub"):
             (work / name).mkdir()
         name = write(work / "files", options, work / "stub")
@@ -249,8 +253,13 @@ def main(argv: list[str] | None = None) -> int:
         (work / "files").chmod(0o755)
         os.rename(work / "files", out)
         os.rename(work / tar.name, tar)
+    except OSError as error:
+        raise fail(
+            f"{parent}: {error.strerror or error}; wanted a folder that can be written, with room; --out names another"
+        ) from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: {len(list(out.glob('*.whl')))} wheels, {size / 2**20:.1f} MiB; {tar}: SHA-256 {digest(tar)}")
     return 0

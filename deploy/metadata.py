@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+import zlib
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -23,7 +24,7 @@ def metadata(wheel: Path) -> Message:
             if len(names) != 1:
                 raise ValueError(f"got {len(names)} files *.dist-info/METADATA, wanted one")
             return Parser().parsestr(archive.read(names[0]).decode())
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise BadWheel(f"{wheel}: {error}; wanted a wheel, such as `make wheel` writes to dist/") from None
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import email
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import platform
@@ -24,6 +26,7 @@ import tempfile
 import time
 import uuid
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,14 +122,28 @@ def pack(files: dict[str, bytes], target: Path) -> None:
     digest = lambda data: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()  # noqa: E731
     rows = [f"{name},sha256={digest(files[name])},{len(files[name])}" for name in names] + [f"{record},,"]
     date = time.gmtime(max(epoch(), 315532800))[:6]
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w") as archive:
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
         for name, data in [*((n, files[n]) for n in names), (record, "\n".join([*rows, ""]).encode())]:
             entry = zipfile.ZipInfo(name, date)
             entry.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data, compresslevel=9)
-    os.replace(partial, target)
+    put(target, written.getvalue())
+
+
+def put(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all; Refused where it cannot be written."""
+    partial = target.with_name(f"{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, target)
+    except OSError as error:
+        raise Refused(f"{target}: {error.strerror}; wanted to write {len(data) / 1e6:.1f} MB there") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def unpack(wheel: Path) -> dict[str, bytes]:
@@ -138,7 +155,7 @@ def unpack(wheel: Path) -> dict[str, bytes]:
             if sum(n.endswith(f".dist-info/{name}") for n in files) != 1:
                 raise ValueError(f"got no *.dist-info/{name}, or several")
         parse_wheel_filename(wheel.name)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:  # InvalidWheelFilename is a ValueError
+    except (OSError, EOFError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise Refused(f"{wheel}: {error}; wanted a wheel") from None
     return files
 
@@ -238,7 +255,6 @@ def bill(files: dict[str, bytes], parts: dict[str, Built]) -> bytes:
 
 def repair(wheel: Path, folder: Path) -> Path:
     """The wheel under the oldest tag that it may bear, with its bill of materials; a pure wheel keeps its tag."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = unpack(wheel)
     parts = extensions(files)
     name = wheel.name
@@ -300,12 +316,14 @@ def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT, t
     env = {"SOURCE_DATE_EPOCH": str(epoch())}
     if target:
         if cuda or pure:
-            raise Refused("--target: compiles CPU kernels; wanted neither --cuda nor --pure with it")
+            raise Refused(f"--target {target}: compiles CPU kernels; wanted neither --cuda nor --pure with it")
         if tool(f"{target}-linux-gnu-g++") is None:
             raise Refused(f"--target {target}: no {target}-linux-gnu-g++; run: apt install g++-{target}-linux-gnu")
         file = root / f"deploy/{target}.cmake"
         env |= {"CMAKE_TOOLCHAIN_FILE": str(file), "_PYTHON_HOST_PLATFORM": f"linux-{target}"}
     elif pure:
+        if cuda or debug:
+            raise Refused("--pure: compiles nothing; wanted neither --cuda nor --debug-files with it")
         env["SPECTRAL_OPS_SKIP_BUILD"] = "1"
     elif cuda == "none":
         env |= {"SPECTRAL_OPS_SKIP_CUDA_BUILD": "1", "SPECTRAL_OPS_LOCAL_VERSION": "cpu"}
@@ -326,7 +344,7 @@ def build(cuda: str, pure: bool, debug: bool, folder: Path, root: Path = ROOT, t
     if debug:
         for file in (root / f"build/cmake{f'-linux-{target}' if target else ''}").glob("*.so.debug"):
             if file.name.removesuffix(".debug") in {Path(n).name for n in unpack(repaired)}:
-                shutil.copy(file, folder)
+                put(folder / file.name, file.read_bytes())
     return repaired
 
 
@@ -343,8 +361,7 @@ def reproduce(cuda: str, pure: bool, folder: Path) -> int:
             print(f"{digests[-1]}  {wheel.name}  in a folder of {len(str(root))} letters", flush=True)
         same = digests[0] == digests[1]
         if same:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(wheel, folder)
+            put(folder / wheel.name, wheel.read_bytes())
     print("the same bytes" if same else "they differ")
     return 0 if same else 1
 

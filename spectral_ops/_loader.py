@@ -72,11 +72,14 @@ def _load(extension: Extension) -> str | None:
 
 def _unfit(name: str) -> str | None:
     """Why a module is not to be handed to dlopen; None where it may be."""
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        return f"{name} was not built ({MEND})"
     if name == "spectral_ops._C_cuda" and torch.version.cuda is None:
         return f"{name} is not loaded: torch {torch.__version__} has no CUDA"
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        if CHECKOUT:
+            return f"{name} was not built ({MEND})"
+        wheel = "a cp310-abi3 wheel" if torch.version.cuda is None else f"the wheel +cu{torch.version.cuda[:2]}x"
+        return f"{name} is not in this wheel (`{REINSTALL}` {wheel} of spectral_ops)"
     least = ".".join(map(str, LEAST_TORCH))
     if tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups())) < LEAST_TORCH:
         return (

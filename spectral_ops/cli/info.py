@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         state = extension.error or f"{len(extension.operators)} operators; {extension.info}"
         print(f"extension {extension.module}: {state}")
         if extension.error and (name == "cpu" or torch.cuda.is_available()):
-            mend.append(_loader.MEND)
+            mend += re.findall(r"\(([^()]*)\)$", extension.error)  # each names its own remedy last
     if missing := backends.triton_missing():
         print(f"triton: {missing}")
         if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -304,6 +305,7 @@ def test_what_a_bundle_runs_on_is_that_of_its_wheels(tmp_path):
     [
         (["{none}"], "none.whl: .*No such file.*; wanted a wheel, such as `make wheel` writes to dist/"),
         (["{text}"], "text.whl: File is not a zip file; wanted a wheel"),
+        (["{wheel}", "{none}"], r"got 2 wheels, spectral_ops.*\.whl, none\.whl; wanted one$"),
         (["{wheel}", "--extras", "pfet"], "--extras: got pfet, wanted some of none"),
         (["{wheel}", "--with-torch", "numpy"], None),
         (["{wheel}", "--out", "{there}"], "there: exists, wanted a new name"),
@@ -323,6 +325,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, empty_whee
         assert "\n" not in str(raised.value)
     left = {path for folder in (tmp_path, tmp_path / "dist") for path in folder.glob("*")}
     assert left <= {tmp_path / "text.whl", tmp_path / "there", tmp_path / "dist"}
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(empty_wheel, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^deploy.bundle: .*file: File exists; wanted a folder that can be written"):
+        bundle.main([str(empty_wheel), "--out", str(tmp_path / "file/out")])
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(empty_wheel, tmp_path, monkeypatch):
+    def full(folder, path):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(bundle, "write_tar", full)
+    with pytest.raises(SystemExit, match=r"^deploy.bundle: .*: No space left on device; wanted a folder"):
+        bundle.main([str(empty_wheel), "--out", str(tmp_path / "new/out")])
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_install_script_passes_shellcheck():

@@ -179,6 +179,14 @@ def test_cuda_kernels_are_not_loaded_beside_a_torch_without_cuda(monkeypatch):
     assert _loader._unfit("spectral_ops._C_cuda") == (
         f"spectral_ops._C_cuda is not loaded: torch {torch.__version__} has no CUDA"
     )
+    monkeypatch.setattr(_loader.importlib.util, "find_spec", lambda name: None)  # nor is its absence a fault to mend
+    assert "has no CUDA" in _loader._unfit("spectral_ops._C_cuda")
+    assert "spectral_ops._C was not built (run `make build`)" == _loader._unfit("spectral_ops._C")
+    monkeypatch.setattr(_loader, "CHECKOUT", False)
+    lacking = "spectral_ops._C is not in this wheel (`pip install --force-reinstall --no-deps` {} of spectral_ops)"
+    assert _loader._unfit("spectral_ops._C") == lacking.format("a cp310-abi3 wheel")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert _loader._unfit("spectral_ops._C") == lacking.format("the wheel +cu12x")
 
 
 @pytest.mark.parametrize("checkout", [True, False])

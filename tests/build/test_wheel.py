@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -114,7 +116,48 @@ def test_a_strange_file_is_one_line(tmp_path):
     ):
         with pytest.raises(SystemExit, match=r"^deploy.wheel: .*; wanted a wheel$"):
             call()
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_wheel_is_one_line(tmp_path):
+    """A byte changed anywhere: in deflated data it is zlib that complains, in stored data the checksum."""
+    file = tmp_path / "spectral_ops-1-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("spectral_ops/__init__.py", "".join(map(str, range(500))))
+    whole = file.read_bytes()
+    with pytest.raises(
+        SystemExit, match=r"^deploy.wheel: .*has no METADATA and RECORD of one package; wanted a wheel$"
+    ):
+        tool.unpack(file)
+    said = set()
+    for place in range(30, 300, 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(SystemExit, match=r"^deploy.wheel: .*; wanted a wheel$") as raised:
+            tool.unpack(file)
+        said.add(re.search("decompressing|CRC|differ", str(raised.value))[0])
+    assert "decompressing" in said
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(monkeypatch, tmp_path):
+    def full(path, data):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    files = {"p/__init__.py": b"", "p-1.dist-info/METADATA": b""}
+    with pytest.raises(SystemExit, match=r"^deploy.wheel: .*p-1.whl: No space left on device; wanted to write 0.0 MB"):
+        tool.pack(files, tmp_path / "p-1.whl")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^deploy.wheel: .*: (Not a directory|File exists); "):
+        tool.pack(files, tmp_path / "file/p-1.whl")
+
+
+@pytest.mark.parametrize("options", [{"pure": True, "cuda": "13"}, {"pure": True, "debug": True}])
+def test_options_that_contradict_each_other_are_refused(options, tmp_path):
+    with pytest.raises(SystemExit, match="--pure: compiles nothing; wanted neither --cuda nor --debug-files with it"):
+        tool.build(**{"cuda": "", "pure": False, "debug": False, "folder": tmp_path / "dist", **options})
+    assert not (tmp_path / "dist").exists()
 
 
 def test_a_toolkit_that_is_not_there_is_named(monkeypatch, tmp_path):
