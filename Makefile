@@ -76,16 +76,16 @@ gpu: ## SECTIONS="truth|figures|test bench" LIMIT=seconds OUT=folder; with an NV
 gpu-dry: $(VENV)/.built ## the same script as far as it goes without a chip
 	PYTHON=$(PY) SECTIONS="$(SECTIONS)" DRY=1 bash benchmarks/gpu.sh
 
-wheel: $(VENV)/.built ## CUDA=12|13|none (a version with a local tag) PURE=1 TARGET=aarch64 DEBUG=1 (symbols beside it): builds, repairs and audits one into dist/
+wheel: $(VENV)/.installed ## CUDA=12|13|none (a version with a local tag) PURE=1 TARGET=aarch64 DEBUG=1 (symbols beside it): builds, repairs and audits one into dist/
 	$(PY) -m deploy.wheel build $(if $(CUDA),--cuda $(CUDA)) $(if $(PURE),--pure) $(if $(TARGET),--target $(TARGET)) $(if $(DEBUG),--debug-files)
 
 audit: $(VENV)/.installed ## WHEEL=file: what is in a wheel, and whether it is as docs/clusters.md says
 	$(PY) -m deploy.wheel audit $(WHEEL)
 
-bundle: $(VENV)/.built ## WHEEL=file ARGS="--extras peft --with-torch torch==2.13.0": it and what it needs, to install without a network
+bundle: $(VENV)/.installed ## WHEEL=file ARGS="--extras peft --with-torch torch==2.13.0": it and what it needs, to install without a network
 	$(PY) -m deploy.bundle $(WHEEL) $(ARGS)
 
-matrix: $(VENV)/.built ## WHEEL=file PYTHONS="python3.10 python3.13" TORCHES="2.10.0 2.14.1": it in fresh environments
+matrix: $(VENV)/.installed ## WHEEL=file PYTHONS="python3.10 python3.13" TORCHES="2.10.0 2.14.1": it in fresh environments
 	$(PY) -m deploy.matrix $(WHEEL) $(if $(PYTHONS),--python $(PYTHONS)) $(if $(TORCHES),--torch $(TORCHES)) $(ARGS)
 
 sanitize: $(VENV)/.built ## every CPU operator on every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -27,7 +27,8 @@ def _head(git: Path) -> str | None:
 
 _built = Path(__file__).with_name("_built.json")  # a wheel has it
 if _built.exists():
-    __version__, __commit__ = json.loads(_built.read_text()).values()
+    _told = json.loads(_built.read_text())
+    __version__, __commit__ = _told["version"], _told["commit"]
 else:
     __commit__ = _head(Path(__file__).resolve().parents[1] / ".git")
     __version__ = f"{RELEASE}.dev0" + (f"+g{__commit__[:7]}" if __commit__ else "")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -170,9 +171,14 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
 
 def note(folder: Path, run: dict[str, Any] | None = None) -> None:
     """Write the folder's manifest, with one run more where one is given; raises ValueError as :func:`manifest` does."""
-    runs = [one for one in manifest(folder) if one != run] + ([run] if run else [])
-    text = json.dumps({"version": VERSION, "runs": runs}, indent=1) + "\n"
-    _files.write(folder / MANIFEST, lambda part: part.write_text(text))
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # or of two runs at once one would overwrite what the other has noted
+        runs = [one for one in manifest(folder) if one != run] + ([run] if run else [])
+        text = json.dumps({"version": VERSION, "runs": runs}, indent=1) + "\n"
+        _files.write(folder / MANIFEST, lambda part: part.write_text(text))
+    finally:
+        os.close(lock)
 
 
 def describe(folder: Path, target: int | None = None) -> tuple[list[str], bool]:
@@ -186,7 +192,10 @@ def describe(folder: Path, target: int | None = None) -> tuple[list[str], bool]:
         return [str(error)], False
     lines, fits = [], False
     for run in runs:
-        why_not = misfits(run)
+        try:
+            why_not = misfits(run)
+        except (OSError, RuntimeError) as error:  # no ptxas, as in a build for ROCm
+            return [f"{folder}: nothing in it fits a triton without its compiler for NVIDIA ({error})"], False
         if target is not None and run["arch"] != f"sm_{target}":
             why_not.append(f"this GPU is sm_{target}")
         fits |= not why_not
@@ -252,13 +261,18 @@ class WarmedCacheManager(CacheManager):
         try:
             return (self.before or FileCacheManager)(self.key, **self.how)
         except OSError as error:
-            if used is not None and used.writing:
-                raise
-            path = error.filename or knobs.cache.dir
-            _told(f"{path}: {error.strerror}: kernels that are compiled here are kept for this process only"
-                  " (TRITON_CACHE_DIR names a folder that can be written)")  # fmt: skip
-            knobs.cache.dir = _writable()
-            return FileCacheManager(self.key, **self.how)
+            return self._elsewhere(error)
+
+    def _elsewhere(self, error: OSError) -> CacheManager:
+        """An entry in a folder of this process, where Triton's own cache has no room or may not be written."""
+        if used is not None and used.writing:
+            raise error
+        path = error.filename or knobs.cache.dir
+        _told(f"{path}: {error.strerror}: kernels that are compiled here are kept for this process only"
+              " (TRITON_CACHE_DIR names a folder that can be written)")  # fmt: skip
+        knobs.cache.dir = _writable()
+        self.__dict__["other"] = FileCacheManager(self.key, **self.how)
+        return self.__dict__["other"]
 
     def get_file(self, filename: str) -> str | None:
         return str(self.found[filename]) if filename in self.found else self.other.get_file(filename)
@@ -272,7 +286,10 @@ class WarmedCacheManager(CacheManager):
         return self.get_file(filename) is not None
 
     def put(self, data: Any, filename: str, binary: bool = True) -> str:
-        return self.other.put(data, filename, binary=binary)
+        try:
+            return self.other.put(data, filename, binary=binary)
+        except OSError as error:
+            return self._elsewhere(error).put(data, filename, binary=binary)
 
     def put_group(self, filename: str, group: dict[str, str]) -> str:
         return self.other.put_group(filename, group)

@@ -21,7 +21,7 @@ from sources import copy_of_sources
 from benchmarks.estimates import cases, lowrank, sass, table
 from benchmarks.estimates.launches import Launch
 from benchmarks.estimates.model import estimate
-from deploy import wheel
+from deploy import archive, audit, repair, wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -139,16 +139,16 @@ def test_a_wheel_with_it_passes_its_audit(nvcc_build, tmp_path):
     for module in ("auditwheel", "abi3audit"):
         pytest.importorskip(module, reason="pip install -r requirements/wheel.txt")
     made = wheel.build("none", False, False, tmp_path / "cpu")
-    files = wheel.unpack(made)
+    files = archive.unpack(made)
     files["spectral_ops/_C_cuda.abi3.so"] = (nvcc_build / "_C_cuda.abi3.so").read_bytes()
-    wheel.pack(files, tmp_path / made.name)
-    repaired = wheel.repair(tmp_path / made.name, tmp_path / "repaired")
-    result = wheel.audit(repaired)
+    archive.pack(files, tmp_path / made.name)
+    repaired = repair.repair(tmp_path / made.name, tmp_path / "repaired")
+    result = audit.audit(repaired)
     assert not result.faults, result.faults
     assert "-manylinux_2_28_" in repaired.name
-    stated = "\n".join(wheel.metadata(wheel.unpack(repaired)).get_all("Supported-Platform"))
+    stated = "\n".join(archive.metadata(archive.unpack(repaired)).get_all("Supported-Platform"))
     assert re.search(rf"CUDA [\d.]+, driver >= \d+, architectures {' '.join(ARCHS)}$", stated)
-    bill = wheel.unpack(repaired)[next(n for n in wheel.unpack(repaired) if n.endswith(".cdx.json"))].decode()
+    bill = archive.unpack(repaired)[next(n for n in archive.unpack(repaired) if n.endswith(".cdx.json"))].decode()
     assert "cudart_static" in bill and "NVIDIA CUDA Toolkit EULA" in bill
 
 

@@ -312,13 +312,23 @@ def test_a_gpu_that_nothing_was_warmed_for(folder):
     assert warmed.describe(folder, 90)[1]
 
 
-def test_a_cache_of_triton_s_own_that_cannot_be_written(folder, tmp_path, caplog, monkeypatch):
-    """A miss is compiled for this process alone."""
+@pytest.mark.parametrize("full", [False, True])
+def test_a_cache_of_triton_s_own_that_cannot_be_written(folder, tmp_path, caplog, monkeypatch, full):
+    """A miss is compiled for this process alone: where there is no folder to be had, and where its disk is full."""
     (tmp_path / "file").write_text("")
+    real = warmed.FileCacheManager.put
+
+    def put(self, *args, **kwargs):
+        if str(tmp_path) in self.cache_dir:
+            raise OSError(errno.ENOSPC, "No space left on device", self.cache_dir)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(warmed.FileCacheManager, "put", put)
+    warmed._told.cache_clear()
     use, undo = warmed.install(folder)
     try:
         with knobs.cache.scope(), caplog.at_level(logging.WARNING, "spectral_ops"):
-            knobs.cache.dir = str(tmp_path / "file" / "cache")
+            knobs.cache.dir = str(tmp_path / "cache" if full else tmp_path / "file" / "cache")
             manager = warmed.WarmedCacheManager("A" * 52)
             kept = Path(manager.put(b"1", "one.cubin"))
             assert kept.read_bytes() == b"1" and not kept.is_relative_to(folder)
@@ -368,10 +378,10 @@ def test_a_table_of_measured_choices_is_followed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["bone", pytest.param("dora", marks=pytest.mark.slow)])
 def test_the_usual_lengths_stand_for_all_others(method):
-    """What a launch is compiled for goes by its sizes' divisibility, and by how far it is split: 32 other numbers of
+    """What a launch is compiled for goes by its sizes' divisibility, and by how far it is split: 12 other numbers of
     tokens need no kernel that the default ones do not."""
     draw, shapes = random.Random(0), ((1024, 4096),)
-    others = tuple(int(2 ** draw.uniform(0, 16)) for _ in range(32))
+    others = tuple(int(2 ** draw.uniform(0, 16)) for _ in range(12))
     usual = recorded(launches.of_method(method, launches.Sizes(warmup.TOKENS, shapes)), aot.TARGETS[90])
     needed = recorded(launches.of_method(method, launches.Sizes(others, shapes)))
     assert needed and needed.keys() <= usual.keys()
@@ -386,8 +396,8 @@ def test_every_method_has_its_launches(method):
 
 @pytest.mark.slow
 def test_a_training_step_compiles_nothing(tmp_path):
-    """DoRA with dropout, and Bat."""
-    some, sizes = ["dora", "bat"], ["--tokens", "96", "--shape", "256", "128", "--rank", "16"]
+    """Bat, whose launches differ most between forward and backward."""
+    some, sizes = ["bat"], ["--tokens", "96", "--shape", "256", "128", "--rank", "16"]
     assert warm(tmp_path / "cache", "--arch", "sm_100", "--methods", *some, *sizes) == 0
     seen, log = node(tmp_path / "cache", tmp_path / "own", methods=some, rank=16, arch=100, dropout=0.1)
-    assert seen["compiled"] == [] and seen["built"] == [] and seen["hits"] > 8, log
+    assert seen["compiled"] == [] and seen["built"] == [] and seen["hits"] > 2, log
