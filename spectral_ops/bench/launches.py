@@ -100,11 +100,11 @@ class Sizes:
     biases: tuple[bool, ...] = (False,)
 
 
-ALSO = {  # what a method calls outside its layers
-    "adalora": ("importance_update_", "importance_prune_"),
-    "adalora_dash": ("importance_update_", "importance_prune_"),
-    "rosa": ("csr_gather_", "csr_scatter_"),
-}
+ALSO = {
+    "adalora": "importance",
+    "adalora_dash": "importance",
+    "rosa": "csr",
+}  # rows that a method calls outside its layers
 
 
 def of_method(name: str, sizes: Sizes, compiled: frozenset[str] = frozenset()) -> list[Call]:
@@ -126,9 +126,9 @@ def of_method(name: str, sizes: Sizes, compiled: frozenset[str] = frozenset()) -
                                 y = forward(x)
                                 y.backward(torch.empty_like(y))
                             found += calls.found
-    for operator in ALSO.get(name, ()):
-        if operator not in compiled:
-            found += of_operator(operator, sizes)
+    for operator in OPERATORS.values():
+        if operator.stem == ALSO.get(name) and operator.name not in compiled and has(operator.stem, operator.name):
+            found += of_operator(operator.name, sizes)
     return found
 
 

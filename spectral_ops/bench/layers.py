@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+try:
+    from torch.utils.benchmark import Timer
+except ModuleNotFoundError:  # torch 2.10's imports setuptools, which torch need not bring
+    Timer = None
+
 from spectral_ops.bench import judge, results
 from spectral_ops.bench.clock import interleave
 from spectral_ops.bench.counting import Counts, counted, peak_bytes, saved_bytes
@@ -146,8 +151,10 @@ def measure_overhead(method: str, device: str, *, seconds: float = 0.2, peers: b
 
     nn.Linear frozen, ours and with ``peers`` PEFT's, by torch.utils.benchmark for ``seconds`` each.
     """
-    from torch.utils.benchmark import Timer  # in torch 2.10 it imports setuptools, which torch need not bring
-
+    if Timer is None:
+        raise ImportError(
+            "the overhead of small layers needs setuptools, which is not installed (pip install setuptools)"
+        )
     weight = torch.randn(SMALL, SMALL, device=device) * SMALL**-0.5
     linear = torch.nn.Linear(SMALL, SMALL, bias=False, device=device).requires_grad_(False)
     subject = Subject(method, weight, METHODS[method])

@@ -173,7 +173,7 @@ def test_every_picture_is_drawn(run_file, tmp_path, capsys):
 
 def test_pictures_name_what_they_need(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"spectral_ops\[demo\]"):
+    with pytest.raises(ImportError, match=r"spectral_ops\[bench\]"):
         pictures.pyplot()
 
 

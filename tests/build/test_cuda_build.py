@@ -156,7 +156,7 @@ def test_a_wheel_with_it_passes_its_audit(nvcc_build, tmp_path):
 def test_the_code_is_the_same_from_another_folder(nvcc_build, tmp_path):
     """nvcc would put a hash of the whole path into names. The name of its temporary file is stripped."""
     name = "cuda/csr_scatter_gather.o"
-    root = copy_of_sources(tmp_path / "a folder of another length")
+    root = copy_of_sources(tmp_path / "a-folder-of-another-length")
     there = root / "build"
     settings = ["-DSPECTRAL_OPS_CUDA=ON", f"-DSPECTRAL_OPS_CUDA_ARCHS={' '.join(ARCHS)}"]
     settings += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]

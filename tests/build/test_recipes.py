@@ -204,7 +204,9 @@ def test_container_script_refuses_a_version_that_is_none():
 
 def test_a_wheel_for_another_processor_has_cpu_kernels_alone(monkeypatch):
     for options in (["--pure"], ["--cuda", "13"]):
-        with pytest.raises(SystemExit, match="--target aarch64: compiles CPU kernels; wanted neither --cuda nor --pure"):
+        with pytest.raises(
+            SystemExit, match="--target aarch64: compiles CPU kernels; wanted neither --cuda nor --pure"
+        ):
             wheel.main(["build", "--target", "aarch64", *options])
     monkeypatch.setattr(wheel, "tool", lambda name: None)
     with pytest.raises(SystemExit, match="run: apt install g\\+\\+-aarch64-linux-gnu"):
