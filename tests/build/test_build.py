@@ -126,7 +126,7 @@ def test_wheel_contents(wheel):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     version = wheel.name.split("-")[1]
-    assert version.startswith(spectral_ops.__version__)  # and .dirty, where the checkout is
+    assert version.startswith(_version.RELEASE)  # with .dev0 and the commit, but at a tag
     assert {n.split("/")[0] for n in names} == {"spectral_ops", f"spectral_ops-{version}.dist-info"}
     assert [n for n in names if n.endswith(".so")] == ["spectral_ops/_C.abi3.so"]
     for source in ROOT.glob("triton_kernels/*.py"):  # real files, although the tree has a link there
