@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import spectral_ops
 from spectral_ops import _library, _loader, _version, backends
 
 ROOT = Path(__file__).resolve().parents[2]
