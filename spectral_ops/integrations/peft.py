@@ -1,4 +1,4 @@
-"""Adapter layers of PEFT that compute with the fused operators: what :func:`spectral_ops.accelerate` swaps in.
+"""PEFT's LoRA, MiSS and AdaLoRA layers with the fused operators: what :func:`spectral_ops.accelerate` swaps in.
 
 ``accelerate`` changes nothing but ``layer.__class__``, to a subclass of PEFT's own class defined below, so parameters,
 state_dict keys, hooks, merging, saving and every isinstance test of PEFT stay as they were. Each call first makes a
@@ -9,10 +9,6 @@ must where that is quantised or carries hooks, and adds the adapter to its resul
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,43 +21,17 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from spectral_ops.adapters import float8, quantised
-from spectral_ops.core.autograd import autocast_arguments
+from spectral_ops.adapters import float8
 from spectral_ops.functional import bat, blocksum, column_norm, dora, lowrank
 from spectral_ops.integrations import peft_tensor_parallel as tensor_parallel
 from spectral_ops.integrations.peft_adalora import SVD, adalora_plan
+from spectral_ops.integrations.peft_fused import NARROW, Fused, base_result, enter, operands
 from spectral_ops.integrations.peft_miss import Bat, Bone, miss_plan
-from spectral_ops.integrations.peft_plan import (
-    Base,
-    Facts,
-    LowRank,
-    Unfit,
-    frozen_weight,
-    lora_plan,
-)
-from spectral_ops.integrations.peft_report import (
-    BASE_AGNOSTIC,
-    FUSED,
-    LayerState,
-    note_trace,
-    note_while_tracing,
-)
+from spectral_ops.integrations.peft_plan import Base, LowRank, frozen_weight, lora_plan
+from spectral_ops.integrations.peft_report import BASE_AGNOSTIC
 from spectral_ops.integrations.peft_siblings import Member
 
 # --- the call --------------------------------------------------------------------------------------------------------
-
-
-def operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple:
-    """What the layer's product is made of: cast under autocast."""
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return autocast_arguments(x, weight, bias)
-    return x, weight, bias
-
-
-def base_result(base: Base, x: torch.Tensor) -> torch.Tensor:
-    """What the base layer returns, as a tensor that may be overwritten; ValueError where it has no gradient for x."""
-    out = quantised.product(base.layer, x)
-    return out.clone() if base.observed else out
 
 
 def run_lora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[LowRank]) -> torch.Tensor:
@@ -189,151 +159,28 @@ def run_adalora(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[SV
     return out
 
 
-def bound(run, base: Base, adapters: list, facts: Facts) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    """The call that a plan makes, as little as there is left to do: usually one operator over one weight. It must not
-    hold the layer, which holds it."""
-    first, weight, bias = adapters[0], base.weight, base.bias
-    if weight is not None and len(adapters) == 1 and facts.autocast is None:
-        if type(first) is LowRank and first.magnitude is None and first.bias is None:
-            _, A, B, scale, p, *_ = first
-            if isinstance(scale, torch.Tensor):
-                return lambda layer, x: lowrank.linear(x, weight, A, B * scale, bias, None, None, 1.0, p)
-            if p == 0.0 and facts.lasting:
-                return Member(weight, A, B, bias, None, scale)
-            return lambda layer, x: lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
-        if type(first) is Bone:
-            D, p = first
-            return lambda layer, x: blocksum.linear(x, weight, D, bias, p)
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        if type(first) is SVD:
-            A, B, E, rank, scale, p = first
-            if rank.requires_grad or capturing or not facts.lasting or isinstance(scale, torch.Tensor):
-                return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, first.factor(), p)
-            scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
-            if p == 0.0:
-                return Member(weight, A, B, bias, E, scale)
-            return lambda layer, x: lowrank.linear(x, weight, A, B, bias, E, None, scale, p)
-    return lambda layer, x: run(layer, x, base, adapters)
-
-
-def argument_reason(kwargs: dict[str, Any]) -> str:
-    if kwargs.get("adapter_names") is not None:
-        return "a mixed batch (adapter_names)"
-    if kwargs.get("alora_offsets") is not None:
-        return "alora_offsets"
-    return "extra arguments to forward"
-
-
-def service(base: Base, adapters: list, exact: bool) -> tuple[str, str]:
-    """The path and the operators of a plan."""
-    if base.operators:
-        return FUSED, base.operators
-    if base.split is not None:
-        return BASE_AGNOSTIC, "block_sum, lowrank_update" if isinstance(adapters[0], Bone) else "lowrank_update"
-    if isinstance(adapters[0], Bat):
-        return FUSED, "bat_linear, exact" if exact and base.weight.dtype in NARROW else "bat_linear"
-    names = []
-    for i, a in enumerate(adapters):
-        tier = "update" if i or base.weight is None else "linear"
-        if getattr(a, "magnitude", None) is not None:
-            names += ["column_norm", f"dora_{tier}"]
-        else:
-            names.append(f"{'bone' if isinstance(a, Bone) else 'lowrank'}_{tier}")
-    return BASE_AGNOSTIC if base.weight is None else FUSED, ", ".join(dict.fromkeys(names))
-
-
-def refuse_merge(layer: nn.Module) -> None:
-    """Raise ValueError where PEFT would add to a weight in FP8 without its scales."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.dtype in float8.FLOAT8:
-        raise ValueError(
-            f"merge: got a base weight in {weight.dtype}, whose scales PEFT does not know, wanted a base that PEFT can"
-            " merge into (spectral_ops.as_peft_model and spectral_ops.merge quantise the merged weight anew)"
-        )
-
-
-def outliving(method: Callable) -> Callable:
-    """The method, also for a layer that :func:`restore` gave its class back while somebody still held it bound."""
-    name = method.__name__
-
-    @functools.wraps(method)
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        return (method if isinstance(self, Fused) else getattr(type(self), name))(self, *args, **kwargs)
-
-    return call
-
-
-class Fused:
-    """What the accelerated layers share; it stands before PEFT's class, whose forward is the way back."""
-
-    _spectral_ops: LayerState
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            state = self.__dict__.get("_spectral_ops")
-            if state is None:  # restored while somebody held this method bound (see outliving)
-                return type(self).forward(self, x, *args, **kwargs)
-            plan = state.plan
-            if plan is not None and not args and not kwargs and plan[0].hold(self, x):
-                state.calls += 1
-                return plan[1](self, x)
-        elif "_spectral_ops" not in self.__dict__:  # the same, in a graph
-            return type(self).forward(self, x, *args, **kwargs)
-        return self._planned(x, *args, **kwargs)
-
-    def _planned(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The call with a plan made anew, which the next calls take while it holds; PEFT's where none fits."""
-        state, compiling = self._spectral_ops, torch.compiler.is_compiling()
-        reason, facts, adapters = None, Facts(), []
-        if not self._disable_adapters and not self.merged_adapters:  # else the base layer alone: nothing to fuse
-            try:
-                if args or kwargs:
-                    raise Unfit(argument_reason(kwargs))
-                base, adapters = self._plan(x, facts)
-            except Unfit as unfit:
-                reason = str(unfit)
-        if reason is not None:
-            if compiling:
-                note_while_tracing(state.key, reason)
-            else:
-                state.note(reason)
-        elif adapters:
-            if compiling:
-                note_trace()
-                return self._run(x, base, adapters)
-            state.served = service(base, adapters, state.exact)
-            state.calls += 1
-            call = bound(type(self)._run, base, adapters, facts)  # also now: a checkpoint compares the two calls
-            state.plan = (facts, call) if facts.lasting else None
-            return call(self, x)
-        elif not compiling:
-            state.idle += 1
-        return super().forward(x, *args, **kwargs)
-
-    @outliving
-    def merge(self, *args: Any, **kwargs: Any) -> None:
-        refuse_merge(self)
-        self._spectral_ops.forget()
-        super().merge(*args, **kwargs)
-
-    @outliving
-    def unmerge(self) -> None:  # the base weight comes back rounded, perhaps at the same address
-        self._spectral_ops.forget()
-        super().unmerge()
-
-    @outliving
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:  # some initialisations write to the base weight
-        super().update_layer(*args, **kwargs)
-        self._spectral_ops.forget()
-
-    @outliving
-    def _apply(self, fn, recurse: bool = True):
-        self._spectral_ops.forget()
-        return super()._apply(fn, recurse)
+def rounding(base: Base, adapters: list) -> bool:
+    """Whether bat's transformed weight would be rounded to a narrow dtype."""
+    return isinstance(adapters[0], Bat) and base.weight.dtype in NARROW
 
 
 class FusedLora(Fused):
     _plan, _run = lora_plan, run_lora
+
+    @classmethod
+    def _bind(cls, base, adapters, facts):
+        """Usually one operator over one weight."""
+        first, weight, bias = adapters[0], base.weight, base.bias
+        if weight is None or len(adapters) > 1 or facts.autocast is not None or first.magnitude is not None:
+            return super()._bind(base, adapters, facts)
+        if first.bias is not None:
+            return super()._bind(base, adapters, facts)
+        _, A, B, scale, p, *_ = first
+        if isinstance(scale, torch.Tensor):
+            return lambda layer, x: lowrank.linear(x, weight, A, B * scale, bias, None, None, 1.0, p)
+        if p == 0.0 and facts.lasting:
+            return Member(weight, A, B, bias, None, scale)
+        return lambda layer, x: lowrank.linear(x, weight, A, B, bias, None, None, scale, p)
 
 
 class FusedLoraLinear(FusedLora, lora.Linear):
@@ -361,25 +208,60 @@ class FusedMissLinear(Fused, miss.MissLinear):
 
     _plan, _run = miss_plan, run_miss
 
+    @classmethod
+    def _service(cls, base, adapters, exact):
+        if base.split is not None:
+            return BASE_AGNOSTIC, "block_sum, lowrank_update"
+        path, operators = super()._service(base, adapters, exact)
+        return path, f"{operators}, exact" if exact and rounding(base, adapters) else operators
+
+    @classmethod
+    def _remark(cls, base, adapters, exact):
+        if exact or not rounding(base, adapters):
+            return ""
+        return f"the transformed weight is rounded to {base.weight.dtype}; accelerate(model, exact=True) does not"
+
+    @classmethod
+    def _bind(cls, base, adapters, facts):
+        first, weight, bias = adapters[0], base.weight, base.bias
+        if weight is None or len(adapters) > 1 or facts.autocast is not None or type(first) is Bat:
+            return super()._bind(base, adapters, facts)
+        D, p = first
+        return lambda layer, x: blocksum.linear(x, weight, D, bias, p)
+
 
 class FusedAdaLora(Fused):
-    _plan, _run = adalora_plan, run_adalora
+    _plan, _run, _method = adalora_plan, run_adalora, "AdaLoRA"
     widens = False
+
+    @classmethod
+    def _bind(cls, base, adapters, facts):
+        first, weight, bias = adapters[0], base.weight, base.bias
+        if weight is None or len(adapters) > 1 or facts.autocast is not None:
+            return super()._bind(base, adapters, facts)
+        A, B, E, rank, scale, p = first
+        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        if rank.requires_grad or capturing or not facts.lasting or isinstance(scale, torch.Tensor):
+            return lambda layer, x: lowrank.linear(x, weight, A, B, bias, first.core(), None, first.factor(), p)
+        scale = scale / (rank.item() + 1e-5)  # waits for a GPU, once: the number of triplets is a fact of the plan
+        if p == 0.0:
+            return Member(weight, A, B, bias, E, scale)
+        return lambda layer, x: lowrank.linear(x, weight, A, B, bias, E, None, scale, p)
 
 
 class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
     """``peft.tuners.adalora.SVDLinear`` through lowrank_linear with a diagonal core."""
 
 
-REPLACEMENTS: dict[type, type] = {
-    lora.Linear: FusedLoraLinear,
-    TorchaoLoraLinear: FusedTorchaoLoraLinear,
-    GPTQLoraLinear: FusedGPTQLoraLinear,
-    AwqLoraLinear: FusedAwqLoraLinear,
-    AqlmLoraLinear: FusedAqlmLoraLinear,
-    miss.MissLinear: FusedMissLinear,
-    adalora.SVDLinear: FusedSVDLinear,
-}
+enter(
+    FusedLoraLinear,
+    FusedTorchaoLoraLinear,
+    FusedGPTQLoraLinear,
+    FusedAwqLoraLinear,
+    FusedAqlmLoraLinear,
+    FusedMissLinear,
+    FusedSVDLinear,
+)
 
 if is_bnb_available():
 
@@ -391,10 +273,7 @@ if is_bnb_available():
 
         widens = True  # PEFT divides by the number of triplets in a tensor [1] and adds, out of place, what that widens
 
-    REPLACEMENTS |= {
-        lora.Linear8bitLt: FusedLoraLinear8bitLt,
-        adalora.SVDLinear8bitLt: FusedSVDLinear8bitLt,
-    }
+    enter(FusedLoraLinear8bitLt, FusedSVDLinear8bitLt)
 
 if is_bnb_4bit_available():
 
@@ -404,7 +283,4 @@ if is_bnb_4bit_available():
     class FusedSVDLinear4bit(FusedAdaLora, adalora.SVDLinear4bit):
         """``peft.tuners.adalora.SVDLinear4bit`` through lowrank_update with a diagonal core."""
 
-    REPLACEMENTS |= {lora.Linear4bit: FusedLoraLinear4bit, adalora.SVDLinear4bit: FusedSVDLinear4bit}
-
-NARROW = (torch.bfloat16, torch.float16)
-ORIGINALS = {fused: original for original, fused in REPLACEMENTS.items()}
+    enter(FusedLoraLinear4bit, FusedSVDLinear4bit)

@@ -16,14 +16,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from spectral_ops.adapters.tree import adapter_layers
-from spectral_ops.integrations.peft import NARROW, service
 from spectral_ops.integrations.peft_adalora import FusedAdaLoraModel
-from spectral_ops.integrations.peft_experts import ORIGINALS, REPLACEMENTS  # the experts' wrappers among them
+from spectral_ops.integrations.peft_fused import ORIGINALS, REPLACEMENTS
 from spectral_ops.integrations.peft_hooks import own, replaced
-from spectral_ops.integrations.peft_miss import Bat
+from spectral_ops.integrations.peft_layers import enter_all
 from spectral_ops.integrations.peft_plan import Facts, Unfit, Unsettled, variant_name
 from spectral_ops.integrations.peft_report import FUSED, PEFT, UNDECIDED, LayerState, Report, Row
 from spectral_ops.integrations.peft_siblings import notes as shared_notes
+
+enter_all()
 
 
 def accelerate(
@@ -201,10 +202,8 @@ def describe(name: str, layer: BaseTunerLayer, configs: dict[str, Any], reason: 
         return Row(*head, UNDECIDED if isinstance(unfit, Unsettled) else PEFT, reason=str(unfit))
     if not adapters:
         return Row(*head, FUSED, reason="no active adapter here: the base layer alone")
-    reason = ""
-    if isinstance(adapters[0], Bat) and base.weight.dtype in NARROW and not exact:
-        reason = f"the transformed weight is rounded to {base.weight.dtype}; accelerate(model, exact=True) does not"
-    return Row(*head, *service(base, adapters, exact), reason=reason)
+    fused = REPLACEMENTS[original]
+    return Row(*head, *fused._service(base, adapters, exact), reason=fused._remark(base, adapters, exact))
 
 
 def tuner_of(layer: BaseTunerLayer) -> str:
@@ -217,8 +216,9 @@ def method_of(layer: BaseTunerLayer, configs: dict[str, Any]) -> str:
     """The active methods of a layer in their usual spelling."""
     if isinstance(layer, miss.MissLinear):
         return {"mini": "MiSS mini", "bat": "MiSS bat"}.get(layer.miss_fn, "MiSS")
-    if tuner_of(layer) == "adalora":
-        return "AdaLoRA"
+    fused = REPLACEMENTS.get(ORIGINALS.get(kind(layer), kind(layer)))
+    if fused is not None and fused._method:
+        return fused._method
     if not isinstance(layer, lora.LoraLayer) or tuner_of(layer) != "lora":
         return tuner_of(layer)
     methods = []

@@ -34,6 +34,9 @@ class SVD(NamedTuple):
     scale: float | torch.Tensor
     p: float
 
+    def operators(self, tier: str) -> list[str]:
+        return [f"lowrank_{tier}"]
+
     def core(self) -> torch.Tensor:
         """E over the number of triplets [r, 1], times a scale that is a tensor; differentiable in E and that number:
         PEFT trains one that it has cast."""

@@ -19,7 +19,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from spectral_ops.adapters.expert_layer import run_experts
-from spectral_ops.integrations.peft import ORIGINALS, REPLACEMENTS, Fused, argument_reason
+from spectral_ops.integrations.peft_fused import Fused, argument_reason, enter
 from spectral_ops.integrations.peft_plan import (
     FLOATS,
     PLAIN,
@@ -315,5 +315,4 @@ class FusedParamWrapper(Fused, ParamWrapper):
 
 
 FusedParamWrapper.__name__ = ParamWrapper.__name__  # by which PEFT knows a wrapper that may take another adapter
-REPLACEMENTS[ParamWrapper] = FusedParamWrapper
-ORIGINALS[FusedParamWrapper] = ParamWrapper
+enter(FusedParamWrapper)

@@ -29,11 +29,17 @@ class Bone(NamedTuple):
     D: torch.Tensor
     p: float
 
+    def operators(self, tier: str) -> list[str]:
+        return [f"bone_{tier}"]
+
 
 class Bat(NamedTuple):
     """The one active bat adapter of a MiSS layer; PEFT applies no dropout to it."""
 
     B: torch.Tensor
+
+    def operators(self, tier: str) -> list[str]:
+        return ["bat_linear"]
 
 
 def miss_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Bone] | list[Bat]]:

@@ -75,6 +75,9 @@ class LowRank(NamedTuple):
     bias: torch.Tensor | None
     magnitude: torch.Tensor | None
 
+    def operators(self, tier: str) -> list[str]:
+        return [f"lowrank_{tier}"] if self.magnitude is None else ["column_norm", f"dora_{tier}"]
+
     def scaled(self) -> tuple[torch.Tensor, float]:
         """B and the scale as the operators take it, a number: B times a scale that is a tensor, which costs d r."""
         return (self.B * self.scale, 1.0) if isinstance(self.scale, torch.Tensor) else (self.B, self.scale)

@@ -19,7 +19,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION  # noqa: E402
 
 import spectral_ops  # noqa: E402
 from spectral_ops.integrations.auto import from_environment  # noqa: E402
-from spectral_ops.integrations.peft import ORIGINALS  # noqa: E402
+from spectral_ops.integrations.peft_fused import ORIGINALS  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PEFTS_OWN = BaseTuner.inject_adapter

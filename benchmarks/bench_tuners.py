@@ -1,0 +1,98 @@
+"""What each of PEFT's slower tuners adds to a layer, as PEFT has it and accelerated, in one interleaved run.
+
+    python -m benchmarks.bench_tuners [NAME...] [--tokens 1024] [--features 2048] [--repeats 11] [--json FILE]
+
+Time of forward and backward over the frozen layer's, in the same turn; the tax is what is above 1. In MiB: saved is
+what stays for backward beside x and the parameters, peak what the allocator held above what it held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from spectral_ops.bench import counting, judge, results
+from spectral_ops.bench.clock import interleave
+from spectral_ops.bench.tuners import TUNERS, Implementation, layers
+from spectral_ops.core.scratch import scratch
+
+
+def step(layer: Implementation, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    for t in (x, *layer.parameters):
+        t.grad = None
+    y = layer.forward(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters)]
+
+
+def nudge(layer: Implementation) -> None:
+    """As an optimizer would: nothing computed from the parameters is good any more."""
+    with torch.no_grad():
+        for p in layer.parameters:
+            p.mul_(1.0)
+
+
+def measure(name: str, T: int, n: int, repeats: int, device: str) -> dict:
+    generator = torch.Generator(device).manual_seed(0)
+    x, dy, weight = (torch.randn(rows, n, generator=generator, device=device) for rows in (T, T, n))
+    found = layers(TUNERS[name], weight.mul_(n**-0.5))
+    x.requires_grad_()
+    expected = step(found["PEFT"], x, dy)
+    error = judge.largest_error(step(found["accelerated"], x, dy), expected)
+    row = {"name": name, "error": error}
+    for kind, layer in found.items():
+        held = [weight, *layer.parameters]
+        if isinstance(layer.forward, torch.nn.Module):
+            held += [*layer.forward.parameters(), *layer.forward.buffers()]
+        row[f"{kind} saved"] = counting.saved_bytes(layer.forward, x, held)
+        row[f"{kind} peak"] = counting.peak_bytes(lambda layer=layer: step(layer, x, dy), x.device)
+    row["scratch"] = scratch.nbytes
+    calls = {kind: (lambda layer=layer: step(layer, x, dy)) for kind, layer in found.items()}
+    times = interleave(calls, lambda kind: nudge(found[kind]), repeats, x.device)
+    for kind in found:
+        row[f"{kind} seconds"] = statistics.median(times[kind])
+        row[f"{kind} ratio"] = statistics.median(a / b for a, b in zip(times[kind], times["frozen"], strict=True))
+    return row
+
+
+HEAD = "| tuner | PEFT | accelerated | of PEFT's tax | saved, PEFT | accelerated | peak, PEFT | accelerated |"
+
+
+def line(row: dict) -> str:
+    theirs, ours = row["PEFT ratio"], row["accelerated ratio"]
+    mib = [f"{row[f'{kind} {what}'] / 2**20:.1f}" for what in ("saved", "peak") for kind in ("PEFT", "accelerated")]
+    share = (ours - 1) / (theirs - 1) if theirs > 1 else float("nan")
+    return "| " + " | ".join([row["name"], f"{theirs:.2f}", f"{ours:.2f}", f"{share:.2f}", *mib]) + " |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TUNERS)}; all without")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--features", type=int, default=2048, help="in and out")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    if unknown := set(options.names) - set(TUNERS):
+        parser.error(f"NAME: got {', '.join(sorted(unknown))}, wanted some of {', '.join(TUNERS)}")
+    print(HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |", sep="\n", flush=True)
+    rows = []
+    for name in options.names or TUNERS:
+        if TUNERS[name].there():
+            rows.append(measure(name, options.tokens, options.features, options.repeats, options.device))
+            print(line(rows[-1]), flush=True)
+    if options.json:
+        sizes = {"tokens": options.tokens, "features": options.features, "dtype": "float32"}
+        about = {"commit": results.commit(), "device": options.device, "threads": torch.get_num_threads()}
+        options.json.write_text(json.dumps({**about, **sizes, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""The layers of PEFT's tuners that ``accelerate`` knows, a module per tuner.
+
+Each has the plan of a call (its tensors, or the reason why it does not fit), the run that hands them to an operator,
+and the class that holds both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+TUNERS = {  # PEFT's package -> our module of its layers
+    "peft.tuners.lora": "peft",
+    "peft.tuners.lora.layer": "peft_experts",
+}
+
+
+def enter_all() -> None:
+    """Import the module of every tuner that this PEFT has; each enters its classes into the table."""
+    for tuner, module in TUNERS.items():
+        if importlib.util.find_spec(tuner) is not None:
+            importlib.import_module(f"spectral_ops.integrations.{module}")
