@@ -106,7 +106,7 @@ shards() { # command...: `check`'s operators in processes of a few, so that Trit
 report() { # python, results file, directory of the pictures, pages
   if has matplotlib; then
     mkdir -p "$made/pictures" && "$1" -m spectral_ops bench --draw "$2" --png "$made/pictures"
-    cp "$made"/pictures/*.png "$3"
+    find "$made/pictures" -name '*.png' -exec cp {} "$3" \; # none, where the bench was cut off early
   else
     echo "gpu: no matplotlib, so no pictures"
   fi &&
@@ -133,7 +133,8 @@ if [ -n "$dry" ]; then
   step kernels 240 "$python" -m benchmarks.estimates --measure --device cpu --shrink 32 --tokens 16 --repeats 2 \
     --json "$stem-kernels.json"
   able host peft && step host 240 "$python" -m benchmarks.bench_host --device cpu --turns 1 --calls 2 lora
-  step bench 240 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --json "$stem.json"
+  step bench 240 "$python" -m spectral_ops bench "${small[@]}" --rank 4 --quick --overhead --methods lora dora bat rosa \
+    --json "$stem.json"
   able experts "peft, transformers" &&
     step experts 240 "$python" -m benchmarks.bench_experts --shape 4 32 16 2 16 4 --repeats 2 --json "$stem-experts.json"
   able training "peft, transformers" &&
