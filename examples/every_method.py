@@ -1,7 +1,8 @@
 """Train every method on a real model and real text for the same number of steps: one table, one picture.
 
 `make methods` runs it: SmolLM2-135M-Instruct, Python's own documentation, the same batches in the same order, AdamW
-with the learning rate named in the table. Per method: trained parameters, the loss of every step and on held-out text
+with the learning rate named in the table. Per method: trained parameters, bytes held by what the method adds to the
+model (trained or frozen), the loss of every step and on held-out text
 before and after, seconds to initialise and per step (taking turns with the frozen model), bytes saved for backward
 beyond the frozen model's, and how far merged and unmerged logits are apart.
 """
@@ -78,6 +79,14 @@ def config_of(name: str, steps: int) -> spectral_ops.AdapterConfig:
     return method.build(**fields)
 
 
+def held_bytes(model) -> int:
+    """Bytes of a model's parameters and buffers, those of one storage counted once."""
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
 @torch.no_grad()
 def held_out_loss(model, blocks: torch.Tensor) -> float:
     model.eval()
@@ -104,12 +113,14 @@ def merged_difference(model, ids: torch.Tensor) -> float:
 def prove(name: str, base, options, train_blocks, test_blocks, advance) -> dict:
     """Everything the table says of one method; leaves ``base`` as it was."""
     frozen_saved = measure.saved_bytes(base.train(), train_blocks[: options.batch])
+    frozen_held = held_bytes(base)
     torch.manual_seed(options.seed)
     config = config_of(name, options.steps)
     began = time.perf_counter()
     model = spectral_ops.attach(base, config, progress=False)
     init_seconds = time.perf_counter() - began
     trained = [p for p in model.parameters() if p.requires_grad]
+    held = held_bytes(model) - frozen_held
     rate = RATES.get(name, RATE)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     schedule(model, optimizer, config)
@@ -130,6 +141,7 @@ def prove(name: str, base, options, train_blocks, test_blocks, advance) -> dict:
     result = {
         "method": name,
         "trained": sum(p.numel() for p in trained),
+        "held": held,
         "rate": rate,
         "init_seconds": init_seconds,
         "losses": losses,
@@ -152,13 +164,13 @@ def prove(name: str, base, options, train_blocks, test_blocks, advance) -> dict:
 
 def table(results: list[dict], title: str) -> Table:
     out = Table(title=title, title_justify="left")
-    heads = "method, trained, lr, init s, first → last loss, held out, s/step, tax, saved beyond frozen, merged differs"
+    heads = "method, trained, held, lr, init s, first → last loss, held out, s/step, tax, saved, merged differs"
     for head in heads.split(", "):
         out.add_column(head, justify="left" if head == "method" else "right")
     for r in results:
         ends = [statistics.fmean(part) for part in (r["losses"][:4], r["losses"][-4:])]
         out.add_row(
-            r["method"], f"{r['trained']:,}", f"{r['rate']:g}", f"{r['init_seconds']:.1f}",
+            r["method"], f"{r['trained']:,}", report.mib(r["held"]), f"{r['rate']:g}", f"{r['init_seconds']:.1f}",
             f"{ends[0]:.3f} → {ends[1]:.3f}", f"{r['held_out'][0]:.3f} → {r['held_out'][1]:.3f}", f"{r['seconds']:.3g}",
             f"{r['seconds'] / r['frozen_seconds'] - 1:+.0%}", report.mib(r["saved"]), f"{r['merged_difference']:.1e}",
         )  # fmt: skip

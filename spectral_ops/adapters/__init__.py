@@ -22,6 +22,7 @@ from spectral_ops.adapters.rosa_schedule import MasksSaved, RoSASchedule
 from spectral_ops.adapters.segments import segments, train_adapters
 from spectral_ops.adapters.spectral import SpectralConfig, SpectralLinear
 from spectral_ops.adapters.spectral_fusion import fuse_spectral
+from spectral_ops.adapters.svft import SVFTConfig, SVFTLinear
 from spectral_ops.adapters.tree import adapter_configs, adapter_layers
 from spectral_ops.adapters.vera import VeRAConfig, VeRALinear
 
@@ -52,6 +53,8 @@ __all__ = [
     "RoSAConfig",
     "RoSALinear",
     "RoSASchedule",
+    "SVFTConfig",
+    "SVFTLinear",
     "SpectralConfig",
     "SpectralLinear",
     "TokensConfig",

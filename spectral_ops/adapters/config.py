@@ -57,7 +57,7 @@ class AdapterConfig:
     bias_choices: ClassVar[tuple[str, ...]] = ("none", "all")
 
     def __post_init__(self) -> None:
-        checks.integer(self._field("r"), self.r, 1, None, "rank or block size")
+        self.check_rank()
         self.layers_pattern = self.layers_pattern or None
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             self._check_names(name)
@@ -80,6 +80,10 @@ class AdapterConfig:
             self.wrong("task_type", self.task_type, f"None or one of {', '.join(map(repr, TASKS))}")
         if self.bias not in self.bias_choices:
             self.wrong("bias", self.bias, f"one of {', '.join(map(repr, self.bias_choices))}")
+
+    def check_rank(self) -> None:
+        """Raise TypeError/ValueError where ``r`` is none."""
+        checks.integer(self._field("r"), self.r, 1, None, "rank or block size")
 
     def _field(self, name: str) -> str:
         return f"{type(self).__name__}.{name}"

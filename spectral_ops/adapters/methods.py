@@ -21,6 +21,7 @@ from spectral_ops.adapters.lora import LoRALinear
 from spectral_ops.adapters.pica import PiCaLinear
 from spectral_ops.adapters.rosa import RoSALinear
 from spectral_ops.adapters.spectral import SpectralLinear
+from spectral_ops.adapters.svft import SVFTLinear
 from spectral_ops.adapters.vera import VeRALinear
 
 METHODS: tuple[type[AdapterLinear], ...] = (
@@ -31,6 +32,7 @@ METHODS: tuple[type[AdapterLinear], ...] = (
     RoSALinear,
     PiCaLinear,
     SpectralLinear,
+    SVFTLinear,
     LoRADashLinear,
     VeRALinear,
     DVoRALinear,

@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
     "spectral_rotation": Method("SpectralConfig", {"r": RANK, "mode": "rotation"}),
     "vera": Method("VeRAConfig", {"r": 256}),
     "dvora": Method("DVoRAConfig", {"r": 256}),
+    "svft": Method("SVFTConfig", {"off_diag": 2}),
 }
 
 

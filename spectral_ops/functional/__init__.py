@@ -19,6 +19,7 @@ from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_
 from spectral_ops.functional.rosa import rosa_linear, rosa_update
 from spectral_ops.functional.rosa_resident import residents
 from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
+from spectral_ops.functional.svft import svft_linear
 
 __all__ = [
     "CSR",
@@ -53,6 +54,7 @@ __all__ = [
     "scratch",
     "segmented_lowrank_linear",
     "segmented_lowrank_update",
+    "svft_linear",
     "task_direction_scores",
     "token_logprobs",
 ]

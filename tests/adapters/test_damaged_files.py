@@ -35,6 +35,7 @@ CONFIGS = {
     "adalora": so.AdaLoRAConfig(init_r=3, target_r=2, total_step=9, **ON),
     "rosa": so.RoSAConfig(r=2, d=0.1, **ON),
     "pica": so.PiCaConfig(r=2, **ON),
+    "svft": so.SVFTConfig(off_diag=1, **ON),
     "spectral": so.SpectralConfig(r=2, residual=True, **ON),
     "vera": so.VeRAConfig(r=5, **ON),
     "dash": so.LoRADashConfig(r=2, directions=2, **ON),

@@ -19,6 +19,7 @@ from spectral_ops import (
     PiCaConfig,
     RoSAConfig,
     SpectralConfig,
+    SVFTConfig,
     VeRAConfig,
 )
 from spectral_ops.init import topk_pattern
@@ -59,6 +60,7 @@ CONFIGS = {
     "pica": PiCaConfig(r=4, rank_pattern={"q_proj": 3}, target_modules="all-linear"),
     "pica_output": PiCaConfig(r=4, side="output", target_modules=["q_proj", "down_proj"]),
     "spectral": SpectralConfig(r=3, start=2, target_modules="all-linear"),
+    "svft": SVFTConfig(off_diag=1, target_modules=["q_proj", "down_proj"]),
     "spectral_residual": SpectralConfig(r=3, residual=True, target_modules=["q_proj", "down_proj"]),
     "spectral_rotation": SpectralConfig(r=5, mode="rotation", target_modules=["o_proj", "gate_proj"]),
     "vera": VeRAConfig(r=40, target_modules="all-linear"),
@@ -88,7 +90,7 @@ def trained_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-NONE_OF_PEFTS = ("bat_row", "rosa", "pica", "spectral", "dash", "dvora")
+NONE_OF_PEFTS = ("bat_row", "rosa", "pica", "spectral", "svft", "dash", "dvora")
 OURS = {name for name in CONFIGS if name.startswith(NONE_OF_PEFTS)}
 
 

@@ -24,6 +24,7 @@ CONFIGS = {
     "pica": so.PiCaConfig(r=4),
     "vera": so.VeRAConfig(r=20),
     "dvora": so.DVoRAConfig(r=20),
+    "svft": so.SVFTConfig(off_diag=1),
     "spectral": so.SpectralConfig(r=4),
     "spectral_rotation": so.SpectralConfig(r=4, mode="rotation"),
 }

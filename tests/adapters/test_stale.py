@@ -21,6 +21,7 @@ METHODS = {
     "dvora": so.DVoRAConfig(r=4, target_modules=["0"]),
     "vera": so.VeRAConfig(r=4, target_modules=["0"]),
     "pica": so.PiCaConfig(r=4, target_modules=["0"]),
+    "svft": so.SVFTConfig(off_diag=1, target_modules=["0"]),
     "spectral": so.SpectralConfig(r=4, target_modules=["0"]),
     "rotation": so.SpectralConfig(r=4, target_modules=["0"], mode="rotation"),
     "rosa": so.RoSAConfig(r=4, d=0.05, target_modules=["0"]),

@@ -103,7 +103,8 @@ def bat(v, c):
 def sparse_delta(values: torch.Tensor, row_offsets, columns, shape) -> torch.Tensor:
     """S [d, k] formed from CSR, row by row."""
     rows = [o for o, (a, b) in enumerate(zip(row_offsets, row_offsets[1:], strict=False)) for _ in range(a, b)]
-    return torch.zeros(shape, dtype=values.dtype).index_put((torch.tensor(rows), torch.tensor(columns)), values)
+    places = tuple(torch.tensor(index, dtype=torch.int64) for index in (rows, columns))
+    return torch.zeros(shape, dtype=values.dtype).index_put(places, values)
 
 
 def rosa(v, c):
@@ -117,6 +118,13 @@ def rosa(v, c):
     if "A" in v:
         dropped = v["x"] * c["mask"] if "mask" in c else v["x"]
         y = y + c["scale"] * ((dropped @ v["A"].T) @ v["B"].T)
+    return y + v["bias"] if "bias" in v else y
+
+
+def svft(v, c):
+    m = v["Vh"].shape[0]
+    M = sparse_delta(v["values"], c["row_offsets"], c["columns"], (m, m))
+    y = v["x"] @ v["weight"].T + (v["x"] @ v["Vh"].T @ M.T) @ v["U"].T
     return y + v["bias"] if "bias" in v else y
 
 

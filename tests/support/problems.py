@@ -23,6 +23,7 @@ from oracles import (
     shard_sums,
     shards,
     siblings,
+    svft,
     weight_norm,
 )
 from tensors import TYPICAL, accumulate, laid_out, randn, sparse_pattern
@@ -294,6 +295,24 @@ def build_rosa(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p
     )  # fmt: skip
 
 
+def build_svft(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", gradient_route="auto"):
+    v = _common(lead, k, d, dtype, device, bias)
+    v["U"] = randn(d, r, dtype=adapter_dtype, device=device, fan=r)
+    v["Vh"] = randn(r, k, dtype=adapter_dtype, device=device, fan=k)
+    row_offsets, columns = sparse_pattern(r, r, device)
+    v["values"] = randn(columns.numel(), dtype=adapter_dtype, device=device).requires_grad_()
+    checked = spectral_ops.CSR(v["values"].detach(), row_offsets, columns, (r, r)).validate()
+
+    def function(v):
+        csr = checked.with_values(v["values"])
+        return spectral_ops.svft_linear(
+            v["x"], v["weight"], v["U"], v["Vh"], csr, v.get("bias"), gradient_route=gradient_route
+        )
+
+    constants = {"row_offsets": row_offsets.tolist(), "columns": columns.tolist()}
+    return Problem(function, svft, v, constants, dtype, False, d, saved=lambda T, r, size: T * r * size)
+
+
 def build_segments(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p=0.0, update=False, scale=0.75,
                    ranks=None, ids=None, route="auto"):  # fmt: skip
     """Three adapters of different ranks, rows in no order, some without an adapter."""
@@ -412,6 +431,7 @@ CSR = [  # the resident route, which writes into W, has its own tests
     Family("rosa-sparse-only", build_rosa, {"low_rank": False, "route": "spmm", "gradient_route": "compact"}),
     Family("rosa-update", build_rosa, {"kind": "update", "gradient_route": "sampled"}),
     Family("csr-spmm", build_rosa, {"kind": "spmm", "gradient_route": "dense"}),
+    Family("svft", build_svft),
 ]
 SEGMENTS = [
     Family("segments", build_segments),
