@@ -44,7 +44,7 @@ class Tuner:
 
 
 TUNERS: dict[str, Tuner] = {
-    "randlora": Tuner("RandLoraConfig", small={"r": 8}),
+    "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),
     "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
 }
 

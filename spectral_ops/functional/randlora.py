@@ -46,7 +46,7 @@ from spectral_ops.core.scratch import scratch
 
 __all__ = ["randlora_linear", "randlora_update"]
 
-TILE = 512  # rows or columns of a basis at a time: enough for the library's full speed
+TILE = 2048  # rows or columns of a basis at a time: enough for the library's full speed
 
 
 # --- which products --------------------------------------------------------------------------------------------------
@@ -81,8 +81,7 @@ class Bases:
         """Rows of ``bases`` times n, and columns, of S as [N', w] in the products' dtype; ``out`` flat, in acc."""
         A, lambda_, gamma = self.A[bases, columns], self.lambda_[bases], self.gamma[:, columns]
         S = out[: lambda_.numel() * A.shape[1]].view(*lambda_.shape, A.shape[1])
-        for i in range(A.shape[0]):  # one basis of n rows at a time stays in a cache
-            torch.mul(gamma, A[i], out=S[i]).mul_(lambda_[i].unsqueeze(1))
+        torch.mul(A.unsqueeze(1), gamma, out=S).mul_(lambda_.unsqueeze(2))
         return S.view(-1, A.shape[1]).to(self.dtype)
 
     def lease(self, size: int):
@@ -149,11 +148,9 @@ class Bases:
 
     def contract(self, dS: torch.Tensor, columns: slice, d_lambda: torch.Tensor, d_gamma: torch.Tensor) -> None:
         """Columns of dS [N, w], which are overwritten, enter the gradients."""
-        A, gamma = self.A[:, columns], self.gamma[:, columns]
-        for i, G in enumerate(dS.view(self.r, self.n, -1)):
-            G.mul_(A[i])
-            d_gamma[:, columns].addcmul_(G, self.lambda_[i].unsqueeze(1))
-            d_lambda[i] += G.mul_(gamma).sum(1)
+        G = dS.view(self.r, self.n, -1).mul_(self.A[:, columns].unsqueeze(1)).transpose(0, 1)
+        d_gamma[:, columns] = torch.bmm(self.lambda_.t().unsqueeze(1), G).squeeze(1)
+        d_lambda += torch.bmm(G, self.gamma[:, columns].unsqueeze(2)).squeeze(2).t()
 
     def gradients(self, h, large, small, scale) -> tuple[torch.Tensor, torch.Tensor]:
         """dλ and dγ in acc: from h = large B where it is there or is the cheaper way, else from largeᵀ small."""

@@ -1,17 +1,23 @@
 """VeRA: two trained vectors around frozen random factors (METHODS 1.11; arXiv:2310.11454).
 
-    h = drop(x) Aᵀ      h' = h * λ_d      B' = λ_b * B (by row)      y = x Wᵀ + h' B'ᵀ + b
+    h = drop(x) Aᵀ      B' = diag(λ_b) B diag(λ_d)      y = x Wᵀ + h B'ᵀ + b
     backward:
-      u = dy B'     dλ_d = Σ_t h * u     dλ_b = the row sums of (dyᵀ h') * B     dx = dy W + mask * ((u * λ_d) A)
+      Q = (dyᵀ h) * B     dλ_b = Q λ_d     dλ_d = Qᵀ λ_b     dx = dy W + mask * ((dy B') A)
 
-A [r, k] and B [d, r] take no gradient, so x is not kept: saved for backward is h [T, r] alone. The gradient of λ_b is
-Σ_t dy * (h' Bᵀ) as well, for which a [T, d] product would be kept or made again. B' [d, r], and dyᵀ h' of its shape,
-live in the shared buffer. All products are the library's: at VeRA's ranks (256) they are most of the time, and there is
-no pass over [T, d] beside them that a kernel of its own could save.
+A [r, k] and B [d, r] take no gradient, so x is not kept: saved for backward is h [T, r] alone. Plain autograd keeps
+h Bᵀ [T, d] for dλ_b as well; the product dyᵀ h, which stands in for it, gives both gradients. B' and Q [d, r] live in
+the shared buffer. By the number of tokens:
+
+    T < r            λ multiplies h and [T, d] instead: z = (h * λ_d) Bᵀ, y = x Wᵀ + λ_b * z + b, and so backward
+    T > k            y = x W'ᵀ, W' = W + B' A in the shared buffer; in float32 and float64, without dropout
+    T > d k/(d + k)  dx = dy W' the same way
+
+All products are the library's: at VeRA's ranks (256) they are most of the time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -43,29 +49,54 @@ __all__ = ["vera_linear", "vera_update"]
 _PIECES = ("dropout_project", "dropout_lift_")
 
 
-def _scaled(out: torch.Tensor, B: torch.Tensor, lambda_b: torch.Tensor) -> torch.Tensor:
-    """B' [d, r] in out's dtype, rounded once."""
-    return torch.mul(B, lambda_b.to(torch.promote_types(lambda_b.dtype, B.dtype)).unsqueeze(1), out=out)
+def _scaled(out, B, lambda_d, lambda_b):
+    """B' [d, r] in out's dtype."""
+    wide = accumulate_dtype(out.dtype)
+    return torch.mul(B, torch.outer(lambda_b.to(wide), lambda_d.to(wide)), out=out)
+
+
+@contextlib.contextmanager
+def _memory(B, dtype, weight=None):
+    """Memory for B' [d, r], and for W' with a weight."""
+    side = 0 if weight is None else weight.shape[1]
+    with scratch.lease((B.numel() + B.shape[0] * side,), dtype, B.device) as flat:
+        yield flat[: B.numel()].view(B.shape), flat[B.numel() :].view(B.shape[0], side)
+
+
+def _merges(weight, seed, dtype) -> bool:
+    """Whether W + B'A may be formed: nothing is dropped, and no small change rounded away."""
+    return weight is not None and seed is None and dtype is accumulate_dtype(dtype)
+
+
+def _forward_fake(x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p, keep):
+    T, d = math.prod(x.shape[:-1]), B.shape[0]
+    return x.new_empty(*x.shape[:-1], d), x.new_empty((T, A.shape[0]) if keep else (0,))
 
 
 @define_layer(
     "vera_linear_forward(Tensor x, Tensor? weight, Tensor? base_out, Tensor A, Tensor B, Tensor lambda_d,"
-    " Tensor lambda_b, Tensor? bias, Tensor? seed, float p) -> (Tensor, Tensor)",
-    fake=lambda x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p: (
-        x.new_empty(*x.shape[:-1], B.shape[0]), x.new_empty(math.prod(x.shape[:-1]), A.shape[0]),
-    ),
+    " Tensor lambda_b, Tensor? bias, Tensor? seed, float p, bool keep) -> (Tensor, Tensor)",
+    fake=_forward_fake,
     pieces=_PIECES,
-)  # fmt: skip
-def vera_linear_forward_op(x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p):
-    """y [..., d] and h [T, r] = drop(x) Aᵀ; without a weight y is a copy of base_out with the update added."""
+)
+def vera_linear_forward_op(x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p, keep):
+    """y [..., d], and h [T, r] where ``keep`` asks for it; without a weight y is a copy of base_out with the update."""
     if (weight is None) == (base_out is None):
         raise RuntimeError("weight and base_out: wanted exactly one of them")
-    x2 = rows(x)
-    h = dropout.project(x2, A.to(x.dtype), seed, p)
+    x2, (r, k), dtype = rows(x), A.shape, x.dtype
+    A, few, merged = A.to(dtype), x2.shape[0] < r, _merges(weight, seed, dtype) and k < x2.shape[0]
+    h = dropout.project(x2, A, seed, p) if keep or not merged else x.new_empty(0)
+    if merged:
+        with _memory(B, dtype, weight) as (b, changed):
+            y = F.linear(x2, torch.addmm(weight, _scaled(b, B, lambda_d, lambda_b), A, out=changed), bias)
+        return shaped(y, x), h
     y = rows(contiguous_copy(base_out)) if weight is None else F.linear(x2, weight, bias)
-    with scratch.lease(B.shape, x.dtype, x.device) as b:
-        y.addmm_(h * lambda_d.to(h.dtype), _scaled(b, B, lambda_b).t())
-    return shaped(y, x), h
+    if few:
+        y.addcmul_((h * lambda_d.to(dtype)) @ B.to(dtype).t(), lambda_b.to(dtype))
+    else:
+        with _memory(B, dtype) as (b, _):
+            y.addmm_(h, _scaled(b, B, lambda_d, lambda_b).t())
+    return shaped(y, x), h if keep else x.new_empty(0)
 
 
 @define_layer(
@@ -79,29 +110,41 @@ def vera_linear_forward_op(x, weight, base_out, A, B, lambda_d, lambda_b, bias, 
 def vera_linear_backward_op(dy, weight, A, B, lambda_d, lambda_b, h, seed, p, needs):
     """dx, dλ_d, dλ_b and db; empty [0] where ``needs`` has no bit. Without a weight dx is the update's share."""
     need_x, need_d, need_b, need_bias = (bool(needs >> bit & 1) for bit in range(4))
-    dy2, acc = rows(dy), accumulate_dtype(dy.dtype)
-    h = saved_hidden(h, need_d or need_b, dy2, A.shape[0])
-    d = lambda_d.to(dy.dtype)
-    dx = d_d = d_b = db = dy
-    with scratch.lease(B.shape, dy.dtype, dy.device) as b:
+    dy2, dtype, acc, (r, k) = rows(dy), dy.dtype, accumulate_dtype(dy.dtype), A.shape
+    T, d = dy2.shape
+    h, A = saved_hidden(h, need_d or need_b, dy2, r), A.to(dtype)
+    dx = d_d = d_b = db = u = dy
+    if T < r:
+        B, d_lambda = B.to(dtype), lambda_d.to(dtype)
         if need_x or need_d:
-            u = dy2 @ _scaled(b, B, lambda_b)
-        if need_b:  # into the same memory: B' has been read
-            dB = torch.mm(dy2.t(), h * d, out=b) if b.dtype is acc else mm(dy2.t(), h * d, acc)
-            d_b = dB.mul_(B).sum(1).to(lambda_b.dtype)
-    if need_d:
-        d_d = (h.to(acc) * u.to(acc)).sum(0).to(lambda_d.dtype)
+            u = (dy2 * lambda_b.to(dtype)) @ B
+        if need_b:
+            d_b = ((h * d_lambda) @ B.t()).mul_(dy2).sum(0, dtype=acc)
+        if need_d:
+            d_d = (h.to(acc) * u.to(acc)).sum(0)
+        if need_x:
+            u = u.mul_(d_lambda)
+    else:
+        merged = need_x and _merges(weight, seed, dtype) and d * k < T * (d + k)
+        with _memory(B, dtype, weight if merged else None) as (b, changed):
+            if merged:
+                dx = dy2 @ torch.addmm(weight, _scaled(b, B, lambda_d, lambda_b), A, out=changed)
+            elif need_x:
+                u = dy2 @ _scaled(b, B, lambda_d, lambda_b)
+            if need_d or need_b:  # into the same memory: B' has been read
+                Q = (torch.mm(dy2.t(), h, out=b) if dtype is acc else mm(dy2.t(), h, acc)).mul_(B)
+                d_d = Q.t() @ lambda_b.to(acc)
+                d_b = Q @ lambda_d.to(acc)
     if need_x:
-        u *= d
-        shape = (*dy.shape[:-1], A.shape[1])
+        shape = (*dy.shape[:-1], k)
         if weight is None:
             dx = update_input_gradient(u, A, shape, seed, p)
         else:
-            dx = dy2 @ weight
-            dx = dx.addmm_(u, A.to(u.dtype)) if seed is None else dropout.lift_(dx, u, A.to(u.dtype), seed, p)
-            dx = dx.reshape(shape)
+            dx = (dropout.lift_(dy2 @ weight, u, A, seed, p) if dx is dy else dx).reshape(shape)
+    if need_d or need_b:
+        d_d, d_b = d_d.to(lambda_d.dtype), d_b.to(lambda_b.dtype)
     if need_bias:
-        db = dy2.sum(0, dtype=acc).to(dy.dtype)
+        db = dy2.sum(0, dtype=acc).to(dtype)
     return fresh(dy, needs, dx, d_d, d_b, db)
 
 
@@ -110,9 +153,9 @@ class VeRAFunction(Function):
 
     @staticmethod
     def forward(ctx, x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p):
-        y, h = vera_linear_forward_op(x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p)
-        _, _, _, _, _, need_d, need_b, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(weight, A, B, lambda_d, lambda_b, h if need_d or need_b else None, seed)
+        keep = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+        y, h = vera_linear_forward_op(x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p, keep)
+        ctx.save_for_backward(weight, A, B, lambda_d, lambda_b, h if keep else None, seed)
         ctx.p = p
         return y
 
@@ -136,7 +179,7 @@ def linear(x, weight, base_out, A, B, lambda_d, lambda_b, bias, p):
     args = x, weight, base_out, A, B, lambda_d, lambda_b, bias, seed, p
     if torch.is_grad_enabled():
         return apply(VeRAFunction, x, *args)
-    return apply_op(vera_linear_forward_op, x, *args)[0]
+    return apply_op(vera_linear_forward_op, x, *args, False)[0]
 
 
 def _check(x, out_features, vera_A, vera_B, lambda_d, lambda_b, dropout_p):

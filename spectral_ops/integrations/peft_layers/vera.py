@@ -39,9 +39,7 @@ def vera_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
     base = base_of(layer, facts, x)
     if base.split is not None:
         raise Unfit("VeRA over a tensor-parallel base layer")
-    dropouts, ds, bs = (
-        facts.entry(layer._modules, key) for key in ("vera_dropout", "vera_lambda_d", "vera_lambda_b")
-    )
+    dropouts, ds, bs = (facts.entry(layer._modules, key) for key in ("vera_dropout", "vera_lambda_d", "vera_lambda_b"))
     k, d = facts.attribute(layer, "in_features"), facts.attribute(layer, "out_features")
     adapters = []
     for name in active(layer):
