@@ -146,16 +146,19 @@ class Bases:
                     torch.mm(t, W.t(), out=y[:, part])
         return y
 
-    def contract(self, dS: torch.Tensor, columns: slice, d_lambda: torch.Tensor, d_gamma: torch.Tensor) -> None:
-        """Columns of dS [N, w], which are overwritten, enter the gradients."""
+    def contract(self, dS: torch.Tensor, columns: slice, d_lambda, d_gamma) -> None:
+        """Columns of dS [N, w], which are overwritten, enter the gradients that are not None."""
         G = dS.view(self.r, self.n, -1).mul_(self.A[:, columns].unsqueeze(1)).transpose(0, 1)
-        d_gamma[:, columns] = torch.bmm(self.lambda_.t().unsqueeze(1), G).squeeze(1)
-        d_lambda += torch.bmm(G, self.gamma[:, columns].unsqueeze(2)).squeeze(2).t()
+        if d_gamma is not None:
+            d_gamma[:, columns] = torch.bmm(self.lambda_.t().unsqueeze(1), G).squeeze(1)
+        if d_lambda is not None:
+            d_lambda += torch.bmm(G, self.gamma[:, columns].unsqueeze(2)).squeeze(2).t()
 
-    def gradients(self, h, large, small, scale) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradients(self, h, large, small, scale, need_lambda, need_gamma) -> list[torch.Tensor | None]:
         """dλ and dγ in acc: from h = large B where it is there or is the cheaper way, else from largeᵀ small."""
         T, (M, m, N) = small.shape[0], (self.M, self.m, self.N)
-        d_lambda, d_gamma = torch.zeros_like(self.lambda_), torch.zeros_like(self.gamma)
+        d_lambda = torch.zeros_like(self.lambda_) if need_lambda else None
+        d_gamma = torch.empty_like(self.gamma) if need_gamma else None
         narrow = self.dtype is not self.acc
         if h is None and not narrow and (T + N) * M * m < T * N * (M + m):
             with self.whole() as (dS, tile, cast):
@@ -172,7 +175,7 @@ class Bases:
                     tile = None if narrow else memory[: N * s.shape[1]].view(N, -1)
                     dS = mm(h.t(), s, self.acc) if narrow else torch.mm(h.t(), s, out=tile)
                     self.contract(dS, part, d_lambda, d_gamma)
-        return d_lambda.mul_(scale), d_gamma.mul_(scale)
+        return [t if t is None else t.mul_(scale) for t in (d_lambda, d_gamma)]
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -224,7 +227,7 @@ def randlora_linear_backward_op(dy, x, h, weight, A, B, lambda_, gamma, scale, n
 
     dλ and dγ are made of h where that is given, else of x.
     """
-    dy2, need_x, need_bases = rows(dy), bool(needs & 1), bool(needs & 6)
+    dy2, (need_x, need_lambda, need_gamma, need_bias) = rows(dy), (bool(needs >> bit & 1) for bit in range(4))
     k, bases = _in_features(dy, A, B), Bases(A, B, lambda_, gamma, dy.dtype)
     tall, merging = A.shape[1] == k, merges(dy2.shape[0], weight, dy.dtype)
     dx = d_lambda = d_gamma = db = dy
@@ -235,15 +238,17 @@ def randlora_linear_backward_op(dy, x, h, weight, A, B, lambda_, gamma, scale, n
         hidden = bases.hidden(dy2, not tall)
         dx = dy2.new_zeros(dy2.shape[0], k) if weight is None else dy2 @ weight
         bases.add(dx, hidden, tall, scale)
-    if need_bases:
+    if need_lambda or need_gamma:
         if x is None and (tall or h is None):
             raise ValueError("x: got None, wanted a tensor for what is asked for")
         large, small = (dy2, rows(x)) if tall else (None if x is None else rows(x), dy2)
-        d_lambda, d_gamma = bases.gradients(hidden if tall else h, large, small, scale)
-        d_lambda, d_gamma = d_lambda.to(lambda_.dtype), d_gamma.to(gamma.dtype)
+        found = bases.gradients(hidden if tall else h, large, small, scale, need_lambda, need_gamma)
+        d_lambda, d_gamma = (
+            dy if t is None else t.to(like.dtype) for t, like in zip(found, (lambda_, gamma), strict=True)
+        )
     if need_x:
         dx = dx.reshape(*dy.shape[:-1], k)
-    if needs & 8:
+    if need_bias:
         db = dy2.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
     return fresh(dy, needs, dx, d_lambda, d_gamma, db)
 

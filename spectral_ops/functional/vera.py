@@ -133,16 +133,15 @@ def vera_linear_backward_op(dy, weight, A, B, lambda_d, lambda_b, h, seed, p, ne
                 u = dy2 @ _scaled(b, B, lambda_d, lambda_b)
             if need_d or need_b:  # into the same memory: B' has been read
                 Q = (torch.mm(dy2.t(), h, out=b) if dtype is acc else mm(dy2.t(), h, acc)).mul_(B)
-                d_d = Q.t() @ lambda_b.to(acc)
-                d_b = Q @ lambda_d.to(acc)
+                d_d = Q.t() @ lambda_b.to(acc) if need_d else dy
+                d_b = Q @ lambda_d.to(acc) if need_b else dy
     if need_x:
         shape = (*dy.shape[:-1], k)
         if weight is None:
             dx = update_input_gradient(u, A, shape, seed, p)
         else:
             dx = (dropout.lift_(dy2 @ weight, u, A, seed, p) if dx is dy else dx).reshape(shape)
-    if need_d or need_b:
-        d_d, d_b = d_d.to(lambda_d.dtype), d_b.to(lambda_b.dtype)
+    d_d, d_b = d_d.to(lambda_d.dtype) if need_d else dy, d_b.to(lambda_b.dtype) if need_b else dy
     if need_bias:
         db = dy2.sum(0, dtype=acc).to(dtype)
     return fresh(dy, needs, dx, d_d, d_b, db)
