@@ -42,10 +42,12 @@ class LoRAConfig(TokensConfig):
 
     lora_alpha, use_rslora: γ = α/r, or α/√r. lora_dropout: on the adapter branch. init_lora_weights: True (A Kaiming,
     B zero), False (both Kaiming), "gaussian" (A normal), "pissa", "pissa_niter_N", "milora" or "milora_" with min, mid,
-    max or random, or "olora" (A and B from a QR decomposition of W). rank_pattern, alpha_pattern: another r or α for the layers whose path ends with a match of the key.
+    max or random, or "olora" (W = Q R). rank_pattern, alpha_pattern: another r or α for the layers whose path ends with
+    a match of the key.
     target_parameters: names that end the path of a stacked weight [experts, out, in] of a mixture's experts, such as
     "experts.gate_up_proj"; each expert gets a pair of its own. exclude_modules and layers_to_transform leave it alone,
-    and target_modules=[] leaves every other layer out. PEFT has no dropout and no "pissa" or "milora" there.
+    and target_modules=[] leaves every other layer out. PEFT has no dropout there, and no
+    start from W.
     """
 
     lora_alpha: float = 8

@@ -20,8 +20,8 @@ def lora_plus_groups(model, ratio, *, lr, weight_decay=0.0, embedding_lr=1e-6):
         embedding_lr: of LoRA's factors of an embedding, which PEFT's models have, >= 0.
 
     Returns a list of dicts with "params", "weight_decay" and "lr", none of them empty, in the order: A and other
-    matrices; factors of embeddings; B and vectors; those of the last without weight decay. They are the groups of PEFT's
-    ``create_loraplus_optimizer``, but that those of any normalisation layer take no decay, not only of a LayerNorm.
+    matrices; factors of embeddings; B and vectors; those of the last without weight decay. They are the groups of
+    PEFT's ``create_loraplus_optimizer``, but that no normalisation layer decays, where PEFT spares a LayerNorm alone.
     Raises TypeError/ValueError that name the argument.
     """
     if not isinstance(model, nn.Module):

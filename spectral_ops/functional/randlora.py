@@ -1,4 +1,4 @@
-"""RandLoRA: an update of full rank, trained through diagonals around frozen random bases (METHODS 1.12;
+"""RandLoRA: an update of full rank, trained through diagonals around frozen random bases (METHODS 1.13;
 arXiv:2502.00987).
 
     S(p, j) = λ(p) γ(p mod n, j) A(p div n, j)      ΔW = γ' B S  [M, m]      p < N = r n
@@ -332,7 +332,7 @@ def randlora_linear(x, weight, randlora_A, randlora_B, randlora_lambda, randlora
         scale: a number, α/r in PEFT.
 
     Returns y [..., d] in x's dtype. Saves x for backward, or [T, r n] in its place where k > d.
-    Raises TypeError/ValueError that name the argument. METHODS 1.12; RandLoRA, arXiv:2502.00987.
+    Raises TypeError/ValueError that name the argument. METHODS 1.13; RandLoRA, arXiv:2502.00987.
     """
     x, weight, bias = autocast_arguments(x, weight, bias)
     checks.linear(x, weight, bias)

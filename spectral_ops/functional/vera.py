@@ -1,4 +1,4 @@
-"""VeRA: two trained vectors around frozen random factors (METHODS 1.11; arXiv:2310.11454).
+"""VeRA: two trained vectors around frozen random factors (METHODS 1.12; arXiv:2310.11454).
 
     h = drop(x) Aᵀ      B' = diag(λ_b) B diag(λ_d)      y = x Wᵀ + h B'ᵀ + b
     backward:
@@ -204,7 +204,7 @@ def vera_linear(x, weight, vera_A, vera_B, lambda_d, lambda_b, bias=None, *, dro
         dropout_p, training: inverted dropout on the adapter branch, active only while training.
 
     Returns y [..., d] in x's dtype. Saves h [T, r] for backward, and not x.
-    Raises TypeError/ValueError that name the argument. METHODS 1.11; VeRA, arXiv:2310.11454.
+    Raises TypeError/ValueError that name the argument. METHODS 1.12; VeRA, arXiv:2310.11454.
     """
     x, weight, bias = autocast_arguments(x, weight, bias)
     checks.linear(x, weight, bias)

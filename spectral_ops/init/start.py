@@ -20,7 +20,7 @@ class OLoRAInit:
 
 
 def parse(name: Any) -> svd.SpectralInit | OLoRAInit | None:
-    """The initialisation that PEFT-style ``init_lora_weights`` names, or None where it names one that leaves W alone."""
+    """The initialisation that PEFT-style ``init_lora_weights`` names, or None where that leaves W alone."""
     return OLoRAInit() if name == "olora" else svd.SpectralInit.parse(name)
 
 

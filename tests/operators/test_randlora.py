@@ -1,4 +1,4 @@
-"""The RandLoRA row (METHODS 1.12): randlora_linear and randlora_update."""
+"""The RandLoRA row (METHODS 1.13): randlora_linear and randlora_update."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def problem_of(T, d, k, r=3, n=4, dtype=torch.float64, bases=torch.float64):
 
 
 def definition(x, W, A, B, lambda_, gamma, scale):
-    """y from ΔW of METHODS 1.12 read literally, entry by entry of S."""
+    """y from ΔW of METHODS 1.13 read literally, entry by entry of S."""
     (r, n), m = lambda_.shape, A.shape[1]
     S = torch.stack([lambda_[p // n, p % n] * gamma[p % n] * A[p // n].to(W.dtype) for p in range(r * n)])
     change = scale * B.to(W.dtype) @ S

@@ -1,4 +1,4 @@
-"""The VeRA row (METHODS 1.11): vera_linear and vera_update."""
+"""The VeRA row (METHODS 1.12): vera_linear and vera_update."""
 
 import pytest
 import torch
