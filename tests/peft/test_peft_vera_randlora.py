@@ -1,4 +1,4 @@
-"""What is particular to PEFT's VeRA and RandLoRA: factors that layers share, and ways chosen by the number of tokens."""
+"""What is particular to PEFT's VeRA and RandLoRA: shared factors, and ways chosen by the number of tokens."""
 
 import copy
 
