@@ -14,6 +14,7 @@ from spectral_ops.adapters.experts import LoRAExperts
 from spectral_ops.adapters.export import export_adapter
 from spectral_ops.adapters.io import load_adapter, save_adapter
 from spectral_ops.adapters.lora import LoRAConfig, LoRALinear
+from spectral_ops.adapters.lora_plus import lora_plus_groups
 from spectral_ops.adapters.model import attach, detach, disabled, merge, quantize_base, set_adapter, unmerge
 from spectral_ops.adapters.pica import PiCaConfig, PiCaLinear
 from spectral_ops.adapters.pretrained import print_trainable_parameters
@@ -68,6 +69,7 @@ __all__ = [
     "export_adapter",
     "fuse_spectral",
     "load_adapter",
+    "lora_plus_groups",
     "merge",
     "print_trainable_parameters",
     "quantize_base",

@@ -17,7 +17,8 @@ from spectral_ops.adapters.config import match_pattern
 from spectral_ops.adapters.expert_layer import Update, is_llama4, of_product, replaced, run_experts, stacks, unfit
 from spectral_ops.adapters.lora import LoRAConfig, start
 from spectral_ops.adapters.lowrank import product
-from spectral_ops.init import svd, svd_cache
+from spectral_ops.init import start as starts
+from spectral_ops.init import svd_cache
 
 SIDES = ("up", "down")  # the two projections of an expert
 
@@ -110,7 +111,7 @@ class LoRAExperts(AdapterLinear):
         for side, config in self._of_sides(settings).items():
             E, d, k = self.slices(side).shape
             if config.changes_base and config.r > min(d, k):
-                config.wrong("r", config.r, f"at most {min(d, k)} (a slice [{d}, {k}] has no more triplets)")
+                config.wrong("r", config.r, f"at most {min(d, k)} (a slice [{d}, {k}] has no higher rank)")
             for kind in ("lora", "initial") if initial else ("lora",):
                 shapes |= {f"{kind}_{side}_A": (config.r * E, k), f"{kind}_{side}_B": (d, config.r * E)}
         return shapes
@@ -152,7 +153,7 @@ class LoRAExperts(AdapterLinear):
 
     def reset(self, name):
         for side, config in self._of_sides(self.settings[name]).items():
-            spectral = svd.SpectralInit.parse(config.init_lora_weights)
+            spectral = starts.parse(config.init_lora_weights)
             A, B = self.parameter(f"lora_{side}_A", name), self.parameter(f"lora_{side}_B", name)
             if spectral is None:
                 start(A, B, config)
@@ -163,7 +164,7 @@ class LoRAExperts(AdapterLinear):
             pairs = zip(self.slices(side), *self.pair(side, name, "initial"), strict=True)
             for e, (weight, initial_A, initial_B) in enumerate(pairs):
                 with _stored(f"{self.sides[side]}.{e}"):
-                    factors = svd.spectral_factors(weight, config.r, config.scaling, spectral)
+                    factors = starts.factors(weight, config.r, config.scaling, spectral)
                 initial_A.copy_(factors[0])
                 initial_B.copy_(factors[1])
             A.copy_(self.parameter(f"initial_{side}_A", name))

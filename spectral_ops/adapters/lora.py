@@ -1,7 +1,7 @@
-"""LoRA, rsLoRA, PiSSA and MiLoRA: y = x Wᵀ + γ drop(x) Aᵀ Bᵀ + b (METHODS 1.1, 2).
+"""LoRA, rsLoRA, PiSSA, MiLoRA and OLoRA: y = x Wᵀ + γ drop(x) Aᵀ Bᵀ + b (METHODS 1.1, 2).
 
-LoRA: arXiv:2106.09685, γ = α/r. rsLoRA: arXiv:2312.03732, γ = α/√r. PiSSA and MiLoRA start A and B from a part of W,
-which the base gives up. They keep the starting pair: the base gets it back, and a file can be plain LoRA.
+LoRA: arXiv:2106.09685, γ = α/r. rsLoRA: arXiv:2312.03732, γ = α/√r. PiSSA, MiLoRA and OLoRA start A and B from a part
+of W, which the base gives up. They keep the starting pair: the base gets it back, and a file can be plain LoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spectral_ops.adapters.config import TokensConfig, check_pattern, match_patt
 from spectral_ops.adapters.lowrank import LowRankLinear
 from spectral_ops.core import checks
 from spectral_ops.functional import segmented_lowrank_linear, segmented_lowrank_update
-from spectral_ops.init import svd
+from spectral_ops.init import start as starts
 
 ABSENT = {  # fields of PEFT's LoraConfig that change the numbers, and what they do
     "alora_invocation_tokens": "adapts the tokens after an invocation only",
@@ -42,10 +42,12 @@ class LoRAConfig(TokensConfig):
 
     lora_alpha, use_rslora: γ = α/r, or α/√r. lora_dropout: on the adapter branch. init_lora_weights: True (A Kaiming,
     B zero), False (both Kaiming), "gaussian" (A normal), "pissa", "pissa_niter_N", "milora" or "milora_" with min, mid,
-    max or random. rank_pattern, alpha_pattern: another r or α for the layers whose path ends with a match of the key.
+    max or random, or "olora" (W = Q R). rank_pattern, alpha_pattern: another r or α for the layers whose path ends with
+    a match of the key.
     target_parameters: names that end the path of a stacked weight [experts, out, in] of a mixture's experts, such as
     "experts.gate_up_proj"; each expert gets a pair of its own. exclude_modules and layers_to_transform leave it alone,
-    and target_modules=[] leaves every other layer out. PEFT has no dropout and no "pissa" or "milora" there.
+    and target_modules=[] leaves every other layer out. PEFT has no dropout there, and no
+    start from W.
     """
 
     lora_alpha: float = 8
@@ -87,8 +89,8 @@ class LoRAConfig(TokensConfig):
             if alpha <= 0:
                 raise ValueError(f"{name}: got {alpha!r}, wanted a positive number")
         if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            if svd.SpectralInit.parse(self.init_lora_weights) is None:
-                self.wrong("init_lora_weights", self.init_lora_weights, f'True, False, "gaussian", {svd.NAMES}')
+            if starts.parse(self.init_lora_weights) is None:
+                self.wrong("init_lora_weights", self.init_lora_weights, f'True, False, "gaussian", {starts.NAMES}')
 
         self._check_names("target_parameters")
         if isinstance(self.target_parameters, str):
@@ -102,7 +104,7 @@ class LoRAConfig(TokensConfig):
 
     @property
     def changes_base(self) -> bool:
-        return svd.SpectralInit.parse(self.init_lora_weights) is not None
+        return starts.parse(self.init_lora_weights) is not None
 
     @property
     def scaling(self) -> float:
@@ -119,7 +121,7 @@ class LoRAConfig(TokensConfig):
         init = fields.get("init_lora_weights", True)
         if init in ("eva", "orthogonal", "mica"):  # where A and B started; the base is untouched
             fields = {**fields, "init_lora_weights": True}
-        elif init in ("olora", "corda", "loftq", "lora_ga"):
+        elif init in ("corda", "loftq", "lora_ga"):
             raise ValueError(
                 f"init_lora_weights: got {init!r}, which changed the base weights, wanted a file converted to plain"
                 " LoRA (PEFT's save_pretrained does that with path_initial_model_for_weight_conversion)"
@@ -173,7 +175,7 @@ class LoRALinear(LowRankLinear):
     @classmethod
     def shapes(cls, config, d, k):
         if config.changes_base and config.r > min(d, k):
-            config.wrong("r", config.r, f"at most {min(d, k)} (a weight [{d}, {k}] has no more triplets)")
+            config.wrong("r", config.r, f"at most {min(d, k)} (a weight [{d}, {k}] has no higher rank)")
         return {"lora_A": (config.r, k), "lora_B": (d, config.r)}
 
     def admit(self, config):
@@ -187,9 +189,9 @@ class LoRALinear(LowRankLinear):
 
     def reset(self, name):
         A, B, config = self.lora_A[name], self.lora_B[name], self.settings[name]
-        if spectral := svd.SpectralInit.parse(config.init_lora_weights):
+        if init := starts.parse(config.init_lora_weights):
             weight = self.decomposable(config.init_lora_weights)
-            self.set_initial(name, *svd.spectral_factors(weight, config.r, config.scaling, spectral))
+            self.set_initial(name, *starts.factors(weight, config.r, config.scaling, init))
             A.copy_(self.initial_A[name])
             B.copy_(self.initial_B[name])
             return

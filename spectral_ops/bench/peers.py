@@ -29,7 +29,6 @@ METHODS = {  # every method, and its usual rank or block size
 USUAL = ("lora", "dora", "bone", "bat", "rosa")
 FROZEN, OURS = "frozen", "spectral_ops"
 PEFT = ("lora", "rslora", "pissa", "milora", "dora", "bone", "mini", "bat", "adalora", "vera")  # those that PEFT has
-UNFUSED = ("vera",)  # which accelerate() leaves to PEFT
 EXTERNAL = {"unsloth": ("lora", "rslora"), "axolotl": ("lora", "rslora", "dora")}  # whose kernels take these methods
 LYCORIS = ("lora", "rslora")  # its DoRA is another: the norm is part of the gradient
 PACKAGES = {
@@ -176,8 +175,7 @@ class Subject:
         absent = missing()
         found: dict[str, Callable[[], Layer]] = {}
         if self.method in PEFT and "peft" not in absent:
-            if self.method not in UNFUSED:
-                found["PEFT accelerated"] = lambda: self.peft(fused=True)
+            found["PEFT accelerated"] = lambda: self.peft(fused=True)
             found["PEFT"] = self.peft
             if compiled:
                 found["PEFT compiled"] = lambda: self.peft(compiled=True)

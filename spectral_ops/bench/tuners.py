@@ -43,7 +43,10 @@ class Tuner:
         return getattr(peft, self.config)(target_modules=targets, **{**self.fields, **fields})
 
 
-TUNERS: dict[str, Tuner] = {}
+TUNERS: dict[str, Tuner] = {
+    "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),
+    "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
+}
 
 
 @dataclass

@@ -16,10 +16,15 @@ from spectral_ops.functional.importance import adalora_importance, adalora_prune
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
 from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_logprobs
+from spectral_ops.functional.randlora import randlora_linear, randlora_update
 from spectral_ops.functional.rosa import rosa_linear, rosa_update
 from spectral_ops.functional.rosa_resident import residents
 from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
+<<<<<<< HEAD
 from spectral_ops.functional.svft import svft_linear
+=======
+from spectral_ops.functional.vera import vera_linear, vera_update
+>>>>>>> vectors
 
 __all__ = [
     "CSR",
@@ -48,6 +53,8 @@ __all__ = [
     "lowrank_update",
     "orthogonality_loss",
     "preference_loss",
+    "randlora_linear",
+    "randlora_update",
     "residents",
     "rosa_linear",
     "rosa_update",
@@ -57,4 +64,6 @@ __all__ = [
     "svft_linear",
     "task_direction_scores",
     "token_logprobs",
+    "vera_linear",
+    "vera_update",
 ]

@@ -302,7 +302,7 @@ DAMAGE = {
     "no method": (lambda p: edit_config(p, peft_type=None), ValueError, "peft_type: got None"),
     "unknown feature": (lambda p: edit_config(p, lora_bias=True), ValueError, r"got lora_bias=True, which adds a bias"),
     "bad field": (lambda p: edit_config(p, r=-3), ValueError, r"LoRAConfig\.r: got -3"),
-    "changed base": (lambda p: edit_config(p, init_lora_weights="olora"), ValueError, "init_lora_weights: got 'olora'"),
+    "changed base": (lambda p: edit_config(p, init_lora_weights="corda"), ValueError, "init_lora_weights: got 'corda'"),
     "other rank": (lambda p: edit_config(p, r=2), ValueError, r"\[3, 12\], wanted \[2, 12\]"),
     "other targets": (lambda p: edit_config(p, target_modules=["0"]), ValueError, "wanted no tensor that the adapter"),
     "no such targets": (lambda p: edit_config(p, target_modules=["q"]), ValueError, "does not fit this model"),

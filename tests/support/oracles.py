@@ -100,6 +100,23 @@ def bat(v, c):
     return y + v["bias"] if "bias" in v else y
 
 
+def vera(v, c):
+    dropped = v["x"] * c["mask"] if "mask" in c else v["x"]
+    y = v["base_out"] if "base_out" in v else v["x"] @ v["weight"].T
+    y = y + ((dropped @ v["random_A"].T * v["lambda_d"]) @ v["random_B"].T) * v["lambda_b"]
+    return y + v["bias"] if "bias" in v else y
+
+
+def randlora(v, c):
+    S = v["lambda_"].unsqueeze(2) * v["random_A"].unsqueeze(1) * v["gamma"]
+    delta = c["scale"] * v["random_B"] @ S.flatten(0, 1)
+    if delta.shape[1] != v["x"].shape[-1]:
+        delta = delta.T
+    y = v["base_out"] if "base_out" in v else v["x"] @ v["weight"].T
+    y = y + v["x"] @ delta.T
+    return y + v["bias"] if "bias" in v else y
+
+
 def sparse_delta(values: torch.Tensor, row_offsets, columns, shape) -> torch.Tensor:
     """S [d, k] formed from CSR, row by row."""
     rows = [o for o, (a, b) in enumerate(zip(row_offsets, row_offsets[1:], strict=False)) for _ in range(a, b)]

@@ -18,12 +18,17 @@ from oracles import (
     experts,
     lora,
     lora_update,
+    randlora,
     rosa,
     segments,
     shard_sums,
     shards,
     siblings,
+<<<<<<< HEAD
     svft,
+=======
+    vera,
+>>>>>>> vectors
     weight_norm,
 )
 from tensors import TYPICAL, accumulate, laid_out, randn, sparse_pattern
@@ -390,6 +395,57 @@ def build_experts(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained"
     )  # fmt: skip
 
 
+def build_vera(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p=0.0, update=False):
+    v = _common(lead, k, d, dtype, device, bias)
+    v["random_A"] = randn(r, k, dtype=adapter_dtype, device=device, fan=k)
+    v["random_B"] = randn(d, r, dtype=adapter_dtype, device=device, fan=r)
+    v["lambda_d"] = 1 + 0.5 * randn(r, dtype=adapter_dtype, device=device)
+    v["lambda_b"] = 1 + 0.5 * randn(d, dtype=adapter_dtype, device=device)
+    _trained(v["lambda_d"], v["lambda_b"])
+    if update:
+        v["base_out"] = randn(*lead, d, dtype=dtype, device=device).requires_grad_()
+        del v["weight"]
+        v.pop("bias", None)
+
+    def function(v):
+        factors, options = (
+            (v["random_A"], v["random_B"], v["lambda_d"], v["lambda_b"]),
+            {"dropout_p": p, "training": True},
+        )
+        if update:
+            return spectral_ops.vera_update(v["base_out"], v["x"], *factors, **options)
+        return spectral_ops.vera_linear(v["x"], v["weight"], *factors, v.get("bias"), **options)
+
+    return Problem(
+        function, vera, v, _mask(v, p, 1234), dtype, bool(p), d, saved=lambda T, r, size: T * r * size
+    )  # fmt: skip
+
+
+def build_randlora(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", update=False, scale=0.75):
+    """Three bases, so that r n is another number than either side."""
+    v, n, m, M = _common(lead, k, d, dtype, device, bias), 3, min(d, k), max(d, k)
+    v["random_A"] = randn(r, m, dtype=adapter_dtype, device=device, fan=m)
+    v["random_B"] = randn(M, r * n, dtype=adapter_dtype, device=device, fan=r * n)
+    v["lambda_"] = 1 + 0.5 * randn(r, n, dtype=adapter_dtype, device=device)
+    v["gamma"] = 1 + 0.5 * randn(n, m, dtype=adapter_dtype, device=device)
+    _trained(v["lambda_"], v["gamma"])
+    if update:
+        v["base_out"] = randn(*lead, d, dtype=dtype, device=device).requires_grad_()
+        del v["weight"]
+        v.pop("bias", None)
+
+    def function(v):
+        bases = v["random_A"], v["random_B"], v["lambda_"], v["gamma"]
+        if update:
+            return spectral_ops.randlora_update(v["base_out"], v["x"], *bases, scale=scale)
+        return spectral_ops.randlora_linear(v["x"], v["weight"], *bases, v.get("bias"), scale=scale)
+
+    return Problem(
+        function, randlora, v, {"scale": scale}, dtype, False, d,
+        saved=lambda T, r, size: T * r * n * size if k > d else 0,
+    )  # fmt: skip
+
+
 LOWRANK = [
     Family("lora", build_lora),
     Family("lora-dropout", build_lora, {"p": 0.3}),
@@ -445,7 +501,18 @@ EXPERTS = [
     Family("experts-routed", build_experts, {"kind": "routed"}),
     Family("experts-routed-dropout", build_experts, {"kind": "routed", "p": 0.3}),
 ]
-FAMILIES = {family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS + EXPERTS}
+VERA = [
+    Family("vera", build_vera),
+    Family("vera-dropout", build_vera, {"p": 0.3}),
+    Family("vera-update", build_vera, {"update": True}),
+]
+RANDLORA = [
+    Family("randlora", build_randlora),
+    Family("randlora-update", build_randlora, {"update": True}),
+]
+FAMILIES = {
+    family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS + EXPERTS + VERA + RANDLORA
+}
 
 
 def cotangent(problem: Problem, y: torch.Tensor, layout: str = "contiguous") -> torch.Tensor:

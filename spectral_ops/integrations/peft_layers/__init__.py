@@ -12,6 +12,8 @@ import importlib.util
 TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.lora": "peft",
     "peft.tuners.lora.layer": "peft_experts",
+    "peft.tuners.randlora": "peft_layers.randlora",
+    "peft.tuners.vera": "peft_layers.vera",
 }
 
 
