@@ -5,10 +5,12 @@ from spectral_ops.functional import routing  # noqa: F401  (its operators)
 from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
 from spectral_ops.functional.cayley import cayley
+from spectral_ops.functional.conv import conv_update
 from spectral_ops.functional.csr import csr_add, csr_sddmm, csr_spmm
 from spectral_ops.functional.csr_matrix import CSR
 from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
+from spectral_ops.functional.embedding import embedding_update
 from spectral_ops.functional.experts import experts_lowrank, experts_mlp
 from spectral_ops.functional.float8 import float8_linear
 from spectral_ops.functional.group import lowrank_linear_group
@@ -32,12 +34,14 @@ __all__ = [
     "bone_update",
     "cayley",
     "column_norm",
+    "conv_update",
     "csr_add",
     "csr_sddmm",
     "csr_spmm",
     "disha_linear",
     "dora_linear",
     "dora_update",
+    "embedding_update",
     "experts_lowrank",
     "experts_mlp",
     "float8_linear",

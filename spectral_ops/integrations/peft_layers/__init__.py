@@ -12,6 +12,8 @@ import importlib.util
 TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.lora": "peft",
     "peft.tuners.lora.layer": "peft_experts",
+    "peft.tuners.lora.variants": "peft_layers.conv",
+    "peft.tuners.lora.dora": "peft_layers.embedding",
 }
 
 
