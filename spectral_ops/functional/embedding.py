@@ -26,7 +26,7 @@ __all__ = ["embedding_update"]
 
 def _gather(A: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """h [T, r] = Aᵀ[ids]."""
-    return A[:, ids.reshape(-1)].t().to(dtype, memory_format=torch.contiguous_format)
+    return A.index_select(1, ids.reshape(-1)).t().to(dtype, memory_format=torch.contiguous_format)
 
 
 def _scatter(u: torch.Tensor, ids: torch.Tensor, like: torch.Tensor, padding_idx: int | None) -> torch.Tensor:
