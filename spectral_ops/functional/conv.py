@@ -87,14 +87,14 @@ def _batched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _dropped(x: torch.Tensor, seed: torch.Tensor | None, p: float) -> torch.Tensor:
-    return x if seed is None else seeded_dropout_op(x.reshape(x.shape[0], -1), seed, p).reshape(x.shape)
+    return x if seed is None else seeded_dropout_op(x.reshape(1, x.numel()), seed, p).reshape(x.shape)
 
 
 def _conv(x, kernel, stride, padding, dilation):
     """kernel ∗ x; where that is a product over the channels, as one: faster than the library's convolution."""
     if _is_product(kernel, stride, padding):
         planes, M = _dense(x).flatten(2), kernel.flatten(1)
-        return _batched(M.expand(planes.shape[0], *M.shape), planes).reshape(x.shape[0], -1, *x.shape[2:])
+        return _batched(M.expand(planes.shape[0], *M.shape), planes).reshape(x.shape[0], kernel.shape[0], *x.shape[2:])
     return torch.convolution(x, kernel, None, stride, padding, dilation, False, [0] * len(stride), 1)
 
 
@@ -208,7 +208,7 @@ def conv_update_backward_op(
     M = scale * B.to(acc) if g is None else scale * g.unsqueeze(1) * B.to(acc)
     dx = dA = dB = dm = db = dout = dy
     if need_x or need_A:
-        u = _batched(M.t().to(dy.dtype).expand(N, *M.t().shape), planes).reshape(N, -1, *dy.shape[2:])
+        u = _batched(M.t().to(dy.dtype).expand(N, *M.t().shape), planes).reshape(N, A.shape[0], *dy.shape[2:])
         dropped = _dropped(x, seed, p) if need_A else x
         dx, dA = _conv_backward(u, dropped, A.to(dy.dtype), stride, padding, dilation, need_x, need_A)
         if need_x:
