@@ -1101,7 +1101,7 @@ def test_the_route_goes_by_sizes(emulated, hopper):
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
-IN_PYTHON = {"experts", "float8"}  # composed there on a GPU, where the time of their kernels hides that
+IN_PYTHON = {"conv", "embedding", "experts", "float8"}  # composed there on a GPU, where their kernels hide that
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
