@@ -36,8 +36,8 @@ with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=t
 
 .PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel audit bundle matrix sanitize clean
 
-demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa|experts STEPS=n DTYPE=float32|bf16
-	$(PY) examples/finetune.py --method $(METHOD) $(if $(STEPS),--steps $(STEPS)) $(if $(DTYPE),--dtype $(DTYPE)) $(ARGS)
+demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa|experts|diffusion STEPS=n DTYPE=float32|bf16 (diffusion: float32)
+	$(PY) examples/$(if $(filter diffusion,$(METHOD)),diffusion.py,finetune.py --method $(METHOD) $(if $(DTYPE),--dtype $(DTYPE))) $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
 methods: $(VENV)/.built ## STEPS=n ARGS="--methods lora pica": every method trained for the same number of steps
 	$(PY) examples/every_method.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)

@@ -2,6 +2,8 @@
 
     python -m benchmarks.bench_tuners [NAME...] [--tokens 1024] [--features 2048] [--repeats 11] [--json FILE]
 
+The rows of convolutions and embeddings have sizes of their own: 320 channels of 64×64 pixels, and 32,000 rows of 1,024.
+
 Time of forward and backward over the frozen layer's, in the same turn; the tax is what is above 1. In MiB: saved is
 what stays for backward beside x and the parameters, peak what the allocator held above what it held before.
 """
@@ -9,16 +11,19 @@ what stays for backward beside x and the parameters, peak what the allocator hel
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import torch
 
 from spectral_ops.bench import counting, judge, results
 from spectral_ops.bench.clock import interleave
-from spectral_ops.bench.tuners import TUNERS, Implementation, layers
+from spectral_ops.bench.tuners import TUNERS, Implementation, layers, over
 from spectral_ops.core.scratch import scratch
 
 
@@ -26,8 +31,9 @@ def step(layer: Implementation, x: torch.Tensor, dy: torch.Tensor) -> list[torch
     for t in (x, *layer.parameters):
         t.grad = None
     y = layer.forward(x)
-    y.backward(dy)
-    return [y.detach(), x.grad, *(p.grad for p in layer.parameters)]
+    if y.requires_grad:
+        y.backward(dy)
+    return [y.detach(), *(t.grad for t in (x, *layer.parameters) if t.requires_grad)]
 
 
 def nudge(layer: Implementation) -> None:
@@ -37,18 +43,50 @@ def nudge(layer: Implementation) -> None:
             p.mul_(1.0)
 
 
-def measure(name: str, T: int, n: int, repeats: int, device: str) -> dict:
+def linear(name: str, T: int, n: int, device: str):
     generator = torch.Generator(device).manual_seed(0)
     x, dy, weight = (torch.randn(rows, n, generator=generator, device=device) for rows in (T, T, n))
-    found = layers(TUNERS[name], weight.mul_(n**-0.5))
-    x.requires_grad_()
+    return layers(TUNERS[name], weight.mul_(n**-0.5)), x.requires_grad_(), dy
+
+
+def convolution(kernel: int, last: bool, dora: bool, device: str, channels: int = 320, side: int = 64):
+    base = torch.nn.Conv2d(channels, channels, kernel, padding=kernel // 2, device=device).requires_grad_(False)
+    x, dy = (torch.randn(1, channels, side, side, device=device) for _ in range(2))
+    if last:
+        base, x, dy = (t.to(memory_format=torch.channels_last) for t in (base, x, dy))
+    return over(base, config(dora)), x.requires_grad_(), dy
+
+
+def embedding(dora: bool, device: str, rows: int = 32000, features: int = 1024, T: int = 1024):
+    base = torch.nn.Embedding(rows, features, device=device).requires_grad_(False)
+    ids = torch.randint(rows, (1, T), device=device)
+    return over(base, config(dora)), ids, torch.randn(1, T, features, device=device)
+
+
+def config(dora: bool):
+    return peft.LoraConfig(r=8, use_dora=dora, target_modules=["0"])
+
+
+OTHERS: dict[str, Callable] = {
+    f"{method} {what}": functools.partial(build, *options, method == "DoRA")
+    for what, build, *options in (
+        ("conv 1x1", convolution, 1, False),
+        ("conv 1x1 channels last", convolution, 1, True),
+        ("conv 3x3", convolution, 3, False),
+        ("conv 3x3 channels last", convolution, 3, True),
+        ("embedding", embedding),
+    )
+    for method in ("LoRA", "DoRA")
+}
+
+
+def measure(name: str, T: int, n: int, repeats: int, device: str) -> dict:
+    found, x, dy = OTHERS[name](device) if name in OTHERS else linear(name, T, n, device)
     expected = step(found["PEFT"], x, dy)
     error = judge.largest_error(step(found["accelerated"], x, dy), expected)
     row = {"name": name, "error": error}
     for kind, layer in found.items():
-        held = [weight, *layer.parameters]
-        if isinstance(layer.forward, torch.nn.Module):
-            held += [*layer.forward.parameters(), *layer.forward.buffers()]
+        held = [*layer.parameters, *layer.forward.parameters(), *layer.forward.buffers()]
         row[f"{kind} saved"] = counting.saved_bytes(layer.forward, x, held)
         row[f"{kind} peak"] = counting.peak_bytes(lambda layer=layer: step(layer, x, dy), x.device)
     row["scratch"] = scratch.nbytes
@@ -72,19 +110,19 @@ def line(row: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TUNERS)}; all without")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*TUNERS, *OTHERS))}; all without")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--features", type=int, default=2048, help="in and out")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
-    if unknown := set(options.names) - set(TUNERS):
-        parser.error(f"NAME: got {', '.join(sorted(unknown))}, wanted some of {', '.join(TUNERS)}")
+    if unknown := set(options.names) - TUNERS.keys() - OTHERS.keys():
+        parser.error(f"NAME: got {', '.join(sorted(unknown))}, wanted some of {', '.join((*TUNERS, *OTHERS))}")
     print(HEAD, "|" + " --- |" * HEAD.count(" | ") + " --- |", sep="\n", flush=True)
     rows = []
-    for name in options.names or TUNERS:
-        if TUNERS[name].there():
+    for name in options.names or (*TUNERS, *OTHERS):
+        if name in OTHERS or TUNERS[name].there():
             rows.append(measure(name, options.tokens, options.features, options.repeats, options.device))
             print(line(rows[-1]), flush=True)
     if options.json:

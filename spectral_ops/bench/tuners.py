@@ -68,19 +68,23 @@ def perturb(model: nn.Module, scale: float = 0.02) -> None:
 
 def layers(tuner: Tuner, weight: torch.Tensor, **fields) -> dict[str, Implementation]:
     """The frozen layer over ``weight`` [d, k], PEFT's over the same memory, and that accelerated, in training mode."""
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    return over(base, tuner.build(["0"], **fields))
+
+
+def over(base: nn.Module, config) -> dict[str, Implementation]:
+    """The same over any frozen layer, for PEFT's config of the module named "0"."""
     import peft
 
-    def linear() -> nn.Linear:
-        base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        base.weight = nn.Parameter(weight, requires_grad=False)
-        return base
-
+    shared = {id(p): p for p in base.parameters()}
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(nn.Sequential(linear()), tuner.build(["0"], **fields)).train()
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base, dict(shared))), config).train()
     perturb(theirs)
-    ours = copy.deepcopy(theirs, {id(t): t for t in (weight, *theirs.parameters()) if not t.requires_grad})
+    frozen = (*shared.values(), *(p for p in theirs.parameters() if not p.requires_grad))
+    ours = copy.deepcopy(theirs, {id(t): t for t in frozen})
     spectral_ops.accelerate(ours, strict=True)
-    found = {"frozen": Implementation(linear(), [])}
+    found = {"frozen": Implementation(base, [])}
     for name, model in (("PEFT", theirs), ("accelerated", ours)):
         found[name] = Implementation(model.base_model.model, [p for p in model.parameters() if p.requires_grad])
     return found

@@ -177,12 +177,15 @@ def through(ctx, y, inputs, dy):
     return tuple(grads)
 
 
-def overwritable(base_out: torch.Tensor) -> bool:
+def overwritable(base_out: torch.Tensor, dense: bool = False) -> bool:
     """Whether ``base_out`` may be overwritten in place: not a view, a trained leaf, or a tensor of inference mode
-    outside it, which autograd forbids; nor while a dispatch mode sees every operator, which may keep it."""
+    outside it, which autograd forbids; nor while a dispatch mode sees every operator, which may keep it. ``dense``: it
+    fills its memory in another order than that of rows, which the caller takes."""
     if torch.compiler.is_compiling():  # the compiler decides by itself whether a copy is needed
         return False
-    if torch._C._len_torch_dispatch_stack() or type(base_out) is not torch.Tensor or not base_out.is_contiguous():
+    if torch._C._len_torch_dispatch_stack() or type(base_out) is not torch.Tensor:
+        return False
+    if not (dense or base_out.is_contiguous()):
         return False
     if base_out._is_view() or (base_out.requires_grad and base_out.is_leaf):
         return False

@@ -5,10 +5,12 @@ from spectral_ops.functional import routing  # noqa: F401  (its operators)
 from spectral_ops.functional.bat import bat_linear, bat_weight
 from spectral_ops.functional.blocksum import block_sum, bone_linear, bone_update, disha_linear
 from spectral_ops.functional.cayley import cayley
+from spectral_ops.functional.conv import conv_update
 from spectral_ops.functional.csr import csr_add, csr_sddmm, csr_spmm
 from spectral_ops.functional.csr_matrix import CSR
 from spectral_ops.functional.dash import task_direction_scores
 from spectral_ops.functional.dora import column_norm, dora_linear, dora_update
+from spectral_ops.functional.embedding import embedding_update
 from spectral_ops.functional.experts import experts_lowrank, experts_mlp
 from spectral_ops.functional.float8 import float8_linear
 from spectral_ops.functional.group import lowrank_linear_group
@@ -20,11 +22,8 @@ from spectral_ops.functional.randlora import randlora_linear, randlora_update
 from spectral_ops.functional.rosa import rosa_linear, rosa_update
 from spectral_ops.functional.rosa_resident import residents
 from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
-<<<<<<< HEAD
 from spectral_ops.functional.svft import svft_linear
-=======
 from spectral_ops.functional.vera import vera_linear, vera_update
->>>>>>> vectors
 
 __all__ = [
     "CSR",
@@ -38,12 +37,14 @@ __all__ = [
     "bone_update",
     "cayley",
     "column_norm",
+    "conv_update",
     "csr_add",
     "csr_sddmm",
     "csr_spmm",
     "disha_linear",
     "dora_linear",
     "dora_update",
+    "embedding_update",
     "experts_lowrank",
     "experts_mlp",
     "float8_linear",

@@ -25,7 +25,8 @@ def accelerate(
     transformers' ``Conv1D``, MiSS (also mini and bat) on ``nn.Linear``, several active at once, and all of them but bat
     over bitsandbytes 4-bit and 8-bit layers and torchao's weights, whose own forward is called; LoRA over GPTQ, AWQ and
     AQLM as well. A subclass of ``nn.Linear`` is called too, unless it keeps nn.Linear's forward. LoRA and MiSS without
-    dropout run over tensor-parallel layers. Of dtypes, whatever mix of base, adapter and x PEFT takes.
+    dropout run over tensor-parallel layers. LoRA, rsLoRA and DoRA on ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` and
+    ``nn.Embedding``. Of dtypes, whatever mix of base, adapter and x PEFT takes.
     Scalings may be tensors (``prepare_model_for_compiled_hotswap``). Every other adapter layer, and every single call
     of a covered one that the fast path does not fit, runs PEFT's own forward; the report says which and why. Calling it
     again is fine: it also takes in the layers that ``add_adapter`` has created since, and the report counts from then.

@@ -7,6 +7,7 @@ where reading it all anew costs ten. A submodule that is more than its class's f
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -399,7 +400,7 @@ def active(layer: nn.Module) -> list[str] | tuple[str, ...]:
 
 
 def variant_name(variant: Any) -> str:
-    return type(variant).__name__.replace("LinearVariant", "").replace("Variant", "")
+    return re.sub(r"(Linear|Embedding|Conv\dd)?Variant", "", type(variant).__name__)
 
 
 def lora_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[LowRank]]:

@@ -1101,12 +1101,7 @@ def test_the_route_goes_by_sizes(emulated, hopper):
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
-IN_PYTHON = {
-    "experts",
-    "float8",
-    "randlora",
-    "vera",
-}  # composed there on a GPU, where the time of their kernels hides that
+IN_PYTHON = {"conv", "embedding", "experts", "float8", "randlora", "svft", "vera"}  # their kernels hide that on a GPU
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

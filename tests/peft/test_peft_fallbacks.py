@@ -121,18 +121,18 @@ def test_layers_left_to_peft_from_the_start(model, reason):
     assert not hasattr(layer(ours), "_spectral_ops")  # nothing was changed
 
 
-def test_convolutions_and_embeddings_are_left_to_peft():
+def test_convolutions_and_embeddings_are_reported():
     plain, ours = pair(net(("first", "second", "conv", "embed")))
-    report = accelerate(ours)
+    report = accelerate(ours, strict=True)
     rows = {row.name.rpartition(".")[2]: row for row in report.rows}
     assert {name: row.path for name, row in rows.items()} == {
         "first": "fused",
         "second": "fused",
-        "conv": "PEFT",
-        "embed": "PEFT",
+        "conv": "fused",
+        "embed": "fused (base-agnostic)",
     }
-    assert rows["conv"].reason == "Conv1d layers of the lora tuner are left to PEFT"
-    assert rows["embed"].peft_class == "lora.Embedding"
+    assert rows["conv"].peft_class == "lora.Conv1d" and rows["conv"].operators == "conv_update"
+    assert rows["embed"].peft_class == "lora.Embedding" and rows["embed"].operators == "embedding_update"
     torch.testing.assert_close(ours(IDS), plain(IDS))
 
 
@@ -520,9 +520,9 @@ def test_frozen_parameters_get_no_gradient(method, frozen):
 def test_a_report_reads_well():
     model = get_peft_model(llama(), config("dora", target_modules=[*ATTENTION, "embed_tokens"]))
     report = accelerate(model)
-    assert report.counts == {"fused": 8, "fused (base-agnostic)": 0, "PEFT": 1}
+    assert report.counts == {"fused": 9, "fused (base-agnostic)": 0, "PEFT": 0}
     lines = str(report).splitlines()
-    planned = "8 layers fused, 0 fused over their own base layer, 1 left to PEFT"
+    planned = "9 layers fused, 0 fused over their own base layer, 0 left to PEFT"
     assert lines[0] == f"{planned} (planned: no call was seen yet)"
     dora = next(line for line in lines if "lora.Linear" in line)
     assert "column_norm, dora_linear" in dora and "q_proj, k_proj, v_proj, o_proj" in dora and dora.split()[0] == "8"

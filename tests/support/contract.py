@@ -274,11 +274,7 @@ class Contract:
             y = problem.call()
         own = {storage(t) for t in problem.inputs.values()}
         x_kept = any(storage(t) == storage(problem.inputs["x"]) for t in kept)
-<<<<<<< HEAD
-        of_h_alone = family.name == "block-sum" or {"D", "Vh"} & problem.inputs.keys()
-=======
-        of_h_alone = family.name == "block-sum" or {"D", "lambda_d"} & problem.inputs.keys()
->>>>>>> vectors
+        of_h_alone = family.name == "block-sum" or {"D", "Vh", "lambda_d"} & problem.inputs.keys()
         assert x_kept == (not of_h_alone), "x: kept where it need not be"
         extra = {storage(t): t for t in kept if storage(t) not in own}
         big = [t for t in extra.values() if t.dim() > 1]

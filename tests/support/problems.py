@@ -24,11 +24,8 @@ from oracles import (
     shard_sums,
     shards,
     siblings,
-<<<<<<< HEAD
     svft,
-=======
     vera,
->>>>>>> vectors
     weight_norm,
 )
 from tensors import TYPICAL, accumulate, laid_out, randn, sparse_pattern

@@ -62,10 +62,37 @@ def _layer_calls(dtype: torch.dtype, shape: tuple) -> dict[str, list[tuple]]:
         x, bias = randn(3, 5, 16, dtype=dtype).requires_grad_(), randn(12, dtype=dtype).requires_grad_()
         narrow, scale = weight.to(torch.float8_e4m3fn), torch.arange(1.0, 7.0).view(2, 3)
         spectral_ops.float8_linear(x, narrow, scale, bias, block_size=(7, 6)).sum().backward()
+        for mode in (contextlib.nullcontext(), Quiet()):
+            with mode:
+                _updates(dtype)
         float8_column_norm_op(narrow, scale, randn(4, 16, dtype=dtype), randn(12, 4, dtype=dtype), 0.5, 7, 6)
     finally:
         _library.LayerOperator.__call__ = call
     return calls
+
+
+def _updates(dtype: torch.dtype) -> None:
+    """Updates of convolutions and embeddings, as LoRA and as DoRA, forward and backward."""
+    W, A = (randn(n, 3, 3, 3, dtype=dtype, fan=27) for n in (6, 2))
+    B, bias, ids = randn(6, 2, dtype=dtype).requires_grad_(), randn(6, dtype=dtype), torch.tensor([[1, 4], [4, 0]])
+    E, rows = randn(5, 6, dtype=dtype), randn(2, 5, dtype=dtype).requires_grad_()
+    magnitude = randn(6, dtype=dtype).add_(3).requires_grad_()
+    for last, p, dora in ((False, 0.0, False), (True, 0.3, False), (False, 0.0, True), (True, 0.0, True)):
+        x = randn(2, 3, 5, 4, dtype=dtype)
+        x = (x.to(memory_format=torch.channels_last) if last else x).requires_grad_()
+        options = {"scale": 0.5, "stride": (2, 1), "padding": 1}
+        if dora:
+            norm = spectral_ops.column_norm(W.flatten(1), A.flatten(1), B, 0.5)
+            options |= {"magnitude": magnitude, "norm": norm, "weight": W, "bias": bias}
+        out = torch.nn.functional.conv2d(x, W, None if dora else bias, (2, 1), 1)
+        kernel = A.clone().requires_grad_()
+        y = spectral_ops.conv_update(out, x, kernel, B, **options, dropout_p=p, training=True)
+        y.backward(torch.ones_like(y))
+        options = {"scale": 0.5, "padding_idx": 4 if last else None}
+        if dora:
+            norm = spectral_ops.column_norm(E.t(), rows, B, 0.5)
+            options |= {"magnitude": magnitude, "norm": norm, "weight": E}
+        spectral_ops.embedding_update(E[ids], ids, rows, B, **options).sum().backward()
 
 
 def layer_samples(name: str, dtype: torch.dtype = torch.float32, shape: tuple = TYPICAL) -> list[tuple]:

@@ -124,7 +124,11 @@ def test_strict_stops_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="3 never called"):
         running.train()
     with pytest.raises(RuntimeError, match="would be left to PEFT"):
-        ready(SpectralOpsCallback(strict=True), tmp_path, LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+        ready(
+            SpectralOpsCallback(strict=True),
+            tmp_path,
+            LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1]),
+        )
 
 
 def test_a_model_without_adapters_of_its_own(tmp_path, caplog):

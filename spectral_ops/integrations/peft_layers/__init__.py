@@ -14,6 +14,8 @@ TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.lora.layer": "peft_experts",
     "peft.tuners.randlora": "peft_layers.randlora",
     "peft.tuners.vera": "peft_layers.vera",
+    "peft.tuners.lora.variants": "peft_layers.conv",
+    "peft.tuners.lora.dora": "peft_layers.embedding",
 }
 
 
