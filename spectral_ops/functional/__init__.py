@@ -14,7 +14,9 @@ from spectral_ops.functional.embedding import embedding_update
 from spectral_ops.functional.experts import experts_lowrank, experts_mlp
 from spectral_ops.functional.float8 import float8_linear
 from spectral_ops.functional.group import lowrank_linear_group
+from spectral_ops.functional.hadamard import hira_linear, loha_linear, loha_update
 from spectral_ops.functional.importance import adalora_importance, adalora_prune, orthogonality_loss
+from spectral_ops.functional.kron import kron_linear, kron_update
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
 from spectral_ops.functional.norm_cache import NormCache
 from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_logprobs
@@ -48,7 +50,12 @@ __all__ = [
     "experts_lowrank",
     "experts_mlp",
     "float8_linear",
+    "hira_linear",
     "kl_to_anchor",
+    "kron_linear",
+    "kron_update",
+    "loha_linear",
+    "loha_update",
     "lowrank_linear",
     "lowrank_linear_group",
     "lowrank_update",

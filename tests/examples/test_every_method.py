@@ -39,7 +39,8 @@ def test_trains_merges_and_leaves_no_trace(name, base):
 def test_table_and_picture(tmp_path):
     result = {
         "method": "lora", "trained": 12, "rate": 1e-3, "init_seconds": 0.1, "losses": [3.0, 2.0, 1.5, 1.0],
-        "held_out": [3.0, 2.0], "merged_difference": 1e-6, "seconds": 2.0, "frozen_seconds": 1.0, "saved": 2**20, "held": 2**21,
+        "held_out": [3.0, 2.0], "merged_difference": 1e-6, "seconds": 2.0, "frozen_seconds": 1.0, "saved": 2**20,
+        "held": 2**21,
     }  # fmt: skip
     assert every_method.table([result], "t").row_count == 1
     every_method.picture([result], tmp_path / "p.png", "t")

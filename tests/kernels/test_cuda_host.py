@@ -1101,7 +1101,17 @@ def test_the_route_goes_by_sizes(emulated, hopper):
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
-IN_PYTHON = {"conv", "embedding", "experts", "float8", "randlora", "svft", "vera"}  # their kernels hide that on a GPU
+IN_PYTHON = {
+    "conv",
+    "embedding",
+    "experts",
+    "float8",
+    "hadamard",
+    "kron",
+    "randlora",
+    "svft",
+    "vera",
+}  # their kernels hide that on a GPU
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -138,6 +138,20 @@ def rosa(v, c):
     return y + v["bias"] if "bias" in v else y
 
 
+def hadamard(v, c):
+    other = v["w2_a"] @ v["w2_b"] if "w2_a" in v else v["weight"]
+    y = v["x"] @ (c["scale"] * (v["w1_a"] @ v["w1_b"]) * other).T
+    y = y + (v["x"] @ v["weight"].T if "weight" in v else v["base_out"])
+    return y + v["bias"] if "bias" in v else y
+
+
+def kron(v, c):
+    w1, w2 = (v[w] @ v[f"{w}_b"] if f"{w}_b" in v else v[w] for w in ("w1", "w2"))
+    y = c["scale"] * v["x"] @ torch.kron(w1, w2).T
+    y = y + (v["x"] @ v["weight"].T if "weight" in v else v["base_out"])
+    return y + v["bias"] if "bias" in v else y
+
+
 def svft(v, c):
     m = v["Vh"].shape[0]
     M = sparse_delta(v["values"], c["row_offsets"], c["columns"], (m, m))

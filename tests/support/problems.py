@@ -16,6 +16,8 @@ from oracles import (
     dora,
     dora_update,
     experts,
+    hadamard,
+    kron,
     lora,
     lora_update,
     randlora,
@@ -50,7 +52,7 @@ class Problem:
     saved: Callable | None = None  # (T, r, element size) -> bytes kept for backward beyond parameters and x
     indices: int = 0  # of its saved vectors, beyond those of d elements
     scaled: str = ""  # a parameter that is multiplied by the scale, in a copy
-    x_sized: str = ""  # a trained tensor whose gradient is made of a tensor of x's size
+    x_sized: str = ""  # trained tensors whose gradients are made of a tensor of x's size
     seed: int = 1234
 
     def call(self) -> torch.Tensor:
@@ -297,6 +299,67 @@ def build_rosa(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", p
     )  # fmt: skip
 
 
+def _over_a_result(v, lead, d, dtype, device):
+    """The base's result in place of its weight and bias."""
+    v["base_out"] = randn(*lead, d, dtype=dtype, device=device).requires_grad_()
+    del v["weight"]
+    v.pop("bias", None)
+
+
+def build_hadamard(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", kind="loha", route="auto",
+                   exact=False, scale=0.75):  # fmt: skip
+    """kind: "hira", "loha" or "update" (loha_update)."""
+    v = _common(lead, k, d, dtype, device, bias)
+    for name in ("w1", "w2")[: 1 if kind == "hira" else 2]:
+        v[f"{name}_a"] = randn(d, r, dtype=adapter_dtype, device=device, fan=r)
+        v[f"{name}_b"] = randn(r, k, dtype=adapter_dtype, device=device, fan=1 if name == "w1" else k)
+        _trained(v[f"{name}_a"], v[f"{name}_b"])
+    if kind == "update":
+        _over_a_result(v, lead, d, dtype, device)
+
+    def function(v):
+        if kind == "hira":
+            return spectral_ops.hira_linear(v["x"], v["weight"], v["w1_b"], v["w1_a"], v.get("bias"), exact=exact)
+        factors, options = [v[f"w{i}_{s}"] for i in (1, 2) for s in "ab"], {"scale": scale, "route": route}
+        if kind == "update":
+            return spectral_ops.loha_update(v["base_out"], v["x"], *factors, **options)
+        return spectral_ops.loha_linear(v["x"], v["weight"], *factors, v.get("bias"), **options)
+
+    constants = {"scale": 1.0 if kind == "hira" else scale}
+    return Problem(function, hadamard, v, constants, dtype, False, d, saved=lambda T, r, size: 0)
+
+
+def _sides(n: int) -> tuple[int, int]:
+    """The two factors of n that are nearest to each other."""
+    small = max(i for i in range(1, math.isqrt(n) + 1) if n % i == 0)
+    return small, n // small
+
+
+def build_kron(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", decomposed="w2", update=False,
+               scale=0.75):  # fmt: skip
+    v = _common(lead, k, d, dtype, device, bias)
+    for name, rows, columns in zip(("w1", "w2"), _sides(d), _sides(k), strict=True):
+        fan = 1 if name == "w1" else k
+        if name in decomposed:
+            v[name] = randn(rows, r, dtype=adapter_dtype, device=device, fan=r).requires_grad_()
+            v[f"{name}_b"] = randn(r, columns, dtype=adapter_dtype, device=device, fan=fan).requires_grad_()
+        else:
+            v[name] = randn(rows, columns, dtype=adapter_dtype, device=device, fan=fan).requires_grad_()
+    if update:
+        _over_a_result(v, lead, d, dtype, device)
+
+    def function(v):
+        options = {"w1_b": v.get("w1_b"), "w2_b": v.get("w2_b"), "scale": scale}
+        if update:
+            return spectral_ops.kron_update(v["base_out"], v["x"], v["w1"], v["w2"], **options)
+        return spectral_ops.kron_linear(v["x"], v["weight"], v["w1"], v["w2"], v.get("bias"), **options)
+
+    return Problem(
+        function, kron, v, {"scale": scale}, dtype, False, d, saved=lambda T, r, size: 0,
+        x_sized="" if "w2_b" in v else "w1 w2",  # x laid out for w1
+    )  # fmt: skip
+
+
 def build_svft(lead, k, d, r, dtype, adapter_dtype, device, *, bias="trained", gradient_route="auto"):
     v = _common(lead, k, d, dtype, device, bias)
     v["U"] = randn(d, r, dtype=adapter_dtype, device=device, fan=r)
@@ -507,8 +570,22 @@ RANDLORA = [
     Family("randlora", build_randlora),
     Family("randlora-update", build_randlora, {"update": True}),
 ]
+HADAMARD = [
+    Family("hira", build_hadamard, {"kind": "hira"}),
+    Family("hira-exact", build_hadamard, {"kind": "hira", "exact": True}),
+    Family("loha", build_hadamard, {"route": "factors"}),
+    Family("loha-tiles", build_hadamard, {"route": "tiles"}),
+    Family("loha-update", build_hadamard, {"kind": "update"}),
+]
+KRON = [
+    Family("kron", build_kron),
+    Family("kron-whole", build_kron, {"decomposed": ""}),
+    Family("kron-both", build_kron, {"decomposed": "w1 w2"}),
+    Family("kron-update", build_kron, {"update": True}),
+]
 FAMILIES = {
-    family.name: family for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS + EXPERTS + VERA + RANDLORA
+    family.name: family
+    for family in LOWRANK + DORA + BLOCKSUM + BAT + CSR + SEGMENTS + EXPERTS + VERA + RANDLORA + HADAMARD + KRON
 }
 
 

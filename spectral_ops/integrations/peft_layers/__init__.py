@@ -12,6 +12,8 @@ import importlib.util
 TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.lora": "peft",
     "peft.tuners.lora.layer": "peft_experts",
+    "peft.tuners.hira": "peft_layers.hira",
+    "peft.tuners.loha": "peft_layers.lycoris",
     "peft.tuners.randlora": "peft_layers.randlora",
     "peft.tuners.vera": "peft_layers.vera",
     "peft.tuners.lora.variants": "peft_layers.conv",

@@ -1,0 +1,62 @@
+"""HiRA's and LoHa's functions beside their dense formulas, and what they refuse."""
+
+import pytest
+import torch
+from contract import Contract
+from instruments import allocations
+from problems import FAMILIES
+from tensors import randn
+
+import spectral_ops
+
+
+class TestHadamard(Contract):
+    families = [family for name, family in FAMILIES.items() if name.startswith(("hira", "loha"))]
+
+
+def loha(d=24, k=16, r=3, T=5):
+    torch.manual_seed(0)
+    sizes = {"w1_a": (d, r), "w1_b": (r, k), "w2_a": (d, r), "w2_b": (r, k)}
+    factors = {name: randn(*size).requires_grad_() for name, size in sizes.items()}
+    return {"x": randn(T, k).requires_grad_(), "weight": randn(d, k), **factors}
+
+
+def test_both_routes_of_loha_agree():
+    results = []
+    for route in ("tiles", "factors", "auto"):
+        v = loha()
+        spectral_ops.loha_linear(**v, scale=0.5, route=route).square().sum().backward()
+        results.append([t.grad for name, t in v.items() if name != "weight"])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[2], results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_route_follows_the_rank():
+    from spectral_ops.functional.hadamard import tiles_cost_less
+
+    assert not tiles_cost_less(1024, 2048, 2048, 8)  # rank 64 of 2048
+    assert tiles_cost_less(4096, 2048, 2048, 32)  # rank 1024
+
+
+@pytest.mark.parametrize("route", ["tiles", "factors"])
+def test_nothing_of_the_weights_size_is_made(route):
+    v = loha(256, 256, 2, 8)
+
+    def step():
+        spectral_ops.loha_linear(**v, route=route).sum().backward()
+
+    step()
+    assert max(allocations(step)) < 256 * 256 * 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"w1_a": randn(24, 4)}, "w1_a: got"),
+        ({"w2_b": randn(3, 15)}, "w2_b: got"),
+        ({"route": "fast"}, "route: got 'fast', wanted 'auto', 'tiles' or 'factors'"),
+    ],
+)
+def test_errors(changed, message):
+    with pytest.raises(ValueError, match=message):
+        spectral_ops.loha_linear(**(loha() | changed))
