@@ -45,7 +45,6 @@ class Tuner:
 
 TUNERS: dict[str, Tuner] = {
     "lokr": Tuner("LoKrConfig", small={"r": 2}),
-    "lokr both": Tuner("LoKrConfig", {"decompose_both": True, "decompose_factor": 4}, {"r": 1}),
     "loha": Tuner("LoHaConfig", small={"r": 2}),
     "hira": Tuner("HiraConfig", small={"r": 4}),
     "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),

@@ -13,6 +13,8 @@ They are the library's products throughout; a kernel of its own would save the p
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
@@ -37,12 +39,55 @@ def _across(w, t):
     return out.view(T, q, w.shape[0]).transpose(1, 2).contiguous()
 
 
+def _chunks(t):
+    """Row slices of t [N, n] that are cast at a time, where a product takes it in another dtype."""
+    step = max((1 << 24 if t.is_cuda else 1 << 15) // max(t.shape[1], 1), 1)
+    return [slice(start, start + step) for start in range(0, t.shape[0], step)]
+
+
+def _times(t, w):
+    """t [N, n] times w [n, q], in w's dtype."""
+    if t.dtype == w.dtype:
+        return t @ w
+    out = w.new_empty(t.shape[0], w.shape[1])
+    for part in _chunks(t):
+        torch.mm(t[part].to(w.dtype), w, out=out[part])
+    return out
+
+
+def _add(y, left, right, scale=1.0):
+    """y [N, n] += scale left [N, q] right [q, n], in y's place."""
+    if y.dtype == left.dtype:
+        y.addmm_(left, right, alpha=scale)
+        return
+    for part in _chunks(y):
+        y[part] += (left[part] @ right).mul_(scale)
+
+
+def _outer(t, h):
+    """tᵀ h [n, q] for t [N, n] and h [N, q], in h's dtype."""
+    if t.dtype == h.dtype:
+        return t.t() @ h
+    out = h.new_zeros(t.shape[1], h.shape[1])
+    for part in _chunks(t):
+        out.addmm_(t[part].to(h.dtype).t(), h[part])
+    return out
+
+
 def _inner(x, w1, w2, w2_b):
-    """g [T, b, q] and h [T, a, q] for x [T, k]."""
+    """g [T, b, q] and h [T, a, q] for x [T, k], in the factors' dtype."""
     b = w1.shape[1]
     g = x.reshape(x.shape[0] * b, x.shape[1] // b)
-    g = (g if w2_b is None else g @ w2_b.t()).view(x.shape[0], b, w2.shape[1])
+    g = (g.to(w1.dtype) if w2_b is None else _times(g, w2_b.t())).view(x.shape[0], b, w2.shape[1])
     return g, _across(w1, g)
+
+
+def _wide(x, w1, w1_b, w2, w2_b):
+    """w1 whole, w2 and w2_b in one dtype, the widest among theirs and x's: what lies between the products is small, and
+    its rounding would reach every gradient."""
+    given = [t for t in (w1, w1_b, w2, w2_b) if t is not None]
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in given), x.dtype)
+    return (t if t is None else t.to(dtype) for t in (_whole(w1, w1_b), w2, w2_b))
 
 
 @define_layer(
@@ -54,14 +99,14 @@ def _inner(x, w1, w2, w2_b):
 def kron_forward_op(x, weight, base_out, w1, w1_b, w2, w2_b, bias, scale):
     """y [..., d] = x Wᵀ + b + scale x (w1 ⊗ w2)ᵀ, or base_out in place of the first two. Factors in any dtype."""
     x2 = rows(x)
-    w1, w2, w2_b = (t if t is None else t.to(x.dtype) for t in (_whole(w1, w1_b), w2, w2_b))
+    w1, w2, w2_b = _wide(x, w1, w1_b, w2, w2_b)
     y = (
         F.linear(x2, weight, bias)
         if base_out is None
         else torch.clone(rows(base_out), memory_format=torch.contiguous_format)
     )
     _, h = _inner(x2, w1, w2, w2_b)
-    y.view(-1, w2.shape[0]).addmm_(h.view(-1, w2.shape[1]), w2.t(), alpha=scale)
+    _add(y.view(-1, w2.shape[0]), h.view(-1, w2.shape[1]), w2.t(), scale)
     return shaped(y, x)
 
 
@@ -80,33 +125,33 @@ def kron_backward_op(dy, x, weight, w1, w1_b, w2, w2_b, scale, needs):
     """dx (of the update alone where there is no weight), dw1, dw1_b, dw2, dw2_b in the parameters' dtypes, and db;
     empty [0] where ``needs`` has no bit."""
     need_x, need_w1, need_w1_b, need_w2, need_w2_b, need_bias = (bool(needs >> bit & 1) for bit in range(6))
-    dy2, dtype = rows(dy), dy.dtype
-    whole, narrow, narrow_b = (t if t is None else t.to(dtype) for t in (_whole(w1, w1_b), w2, w2_b))
-    T, (a, b), (c, q) = dy2.shape[0], whole.shape, narrow.shape
+    dy2 = rows(dy)
+    whole, wide, wide_b = _wide(dy, w1, w1_b, w2, w2_b)
+    T, (a, b), (c, q) = dy2.shape[0], whole.shape, wide.shape
+    e = q if wide_b is None else wide_b.shape[1]
     D = dy2.reshape(T * a, c)
     dx = dw1 = dw1_b = dw2 = dw2_b = None
     if need_w1 or need_w1_b or need_w2:
-        g, h = _inner(rows(x), whole, narrow, narrow_b)
+        g, h = _inner(rows(x), whole, wide, wide_b)
     if need_w2:
-        dw2 = (D.t() @ h.view(T * a, q)).mul_(scale).to(w2.dtype)
+        dw2 = _outer(D, h.view(T * a, q)).mul_(scale).to(w2.dtype)
     if need_x or need_w1 or need_w1_b or need_w2_b:
-        u = (D @ narrow).mul_(scale).view(T, a, q)
+        u = _times(D, wide).mul_(scale).view(T, a, q)
     if need_w1 or need_w1_b:
         u2, g2 = u.transpose(1, 2).reshape(T * q, a), g.transpose(1, 2).reshape(T * q, b)
         dw = (u2.t() @ g2).to(w1.dtype)
-        dw1 = dw if w1_b is None else dw @ w1_b.t() if need_w1 else None
-        dw1_b = w1.t() @ dw if need_w1_b else None
+        dw1 = dw if w1_b is None else dw @ w1_b.to(dw.dtype).t() if need_w1 else None
+        dw1_b = (w1.t() @ dw).to(w1_b.dtype) if need_w1_b else None
     if need_x or need_w2_b:
         v = _across(whole.t(), u).view(T * b, q)
     if need_w2_b:
-        dw2_b = (v.t() @ rows(x).reshape(T * b, w2_b.shape[1])).to(w2_b.dtype)
+        dw2_b = _outer(rows(x).reshape(T * b, e), v).t().to(w2_b.dtype)
     if need_x:
-        e = q if narrow_b is None else narrow_b.shape[1]
         dx = dy2.new_zeros(T, b * e) if weight is None else dy2 @ weight
-        if narrow_b is None:
+        if wide_b is None:
             dx.view(T * b, e).add_(v)
         else:
-            dx.view(T * b, e).addmm_(v, narrow_b)
+            _add(dx.view(T * b, e), v, wide_b)
         dx = shaped(dx, dy)
     db = dy2.sum(0) if need_bias else None
     return fresh(dy, needs, dx, dw1, dw1_b, dw2, dw2_b, db)

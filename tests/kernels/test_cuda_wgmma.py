@@ -123,7 +123,9 @@ def test_program_accepts_the_whole_kernel(whole):
     assert accepted(whole, "0")
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.mutation] * (i > 0)) for i, n in enumerate(BROKEN)]
+)
 def test_emulator_tells_a_broken_kernel(compiled, tmp_path, name):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     for file, old, new in BROKEN[name]:
