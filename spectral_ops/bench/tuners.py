@@ -44,6 +44,9 @@ class Tuner:
 
 
 TUNERS: dict[str, Tuner] = {
+    "boft": Tuner("BOFTConfig", saved=256),  # its trained scales read a result [T, d]
+    "hra": Tuner("HRAConfig", saved=8),
+    "oft": Tuner("OFTConfig", small={"oft_block_size": 8}),
     "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),
     "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
 }

@@ -10,12 +10,15 @@ import importlib
 import importlib.util
 
 TUNERS = {  # PEFT's package -> our module of its layers
+    "peft.tuners.boft": "peft_layers.boft",
+    "peft.tuners.hra": "peft_layers.hra",
     "peft.tuners.lora": "peft",
     "peft.tuners.lora.layer": "peft_experts",
     "peft.tuners.randlora": "peft_layers.randlora",
     "peft.tuners.vera": "peft_layers.vera",
     "peft.tuners.lora.variants": "peft_layers.conv",
     "peft.tuners.lora.dora": "peft_layers.embedding",
+    "peft.tuners.oft": "peft_layers.oft",
 }
 
 
