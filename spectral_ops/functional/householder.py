@@ -139,7 +139,7 @@ def householder_linear(x, weight, u, bias=None, *, orthonormal=False):
     Args:
         x: [..., k], float64/float32/bfloat16/float16; any strides, may be empty.
         weight: W [d, k], frozen, in x's dtype (under autocast both are cast).
-        u: U [k, r], a reflection's vector per column, of any length but zero; trained, float32 allowed over a narrower x.
+        u: U [k, r], a vector per column, of any length but zero; trained, float32 allowed over a narrower x.
         bias: [d] or None, in x's dtype; may be trainable.
         orthonormal: the columns are orthonormal already, which is not checked: H = I - 2 U Uᵀ.
 

@@ -95,47 +95,43 @@ def _products(factors: torch.Tensor) -> list[torch.Tensor]:
     return products
 
 
-def _rotations(blocks: torch.Tensor, terms: int) -> torch.Tensor:
-    """R as blocks [n, B, B] in at least float32."""
+def _rotations(blocks: torch.Tensor, terms: int) -> list[torch.Tensor]:
+    """What R is made of in at least float32, and last R itself as blocks [n, B, B]."""
     blocks = blocks.to(accumulate_dtype(blocks.dtype))
     if blocks.dim() == 2:
         K = _skew(blocks)
-        return _series(K, terms)[-1] if terms else cayley_forward_op(K)
-    Q = cayley_forward_op(blocks.flatten(0, 1)).view(blocks.shape)
-    return Q[0] if len(Q) == 1 else _products(Q)[-1]
+        return [K, *_series(K, terms)] if terms else [cayley_forward_op(K)]
+    Q = cayley_forward_op(blocks.flatten(0, 1))
+    return [Q] if len(blocks) == 1 else [Q, *_products(Q.view(blocks.shape))]
 
 
-def _rotations_gradient(blocks: torch.Tensor, terms: int, dR: torch.Tensor) -> torch.Tensor:
-    """The gradient of their parameters, in those's dtype, from that of the blocks of R."""
-    dtype, blocks = blocks.dtype, blocks.to(dR.dtype)
+def _rotations_gradient(blocks: torch.Tensor, made: list[torch.Tensor], dR: torch.Tensor) -> torch.Tensor:
+    """The gradient of their parameters, in those's dtype, from that of the blocks of R, and what R was made of."""
+    first, *sums = made
     if blocks.dim() == 4:
-        Q = cayley_forward_op(blocks.flatten(0, 1))
-        if len(blocks) == 1:
-            dQ = dR
-        else:
-            factors, dQ = Q.view(blocks.shape), torch.empty_like(blocks)
-            products = _products(factors)
-            for i, before in enumerate(reversed(products[:-1])):
+        Q, dQ = first, dR
+        if sums:
+            factors, dQ = Q.view(blocks.shape), torch.empty_like(Q).view(blocks.shape)
+            for i, before in enumerate(reversed(sums[:-1])):
                 dQ[i] = _turn_gradient(before, dR, factors[i], i)
                 dR = _turned(dR, factors[i].mT, i)
-        return cayley_backward_op(Q, dQ.reshape(Q.shape)).view(blocks.shape).to(dtype)
-    K = _skew(blocks)
-    if terms:
-        dK, dP = torch.zeros_like(K), dR
-        for P in reversed(_series(K, terms)[:-1]):
-            dK = dK.baddbmm_(dP, P.mT)
+        return cayley_backward_op(Q, dQ.reshape(Q.shape)).view(blocks.shape).to(blocks.dtype)
+    if sums:
+        K, dK, dP = first, torch.zeros_like(first), dR
+        for P in reversed(sums[:-1]):
+            dK.baddbmm_(dP, P.mT)
             dP = K.mT @ dP
     else:
-        dK = cayley_backward_op(cayley_forward_op(K), dR)
-    row, column = torch.triu_indices(K.shape[-1], K.shape[-1], 1, device=K.device)
-    return (dK - dK.mT)[:, row, column].to(dtype)
+        dK = cayley_backward_op(first, dR)
+    row, column = torch.triu_indices(*dK.shape[1:], 1, device=dK.device)
+    return (dK[:, row, column] - dK[:, column, row]).to(blocks.dtype)
 
 
-def _change(blocks: torch.Tensor, terms: int, k: int) -> torch.Tensor:
+def _change(R: torch.Tensor, k: int) -> torch.Tensor:
     """(R_j - I)ᵀ [k/B, B, B], as Bat-Row's kernel takes it."""
-    R = _rotations(blocks, terms)
-    R = R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    return R.mT.expand(k // R.shape[-1], -1, -1).contiguous()
+    change = R.mT.clone(memory_format=torch.contiguous_format)
+    change.diagonal(dim1=1, dim2=2).sub_(1)
+    return change.expand(k // R.shape[-1], -1, -1).contiguous()
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -147,14 +143,14 @@ def _forward_fake(x, weight, blocks, scale, bias, terms, keep):
 
 
 @define_layer(
-    "rotation_linear_forward(Tensor x, Tensor? weight, Tensor blocks, Tensor? scale, Tensor? bias, int terms, bool keep)"
-    " -> (Tensor, Tensor)",
+    "rotation_linear_forward(Tensor x, Tensor? weight, Tensor blocks, Tensor? scale, Tensor? bias, int terms,"
+    " bool keep) -> (Tensor, Tensor)",
     fake=_forward_fake,
     pieces=_PIECES,
 )
 def rotation_linear_forward_op(x, weight, blocks, scale, bias, terms, keep):
     """y [..., d], and z [T, d] where ``keep`` asks for it; without a weight x' [..., k]."""
-    turned, _ = bat_mix_op(rows(x), _change(blocks, terms, x.shape[-1]))
+    turned, _ = bat_mix_op(rows(x), _change(_rotations(blocks, terms)[-1], x.shape[-1]))
     if weight is None:
         return shaped(turned, x), x.new_empty(0)
     if scale is None:
@@ -173,7 +169,7 @@ def rotation_linear_forward_op(x, weight, blocks, scale, bias, terms, keep):
     pieces=_PIECES,
 )
 def rotation_linear_backward_op(dy, x, weight, blocks, scale, z, terms, needs):
-    """dx [..., k], dblocks, dscale and db; empty [0] where ``needs`` has no bit. x is read for dblocks, z for dscale."""
+    """dx [..., k], dblocks, dscale, db; empty [0] where ``needs`` has no bit. x is read for dblocks, z for dscale."""
     need_x, need_blocks, need_scale, need_bias = (bool(needs >> bit & 1) for bit in range(4))
     dy2, acc = rows(dy), accumulate_dtype(dy.dtype)
     dx = d_blocks = d_scale = db = dy
@@ -182,14 +178,15 @@ def rotation_linear_backward_op(dy, x, weight, blocks, scale, z, terms, needs):
     if need_x or need_blocks:
         dz = dy2 if scale is None else dy2 * scale.to(dy.dtype)
         g = dz.clone(memory_format=torch.contiguous_format) if weight is None else dz @ weight
-        change = _change(blocks, terms, g.shape[1])
+        made = _rotations(blocks, terms)
+        change = _change(made[-1], g.shape[1])
         zero = g.new_zeros(g.shape[0], change.shape[-1])
         dC = bat_mix_backward_op(g, zero, rows(x) if need_blocks else g, change, need_x, need_blocks)
         if need_x:
             dx = g.reshape(*dy.shape[:-1], g.shape[1])
         if need_blocks:
             dR = dC.sum(0, keepdim=True) if blocks.dim() == 2 and len(blocks) == 1 else dC
-            d_blocks = _rotations_gradient(blocks, terms, dR.mT)
+            d_blocks = _rotations_gradient(blocks, made, dR.mT)
     if need_bias:
         db = dy2.sum(0, dtype=acc).to(dy.dtype)
     return fresh(dy, needs, dx, d_blocks, d_scale, db)
@@ -240,8 +237,8 @@ def _check(x, blocks, terms):
         fits = b and size == blocks.shape[3] and n * size == k and k % b == 0 and (len(blocks) == 1 or size % 2 == 0)
     if not fits:
         raise ValueError(
-            f"blocks: got {checks.describe(blocks)}, wanted triangles [n, b(b-1)/2] with n b = in_features ({k}), one for"
-            " all, or butterfly factors [f, n, b, b] with n b = in_features, a multiple of b 2^(f-1), and b even for f > 1"
+            f"blocks: got {checks.describe(blocks)}, wanted triangles [n, b(b-1)/2] with n b = in_features ({k}), or one"
+            " for all; or butterfly factors [f, n, b, b], n b = in_features, a multiple of b 2^(f-1), b even for f > 1"
         )
     if blocks.dim() == 4 and terms:
         raise ValueError(f"terms: got {terms} with butterfly factors, wanted 0 (Cayley's transform)")
@@ -256,9 +253,9 @@ def rotation_linear(x, weight, blocks, bias=None, *, scale=None, terms=0):
     Args:
         x: [..., k], float64/float32/bfloat16/float16; any strides, may be empty.
         weight: W [d, k], frozen, in x's dtype (under autocast both are cast).
-        blocks: the skew parameters: upper triangles [n, b(b-1)/2], row by row, n b = k (OFT; n = 1: one block for all), or
-            squares [f, n, b, b] of f butterfly factors (BOFT), of which the skew part counts. Trained; float32 allowed
-            over a narrower x.
+        blocks: the skew parameters, trained: upper triangles [n, b(b-1)/2], row by row, n b = k (OFT; n = 1: one block
+            for all), or squares [f, n, b, b] of f butterfly factors (BOFT), of which the skew part counts. float32
+            allowed over a narrower x.
         bias: [d] or None, in x's dtype; may be trainable.
         scale: s [d] or None; trained, float32 allowed over a narrower x.
         terms: 0 for Cayley's transform, else the terms of the series that PEFT cuts it to (triangles only).
