@@ -1101,7 +1101,9 @@ def test_the_route_goes_by_sizes(emulated, hopper):
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
-IN_PYTHON = {"conv", "embedding", "experts", "float8", "randlora", "svft", "vera"}  # their kernels hide that on a GPU
+IN_PYTHON = {  # their kernels hide that on a GPU
+    "conv", "embedding", "experts", "float8", "householder", "randlora", "rotation", "svft", "vera",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
