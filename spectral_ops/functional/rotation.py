@@ -237,8 +237,8 @@ def _check(x, blocks, terms):
         fits = b and size == blocks.shape[3] and n * size == k and k % b == 0 and (len(blocks) == 1 or size % 2 == 0)
     if not fits:
         raise ValueError(
-            f"blocks: got {checks.describe(blocks)}, wanted triangles [n, b(b-1)/2], n b = in_features ({k}) or n = 1; or"
-            " butterfly factors [f, n, b, b], n b = in_features, a multiple of b 2^(f-1), with b even for f > 1"
+            f"blocks: got {checks.describe(blocks)}, wanted triangles [n, b(b-1)/2], n b = in_features ({k}) or n = 1;"
+            " or butterfly factors [f, n, b, b], n b = in_features, a multiple of b 2^(f-1), with b even for f > 1"
         )
     if blocks.dim() == 4 and terms:
         raise ValueError(f"terms: got {terms} with butterfly factors, wanted 0 (Cayley's transform)")

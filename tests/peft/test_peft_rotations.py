@@ -61,7 +61,7 @@ def outcome(model, x):
 
 def fused(model):
     report = accelerate(model)
-    assert report.counts["fused"] + report.counts.get("base-agnostic", 0) == len(report.rows), str(report)
+    assert report.counts["PEFT"] == 0 and report.rows, str(report)
     return model
 
 
@@ -82,7 +82,7 @@ def oft(**fields):
     "fields",
     [
         {"use_cayley_neumann": False},
-        {"num_cayley_neumann_terms": 1},
+        {"num_cayley_neumann_terms": 2},
         {"num_cayley_neumann_terms": 3},
         {"num_cayley_neumann_terms": 8},
         {"block_share": True},
@@ -98,6 +98,14 @@ def oft(**fields):
 def test_oft(fields):
     compare(build(oft(**fields)))
     compare(build(oft(**fields), dtype=torch.float64), dtype=torch.float64, tolerance=1e-11)
+
+
+def test_a_series_of_one_term_is_left_to_peft():
+    """Its parameters take no gradient there, not one of zeros."""
+    ours = build(oft(num_cayley_neumann_terms=1))
+    accelerate(ours)
+    assert outcome(ours, torch.randn(3, K))["base_model.model.0.oft_R.default.weight"] is None
+    assert "trains nothing" in spectral_ops.report(ours).fallbacks()[0].reason
 
 
 def test_coft_projects_the_parameters_as_peft_does():

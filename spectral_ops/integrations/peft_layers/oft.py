@@ -29,7 +29,7 @@ class Rotation(NamedTuple):
             with torch.no_grad():
                 blocks.copy_(module._project_batch(blocks, eps=module.eps))
             blocks = blocks.clone()  # the next call writes over what this one's backward reads
-        return blocks, max(module.num_cayley_neumann_terms, 1) if module.use_cayley_neumann else 0
+        return blocks, module.num_cayley_neumann_terms if module.use_cayley_neumann else 0
 
 
 def oft_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Rotation]]:
@@ -47,6 +47,11 @@ def oft_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Ba
             k % b if len(blocks) == 1 else k != b * len(blocks)
         ):
             raise Unfit(f"oft_R {list(blocks.shape)} does not fit {k} features in blocks of {module.block_size}")
+        series, terms = (
+            facts.entry(module.__dict__, key) for key in ("use_cayley_neumann", "num_cayley_neumann_terms")
+        )
+        if series and terms < 2:
+            raise Unfit(f"num_cayley_neumann_terms is {terms}: PEFT's rotation is then the identity and trains nothing")
         adapters.append(Rotation(module, blocks))
     if x is not None:
         check_input(layer, x, base, [a.blocks for a in adapters], facts)
