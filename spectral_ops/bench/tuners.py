@@ -47,6 +47,9 @@ TUNERS: dict[str, Tuner] = {
     "lokr": Tuner("LoKrConfig", small={"r": 2}),
     "loha": Tuner("LoHaConfig", small={"r": 2}),
     "hira": Tuner("HiraConfig", small={"r": 4}),
+    "boft": Tuner("BOFTConfig", saved=256),  # its trained scales read a result [T, d]
+    "hra": Tuner("HRAConfig", saved=8),
+    "oft": Tuner("OFTConfig", small={"oft_block_size": 8}),
     "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),
     "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
 }

@@ -15,6 +15,7 @@ from spectral_ops.functional.experts import experts_lowrank, experts_mlp
 from spectral_ops.functional.float8 import float8_linear
 from spectral_ops.functional.group import lowrank_linear_group
 from spectral_ops.functional.hadamard import hira_linear, loha_linear, loha_update
+from spectral_ops.functional.householder import householder_linear
 from spectral_ops.functional.importance import adalora_importance, adalora_prune, orthogonality_loss
 from spectral_ops.functional.kron import kron_linear, kron_update
 from spectral_ops.functional.lowrank import lowrank_linear, lowrank_update
@@ -23,6 +24,7 @@ from spectral_ops.functional.policy import kl_to_anchor, preference_loss, token_
 from spectral_ops.functional.randlora import randlora_linear, randlora_update
 from spectral_ops.functional.rosa import rosa_linear, rosa_update
 from spectral_ops.functional.rosa_resident import residents
+from spectral_ops.functional.rotation import rotate, rotation_linear
 from spectral_ops.functional.segments import segmented_lowrank_linear, segmented_lowrank_update
 from spectral_ops.functional.svft import svft_linear
 from spectral_ops.functional.vera import vera_linear, vera_update
@@ -51,6 +53,7 @@ __all__ = [
     "experts_mlp",
     "float8_linear",
     "hira_linear",
+    "householder_linear",
     "kl_to_anchor",
     "kron_linear",
     "kron_update",
@@ -66,6 +69,8 @@ __all__ = [
     "residents",
     "rosa_linear",
     "rosa_update",
+    "rotate",
+    "rotation_linear",
     "scratch",
     "segmented_lowrank_linear",
     "segmented_lowrank_update",

@@ -65,6 +65,7 @@ def _layer_calls(dtype: torch.dtype, shape: tuple) -> dict[str, list[tuple]]:
         for mode in (contextlib.nullcontext(), Quiet()):
             with mode:
                 _updates(dtype)
+        _rotations(dtype)
         float8_column_norm_op(narrow, scale, randn(4, 16, dtype=dtype), randn(12, 4, dtype=dtype), 0.5, 7, 6)
     finally:
         _library.LayerOperator.__call__ = call
@@ -93,6 +94,19 @@ def _updates(dtype: torch.dtype) -> None:
             norm = spectral_ops.column_norm(E.t(), rows, B, 0.5)
             options |= {"magnitude": magnitude, "norm": norm, "weight": E}
         spectral_ops.embedding_update(E[ids], ids, rows, B, **options).sum().backward()
+
+
+def _rotations(dtype: torch.dtype) -> None:
+    """Rotated and reflected layers, forward and backward, in each form of their parameters."""
+    W, bias, scale = randn(6, 16, dtype=dtype), randn(6, dtype=dtype).requires_grad_(), randn(6, dtype=dtype)
+    for blocks, terms in (((4, 6), 0), ((4, 6), 5), ((1, 6), 3), ((1, 4, 4, 4), 0), ((2, 4, 4, 4), 0)):
+        x, blocks = randn(3, 5, 16, dtype=dtype).requires_grad_(), randn(*blocks, dtype=dtype, fan=9).requires_grad_()
+        s = scale.clone().requires_grad_() if blocks.dim() == 4 else None
+        spectral_ops.rotation_linear(x, W, blocks, bias, scale=s, terms=terms).sum().backward()
+        spectral_ops.rotate(x, blocks, terms=terms).sum().backward()
+    for orthonormal in (False, True):
+        x, u = randn(3, 5, 16, dtype=dtype).requires_grad_(), randn(16, 3, dtype=dtype, fan=16).requires_grad_()
+        spectral_ops.householder_linear(x, W, u, bias, orthonormal=orthonormal).sum().backward()
 
 
 def layer_samples(name: str, dtype: torch.dtype = torch.float32, shape: tuple = TYPICAL) -> list[tuple]:

@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 
 TUNERS = {  # PEFT's package -> our module of its layers
+    "peft.tuners.boft": "peft_layers.boft",
+    "peft.tuners.hra": "peft_layers.hra",
     "peft.tuners.lora": "peft",
     "peft.tuners.lora.layer": "peft_experts",
     "peft.tuners.hira": "peft_layers.hira",
@@ -18,6 +20,7 @@ TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.vera": "peft_layers.vera",
     "peft.tuners.lora.variants": "peft_layers.conv",
     "peft.tuners.lora.dora": "peft_layers.embedding",
+    "peft.tuners.oft": "peft_layers.oft",
 }
 
 
