@@ -43,7 +43,11 @@ class Tuner:
         return getattr(peft, self.config)(target_modules=targets, **{**self.fields, **fields})
 
 
-TUNERS: dict[str, Tuner] = {}
+TUNERS: dict[str, Tuner] = {
+    "shira": Tuner("ShiraConfig", small={"r": 2}),
+    "supertuning": Tuner("SupertuningConfig", small={"sparsity": 0.9}),
+    "supra": Tuner("SupertuningConfig", {"r": 8}, small={"sparsity": 0.9, "r": 3}, saved=8),
+}
 
 
 @dataclass

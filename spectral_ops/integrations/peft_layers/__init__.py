@@ -12,6 +12,8 @@ import importlib.util
 TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.lora": "peft",
     "peft.tuners.lora.layer": "peft_experts",
+    "peft.tuners.shira": "peft_layers.shira",
+    "peft.tuners.supertuning": "peft_layers.supertuning",
 }
 
 
