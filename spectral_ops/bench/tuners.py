@@ -52,6 +52,9 @@ TUNERS: dict[str, Tuner] = {
     "oft": Tuner("OFTConfig", small={"oft_block_size": 8}),
     "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),
     "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
+    "shira": Tuner("ShiraConfig", small={"r": 2}),
+    "supertuning": Tuner("SupertuningConfig", small={"sparsity": 0.9}),
+    "supra": Tuner("SupertuningConfig", {"r": 8}, small={"sparsity": 0.9, "r": 3}, saved=8),
 }
 
 

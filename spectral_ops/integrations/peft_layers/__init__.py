@@ -21,6 +21,8 @@ TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.lora.variants": "peft_layers.conv",
     "peft.tuners.lora.dora": "peft_layers.embedding",
     "peft.tuners.oft": "peft_layers.oft",
+    "peft.tuners.shira": "peft_layers.shira",
+    "peft.tuners.supertuning": "peft_layers.supertuning",
 }
 
 
