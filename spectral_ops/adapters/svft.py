@@ -170,7 +170,12 @@ def chosen(config: SVFTConfig, m: int, U: torch.Tensor, Vh: torch.Tensor) -> tor
         return torch.randperm(m * m, generator=torch.Generator().manual_seed(config.seed))[:nnz].sort().values
     if config.pattern == "top_k":
         return (U.t() @ Vh.t()).flatten().topk(nnz).indices.sort().values
-    band = min(config.off_diag, m - 1)
+    return banded(m, config.off_diag)
+
+
+def banded(m: int, off_diag: int) -> torch.Tensor:
+    """The flat places of a matrix [m, m] within ``off_diag`` of its diagonal, ascending."""
+    band = min(off_diag, m - 1)
     columns = torch.arange(m).unsqueeze(1) + torch.arange(-band, band + 1)
     inside = (columns >= 0) & (columns < m)
     return (columns + m * torch.arange(m).unsqueeze(1))[inside]

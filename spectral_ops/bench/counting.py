@@ -187,7 +187,7 @@ class Cost:
 
 def cost(name: str | None, tokens: int, d: int, k: int, dtype: torch.dtype, **fields) -> Cost:
     """The cost of method ``name`` (None: the frozen layer) over a bias-free layer [d, k]; ``fields`` of its config."""
-    pattern = methods.even_pattern(d, k) if name == "rosa" else None
+    pattern = methods.pattern_of(name, d, k, **fields)
     with FakeTensorMode(allow_non_fake_inputs=True):
         linear = nn.Linear(k, d, bias=False, dtype=dtype).requires_grad_(False)
         x = torch.empty(tokens, k, dtype=dtype, requires_grad=True)

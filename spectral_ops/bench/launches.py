@@ -114,7 +114,7 @@ def of_method(name: str, sizes: Sizes, compiled: frozenset[str] = frozenset()) -
     found: list[Call] = []
     ways = [(0.0, True), (0.0, False)] + [(0.1, True)] * ("lora_dropout" in fields)
     for d, k in sizes.shapes:
-        pattern = methods.even_pattern(d, k) if name == "rosa" else None
+        pattern = methods.pattern_of(name, d, k)
         for dtype, wide, bias, rank in itertools.product(sizes.dtypes, sizes.wide_adapters, sizes.biases, sizes.ranks):
             with FakeTensorMode(allow_non_fake_inputs=True):
                 linear = nn.Linear(k, d, bias=bias, dtype=dtype).requires_grad_(False)

@@ -11,6 +11,7 @@ from torch import nn
 import spectral_ops
 from spectral_ops import adapters
 from spectral_ops.adapters.methods import layer_type
+from spectral_ops.adapters.svft import banded
 
 RANK, BLOCK, DENSITY = 16, 64, 0.006
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -81,6 +82,25 @@ def even_pattern(d: int, k: int, density: float = DENSITY) -> spectral_ops.CSR:
     return csr
 
 
+def pattern_of(name: str, d: int, k: int, **fields) -> spectral_ops.CSR | None:
+    """The pattern of a method that trains sparse values, away from its layer: what makes one reads the values of
+    tensors, which fake ones do not have."""
+    if name == "rosa":
+        return even_pattern(d, k)
+    if name == "svft":
+        return band(METHODS[name].build(**fields), d, k)
+    return None
+
+
+def band(config: adapters.SVFTConfig, d: int, k: int) -> spectral_ops.CSR:
+    """SVFT's banded M [m, m], with values that train."""
+    m = config.span(d, k)
+    places = banded(m, config.off_diag)
+    offsets = torch.searchsorted(places // m, torch.arange(m + 1)).to(torch.int32)
+    values = nn.Parameter(torch.zeros(len(places)))
+    return spectral_ops.CSR(values, offsets, (places % m).to(torch.int32), (m, m)).validate()
+
+
 def layer(
     name: str,
     linear: nn.Linear,
@@ -91,9 +111,13 @@ def layer(
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.Tensor]]:
     """Method ``name`` over ``linear``: its forward, and the parameters it trains.
 
-    ``pattern``: RoSA's, which a fresh RoSALinear does not have yet.
+    ``pattern``: RoSA's, which a fresh RoSALinear does not have yet, or SVFT's, see :func:`pattern_of`.
     """
     config = METHODS[name].build(**fields)
+    if name == "svft" and pattern is not None:
+        (d, k), m = linear.weight.shape, pattern.shape[0]
+        U, Vh = (torch.empty(size, device=linear.weight.device) for size in ((d, m), (m, k)))
+        return (lambda x: spectral_ops.svft_linear(x, linear.weight, U, Vh, pattern, linear.bias)), [pattern.values]
     adapted = layer_type(config).from_linear(linear, config, autocast_adapter_dtype=autocast_adapter_dtype)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     if pattern is None or not isinstance(adapted, adapters.RoSALinear):

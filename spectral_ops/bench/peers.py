@@ -106,6 +106,10 @@ class Subject:
             D = layer.miss_block[name].to(x.dtype)
             h = F.pad(x, (0, -x.shape[-1] % len(D))).unflatten(-1, (-1, len(D))).sum(-2)
             return F.linear(x, weight) + (h @ D).repeat(1, len(weight) // D.shape[1])
+        if isinstance(layer, adapters.SVFTLinear):
+            csr = layer.csr(name)
+            M = csr.values.new_zeros(csr.shape).index_put(entries(csr), csr.values)
+            return F.linear(x, weight) + _low_rank(x, layer.svft_Vh[name], layer.svft_U[name], M.t())
         A, B, core = layer.factors(name)
         scale = layer.scale(name)
         y = F.linear(x, weight) + scale * _low_rank(x, A, B, core)

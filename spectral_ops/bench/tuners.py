@@ -44,17 +44,17 @@ class Tuner:
 
 
 TUNERS: dict[str, Tuner] = {
-    "lokr": Tuner("LoKrConfig", small={"r": 2}),
-    "loha": Tuner("LoHaConfig", small={"r": 2}),
-    "hira": Tuner("HiraConfig", small={"r": 4}),
     "boft": Tuner("BOFTConfig", saved=256),  # its trained scales read a result [T, d]
+    "hira": Tuner("HiraConfig", small={"r": 4}),
     "hra": Tuner("HRAConfig", saved=8),
+    "loha": Tuner("LoHaConfig", small={"r": 2}),
+    "lokr": Tuner("LoKrConfig", small={"r": 2}),
     "oft": Tuner("OFTConfig", small={"oft_block_size": 8}),
     "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),
-    "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
     "shira": Tuner("ShiraConfig", small={"r": 2}),
     "supertuning": Tuner("SupertuningConfig", small={"sparsity": 0.9}),
     "supra": Tuner("SupertuningConfig", {"r": 8}, small={"sparsity": 0.9, "r": 3}, saved=8),
+    "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
 }
 
 

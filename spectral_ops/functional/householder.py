@@ -1,4 +1,4 @@
-"""Products of Householder reflections of x before a frozen layer: HRA (METHODS 1.17).
+"""Products of Householder reflections of x before a frozen layer: HRA (METHODS 1.19).
 
     H = Π_i (I - 2 u_i u_iᵀ / ‖u_i‖²) = I - U M⁻¹ Uᵀ      M = diag(UᵀU)/2 + what is above the diagonal of UᵀU
     h = x U     S = M⁻ᵀ     x' = x Hᵀ = x - h S Uᵀ     y = x' Wᵀ + b
@@ -144,7 +144,7 @@ def householder_linear(x, weight, u, bias=None, *, orthonormal=False):
         orthonormal: the columns are orthonormal already, which is not checked: H = I - 2 U Uᵀ.
 
     Returns y [..., d] in x's dtype. Saves x and h [T, r] for backward.
-    Raises TypeError/ValueError that name the argument. METHODS 1.17; HRA, arXiv:2405.17484.
+    Raises TypeError/ValueError that name the argument. METHODS 1.19; HRA, arXiv:2405.17484.
     """
     x, weight, bias = autocast_arguments(x, weight, bias)
     checks.linear(x, weight, bias)

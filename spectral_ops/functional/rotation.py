@@ -1,4 +1,4 @@
-"""Rotations of x block by block before a frozen layer: OFT and BOFT (METHODS 1.16).
+"""Rotations of x block by block before a frozen layer: OFT and BOFT (METHODS 1.18).
 
     x' = x R,  R = diag(R_1 ... R_n), R_j [b, b]      y = s * (x' Wᵀ) + b
     backward:  dz = s * dy     g = dz W     dx_j = g_j R_jᵀ     dR_j = x_jᵀ g_j     ds = Σ_t dy * z,  z = x' Wᵀ
@@ -261,7 +261,7 @@ def rotation_linear(x, weight, blocks, bias=None, *, scale=None, terms=0):
         terms: 0 for Cayley's transform, else the terms of the series that PEFT cuts it to (triangles only).
 
     Returns y [..., d] in x's dtype. Saves x for backward, and x R Wᵀ where the scale is trained.
-    Raises TypeError/ValueError that name the argument. METHODS 1.16; OFT, arXiv:2306.07280; BOFT, arXiv:2311.06243.
+    Raises TypeError/ValueError that name the argument. METHODS 1.18; OFT, arXiv:2306.07280; BOFT, arXiv:2311.06243.
     """
     x, weight, bias = autocast_arguments(x, weight, bias)
     checks.linear(x, weight, bias)

@@ -1101,19 +1101,8 @@ def test_the_route_goes_by_sizes(emulated, hopper):
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
-IN_PYTHON = {
-    "conv",
-    "embedding",
-    "experts",
-    "float8",
-    "hadamard",
-    "kron",
-    "randlora",
-    "svft",
-    "vera",
-}  # their kernels hide that on a GPU
 IN_PYTHON = {  # their kernels hide that on a GPU
-    "conv", "embedding", "experts", "float8", "householder", "randlora", "rotation", "svft", "vera",
+    "conv", "embedding", "experts", "float8", "hadamard", "householder", "kron", "randlora", "rotation", "svft", "vera",
 }  # fmt: skip
 
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-TUNERS = {  # PEFT's package -> our module of its layers
+TUNERS = {  # a package of PEFT -> our module of its layers
     "peft.tuners.boft": "peft_layers.boft",
-    "peft.tuners.hra": "peft_layers.hra",
-    "peft.tuners.lora": "peft",
-    "peft.tuners.lora.layer": "peft_experts",
     "peft.tuners.hira": "peft_layers.hira",
+    "peft.tuners.hra": "peft_layers.hra",
     "peft.tuners.loha": "peft_layers.lycoris",
-    "peft.tuners.randlora": "peft_layers.randlora",
-    "peft.tuners.vera": "peft_layers.vera",
-    "peft.tuners.lora.variants": "peft_layers.conv",
+    "peft.tuners.lora": "peft",
     "peft.tuners.lora.dora": "peft_layers.embedding",
+    "peft.tuners.lora.layer": "peft_experts",
+    "peft.tuners.lora.variants": "peft_layers.conv",
     "peft.tuners.oft": "peft_layers.oft",
+    "peft.tuners.randlora": "peft_layers.randlora",
     "peft.tuners.shira": "peft_layers.shira",
     "peft.tuners.supertuning": "peft_layers.supertuning",
+    "peft.tuners.vera": "peft_layers.vera",
 }
 
 
