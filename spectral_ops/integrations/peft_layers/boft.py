@@ -24,6 +24,7 @@ from spectral_ops.integrations.peft_plan import (
     read,
 )
 
+CALLS_BASE = "x_rotated" in Linear.forward.__code__.co_varnames  # before, it multiplied the base weight itself
 WIDEST = 256  # blocks of the factors' product: k times as many numbers, and T k times as many products
 
 
@@ -52,6 +53,8 @@ def boft_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[B
     base = base_of(layer, facts, x)
     if base.split is not None:
         raise Unfit("BOFT over a tensor-parallel base layer")
+    if base.weight is None and not CALLS_BASE:
+        raise Unfit("this PEFT's BOFT reads the base weight past the base layer")
     Rs, scales, dropouts = (facts.entry(layer._modules, key) for key in ("boft_R", "boft_s", "boft_dropout"))
     k, d = facts.attribute(layer, "in_features"), facts.attribute(layer, "out_features")
     factors = facts.entry(layer._buffers, "boft_P").shape[0]
