@@ -49,6 +49,9 @@ TUNERS: dict[str, Tuner] = {
     "hira": Tuner("HiraConfig", small={"r": 4}),
     "randlora": Tuner("RandLoraConfig", small={"r": 8, "randlora_alpha": 8}),
     "vera": Tuner("VeraConfig", small={"r": 8}, saved=256),
+    "shira": Tuner("ShiraConfig", small={"r": 2}),
+    "supertuning": Tuner("SupertuningConfig", small={"sparsity": 0.9}),
+    "supra": Tuner("SupertuningConfig", {"r": 8}, small={"sparsity": 0.9, "r": 3}, saved=8),
 }
 
 

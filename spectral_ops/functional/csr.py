@@ -279,6 +279,19 @@ def csr_add_backward_op(dW, row_offsets, columns, dtype):
 # --- autograd --------------------------------------------------------------------------------------------------------
 
 
+class Reorder(Function):
+    """values [nnz] at ``order``, a permutation whose ``inverse`` takes the gradient back: nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, values, order, inverse):
+        ctx.order, ctx.inverse = order, inverse
+        return values.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Reorder.apply(grad, ctx.inverse, ctx.order), None, None
+
+
 class CSRSpmmFunction(Function):
     """x Sᵀ alone or, where there is a ``base_out``, added to it in place or on a copy; saves x."""
 

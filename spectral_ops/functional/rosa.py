@@ -279,6 +279,11 @@ def rosa_linear(
     return linear(x, weight, values, pattern, lora_A, lora_B, bias, float(scale), p, route, gradient_route)
 
 
+def update(base_out, x, values, pattern, gradient_route="auto"):
+    """:func:`rosa_update` past its checks: values in the pattern's order, x in base_out's dtype."""
+    return apply(CSRSpmmFunction, x, base_out, x, values, pattern, gradient_route, overwritable(base_out))
+
+
 @calls(csr_spmm_op, csr_spmm_forward_op, csr_spmm_backward_op)
 def rosa_update(base_out, x, csr, *, gradient_route="auto"):
     """base_out + x Sᵀ, in place on base_out [..., d]: the sparse delta over any base layer (bitsandbytes, GPTQ, FP8).
@@ -292,5 +297,4 @@ def rosa_update(base_out, x, csr, *, gradient_route="auto"):
     x = x.to(base_out.dtype)
     pattern = check_csr("csr", csr, x, "x", base_out.shape[-1], x.shape[-1])
     check_choice("gradient_route", gradient_route, rosa_routes.GRADIENT_ROUTES)
-    values, inplace = csr.ordered(csr.values), overwritable(base_out)
-    return apply(CSRSpmmFunction, x, base_out, x, values, pattern, gradient_route, inplace)
+    return update(base_out, x, csr.ordered(csr.values), pattern, gradient_route)

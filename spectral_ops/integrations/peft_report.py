@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ class LayerState:
         self.alone()
         self.count_anew()
         self.norms: dict[str, NormCache] = {}  # adapter name -> DoRA's column norm
+        self.supports: dict[str, Any] = {}  # adapter name -> where its sparse values lie
         self.key = LayerState.next_key
         LayerState.next_key += 1
         LayerState.by_key[self.key] = self
@@ -66,6 +68,7 @@ class LayerState:
     def forget(self) -> None:
         """Start anew: the weights may have changed without a trace."""
         self.norms.clear()
+        self.supports.clear()
         self.plan = None
 
     def note(self, reason: str) -> None:

@@ -18,6 +18,8 @@ TUNERS = {  # PEFT's package -> our module of its layers
     "peft.tuners.vera": "peft_layers.vera",
     "peft.tuners.lora.variants": "peft_layers.conv",
     "peft.tuners.lora.dora": "peft_layers.embedding",
+    "peft.tuners.shira": "peft_layers.shira",
+    "peft.tuners.supertuning": "peft_layers.supertuning",
 }
 
 
