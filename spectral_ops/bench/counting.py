@@ -136,9 +136,10 @@ def saved_bytes(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     held: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage._cdata not in known:
-            held[storage._cdata] = storage.nbytes()
+        for part in (t._indices(), t._values()) if t.layout is torch.sparse_coo else (t,):
+            storage = part.untyped_storage()
+            if storage._cdata not in known:
+                held[storage._cdata] = storage.nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -9,21 +9,31 @@ from torch import nn
 
 from spectral_ops.integrations.peft_fused import enter
 from spectral_ops.integrations.peft_hooks import hooked
-from spectral_ops.integrations.peft_layers.sparse import FusedSparse, Sparse, run_sparse, support_of, weighed
-from spectral_ops.integrations.peft_plan import Base, Facts, Unfit, active, base_of, check_input, quantised, read, scaling
+from spectral_ops.integrations.peft_layers.sparse import FusedSparse, Sparse, run_sparse, weighed, with_supports
+from spectral_ops.integrations.peft_plan import (
+    Base,
+    Facts,
+    Unfit,
+    active,
+    base_of,
+    check_input,
+    quantised,
+    read,
+    scaling,
+)
 
 
 def shira_base(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> Base:
-    """The base as PEFT's SHiRA uses it: its weight, dequantised for the call, or its result where that is impossible."""
+    """The base as PEFT's SHiRA uses it: its weight, dequantised for the call, or its result where PEFT cannot."""
     backend = facts.attribute(layer, "quantization_backend") if hasattr(layer, "quantization_backend") else None
     if backend is None:
-        return weighed(base_of(layer, facts, x), facts, "SHiRA")
+        return weighed(layer, base_of(layer, facts, x), facts, "SHiRA", peft_layer)
     facts.lasting = False
     base = layer.get_base_layer()
     if not backend.supports_merge:
         return Base(base, None, None, not quantised(base) or hooked(base))
-    weight = None if x is None else backend.get_base_weight(base)
-    return Base(base, weight, facts.parameter(base, "bias"))
+    weight, operators = (None, "rosa_linear") if x is None else (backend.get_base_weight(base), "")
+    return Base(base, weight, facts.parameter(base, "bias"), operators=operators)
 
 
 def shira_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Sparse]]:
@@ -43,10 +53,10 @@ def shira_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[
         values, indices = read(weights, name, "shira_weight", facts), facts.entry(places, name)
         if not isinstance(indices, torch.Tensor) or indices.is_meta:
             raise Unfit("shira_indices is missing or on the meta device")
-        support = None if x is None else support_of(layer, name, indices, values, facts)
-        adapters.append(Sparse(values, support, scaling(facts.entry(scales, name))))
+        adapters.append(Sparse(name, values, scaling(facts.entry(scales, name))))
     if x is not None:
         check_input(layer, x, base, [a.values for a in adapters], facts)
+        adapters = with_supports(layer, adapters, facts)
     return base, adapters
 
 

@@ -6,6 +6,7 @@ is worked out once per adapter and index tensor and kept with the layer's state.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -38,10 +39,11 @@ class Support(NamedTuple):
 class Sparse(NamedTuple):
     """One active adapter: the values as PEFT keeps them, their factor, and with Supra a low-rank part."""
 
+    name: str
     values: torch.Tensor
-    support: Support | None
     scale: float | torch.Tensor
     low: LowRank | None = None
+    support: Support | None = None  # None while only the report asks
 
     def operators(self, tier: str) -> list[str]:
         return [f"rosa_{tier}", *(["lowrank_update"] if tier == "update" and self.low is not None else [])]
@@ -105,7 +107,7 @@ class FusedSparse(Fused):
         return found
 
 
-def support_of(layer: nn.Module, name: str, indices: torch.Tensor, values: torch.Tensor, facts: Facts) -> Support:
+def support_of(layer: FusedSparse, name: str, indices: torch.Tensor, values: torch.Tensor, facts: Facts) -> Support:
     """The support that a call computes with, or Unfit."""
     if type(indices) is FakeTensor or type(values) is FakeTensor:
         raise Unfit("only shapes are traced, and the indices cannot be read")
@@ -123,13 +125,28 @@ def support_of(layer: nn.Module, name: str, indices: torch.Tensor, values: torch
     return found
 
 
-def weighed(base: Base, facts: Facts, method: str) -> Base:
-    """The base with its weight, which PEFT adds the values to; it never calls the layer, nor its hooks."""
+def with_supports(layer: FusedSparse, adapters: list[Sparse], facts: Facts) -> list[Sparse]:
+    """The adapters of a call that has passed every other check."""
+    found = []
+    for a in adapters:
+        indices, _ = layer._places(a.name)
+        found.append(a._replace(support=support_of(layer, a.name, indices, a.values, facts)))
+    return found
+
+
+def weighed(layer: nn.Module, base: Base, facts: Facts, method: str, module: ModuleType) -> Base:
+    """The base with its weight, which PEFT adds the values to; it never calls the base layer, nor its hooks, and its
+    ``module`` says so once."""
     if base.split is not None:
         raise Unfit(f"{method} over a tensor-parallel base layer")
     if quantised(base.layer):
         raise Unfit(f"{method} adds to the weight itself, and the base layer holds it quantised")
-    return base if base.weight is not None else base._replace(weight=weight_of(base.layer, facts))
+    if base.weight is not None:
+        return base
+    warn = getattr(module, "_warn_once_about_module_hooks", None)  # not before 0.19
+    if warn is not None and facts.called and not torch.compiler.is_compiling():
+        warn(layer)
+    return base._replace(weight=weight_of(base.layer, facts))
 
 
 def run_sparse(layer: nn.Module, x: torch.Tensor, base: Base, adapters: list[Sparse]) -> torch.Tensor:

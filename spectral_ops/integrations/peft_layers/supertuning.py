@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from peft.tuners import supertuning as tuner
+from peft.tuners.supertuning import layer as peft_layer
 from torch import nn
 
 from spectral_ops.integrations.peft_fused import enter
-from spectral_ops.integrations.peft_layers.sparse import FusedSparse, Sparse, run_sparse, support_of, weighed
+from spectral_ops.integrations.peft_layers.sparse import FusedSparse, Sparse, run_sparse, weighed, with_supports
 from spectral_ops.integrations.peft_plan import (
     Base,
     Facts,
@@ -45,19 +46,19 @@ def supertuning_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> 
             names.append(name)
         else:
             facts.entry(all_values._parameters, name)
-    base = weighed(base_of(layer, facts, x), facts, "Super-Tuning")
+    base = weighed(layer, base_of(layer, facts, x), facts, "Super-Tuning", peft_layer)
     adapters, parameters = [], []
     for name in names:
         values = read(all_values, name, "supertuning_values", facts)
         indices, rank = facts.entry(places._buffers, name), facts.entry(ranks, name)
         if indices is None or indices.is_meta:
             raise Unfit("supertuning_indices is missing or on the meta device")
-        support = None if x is None else support_of(layer, name, indices, values, facts)
         low = low_rank(layer, name, rank, facts) if rank else None
         parameters += [values, *(() if low is None else (low.A, low.B))]
-        adapters.append(Sparse(values, support, 1.0, low))
+        adapters.append(Sparse(name, values, 1.0, low))
     if x is not None:
         check_input(layer, x, base, parameters, facts)
+        adapters = with_supports(layer, adapters, facts)
     return base, adapters
 
 
