@@ -2,6 +2,7 @@
 what PEFT's layers do with hooks, dtypes, quantised bases and several adapters."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -105,15 +106,17 @@ def test_the_support_is_built_once(kind, monkeypatch):
         same(plain, ours, inputs(tokens, 24))
         with torch.autocast("cpu", torch.bfloat16):
             ours(inputs(tokens, 24))
-    assert len(built) == 1
-    for model in (plain, ours):
-        replace_indices(model)
-    same(plain, ours, inputs(4, 24))
-    assert len(built) == 2
+    for count in (1, 2):
+        assert len(built) == count
+        for model in (plain, ours):
+            replace_indices(model)
+        same(plain, ours, inputs(4, 24))
     for model in (plain, ours):  # in place, as load_state_dict writes
         indices_of(model).copy_(indices_of(model).flip(-1))
     same(plain, ours, inputs(4, 24))
     assert len(built) == 3
+    same(plain.double(), ours.double(), inputs(4, 24, dtype=torch.float64), 1e-12)
+    assert len(built) == 4
 
 
 def indices_of(model):
@@ -168,7 +171,7 @@ def test_hooks_of_the_base_layer_are_ignored_with_peft_s_warning(kind):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         same(plain, ours, inputs(4, 24))
-    if hasattr(__import__(type(layer_of(plain)).__module__, fromlist="_"), "_warn_once_about_module_hooks"):
+    if hasattr(sys.modules[type(layer_of(plain)).__module__], "_warn_once_about_module_hooks"):
         assert sum("hooks set which will be ignored" in str(w.message) for w in caught) == 2
     assert not report(ours).fallbacks()
 
@@ -225,6 +228,19 @@ def test_a_place_named_twice_is_left_to_peft(kind):
     same(plain, ours, inputs(4, 24))
     (fallback,) = report(ours).fallbacks()
     assert fallback.reason.startswith("the indices are no support of a weight [40, 24]")
+
+
+def test_dropout_acts_on_the_low_rank_part_alone():
+    plain = adapted("supra", lora_dropout=0.5)
+    ours = copy.deepcopy(plain)
+    accelerate(ours, strict=True)
+    x = inputs(6, 24)
+    with torch.no_grad():
+        assert not torch.equal(ours(x), ours(x))
+        assert worst({"y": plain.eval()(x)}, {"y": ours.eval()(x)}) < EXACT
+        for model in (plain.train(), ours.train()):
+            layer_of(model).supertuning_lora_B["default"].weight.zero_()
+        assert worst({"y": plain(x)}, {"y": ours(x)}) < EXACT
 
 
 def test_a_mask_of_one_s_own():
