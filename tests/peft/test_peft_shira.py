@@ -114,9 +114,9 @@ def test_the_support_is_built_once(kind, monkeypatch):
     for model in (plain, ours):  # in place, as load_state_dict writes
         indices_of(model).copy_(indices_of(model).flip(-1))
     same(plain, ours, inputs(4, 24))
-    assert len(built) == 3
-    same(plain.double(), ours.double(), inputs(4, 24, dtype=torch.float64), 1e-12)
     assert len(built) == 4
+    same(plain.double(), ours.double(), inputs(4, 24, dtype=torch.float64), 1e-12)
+    assert len(built) == 5
 
 
 def indices_of(model):
@@ -258,17 +258,24 @@ def test_a_mask_of_one_s_own():
     same(plain, ours, inputs(4, 24))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_shira_over_a_quantised_base(bits):
-    """PEFT dequantises the weight in every call, and so is its product here."""
-    base = quantised(bits, torch.float32)
-    plain = perturb(peft.get_peft_model(base, config("shira"))).train()
-    if not hasattr(layer_of(plain), "quantization_backend"):
-        pytest.skip("this PEFT's SHiRA has no quantised bases")
+@pytest.mark.parametrize("bits, path", [(4, "fused (base-agnostic)"), (8, "fused")])
+def test_shira_over_a_quantised_base(bits, path):
+    """PEFT multiplies by the dequantised weight: so does a layer of 4 bits by itself, while one of 8 bits rounds x."""
+    from peft.tuners.shira import layer
+
+    if not hasattr(layer, "resolve_quantization_backend"):
+        pytest.skip("this PEFT's SHiRA takes no quantised base")
+    plain = perturb(peft.get_peft_model(quantised(bits), config("shira"))).train()
     ours = copy.deepcopy(plain)
-    accelerate(ours, strict=True)
-    same(plain, ours, inputs(4, 64))
-    assert not report(ours).fallbacks()
+    assert accelerate(ours, strict=True).rows[0].path == path
+    x = inputs(4, 64)
+    same(plain, ours, x)
+    assert report(ours).rows[0].path == path and not report(ours).fallbacks()
+    with saved_tensors() as kept:
+        ours(x)
+    assert any(t.numel() >= 64 * 64 and t.is_floating_point() for t in kept) == (bits == 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert worst({"y": plain(x).float()}, {"y": ours(x).float()}) < 2.0**-6
 
 
 def test_shira_over_a_base_that_peft_cannot_dequantise():

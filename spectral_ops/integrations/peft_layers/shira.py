@@ -9,7 +9,14 @@ from torch import nn
 
 from spectral_ops.integrations.peft_fused import enter
 from spectral_ops.integrations.peft_hooks import hooked
-from spectral_ops.integrations.peft_layers.sparse import FusedSparse, Sparse, run_sparse, weighed, with_supports
+from spectral_ops.integrations.peft_layers.sparse import (
+    FusedSparse,
+    Sparse,
+    run_sparse,
+    warn_of_hooks,
+    weighed,
+    with_supports,
+)
 from spectral_ops.integrations.peft_plan import (
     Base,
     Facts,
@@ -30,10 +37,27 @@ def shira_base(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> Base:
         return weighed(layer, base_of(layer, facts, x), facts, "SHiRA", peft_layer)
     facts.lasting = False
     base = layer.get_base_layer()
-    if not backend.supports_merge:
+    if not backend.supports_merge or multiplies(base, x):
         return Base(base, None, None, not quantised(base) or hooked(base))
+    if hooked(base):
+        warn_of_hooks(layer, facts, peft_layer)
     weight, operators = (None, "rosa_linear") if x is None else (backend.get_base_weight(base), "")
     return Base(base, weight, facts.parameter(base, "bias"), operators=operators)
+
+
+def multiplies(base: nn.Module, x: torch.Tensor | None) -> bool:
+    """Whether the layer's own product is x times its dequantised weight: bitsandbytes' 4 bits, where no dtype is cast.
+    Others round x too."""
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if state is None or hooked(base):
+        return False
+    if x is None:
+        return True
+    return (
+        not torch.is_autocast_enabled(x.device.type)
+        and x.dtype is state.dtype
+        and base.compute_dtype in (None, x.dtype)
+    )
 
 
 def shira_plan(layer: nn.Module, x: torch.Tensor | None, facts: Facts) -> tuple[Base, list[Sparse]]:

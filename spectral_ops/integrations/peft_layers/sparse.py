@@ -134,18 +134,22 @@ def with_supports(layer: FusedSparse, adapters: list[Sparse], facts: Facts) -> l
     return found
 
 
+def warn_of_hooks(layer: nn.Module, facts: Facts, module: ModuleType) -> None:
+    """What PEFT's module of the tuner says, once per layer, where the base layer's hooks are passed over."""
+    warn = getattr(module, "_warn_once_about_module_hooks", None)  # 0.18 has none
+    if warn is not None and facts.called and not torch.compiler.is_compiling():
+        warn(layer)
+
+
 def weighed(layer: nn.Module, base: Base, facts: Facts, method: str, module: ModuleType) -> Base:
-    """The base with its weight, which PEFT adds the values to; it never calls the base layer, nor its hooks, and its
-    ``module`` says so once."""
+    """The base with its weight, which PEFT adds the values to; it never calls the base layer, nor its hooks."""
     if base.split is not None:
         raise Unfit(f"{method} over a tensor-parallel base layer")
     if quantised(base.layer):
         raise Unfit(f"{method} adds to the weight itself, and the base layer holds it quantised")
     if base.weight is not None:
         return base
-    warn = getattr(module, "_warn_once_about_module_hooks", None)  # not before 0.19
-    if warn is not None and facts.called and not torch.compiler.is_compiling():
-        warn(layer)
+    warn_of_hooks(layer, facts, module)
     return base._replace(weight=weight_of(base.layer, facts))
 
 
