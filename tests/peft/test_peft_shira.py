@@ -151,6 +151,23 @@ def test_a_graph_is_traced_anew_for_another_support(kind):
             replace_indices(model)
 
 
+def test_a_copy_in_a_graph():
+    """It has PEFT's forward until a call of its own has built the support."""
+    plain, x = adapted("shira"), inputs(4, 24)
+    accelerated = copy.deepcopy(plain)
+    accelerate(accelerated)
+    for called in (False, True):
+        ours = copy.deepcopy(accelerated)
+        if called:
+            ours(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer_of(ours), backend="eager", fullgraph=called)
+        assert worst({"y": plain(x).detach()}, {"y": compiled(x).detach()}) < EXACT
+        assert [f.reason.startswith("a copy of an accelerated") for f in report(ours).fallbacks()] == [True] * (
+            not called
+        )
+
+
 def test_two_adapters_at_once(kind):
     plain = adapted(kind)
     plain.add_adapter("other", config(kind, **({"random_seed": 3} if kind == "shira" else {"select_top": False})))

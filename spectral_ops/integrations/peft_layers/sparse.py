@@ -104,6 +104,8 @@ class FusedSparse(Fused):
             positions = self._positions(indices.detach().to(values.device))
             found = build(indices, positions, values, (self.out_features, self.in_features))
             supports[name] = found
+            if not hasattr(self._spectral_ops, "layer"):  # of a copy
+                self._spectral_ops.outlive(self)
         return found
 
 
@@ -113,6 +115,10 @@ def support_of(layer: FusedSparse, name: str, indices: torch.Tensor, values: tor
         raise Unfit("only shapes are traced, and the indices cannot be read")
     if torch.compiler.is_compiling():
         state = layer._spectral_ops
+        if not hasattr(state, "layer"):
+            raise Unfit(
+                "a copy of an accelerated layer is traced before its first call: call it, or accelerate it, first"
+            )
         build_while_tracing(state.key, name)
         found = state.supports[name]
         if found.indices is not indices:  # also a guard: another index tensor is traced anew
