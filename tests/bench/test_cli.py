@@ -205,6 +205,8 @@ def test_flops_agree_with_torch_s_counter(method):
     ratio = counts.flops / plain.get_total_flops()
     if method in ("bat_row", "rosa"):  # no product of the weight's size for what is trained
         assert 0.6 < ratio < 0.8
+    elif method == "svft":  # a sparse product in place of the small dense one
+        assert 0.98 < ratio < 1
     else:  # torch's counter has no additions outside products
         assert 1 <= ratio < 1.1
 
