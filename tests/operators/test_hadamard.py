@@ -40,13 +40,13 @@ def test_the_route_follows_the_rank():
 
 @pytest.mark.parametrize("route", ["tiles", "factors"])
 def test_nothing_of_the_weights_size_is_made(route):
-    v = loha(256, 256, 2, 8)
+    v = loha(1024, 1024, 2, 8)
 
     def step():
         spectral_ops.loha_linear(**v, route=route).sum().backward()
 
     step()
-    assert max(allocations(step)) < 256 * 256 * 8
+    assert max(allocations(step)) < 1024 * 1024 * 8
 
 
 @pytest.mark.parametrize(
