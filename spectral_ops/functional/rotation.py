@@ -11,8 +11,8 @@ OFT keeps the upper triangles of K. BOFT keeps squares X, K = (X - Xᵀ)/2, of f
 blocks that are 2^i apart, R = F_(f-1) ... F_0. Their product is block-diagonal again, in blocks of b 2^(f-1).
 
 x is rotated and not W, and no matrix [k, k] is made. What turns x is Bat-Row's kernel (1.4), x_j + x_j (R_j - I), which
-reads x once and writes x' once; all else is the library's. Saved for backward: x, and z [T, d] where s is trained. The
-blocks are computed again from their parameters: k b numbers, against the T k of x.
+reads x once and writes x' once; blocks of 256 or more, and all else, are the library's. Saved for backward: x, and z
+[T, d] where s is trained. The blocks are computed again from their parameters: k b numbers, against the T k of x.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from spectral_ops.functional.cayley import cayley_backward_op, cayley_forward_op
 __all__ = ["rotate", "rotation_linear"]
 
 _PIECES = ("bat_mix", "bat_mix_backward_", "cayley_forward", "cayley_backward")
+WIDE = 256  # from this side of a block on, the library's products outrun the kernel
 
 
 # --- the blocks of R from their parameters ----------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def _rotations(blocks: torch.Tensor, terms: int) -> list[torch.Tensor]:
     return [Q] if len(blocks) == 1 else [Q, *_products(Q.view(blocks.shape))]
 
 
-def _rotations_gradient(blocks: torch.Tensor, made: list[torch.Tensor], dR: torch.Tensor) -> torch.Tensor:
+def _rotations_gradient(blocks: torch.Tensor, terms: int, made: list[torch.Tensor], dR: torch.Tensor) -> torch.Tensor:
     """The gradient of their parameters, in those's dtype, from that of the blocks of R, and what R was made of."""
     first, *sums = made
     if blocks.dim() == 4:
@@ -118,9 +119,11 @@ def _rotations_gradient(blocks: torch.Tensor, made: list[torch.Tensor], dR: torc
         return cayley_backward_op(Q, dQ.reshape(Q.shape)).view(blocks.shape).to(blocks.dtype)
     if sums:
         K, dK, dP = first, torch.zeros_like(first), dR
-        for P in reversed(sums[:-1]):
+        for P in reversed(sums[1:-1]):
             dK.baddbmm_(dP, P.mT)
             dP = K.mT @ dP
+        if len(sums) > 1:  # the last sum is a multiple of I
+            dK.add_(dP, alpha=_coefficients(terms)[-1])
     else:
         dK = cayley_backward_op(first, dR)
     row, column = torch.triu_indices(*dK.shape[1:], 1, device=dK.device)
@@ -132,6 +135,35 @@ def _change(R: torch.Tensor, k: int) -> torch.Tensor:
     change = R.mT.clone(memory_format=torch.contiguous_format)
     change.diagonal(dim1=1, dim2=2).sub_(1)
     return change.expand(k // R.shape[-1], -1, -1).contiguous()
+
+
+def _by_library(x: torch.Tensor, change: torch.Tensor) -> bool:
+    """A narrower x keeps the kernel, which takes the blocks in float32."""
+    return change.shape[-1] >= WIDE and x.dtype == change.dtype
+
+
+def _turn(x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """x R [T, k]."""
+    if not _by_library(x, change):
+        return bat_mix_op(x, change)[0]
+    y = x.new_empty(x.shape)
+    for x_j, y_j, C in zip(*(t.split(change.shape[-1], 1) for t in (x, y)), change, strict=True):
+        torch.addmm(x_j, x_j, C.t(), out=y_j)
+    return y
+
+
+def _turn_back(g: torch.Tensor, x: torch.Tensor | None, change: torch.Tensor, need_x: bool) -> torch.Tensor | None:
+    """g becomes g Rᵀ where need_x; the gradient of ``change`` where x is given."""
+    B = change.shape[-1]
+    if not _by_library(g, change):
+        return bat_mix_backward_op(g, g.new_zeros(g.shape[0], B), g if x is None else x, change, need_x, x is not None)
+    dC = None if x is None else torch.empty_like(change)
+    for j, (g_j, C) in enumerate(zip(g.split(B, 1), change, strict=True)):
+        if x is not None:
+            torch.mm(g_j.t(), x[:, j * B : (j + 1) * B], out=dC[j])
+        if need_x:
+            g_j.add_(g_j @ C)
+    return dC
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -150,7 +182,7 @@ def _forward_fake(x, weight, blocks, scale, bias, terms, keep):
 )
 def rotation_linear_forward_op(x, weight, blocks, scale, bias, terms, keep):
     """y [..., d], and z [T, d] where ``keep`` asks for it; without a weight x' [..., k]."""
-    turned, _ = bat_mix_op(rows(x), _change(_rotations(blocks, terms)[-1], x.shape[-1]))
+    turned = _turn(rows(x), _change(_rotations(blocks, terms)[-1], x.shape[-1]))
     if weight is None:
         return shaped(turned, x), x.new_empty(0)
     if scale is None:
@@ -180,13 +212,12 @@ def rotation_linear_backward_op(dy, x, weight, blocks, scale, z, terms, needs):
         g = dz.clone(memory_format=torch.contiguous_format) if weight is None else dz @ weight
         made = _rotations(blocks, terms)
         change = _change(made[-1], g.shape[1])
-        zero = g.new_zeros(g.shape[0], change.shape[-1])
-        dC = bat_mix_backward_op(g, zero, rows(x) if need_blocks else g, change, need_x, need_blocks)
+        dC = _turn_back(g, rows(x) if need_blocks else None, change, need_x)
         if need_x:
             dx = g.reshape(*dy.shape[:-1], g.shape[1])
         if need_blocks:
             dR = dC.sum(0, keepdim=True) if blocks.dim() == 2 and len(blocks) == 1 else dC
-            d_blocks = _rotations_gradient(blocks, made, dR.mT)
+            d_blocks = _rotations_gradient(blocks, terms, made, dR.mT)
     if need_bias:
         db = dy2.sum(0, dtype=acc).to(dy.dtype)
     return fresh(dy, needs, dx, d_blocks, d_scale, db)

@@ -16,6 +16,7 @@ from peft_tiny import worst  # noqa: E402
 import spectral_ops  # noqa: E402
 from spectral_ops import accelerate  # noqa: E402
 from spectral_ops.bench.tuners import perturb  # noqa: E402
+from spectral_ops.functional import rotation  # noqa: E402
 
 EXACT = 5e-6
 pytestmark = [
@@ -98,6 +99,30 @@ def oft(**fields):
 def test_oft(fields):
     compare(build(oft(**fields)))
     compare(build(oft(**fields), dtype=torch.float64), dtype=torch.float64, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("terms", [0, 2, 5])
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=["both", "x", "blocks"])
+def test_wide_blocks(terms, trained, monkeypatch):
+    """They meet the library's products, not the kernel's; both are the same numbers, shared blocks' too."""
+    torch.manual_seed(0)
+    b, need_x, need_blocks = rotation.WIDE, *trained
+    for n in (1, 2):
+        x, weight = torch.randn(3, 2 * b, dtype=torch.float64), torch.randn(4, 2 * b, dtype=torch.float64)
+        triangles = 0.01 * torch.randn(n, b * (b - 1) // 2, dtype=torch.float64)
+        found = []
+        for wide in (b, b + 1):
+            monkeypatch.setattr(rotation, "WIDE", wide)
+            u, v = x.clone().requires_grad_(need_x), triangles.clone().requires_grad_(need_blocks)
+            with torch.profiler.profile() as profile:
+                y = rotation.rotation_linear(u, weight, v, terms=terms)
+                y.square().sum().backward()
+            kernel = any("bat_mix" in event.key for event in profile.key_averages())
+            assert kernel == (wide > b)
+            found.append({"y": y.detach(), "dx": u.grad, "dblocks": v.grad})
+        for got in found:
+            assert (got["dx"] is not None, got["dblocks"] is not None) == trained
+        assert worst(*({key: t for key, t in got.items() if t is not None} for got in found)) < 1e-12
 
 
 def test_a_series_of_one_term_is_left_to_peft():
