@@ -60,7 +60,12 @@ def _write(out, weight, A, B, A2, B2, scale):
 
 
 def _product(x, weight, A, B, A2, B2, bias, scale, exact, transpose):
-    """x (W + ΔW)ᵀ + b [T, d] in x's dtype; transpose: x (W + ΔW) [T, k]. exact: W + ΔW is not rounded to x's dtype."""
+    """x (W + ΔW)ᵀ + b [T, d] in x's dtype; transpose: x (W + ΔW) [T, k]. exact: W + ΔW is not rounded to x's dtype.
+
+    LoHa's ΔW, which need not be near W in size, is multiplied apart in narrow dtypes: in W it would be rounded away."""
+    if A2 is not None and weight is not None and x.dtype != accumulate_dtype(x.dtype):
+        y = x @ weight if transpose else F.linear(x, weight, bias)
+        return y.add_(_product(x, None, A, B, A2, B2, None, scale, exact, transpose))
     dtype = accumulate_dtype(x.dtype) if exact else x.dtype
     with scratch.lease((B.shape[0], A.shape[1]), dtype, x.device) as changed:
         _write(changed, weight, A, B, A2, B2, scale)
@@ -79,8 +84,10 @@ def _factors(A, B, A2, B2, dtype):
 
 
 def tiles_cost_less(T: int, d: int, k: int, r: int) -> bool:
-    """Whether LoHa's step takes fewer operations by tiles: the gradient's T d k, and ten products of d, k and r. By
-    factors: seven products of T, r² and a side."""
+    """Whether LoHa takes less by tiles, of memory or of operations in a step. By tiles those are the gradient's T d k
+    and ten products of d, k and r; by factors seven products of T, r² and a side."""
+    if r * r * (d + k) > d * k:  # P and Q would be larger than W
+        return True
     return 3.5 * T * (d + k) * r * r > T * d * k + 10 * r * d * k
 
 

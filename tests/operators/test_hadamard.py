@@ -36,6 +36,7 @@ def test_the_route_follows_the_rank():
 
     assert not tiles_cost_less(1024, 2048, 2048, 8)  # rank 64 of 2048
     assert tiles_cost_less(4096, 2048, 2048, 32)  # rank 1024
+    assert tiles_cost_less(1, 512, 512, 64)  # rank 4096, wider than the weight
 
 
 @pytest.mark.parametrize("route", ["tiles", "factors"])
@@ -60,3 +61,17 @@ def test_nothing_of_the_weights_size_is_made(route):
 def test_errors(changed, message):
     with pytest.raises(ValueError, match=message):
         spectral_ops.loha_linear(**(loha() | changed))
+
+
+def test_small_updates_survive_tiles_in_bfloat16():
+    """The update alone, by least squares over many tokens: beside W in one rounded weight most of it would be lost."""
+    torch.manual_seed(0)
+    d, k, r, T = 48, 32, 3, 4096
+    weight, x = randn(d, k, dtype=torch.bfloat16), randn(T, k, dtype=torch.bfloat16)
+    factors = [randn(*size, dtype=torch.float32) * 0.2 for size in ((d, r), (r, k), (d, r), (r, k))]
+    y = spectral_ops.loha_linear(x, weight, *factors, route="tiles").double() - x.double() @ weight.double().T
+    found = torch.linalg.lstsq(x.double(), y).solution.T
+    delta = ((factors[0] @ factors[1]) * (factors[2] @ factors[3])).double()
+    assert (found - delta).norm() < 0.15 * delta.norm()
+    rounded = (weight.double() + delta).bfloat16().double() - weight.double()  # what one weight would keep of it
+    assert (rounded - delta).norm() > 0.2 * delta.norm()

@@ -301,6 +301,7 @@ class Contract:
             "dora-update-bias",
             "bat-exact",
             "hira-exact",
+            "loha-tiles",
             "experts-routed",
         ):
             pytest.skip("promised without dropout, for one layer, in one precision")
