@@ -155,6 +155,8 @@ def dense_weight(layer, name="default"):
         turned_U, turned_V = U + layer.spectral_delta_U[name].double(), V + layer.spectral_delta_Vh[name].double().T
         adapted = W + turned_U @ torch.diag(S) @ turned_V.T
         return adapted if config.residual else adapted - U @ torch.diag(S) @ V.T
+    if isinstance(layer, SVFTLinear):
+        return W + layer.svft_U[name].double() @ layer.csr(name).to_dense().double() @ layer.svft_Vh[name].double()
     if isinstance(layer, RoSALinear) and config.sparse:
         W = W + layer.csr(name).to_dense().double()
         if not config.low_rank:
@@ -300,7 +302,7 @@ def test_dora_norm_is_new_after_each_step():
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("method", [name for name in CONFIGS if not name.startswith(("bat", "rosa_spa"))])  # without
+@pytest.mark.parametrize("method", [name for name in CONFIGS if not name.startswith(("bat", "rosa_spa", "svft"))])
 def test_dropout_is_active_in_training_only_and_replayed_by_checkpointing(method):
     config = copy.copy(CONFIGS[method])
     setattr(config, next(name for name in vars(config) if name.endswith("_dropout")), 0.5)

@@ -95,7 +95,9 @@ def test_dequantised_is_the_weight_and_writing_it_back_changes_little(form):
 
 
 @formats
-@pytest.mark.parametrize("method", [name for name in CONFIGS if name not in ("pica", "spectral", "spectral_rotation")])
+@pytest.mark.parametrize(
+    "method", [name for name in CONFIGS if name not in ("pica", "spectral", "spectral_rotation", "svft")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_output_and_gradients(form, method, dtype):
     """The base layer's own product, and everything else by the dense formula in float64; test_pica and test_spectral

@@ -94,6 +94,26 @@ def test_a_fresh_adapter_changes_nothing_and_a_file_gives_all_back(pattern, tmp_
     torch.testing.assert_close(net(x), changed, rtol=1e-4, atol=1e-5)
 
 
+def test_over_a_base_that_must_be_called():
+    bnb = pytest.importorskip("bitsandbytes")
+    plain = nn.Linear(64, 48, bias=False)
+    base = bnb.nn.Linear4bit(64, 48, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    base.weight = bnb.nn.Params4bit(plain.weight.data.clone(), requires_grad=False, quant_type="nf4").to("cpu")
+    made = SVFTLinear.from_linear(base, SVFTConfig(off_diag=1))
+    with torch.no_grad():
+        made.svft_values["default"].normal_()
+    x = torch.randn(5, 64, requires_grad=True)
+    y = made(x)
+    M = dense(made).requires_grad_()
+    again = x.detach().requires_grad_()
+    expected = base(again) + again @ (made.svft_U["default"] @ M @ made.svft_Vh["default"]).T
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for out in (y, expected):
+        out.square().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.svft_values["default"].grad, M.grad[dense(made) != 0], rtol=1e-3, atol=1e-3)
+
+
 def test_pica_holds_less_than_svft():
     """The claim of PiCa's paper: SVFT keeps both sides whole and h over all of them, PiCa one side of r columns."""
     n, T, r = 64, 32, 4
