@@ -145,7 +145,7 @@ def kron_backward_op(dy, x, weight, w1, w1_b, w2, w2_b, scale, needs):
     if need_x or need_w2_b:
         v = _across(whole.t(), u).view(T * b, q)
     if need_w2_b:
-        dw2_b = _outer(rows(x).reshape(T * b, e), v).t().to(w2_b.dtype)
+        dw2_b = _outer(rows(x).reshape(T * b, e), v).t().to(w2_b.dtype).contiguous()
     if need_x:
         dx = dy2.new_zeros(T, b * e) if weight is None else dy2 @ weight
         if wide_b is None:
