@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import LoHaConfig, LoraConfig, MissConfig, __version__, get_peft_model  # noqa: E402
+from peft import IA3Config, LoraConfig, MissConfig, __version__, get_peft_model  # noqa: E402
 from peft.helpers import disable_input_dtype_casting  # noqa: E402
 from peft.tuners.lora import variants  # noqa: E402
 from peft.tuners.miss import MissLinear  # noqa: E402
@@ -137,10 +137,12 @@ def test_convolutions_and_embeddings_are_reported():
 
 
 def test_other_tuners_are_left_to_peft():
-    plain, ours = pair(net(kind=LoHaConfig))
+    config = IA3Config(target_modules=["first", "second"], feedforward_modules=["second"])
+    torch.manual_seed(1)
+    plain, ours = pair(perturb(get_peft_model(Net(), config)))
     report = accelerate(ours)
     assert [row.path for row in report.rows] == ["PEFT", "PEFT"]
-    assert report.rows[0].method == "loha" and "left to PEFT" in report.rows[0].reason
+    assert report.rows[0].method == "ia3" and "left to PEFT" in report.rows[0].reason
     assert torch.equal(plain(IDS), ours(IDS))
 
 
