@@ -19,24 +19,27 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 0.2
+SHARE = 0.1  # of what torch takes
 FORBIDDEN = (  # and whatever torch has not imported itself
     "peft transformers triton accelerate trl datasets scipy safetensors matplotlib rich pandas"
     " torch._dynamo torch._inductor torch.utils.flop_counter sympy numpy"
 ).split()
 MEASURE = f"""
 import json, os, sys, time
+cpu = time.process_time()
 import torch
+torchs = time.process_time() - cpu
 before = set(sys.modules)
 torch.cuda.is_available = torch.cuda.device_count = lambda: sys.exit("asks for a GPU, which may start CUDA")
 sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]  # an installed package has its bytecode
-wall, cpu = time.perf_counter(), time.process_time()
+cpu = time.process_time()
 import spectral_ops
-cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+cpu = time.process_time() - cpu
 came = [name for name in {FORBIDDEN} if name in sys.modules and name not in before]
 child = os.fork()
 if not child:
     os._exit(0 if spectral_ops.block_sum(torch.ones(4), 2).tolist() == [2.0, 2.0] else 1)
-print(json.dumps([cpu, wall, came, torch.cuda.is_initialized(), os.waitpid(child, 0)[1]]))
+print(json.dumps([cpu, torchs, came, torch.cuda.is_initialized(), os.waitpid(child, 0)[1]]))
 """
 COUNT = """
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -60,12 +63,13 @@ def python(code: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_importing_is_quick_and_brings_nothing_along(tmp_path):
-    """CPU time, the least of three runs after one that writes bytecode: whoever else computes here counts for less."""
+    """CPU time, the least of five runs after one that writes bytecode: whoever else computes here counts for less. A
+    machine that is slow is so for torch too: there a share of torch's own import is the bound."""
     python(MEASURE, str(tmp_path))
-    runs = [json.loads(python(MEASURE, str(tmp_path))) for _ in range(3)]
+    runs = [json.loads(python(MEASURE, str(tmp_path))) for _ in range(5)]
     for _, _, came, initialised, child in runs:
         assert not came and not initialised and child == 0
-    assert min(cpu for cpu, *_ in runs) < SECONDS, runs
+    assert min(cpu for cpu, *_ in runs) < max(SECONDS, SHARE * min(torchs for _, torchs, *_ in runs)), runs
 
 
 # --- extras: what is optional, and what brings it ---
