@@ -277,16 +277,10 @@ def loha_linear(x, weight, w1_a, w1_b, w2_a, w2_b, bias=None, *, scale=1.0, rout
 def loha_update(base_out, x, w1_a, w1_b, w2_a, w2_b, *, scale=1.0, route="auto"):
     """base_out + scale x ((w1_a w1_b) * (w2_a w2_b))ᵀ, over what another layer returned for x.
 
-    base_out [..., d] in x's dtype, left as it is; the others as in :func:`loha_linear`. Saves x.
+    base_out [..., d] is left as it is, and x cast to its dtype; the others as in :func:`loha_linear`. Saves x.
     """
-    (x,) = autocast_arguments(x)
-    checks.tensor("x", x, "[..., k]")
-    checks.tensor("base_out", base_out, "[..., d]")
-    checks.same_dtype("x", x, base_out=base_out)
-    if base_out.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"base_out: got {checks.describe(base_out)}, wanted the leading dimensions of x {list(x.shape)}"
-        )
+    checks.base(base_out, x)
+    x = x.to(base_out.dtype)
     checks.number("scale", scale)
     _check_factors(x, base_out.shape[-1], w1_a=w1_a, w1_b=w1_b, w2_a=w2_a, w2_b=w2_b)
     tiles = _route(route, x, base_out.shape[-1], x.shape[-1], w1_b.shape[0])

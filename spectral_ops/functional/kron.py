@@ -229,16 +229,10 @@ def kron_linear(x, weight, w1, w2, bias=None, *, w1_b=None, w2_b=None, scale=1.0
 def kron_update(base_out, x, w1, w2, *, w1_b=None, w2_b=None, scale=1.0):
     """base_out + scale x (w1 ⊗ w2)ᵀ, over what another layer returned for x.
 
-    base_out [..., d] in x's dtype, left as it is; the others as in :func:`kron_linear`. Saves x.
+    base_out [..., d] is left as it is, and x cast to its dtype; the others as in :func:`kron_linear`. Saves x.
     """
-    (x,) = autocast_arguments(x)
-    checks.tensor("x", x, "[..., k]")
-    checks.tensor("base_out", base_out, "[..., d]")
-    checks.same_dtype("x", x, base_out=base_out)
-    if base_out.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"base_out: got {checks.describe(base_out)}, wanted the leading dimensions of x {list(x.shape)}"
-        )
+    checks.base(base_out, x)
+    x = x.to(base_out.dtype)
     checks.number("scale", scale)
     _check_factors(x, base_out.shape[-1], w1, w1_b, w2, w2_b)
     return linear(x, None, base_out, w1, w1_b, w2, w2_b, None, scale)

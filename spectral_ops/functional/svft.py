@@ -147,8 +147,6 @@ def svft_linear(x, weight, U, Vh, csr, bias=None, *, gradient_route="auto"):
     checks.device("x", x, U=U, Vh=Vh)
     checks.no_narrowing(x, U=U, Vh=Vh)
     check_choice("gradient_route", gradient_route, rosa_routes.GRADIENT_ROUTES)
-    for name, factor in (("U", U), ("Vh", Vh)):
-        if factor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: got a tensor that requires grad, wanted a frozen one (no gradient is formed)")
+    checks.frozen(U=U, Vh=Vh)
     pattern = check_csr("csr", csr, x, "x", Vh.shape[0], Vh.shape[0])
     return linear(x, weight, bias, U, Vh, csr.ordered(csr.values), pattern, gradient_route)

@@ -49,7 +49,7 @@ def test_x_is_not_held():
         ({"U": randn(6, 3)}, r"U: got .*, wanted size 4"),
         ({"Vh": randn(4, 7)}, r"Vh: got"),
         ({"csr": CSR.from_dense(torch.eye(3).double())}, r"csr: got shape \[3, 3\], wanted 4 rows"),
-        ({"U": randn(6, 4).requires_grad_()}, "U: got a tensor that requires grad, wanted a frozen one"),
+        ({"U": randn(6, 4).requires_grad_()}, "U: got requires_grad=True, wanted a frozen tensor"),
     ],
 )
 def test_errors(changed, message):
