@@ -96,10 +96,18 @@ def copy_rate(device: torch.device, repeats: int = 5, scale: int = 8) -> float:
     return 2 * 4 * elements / min(repeat(lambda: target.copy_(source), repeats, device))
 
 
-def product_rate(dtype: torch.dtype, device: torch.device, repeats: int = 5, sizes: tuple[int, ...] = ()) -> float:
-    """FLOP per second of the library's n x n x n product, at the best of ``sizes`` (a few for each kind of device)."""
+def product_rate(
+    dtype: torch.dtype, device: torch.device, repeats: int = 5, sizes: tuple[int, ...] = (), limit: float = 10.0
+) -> float:
+    """FLOP per second of the library's n x n x n product, at the best of ``sizes`` (a few for each kind of device).
+
+    Ascending; those that would take more than ``limit`` seconds, by the best rate so far, are left out: a CPU without
+    instructions for bfloat16 multiplies it at 1 GFLOP/s, at every size.
+    """
     best = 0.0
-    for n in sizes or ((4096, 8192) if device.type == "cuda" else (1024, 2048)):
+    for n in sizes or ((1024, 4096, 8192) if device.type == "cuda" else (256, 1024, 2048)):
+        if best and (repeats + WARM_UP) * 2 * n**3 > limit * best:
+            break
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
         seconds = min(repeat(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), repeats, device))

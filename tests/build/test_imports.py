@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,9 @@ def test_no_two_modules_import_each_other():
             del below[name]
         below = {name: others - set(leaves) for name, others in below.items()}
     assert not below, f"cycles among {below}"
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by their names alone, and collects the first."""
+    names = Counter(path.stem for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
