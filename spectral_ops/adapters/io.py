@@ -74,9 +74,9 @@ def save_adapter(model, directory, adapter_name=None, *, plain=True, save_embedd
     fields = config_fields(root, configs[name].for_file(plain), layers)
     note = {"format": FORMAT, "version": __version__, "method": type(next(iter(layers.values()))).__name__}
     metadata = {"format": "pt", "spectral_ops": json.dumps({**note, "base": samples})}
+    save = _safetensors().torch.save_file
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save = _safetensors().torch.save_file
     _write(directory / WEIGHTS, lambda path: save(tensors, path, metadata=metadata))
     _write(directory / CONFIG, lambda path: path.write_text(json.dumps(fields, indent=2, sort_keys=True)))
 

@@ -595,7 +595,7 @@ def test_magnitude_only_layers():
 
 def test_importing_needs_torch_alone():
     code = """
-import sys
+import os, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("safetensors", "transformers", "peft", "numpy", "rich"):
@@ -607,6 +607,7 @@ try:
     so.save_adapter(m, "never-written")
 except ImportError as error:
     assert "pip install safetensors" in str(error), error
+    assert not os.path.exists("never-written")
 else:
     raise SystemExit("no error")
 """
