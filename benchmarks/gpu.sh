@@ -3,14 +3,14 @@
 #   SECTIONS=truth     build info check verdict memcheck racecheck test: is it right? `verdict` is every operator in bfloat16 and
 #                      float32 beside float64, `test` the rest, as far as the time goes
 #   SECTIONS=figures   build kernels host bench experts training report: how fast is it?
-# SECTIONS also takes the names of sections, `tune` among them; without it both halves run. Each section runs whether or not the
+# SECTIONS also takes the names of sections, among them `tuners` (PEFT's other tuners) and `tune`; without it both halves run. Each section runs whether or not the
 # one before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. LIMIT seconds
 # bound the run (540, without SECTIONS or a chip 1200): a section gets what is left of them, and is cut off there. A failed test is
 # written to build/gpu/failures.txt as it happens, each test's outcome to build/gpu/tests.txt.
 # `build` compiles nothing where compiled extensions came along, load, have this package's schemas and run on this chip.
 # `report` turns what `bench` wrote at this commit today into pictures and the tables in README and docs. Whatever the run
 # writes is copied to the folder $OUT too, where that is set: at most 8 files,
-# pictures and what was tuned in extras.tar.
+# what `tuners` and `tune` measured and the pictures in extras.tar.
 # `make gpu-dry` (DRY=1) runs the same script without a chip: one CUDA file is compiled, the GPU tests are collected, one
 # Triton operator is interpreted and compiled ahead of time, and what takes a device takes the CPU, at small sizes, its
 # results thrown away. No sanitizer runs.
@@ -23,7 +23,7 @@ LIMIT=${LIMIT:-$([ -n "${SECTIONS:-}" ] && [ -z "$dry" ] && echo 540 || echo 120
 sections=${SECTIONS:-truth figures${dry:+ tune}}
 sections=${sections/truth/$truth} sections=" ${sections/figures/build $figures} "
 for name in $sections; do
-  [[ " $truth $figures tune " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
+  [[ " $truth $figures tuners tune " == *" $name "* ]] || { echo "gpu: no section $name" >&2; exit 2; }
 done
 export PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 failed=0 summary=() cores=$(env -u OMP_NUM_THREADS nproc) # which would answer that variable
@@ -47,6 +47,7 @@ share() { # what was written so far, to $OUT
   for file in "$made"/{gpu.log,tests.txt,failures.txt} "$stem"{,-training,-kernels,-experts}.json; do
     [ ! -s "$file" ] || cp "$file" "$OUT"
   done
+  [ ! -s "$stem-tuners.json" ] || extras+=("$stem-tuners.json")
   [ ! -e "$made/tuned" ] || extras+=(spectral_ops/tuned spectral_ops/functional/rates.json)
   [ ! -d "$made/pictures" ] || extras+=(-C "$made" pictures)
   [ ${#extras[@]} = 0 ] || tar -cf "$OUT/extras.tar" "${extras[@]}"
@@ -141,6 +142,8 @@ if [ -n "$dry" ]; then
     step training 240 "$python" -m spectral_ops bench --training --model tiny --blocks 1 --length 16 --rank 8 --device cpu \
       --dtype float32 --checkpointing --repeats 2 --json "$stem-training.json"
   cp README.md docs/PERFORMANCE.md "$made"
+  able tuners peft && step tuners 240 "$python" -m benchmarks.bench_tuners lokr --device cpu --tokens 16 --features 64 \
+    --repeats 2 --json "$stem-tuners.json"
   step report 240 report "$python" "$stem.json" "$made" "$made/README.md" "$made/PERFORMANCE.md"
   step tune 240 "$python" -m spectral_ops tune "${small[@]}"
 else
@@ -175,6 +178,8 @@ print(f"{a}.{b}" + {9: "a", 10: "f"}.get(a, ""))')
   able training "peft, transformers" &&
     step training 110 "$python" -m spectral_ops bench --training --model llama3-8b --blocks 2 --length 4096 \
       --device cuda --dtype bfloat16 --compiled --repeats 8 --seconds 80 --json "$stem-training.json"
+  able tuners peft && step tuners 240 "$python" -m benchmarks.bench_tuners --device cuda --dtype bfloat16 --tokens 4096 \
+    --features 4096 --json "$stem-tuners.json"
   step report 60 report "$python" "$stem.json" "$results" README.md docs/PERFORMANCE.md
   step tune 150 "$python" -m spectral_ops tune --device cuda --dtype bfloat16 --tokens 1 512 8192 \
     --shape 4096 4096 --rank 16 --repeats 9 --seconds 120 --write
