@@ -1,6 +1,7 @@
 """What each of PEFT's slower tuners adds to a layer, as PEFT has it and accelerated, in one interleaved run.
 
-    python -m benchmarks.bench_tuners [NAME...] [--tokens 1024] [--features 2048] [--dtype float32] [--repeats 11] [--json FILE]
+    python -m benchmarks.bench_tuners [NAME...] [--tokens 1024] [--features 2048] [--dtype float32] [--repeats 11]
+        [--json FILE]
 
 The rows of convolutions and embeddings have sizes of their own: 320 channels of 64×64 pixels, and 32,000 rows of 1,024.
 
