@@ -1,125 +1,110 @@
-"""Work buffers shared by every layer: Bat's W', W + S, and tiles of a weight gradient.
+"""The work buffer shared by every layer: Bat's W', W + S, and tiles of a weight gradient.
 
-What a buffer holds is only good inside one lease: nothing saved for backward ever lives there. So a checkpointed
-forward, a second micro-batch or another layer may take the same memory at once after.
+Fresh memory on a CPU is paid for page by page, in every call; so one buffer is kept there. On a GPU torch's allocator
+keeps memory by itself. What a buffer holds is only good inside one lease: nothing saved for backward ever lives there.
+So a checkpointed forward, a second micro-batch or another layer may take the same memory at once after.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 
 from spectral_ops._loader import EXTENSIONS
 
-VIEWS = 64  # of a buffer that are kept: making one takes longer than a small product
+VIEWS = 64  # of the buffer that are kept: making one takes longer than a small product
 
 _compiling, _modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 _tracing = torch._guards.TracingContext.try_get
 
 
-def _lasting(device: torch.device) -> bool:
-    """Whether memory kept from call to call may be used: not while a compiler plans its own, and not in a CUDA graph,
-    whose replays would write to an address that may by then belong to somebody else."""
-    if _compiling() or _tracing() is not None:
-        return False
-    if _modes() and torch._guards.detect_fake_mode() is not None:
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-class _Buffer:
-    """Memory of one device and stream, and the views of it that were asked for."""
-
-    __slots__ = ("memory", "views")
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # else later training steps could not write into it
-            self.memory = torch.empty(size, dtype=torch.uint8, device=device)
-        self.views: dict[tuple, torch.Tensor] = {}
-
-    def view(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> torch.Tensor:
-        found = self.views.get((shape, dtype))
-        if found is None:
-            if len(self.views) >= VIEWS:
-                self.views.clear()
-            with torch.inference_mode(False):
-                found = self.views[shape, dtype] = self.memory[:size].view(dtype).view(shape)
-        return found
+def _planned() -> bool:
+    """Whether a compiler plans memory of its own."""
+    return _compiling() or _tracing() is not None or (_modes() and torch._guards.detect_fake_mode() is not None)
 
 
 class _Lease:
     """What :meth:`Scratch.lease` returns."""
 
-    __slots__ = ("scratch", "shape", "dtype", "device", "key")
+    __slots__ = ("scratch", "shape", "dtype", "device", "held")
 
     def __init__(self, scratch: Scratch, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.scratch, self.shape, self.dtype, self.device = scratch, shape, dtype, device
-        self.key: tuple | None = None  # of the buffer that is held
+        self.held = False
 
     def __enter__(self) -> torch.Tensor:
-        shape, dtype, device = self.shape, self.dtype, self.device
-        if _lasting(device):
-            size = math.prod(shape) * dtype.itemsize
-            key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None)
-            if (buffer := self.scratch._take(key, size)) is not None:
-                self.key = key
-                return buffer.view(shape, dtype, size)
-        return torch.empty(shape, dtype=dtype, device=device)
+        if self.device.type == "cpu" and not _planned():
+            view = self.scratch._take(self.shape, self.dtype)
+            if view is not None:
+                self.held = True
+                return view
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def __exit__(self, *error) -> None:
-        if self.key is not None:
-            self.scratch._give_back(self.key)
+        if self.held:
+            self.scratch._token.release()
 
 
 class Scratch:
-    """One buffer per device and stream, as large as the largest lease so far.
+    """One buffer, as large as the largest lease so far.
 
-    limit: bytes a buffer may have; a larger lease is allocated for itself and freed after it. streams: how many buffers
-    are kept; beyond that the one unused for longest goes. A lease taken while its buffer is leased already (by another
-    thread, or inside another lease) gets memory of its own, so that two never share. No lock: each step is one of a
-    dictionary's own, and a process that forks while another thread has a lock would never get it again.
+    limit: bytes it may have; a larger lease is allocated for itself and freed after it. A lease taken while the buffer
+    is leased already (by another thread, or inside another lease) gets memory of its own, so that two never share.
     """
 
-    def __init__(self, limit: int = 1 << 30, streams: int = 8) -> None:
-        self.limit, self.streams = limit, streams
-        self._free: dict[tuple, _Buffer] = {}  # by device and stream; the one unused for longest first
-        self._leased: dict[tuple, _Buffer] = {}
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self._token = threading.Lock()  # nobody waits for it: a process forked meanwhile would wait for ever
+        self._memory: torch.Tensor | None = None
+        self._views: dict[tuple, torch.Tensor] = {}
 
     def lease(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Lease:
-        """An uninitialised contiguous tensor, the caller's for the duration of the ``with`` block.
-
-        On a GPU "during" means: by kernels enqueued on the current stream inside the block.
-        """
+        """An uninitialised contiguous tensor, the caller's for the duration of the ``with`` block."""
         return _Lease(self, shape, dtype, device)
 
-    def _take(self, key: tuple, size: int) -> _Buffer | None:
-        if size > self.limit or key in self._leased:
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """A view of the buffer, which has to be given back; None where somebody has it, or it may not be so large."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > self.limit or not self._token.acquire(blocking=False):
             return None
-        buffer = self._free.pop(key, None)
-        if buffer is None or buffer.memory.numel() < size:
-            del buffer  # before its successor is allocated
-            buffer = _Buffer(size, key[0])
-        return buffer if self._leased.setdefault(key, buffer) is buffer else None  # another thread's, meanwhile
+        try:
+            view = self._views.get((shape, dtype))
+            return self._view(shape, dtype, size) if view is None else view
+        except BaseException:
+            self._token.release()
+            raise
 
-    def _give_back(self, key: tuple) -> None:
-        self._free[key] = self._leased.pop(key)
-        if len(self._free) > self.streams:
-            for old in list(self._free)[: -self.streams]:
-                self._free.pop(old, None)
+    def _view(self, shape: tuple[int, ...], dtype: torch.dtype, size: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # else later training steps could not write into it
+            if self._memory is None or self._memory.numel() < size:
+                self._drop()  # before its successor is allocated
+                self._memory = torch.empty(size, dtype=torch.uint8)
+            if len(self._views) >= VIEWS:
+                self._views.clear()
+            view = self._views[shape, dtype] = self._memory[:size].view(dtype).view(shape)
+        return view
+
+    def _drop(self) -> None:
+        self._memory = None
+        self._views.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes held now."""
-        return sum(b.memory.numel() for b in (*self._free.copy().values(), *self._leased.copy().values()))
+        memory = self._memory
+        return 0 if memory is None else memory.numel()
 
     def release(self) -> None:
-        """Give back every buffer that is not leased at this moment."""
-        self._free.clear()
+        """Give the buffer back, unless it is leased at this moment."""
+        if self._token.acquire(blocking=False):
+            self._drop()
+            self._token.release()
 
 
 class _Everything(Scratch):
-    """The package's own buffers, and those that compiled layers keep on the CPU (csrc/layers/scratch.h)."""
+    """The package's own buffer, and that of the compiled layers (csrc/layers/scratch.h)."""
 
     @property
     def nbytes(self) -> int:
