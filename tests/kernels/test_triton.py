@@ -37,7 +37,10 @@ def interpreter():
     process.wait(timeout=60)
 
 
-@pytest.mark.parametrize("name", triton_cases.CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.thorough] * (n in triton_cases.THOROUGH)) for n in triton_cases.CASES],
+)
 def test_interpreted(interpreter, name):
     interpreter.stdin.write(name + "\n")
     interpreter.stdin.flush()

@@ -44,6 +44,7 @@ MODULES = [importlib.import_module(f"spectral_ops.triton_kernels.{stem}") for st
 MATRIX_INSTRUCTIONS = {"UTCHMMA": "tcgen05.mma", "HGMMA": "wgmma.mma_async", "HMMA": "mma.sync"}  # in SASS and PTX
 
 
+@functools.cache
 def samples(dtype: torch.dtype, T: int = 8192, k: int = 4096, d: int = 4096) -> dict[str, tuple[str, str, tuple]]:
     """case -> (stem, operator, arguments on the meta device): those whose registers and memory were looked into, and
     of an operator without any its own samples."""
@@ -387,7 +388,7 @@ def test_sparse_products_read_turned_rows_16_bytes_at_a_time():
         assert not kernel.count(r"LDG\.E\.U16") or case.startswith("csr_spmm_")  # out, whose strides are anyone's
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_estimates_stay_below_the_roofline():
     """A share above one says that the model was handed the wrong numbers; the rows hold every kind of kernel."""
     from benchmarks.estimates import table

@@ -39,7 +39,7 @@ SIZES_BAT = [(6, 11, 15, 5), (1, 4, 3, 1), (3, 34, 51, 17), (70, 64, 128, 64)]
 SIZES_BAT_MORE = [(37, 12, 9, 3), (4, 96, 32, 16), (5, 160, 80, 80), (3, 72, 36, 36)]
 # a row of several steps; tokens past a tile, and in several ranges
 SIZES_CSR = [(6, 21, 34, 5), (1, 150, 12, 1), (67, 24, 9, 3)]
-SIZES_CSR_MORE = [(3, 260, 70, 1), (300, 10, 17, 3)]
+SIZES_CSR_MORE = [(300, 10, 17, 3), (3, 260, 70, 1)]
 # programs search the offsets, which takes the interpreter long: none of these is of many
 SIZES_SEGMENT, SIZES_SEGMENT_MORE = SIZES[:4], [*SIZES[-1:], (300, 20, 33, 3), (9, 40, 36, 130)]
 SIZES_LOGITS = [(6, 21, 34, 5), (1, 24, 1, 1), (3, 1, 9000, 1)]  # V: one logit; several steps
@@ -53,11 +53,17 @@ SMALL_TILES = {
 OPERATORS = [name for name in OPERATOR_NAMES if triton_kernels.has(_library.OPERATORS[name].stem, name)]
 TILES = {name: triton_kernels.tiles(_library.OPERATORS[name].stem, name) for name in OPERATORS}
 CASES: dict[str, Callable[[], None]] = {}
+THOROUGH: set[str] = set()  # those of CASES that take the interpreter long
 
 
 def case(function: Callable) -> Callable:
     CASES[function.__name__] = function
     return function
+
+
+def thorough(function: Callable) -> Callable:
+    THOROUGH.add(function.__name__)
+    return case(function)
 
 
 def triton_op(name: str) -> Callable:
@@ -74,14 +80,15 @@ def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> Non
     """Against the float64 reference, with buffers that start as NaN; in float16 twice, with the same bits."""
     for args in samples(name, dtype, size):
         with poisoned():
-            check_operator(_library.OPERATORS[name], triton_op(name), args)
+            first = check_operator(_library.OPERATORS[name], triton_op(name), args)
             if dtype == torch.float16:
-                first, again = (results(_library.OPERATORS[name], triton_op(name), args) for _ in range(2))
+                again = results(_library.OPERATORS[name], triton_op(name), args)
                 for a, b in zip(first, again, strict=True):
                     assert torch.equal(a, b), f"{name}: two runs differ"
 
 
-def sizes(name: str, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
+def sizes(name: str, dtype: torch.dtype) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int]]]:
+    """Those of every run, and those of a thorough one."""
     of_row = {
         "bat": (SIZES_BAT, SIZES_BAT_MORE),
         "csr": (SIZES_CSR, SIZES_CSR_MORE),
@@ -92,13 +99,16 @@ def sizes(name: str, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
     if name in ("target_logprob", "softmax_gradient_"):
         some, more = SIZES_LOGITS, []
     # numpy has float16 and no bfloat16, which the interpreter emulates at several times the cost
-    return {torch.float32: some, torch.bfloat16: some, torch.float16: some[:2] + some[-1:] + more}[dtype]
+    return (some[:2] + some[-1:] + more[:1], more[1:]) if dtype == torch.float16 else (some, [])
 
 
 for _name in OPERATORS:
-    for _dtype, _size in [(dtype, size) for dtype in DTYPES for size in sizes(_name, dtype)]:
-        _label = f"{_name}-{str(_dtype)[6:]}-{'x'.join(map(str, _size))}"
-        CASES[_label] = functools.partial(check, _name, _dtype, _size)
+    for _dtype in DTYPES:
+        for _more, _sizes in enumerate(sizes(_name, _dtype)):
+            for _size in _sizes:
+                _label = f"{_name}-{str(_dtype)[6:]}-{'x'.join(map(str, _size))}"
+                CASES[_label] = functools.partial(check, _name, _dtype, _size)
+                THOROUGH.update([_label] * _more)
 
 
 def check_empty(name: str) -> None:
@@ -166,7 +176,7 @@ def every_operator_is_listed():
         assert triton_kernels.has(operator.stem, name) == callable(getattr(module, name, None)), name
 
 
-@case
+@thorough
 def gradients_that_read_dy_twice():
     """With g, biases and y; one range of tokens and several; rows that are not aligned; dB and nothing else."""
     from spectral_ops.triton_kernels import lowrank
@@ -259,7 +269,7 @@ def vanishing_magnitudes_are_the_reference_s():
     assert VANISHING.value == dora.VANISHING
 
 
-@case
+@thorough
 def every_vanishing_magnitude_is_found():
     """In several windows of columns and blocks of tokens, alone and side by side."""
     operator, (T, d, k, r) = _library.OPERATORS["magnitude_grad"], (70, 1100, 20, 3)
@@ -411,7 +421,7 @@ def norm_is_reused_only_for_the_same_bits():
         torch.testing.assert_close(norm.double(), want, rtol=1e-6, atol=0)
 
 
-@case
+@thorough
 def fingerprint_reads_the_sample_of_W_that_is_documented():
     cached = triton_op("column_norm_cached_")
     for d, k, turned in ((90, 120, False), (130, 90, True), (2, 9000, False)):

@@ -143,8 +143,8 @@ def _cayley_path(name: str, args: tuple, want: list[torch.Tensor]) -> list[torch
     return [(V + V.mT) / 4]
 
 
-def check_operator(operator: _library.Operator, overload: Callable, args: tuple) -> None:
-    """One implementation of an operator against its reference in float64, within the error budget."""
+def check_operator(operator: _library.Operator, overload: Callable, args: tuple) -> list[torch.Tensor]:
+    """One implementation of an operator against its reference in float64, within the error budget; its results."""
     reference = operator.reference
     got = results(operator, overload, args)
     want = results(operator, reference, widened(args))
@@ -179,3 +179,4 @@ def check_operator(operator: _library.Operator, overload: Callable, args: tuple)
         # float32 accumulators handed out by a half-precision operator are not rounded to half precision
         out_dtype = g.dtype if g.dtype != torch.float64 else dtype
         assert_within_budget(f"{operator.name}[{i}]", g, w, p, out_dtype, length, roundings=3, squares=q)
+    return got
