@@ -101,7 +101,7 @@ build() { # what this checkout compiled itself may be older than its sources; wh
 shards() { # command...: `check`'s operators in processes of a few, so that Triton's compiler has every core, and one
   # operator that loses the GPU does not take the others with it
   "$python" -c 'from spectral_ops._library import OPERATORS; print(*OPERATORS)' | tr ' ' '\n' |
-    OMP_NUM_THREADS=1 xargs -P "$cores" -n 3 "$@" --operators
+    OMP_NUM_THREADS=1 xargs -P "$cores" -n ${dry:+2}3 "$@" --operators
 }
 
 report() { # python, results file, directory of the pictures, pages

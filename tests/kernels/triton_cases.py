@@ -76,9 +76,14 @@ def samples(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> l
     return samples_of(name, dtype=dtype, T=min(T, most_T), d=min(d, most_d), k=k, r=r)
 
 
-def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int]) -> None:
-    """Against the float64 reference, with buffers that start as NaN; in float16 twice, with the same bits."""
-    for args in samples(name, dtype, size):
+def check(name: str, dtype: torch.dtype, size: tuple[int, int, int, int], turn: int) -> None:
+    """Against the float64 reference, with buffers that start as NaN; in float16 twice, with the same bits.
+
+    Every other sample, by ``turn``: of two dtypes and sizes that differ in one step each the one runs what the other
+    leaves out.
+    """
+    chosen = samples(name, dtype, size)
+    for args in chosen[turn % 2 :: 2] or chosen:
         with poisoned():
             first = check_operator(_library.OPERATORS[name], triton_op(name), args)
             if dtype == torch.float16:
@@ -105,9 +110,9 @@ def sizes(name: str, dtype: torch.dtype) -> tuple[list[tuple[int, int, int, int]
 for _name in OPERATORS:
     for _dtype in DTYPES:
         for _more, _sizes in enumerate(sizes(_name, _dtype)):
-            for _size in _sizes:
+            for _turn, _size in enumerate(_sizes, DTYPES.index(_dtype)):
                 _label = f"{_name}-{str(_dtype)[6:]}-{'x'.join(map(str, _size))}"
-                CASES[_label] = functools.partial(check, _name, _dtype, _size)
+                CASES[_label] = functools.partial(check, _name, _dtype, _size, _turn)
                 THOROUGH.update([_label] * _more)
 
 

@@ -118,6 +118,7 @@ def check_segments(T, k, r, dtype):
 
 
 def check_routing(T, d, K, dtype):
+    K = min(K, 16)  # the reference's time goes by it
     S = T * K
     y, dout, places = randn(S, d, dtype=dtype), randn(T, d, dtype=dtype), torch.randperm(S).view(T, K)
     for end in {S, S - S // 3, 0}:
