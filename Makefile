@@ -31,7 +31,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -not -path "
 OLDEST_PEFT := 0.18.1
 PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Not run again with the oldest PEFT: other folders, also where ARGS names them, and what is slow; `make peft` has that.
-ONCE := -m "not slow" $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
+ONCE := -m "not slow and not thorough" $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
 with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=tests/peft
 
 .PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel audit bundle matrix sanitize clean
@@ -45,7 +45,7 @@ methods: $(VENV)/.built ## STEPS=n ARGS="--methods lora pica": every method trai
 rlhf: $(VENV)/.built ## STEPS=n ARGS="--batch 16 --beta 0.1"
 	$(PY) examples/rlhf.py $(if $(STEPS),--steps $(STEPS)) $(ARGS)
 
-test: $(VENV)/.built .cache/peft/$(OLDEST_PEFT)/.installed ## ARGS="-k dora": everything with the pinned PEFT, then what is quick of tests/peft with the oldest
+test: $(VENV)/.built .cache/peft/$(OLDEST_PEFT)/.installed ## ARGS="-k dora" or "-m thorough" (what takes long, and is left out else): everything with the pinned PEFT, then what is quick of tests/peft with the oldest
 	@trap 'exit 130' INT; pinned=0; oldest=0; \
 	$(PYTEST) $(ARGS) || pinned=$$?; \
 	$(call with_peft,$(OLDEST_PEFT)) $(ONCE) $(ARGS) || oldest=$$?; \

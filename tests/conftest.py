@@ -19,12 +19,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 LONGEST = (
-    "test_cuda_build",
-    "test_triton_aot",
-    "test_build",
-    "test_cuda_host",
     "test_triton",
+    "test_cuda_build",
+    "test_gpu_script",
+    "test_cuda_host",
     "test_demo",
+    "test_native_adapters",
     "test_compile",
 )
 
