@@ -447,7 +447,7 @@ def through_all_phases(_rank: int, wrapper: str | None) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapper", [pytest.param("ddp", marks=pytest.mark.thorough), "fsdp2"])
 def test_one_run_through_all_phases_in_two_processes(wrapper, tmp_path):
     expected = through_all_phases(0, None)
     for losses in in_two_processes(through_all_phases, tmp_path, wrapper):

@@ -143,7 +143,7 @@ def test_every_function():
     compile_and_compare(FUNCTIONS, "aot_eager", False)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_dynamic_shapes():
     names = ["lowrank_linear", "lowrank_update", "dora_linear", "dora_linear-cached", "bone_linear", "block_sum"]
     names += ["bat_linear", "bat_linear-row", "rosa_linear", "csr_spmm", "token_logprobs-one-chunk"]

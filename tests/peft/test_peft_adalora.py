@@ -384,7 +384,7 @@ def run_sharded(rank, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["peft", "ours"])
+@pytest.mark.parametrize("kind", ["peft", pytest.param("ours", marks=pytest.mark.thorough)])
 def test_sharded_parameters_are_pruned_alike_on_all_ranks(kind, tmp_path):
     losses, pattern = run(kind, of_peft() if kind == "peft" else of_ours())
     results = in_two_processes(run_sharded, tmp_path, kind)

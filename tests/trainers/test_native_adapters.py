@@ -82,8 +82,14 @@ def logits(model):
 # --- Trainer ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "peft"])
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize(
+    "method, wrapped",
+    [pytest.param(method, False, id=f"{method}-bare") for method in TRAINED]
+    + [
+        pytest.param(method, True, id=f"{method}-peft", marks=[pytest.mark.thorough] * (method not in ("lora", "rosa")))
+        for method in TRAINED
+    ],
+)
 def test_a_run_saves_its_adapter_and_goes_on_as_if_it_had_not_stopped(method, wrapped, tmp_path):
     def start(folder, **how):
         model = attached(method, **how)
