@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check --quiet
+# Python compiles the files that are imported, few of all that are installed.
+export PIP_NO_COMPILE := 1
 JOBS   ?= 2
 METHOD ?= dora
 STEPS  ?=

@@ -80,6 +80,7 @@ def arguments(*words: str):
     )
 
 
+@pytest.mark.thorough
 def test_measuring_runs_every_case(tmp_path, capsys):
     file = tmp_path / "kernels.json"
     assert measure.run(arguments("--json", str(file))) == 0

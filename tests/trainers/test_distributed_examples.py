@@ -34,6 +34,7 @@ def examples(rank: int, model: str, data: str, outputs: str) -> dict[str, dict]:
     return counts | {"deepspeed_zero3": spectral_ops.report(trained).counts}
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_they_run_fused(tmp_path):
     data = tmp_path / "data"
