@@ -3,8 +3,8 @@
 #   SECTIONS=truth     build info check verdict memcheck racecheck test: is it right? `verdict` is every operator in bfloat16 and
 #                      float32 beside float64, `test` the rest, as far as the time goes
 #   SECTIONS=figures   build kernels host bench experts training report: how fast is it?
-# SECTIONS also takes the names of sections, among them `tuners` (PEFT's other tuners) and `tune`; without it both halves run. Each section runs whether or not the
-# one before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. LIMIT seconds
+# SECTIONS also takes the names of sections, among them `tuners` (PEFT's other tuners) and `tune`; without it both halves
+# run. Each section runs whether or not the one before it passed, a table of how each ended closes the run, and the exit status is 0 only when all passed. LIMIT seconds
 # bound the run (540, without SECTIONS or a chip 1200): a section gets what is left of them, and is cut off there. A failed test is
 # written to build/gpu/failures.txt as it happens, each test's outcome to build/gpu/tests.txt.
 # `build` compiles nothing where compiled extensions came along, load, have this package's schemas and run on this chip.

@@ -80,7 +80,7 @@ class Scratch:
         with torch.inference_mode(False):  # else later training steps could not write into it
             if self._memory is None or self._memory.numel() < size:
                 self._drop()  # before its successor is allocated
-                self._memory = torch.empty(size, dtype=torch.uint8)
+                self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default device
             if len(self._views) >= VIEWS:
                 self._views.clear()
             view = self._views[shape, dtype] = self._memory[:size].view(dtype).view(shape)

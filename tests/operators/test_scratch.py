@@ -170,6 +170,9 @@ def test_views_are_few_and_of_one_memory():
 
 def test_other_devices_keep_nothing():
     scratch = Scratch()
+    with torch.device("meta"), scratch.lease((8,), F32, CPU) as t:
+        assert t.device == CPU
+    scratch.release()
     with scratch.lease((8,), F32, torch.device("meta")) as t:
         assert t.is_meta
     assert scratch.nbytes == 0
