@@ -85,6 +85,7 @@ def test_run_of_a_module(tmp_path):
     assert out == f"argv ['--local_rank=0', '--strict', 'a'] name __main__ path {folder} file train.py\n1\n"
 
 
+@pytest.mark.slow
 def test_the_line_for_a_sitecustomize(tmp_path):
     """It is the line that docs/USE.md gives, and works in a script that never names spectral_ops."""
     line = 'import os; os.environ.get("SPECTRAL_OPS_ACCELERATE") and __import__("spectral_ops")'

@@ -393,6 +393,7 @@ def test_sharded_parameters_are_pruned_alike_on_all_ranks(kind, tmp_path):
         assert got == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     plain, ours, _ = pair()
     compiled = torch.compile(ours.base_model.model, backend="aot_eager", fullgraph=True)

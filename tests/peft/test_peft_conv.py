@@ -250,6 +250,7 @@ def test_a_trained_bias(method):
     assert worst(outcome(plain, image()), got) < EXACT and any(name.endswith("base_layer.bias") for name in got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_compiled(method):
     plain, ours = pair(adapted(method, targets=["0", "3"]))

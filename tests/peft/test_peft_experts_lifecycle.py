@@ -237,6 +237,7 @@ def test_gradient_checkpointing(family, reentrant):
     assert calls(report) == {4} and not report.fallbacks()  # a checkpoint computes again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
 def test_compiled_in_one_graph(family):
     torch.compiler.reset()

@@ -481,6 +481,7 @@ def test_dora_over_a_weight_that_is_not_floating():
     assert worst(*(results(m) for m in models)) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda: of(FalconLinear), lambda: quantised("int8", torch.float32)])
 @pytest.mark.parametrize("dora", [False, True])
 def test_compiles_without_a_graph_break(make, dora):

@@ -42,6 +42,7 @@ def close(ours, plain):
     torch.testing.assert_close(ours(tokens()).logits, plain(tokens()).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_importing_needs_no_peft():
     script = (
         "import sys, spectral_ops; from spectral_ops.integrations import peft_report;"

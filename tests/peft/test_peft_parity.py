@@ -165,6 +165,7 @@ def test_twenty_steps_of_training(method):
     torch.testing.assert_close(train(ours), expected, rtol=2e-5, atol=0)
 
 
+@pytest.mark.slow
 @methods
 def test_twenty_steps_of_training_in_bfloat16(method):
     plain, ours = pair(adapted(method, torch.bfloat16))

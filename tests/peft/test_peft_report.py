@@ -115,6 +115,7 @@ def test_idle_layers_say_so():
     assert {row.reason for row in report(model).rows} == {"no adapter was active in its calls: the base layer alone"}
 
 
+@pytest.mark.slow
 def test_compiled_calls_are_not_said_to_be_missing():
     model = adapted("lora", target_modules=["q_proj", "v_proj"])
     accelerate(model)

@@ -177,6 +177,7 @@ def test_frozen_parameters_and_checkpointing(tuner):
     assert worst(logits_and_gradients(plain, tokens()), logits_and_gradients(ours, tokens())) < EXACT
 
 
+@pytest.mark.slow
 def test_compiled(tuner):
     plain, ours = pair(adapted(tuner, targets=["q_proj", "down_proj"]))
     fused(ours, n=4)
