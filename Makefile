@@ -33,7 +33,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -not -path "
 OLDEST_PEFT := 0.18.1
 PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Not run again with the oldest PEFT: other folders, also where ARGS names them, and what is slow; `make peft` has that.
-ONCE := -m "not slow and not thorough" $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
+ONCE := -m "not slow" $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
 with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=tests/peft
 
 .PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel audit bundle matrix sanitize clean
