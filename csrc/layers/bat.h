@@ -12,8 +12,7 @@ namespace spectral_ops {
 template <class Device> void add_bias(const Tensor& y, const Tensor& bias) {
   STD_TORCH_CHECK(bias.dim() == 1, "bias: got ", bias.dim(), " dimensions, wanted a vector");
   check_size("bias", bias, 0, y.size(1), "the outputs");
-  if (y.size(1) == 0) return;
-  block_tile_<Device>(y, as_matrix(bias, y.size(0), y.size(1), 0, bias.stride(0)), std::nullopt, std::nullopt, 0.0, true);
+  add_<Device>(y, as_matrix(bias, y.size(0), y.size(1), 0, bias.stride(0)));
 }
 
 // x W'ᵀ + b (transpose: x W') [T, n] by column, for x [T, k], with the leading dimensions of `like`.
@@ -38,8 +37,7 @@ Tensor bat_product(const Tensor& like, const Tensor& x, const Tensor& weight, co
     return y;
   }
   const Tensor y = mm<Device>(cast(x, wide), transpose ? changed : transposed(changed));
-  if (apart)
-    block_tile_<Device>(y, mm<Device>(x, transpose ? weight : transposed(weight), wide), std::nullopt, std::nullopt, 0.0, true);
+  if (apart) add_<Device>(y, mm<Device>(x, transpose ? weight : transposed(weight), wide));
   if (bias) add_bias<Device>(y, *bias);
   return shaped_like(like, cast_as(y, x));
 }

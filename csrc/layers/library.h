@@ -5,6 +5,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <array>
 #include <initializer_list>
 #include <utility>
 #include <vector>
@@ -73,6 +74,19 @@ inline Tensor rows_of(const Tensor& t, int64_t start, int64_t n) {
 }
 inline Tensor part_of(const Tensor& memory, int64_t first, int64_t rows, int64_t columns) {
   return as_matrix(memory, rows, columns, at_least(columns, 1), 1, first);
+}
+
+// Contiguous memory as [a, b, c].
+inline Tensor as_three(const Tensor& t, int64_t a, int64_t b, int64_t c) {
+  return strided(t, {a, b, c}, {at_least(b * c, 1), at_least(c, 1), 1});
+}
+
+// t [n, m] with an axis of size 1 before its first, between the two or after them.
+inline Tensor with_axis(const Tensor& t, int axis) {
+  std::array<int64_t, 3> sizes{1, 1, 1}, strides{0, 0, 0};
+  for (int from = 0, to = 0; to < 3; ++to)
+    if (to != axis) sizes[to] = t.size(from), strides[to] = t.stride(from), ++from;
+  return strided(t, {sizes[0], sizes[1], sizes[2]}, {strides[0], strides[1], strides[2]});
 }
 
 // Whether the leading dimensions of t [..., n] lie as one, and how far apart its rows are.
@@ -144,6 +158,19 @@ inline Tensor ones_like(const Tensor& t) {
   torch::stable::fill_(out, 1);
   return out;
 }
+
+// --- elementwise ---
+
+// A number as a tensor [] on the CPU, which every device's operators take for a Scalar: `call` passes none of these.
+inline Tensor scalar(double value) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::full({}, value, ScalarType::Double, std::nullopt, cpu);
+}
+
+// out = a * b, broadcast; out may be a.
+inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) { call("aten::mul", "out", a, b, out); }
+
+inline void copy_into(Tensor out, const Tensor& t) { torch::stable::copy_(out, t); }
 
 // --- products: Device::mm_out and Device::addmm_out are torch's own, called past the dispatcher ---
 

@@ -11,12 +11,6 @@
 
 namespace spectral_ops {
 
-// A number as a tensor [] on the CPU, which every device's operators take for a Scalar: `call` passes none of these.
-inline Tensor scalar(double value) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::full({}, value, ScalarType::Double, std::nullopt, cpu);
-}
-
 // out becomes factor t, rounded to its dtype.
 inline void scaled_into(Tensor out, const Tensor& t, double factor) {
   if (factor == 1) torch::stable::copy_(out, t);

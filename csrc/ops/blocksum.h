@@ -104,6 +104,11 @@ void block_tile_(Tensor out, Tensor s, std::optional<Tensor> offsets, std::optio
   if (!unit_inner_stride(out)) torch::stable::copy_(out, target);
 }
 
+// out [rows, columns] += t, rounded once more.
+template <class Device> void add_(const Tensor& out, const Tensor& t) {
+  if (out.size(1) > 0) block_tile_<Device>(out, t, std::nullopt, std::nullopt, 0.0, true);
+}
+
 // y [T, n] = x Wᵀ + bias + s[:, j mod r], of any strides, where Device has the kernel: by the route of least cost.
 template <class Device>
 void block_matmul_into(const Tensor& y, const Tensor& x, const Tensor& weight, const Tensor& s, MaybeTensor bias) {

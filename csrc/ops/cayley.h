@@ -33,32 +33,40 @@ inline void check_square(const char* name, const Tensor& t) {
 }
 
 template <class Device> Tensor cayley_forward(Tensor X) {
-  check_square("X", X);
-  CayleyForward a{};
-  a.n = X.size(0), a.r = X.size(1);
-  a.dtype = dtype_of("X", X);
-  X = torch::stable::contiguous(X);
-  Tensor Q = empty(X, {a.n, a.r, a.r}, accumulate_type(X));
-  a.X = X.data_ptr(), a.Q = Q.data_ptr();
-  Device::launch(a, X);
-  return Q;
+  if constexpr (!has_kernel<Device, CayleyForward>) {
+    return call("spectral_ops::cayley_forward", "", X);
+  } else {
+    check_square("X", X);
+    CayleyForward a{};
+    a.n = X.size(0), a.r = X.size(1);
+    a.dtype = dtype_of("X", X);
+    X = torch::stable::contiguous(X);
+    Tensor Q = empty(X, {a.n, a.r, a.r}, accumulate_type(X));
+    a.X = X.data_ptr(), a.Q = Q.data_ptr();
+    Device::launch(a, X);
+    return Q;
+  }
 }
 
 template <class Device> Tensor cayley_backward(Tensor Q, Tensor G) {
-  check_square("Q", Q);
-  check_square("G", G);
-  for (int64_t d = 0; d < 2; ++d) check_size("G", G, d, Q.size(d), "that of Q");
-  check_same_device("G", G, Q);
-  CayleyBackward a{};
-  a.n = Q.size(0), a.r = Q.size(1);
-  a.dtype = dtype_of("Q", Q);
-  check_dtype("G", G, a.dtype, "Q");
-  STD_TORCH_CHECK(Q.scalar_type() == accumulate_type(Q), "Q: wanted float32 or float64");
-  Q = torch::stable::contiguous(Q), G = torch::stable::contiguous(G);
-  Tensor dX = empty(Q, {a.n, a.r, a.r});
-  a.Q = Q.data_ptr(), a.G = G.data_ptr(), a.dX = dX.data_ptr();
-  Device::launch(a, Q);
-  return dX;
+  if constexpr (!has_kernel<Device, CayleyBackward>) {
+    return call("spectral_ops::cayley_backward", "", Q, G);
+  } else {
+    check_square("Q", Q);
+    check_square("G", G);
+    for (int64_t d = 0; d < 2; ++d) check_size("G", G, d, Q.size(d), "that of Q");
+    check_same_device("G", G, Q);
+    CayleyBackward a{};
+    a.n = Q.size(0), a.r = Q.size(1);
+    a.dtype = dtype_of("Q", Q);
+    check_dtype("G", G, a.dtype, "Q");
+    STD_TORCH_CHECK(Q.scalar_type() == accumulate_type(Q), "Q: wanted float32 or float64");
+    Q = torch::stable::contiguous(Q), G = torch::stable::contiguous(G);
+    Tensor dX = empty(Q, {a.n, a.r, a.r});
+    a.Q = Q.data_ptr(), a.G = G.data_ptr(), a.dX = dX.data_ptr();
+    Device::launch(a, Q);
+    return dX;
+  }
 }
 
 template <class Device> void bind_cayley(Bindings& rows) {
