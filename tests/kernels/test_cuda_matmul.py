@@ -241,20 +241,22 @@ def broken(compiled, tmp_path):
     return broken
 
 
+@pytest.mark.thorough
 def test_program_accepts_the_whole_kernel(broken):
     library = broken()
     assert all(accepted(library, order) for order in "0123")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.thorough] * (i > 0)) for i, n in enumerate(BROKEN)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", BROKEN)
 def test_emulator_tells_a_broken_kernel(broken, name):
     library = broken(*BROKEN[name])
     assert not all(accepted(library, order) for order in "0123"), "nothing noticed it"
 
 
-@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(
+    "field", [pytest.param(f, marks=[pytest.mark.thorough] * (i > 0)) for i, f in enumerate(FIELDS)]
+)
 def test_first_test_on_a_chip_names_the_field(broken, field):
     *change, said = FIELDS[field]
     program = [sys.executable, Path(__file__).parent / "matmul_case.py", broken(tuple(change)), "cpu", "W"]
