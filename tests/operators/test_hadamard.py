@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from budget import check
 from contract import Contract
 from instruments import allocations
 from problems import FAMILIES
@@ -12,6 +13,12 @@ import spectral_ops
 
 class TestHadamard(Contract):
     families = [family for name, family in FAMILIES.items() if name.startswith(("hira", "loha"))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["hira", "hira-exact", "loha-tiles", "loha-update"])
+def test_more_rows_than_a_tile(name, dtype, backend):
+    check(FAMILIES[name].build(((3,), 8, 1100, 2), dtype, torch.float64 if dtype is torch.float64 else torch.float32))
 
 
 def loha(d=24, k=16, r=3, T=5):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from budget import check
 from contract import Contract
 from instruments import allocations
 from problems import FAMILIES
@@ -12,6 +13,12 @@ import spectral_ops
 
 class TestKron(Contract):
     families = [family for name, family in FAMILIES.items() if name.startswith(("kron",))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["kron", "kron-whole", "kron-both", "kron-update"])
+def test_more_rows_than_are_cast_at_a_time(name, dtype, backend):
+    check(FAMILIES[name].build(((700,), 96, 80, 3), dtype, torch.float32))
 
 
 def case(T=4):

@@ -22,7 +22,7 @@ def problem_of(T, d, k, r, dtype=torch.float64):
 
 @pytest.mark.parametrize("T", [0, 1, 3, 4, 5, 7, 8, 9, 12, 13, 40])
 @pytest.mark.parametrize(("d", "k"), [(12, 8), (8, 12), (8, 8)])
-def test_every_way_by_the_number_of_tokens(T, d, k):
+def test_every_way_by_the_number_of_tokens(T, d, k, backend):
     """Below and above the rank, k, and d k/(d + k): the definition, with and without gradients, and over a result."""
     x, W, A, B, lambda_d, lambda_b = problem_of(T, d, k, 4)
     want = x @ W.T + lambda_b * ((x @ A.T * lambda_d) @ B.T)
