@@ -33,11 +33,17 @@ inline Tensor identity(const Tensor& like, int64_t b) {
 
 // Rows and columns of the entries above the diagonal, row by row.
 struct UpperTriangle {
-  UpperTriangle(const Tensor& like, int64_t b)
-      : indices(call("aten::triu_indices", "", b, b, int64_t{1}, std::optional<ScalarType>(ScalarType::Long),
-                     std::optional<torch::headeronly::Layout>(), std::optional<torch::stable::Device>(like.device()),
-                     std::optional<bool>())),
-        row(elements_of(indices, 0, indices.size(1))), column(elements_of(indices, indices.size(1), indices.size(1))) {}
+  UpperTriangle(const Tensor& like, int64_t b) : indices(made(like, b)) {
+    const int64_t n = indices.size(1);
+    row = elements_of(indices, 0, n), column = elements_of(indices, n, n);
+  }
+
+  static Tensor made(const Tensor& like, int64_t b) {
+    using torch::headeronly::DeviceType;
+    const torch::stable::Device device(like.is_cpu() ? DeviceType::CPU : DeviceType::CUDA, like.get_device_index());
+    return call("aten::triu_indices", "", b, b, int64_t{1}, std::optional<ScalarType>(ScalarType::Long),
+                std::optional<torch::headeronly::Layout>(), std::optional<torch::stable::Device>(device), std::optional<bool>());
+  }
 
   std::vector<MaybeTensor> places() const { return {std::nullopt, row, column}; }
 
