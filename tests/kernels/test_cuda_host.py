@@ -1101,9 +1101,7 @@ def test_the_route_goes_by_sizes(emulated, hopper):
 # --- layers: the operators of a whole layer, around the same kernels -------------------------------------------------
 
 
-IN_PYTHON = {  # their kernels hide that on a GPU
-    "conv", "embedding", "experts", "float8", "householder", "rotation", "svft",
-}  # fmt: skip
+IN_PYTHON = {"conv", "embedding", "experts", "float8", "householder", "svft"}  # their kernels hide that on a GPU
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
