@@ -107,25 +107,6 @@ def test_the_definition(form, scale, backend):
     agree(own, spectral_ops.rotate(**own, terms=terms), own["x"] @ whole(own["blocks"], terms))
 
 
-@pytest.mark.parametrize("terms", [0, 5])
-def test_blocks_that_the_library_turns(terms, backend):
-    """From 256 on; beside them frozen blocks, and a frozen x."""
-    n, b = 2, rotation.WIDE
-    v = {
-        "x": randn(3, n * b).requires_grad_(),
-        "blocks": (0.02 * randn(n, b * (b - 1) // 2)).requires_grad_(),
-    }
-    W, upper = randn(d, n * b, fan=n * b), torch.triu_indices(b, b, 1)
-    K = [torch.zeros(b, b, dtype=W.dtype).index_put((upper[0], upper[1]), t) for t in v["blocks"]]
-    want = v["x"] @ torch.block_diag(*(transform(t - t.T, terms) for t in K)) @ W.T
-    dy, found = randn(3, d), torch.autograd.grad
-    expected = dict(zip(v, found(want, list(v.values()), dy, retain_graph=True), strict=True))
-    agree(v, ours(v, W, terms), want)
-    for name, other in (("x", "blocks"), ("blocks", "x")):
-        alone = {name: v[name], other: v[other].detach()}
-        torch.testing.assert_close(found(ours(alone, W, terms), v[name], dy)[0], expected[name], rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("terms", range(1, 9))
 def test_every_length_of_the_series(terms, backend):
     v, W, _ = problem("series", scale=False)

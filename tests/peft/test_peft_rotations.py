@@ -2,6 +2,7 @@
 PEFT. test_peft_tuners.py holds their defaults to the contract of all tuners."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -104,25 +105,27 @@ def test_oft(fields):
 @pytest.mark.parametrize("terms", [0, 2, 5])
 @pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=["both", "x", "blocks"])
 def test_wide_blocks(terms, trained, monkeypatch):
-    """They meet the library's products, not the kernel's; both are the same numbers, shared blocks' too."""
+    """They meet the library's products, not the kernel's; both are the same numbers, and the compiled layer's. Shared
+    blocks too."""
     torch.manual_seed(0)
     b, need_x, need_blocks = rotation.WIDE, *trained
     for n in (1, 2):
         x, weight = torch.randn(3, 2 * b, dtype=torch.float64), torch.randn(4, 2 * b, dtype=torch.float64)
         triangles = 0.01 * torch.randn(n, b * (b - 1) // 2, dtype=torch.float64)
         found = []
-        for wide in (b, b + 1):
-            monkeypatch.setattr(rotation, "WIDE", wide)
+        for backend, wide in (("reference", b), ("reference", b + 1), (None, b)):
+            monkeypatch.setattr(rotation, "WIDE", wide)  # of the layer in Python
             u, v = x.clone().requires_grad_(need_x), triangles.clone().requires_grad_(need_blocks)
-            with torch.profiler.profile() as profile:
+            with torch.profiler.profile() as profile, spectral_ops.use_backend(backend) if backend else nullcontext():
                 y = rotation.rotation_linear(u, weight, v, terms=terms)
                 y.square().sum().backward()
-            kernel = any("bat_mix" in event.key for event in profile.key_averages())
-            assert kernel == (wide > b)
-            found.append({"y": y.detach(), "dx": u.grad, "dblocks": v.grad})
-        for got in found:
-            assert (got["dx"] is not None, got["dblocks"] is not None) == trained
-        assert worst(*({key: t for key, t in got.items() if t is not None} for got in found)) < 1e-12
+            if backend:
+                assert any("bat_mix" in event.key for event in profile.key_averages()) == (wide > b)
+            assert (u.grad is not None, v.grad is not None) == trained
+            results = {"y": y.detach(), "dx": u.grad, "dblocks": v.grad}
+            found.append({key: t for key, t in results.items() if t is not None})
+        for got in found[1:]:
+            assert worst(found[0], got) < 1e-12
 
 
 def test_a_series_of_one_term_is_left_to_peft():
