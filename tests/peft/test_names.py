@@ -104,7 +104,7 @@ def ours_alone(examples):
 STACK = {"h": {"0": {"q": "linear", "aq": "linear", "ln": "norm"}, "1": {"q": "linear", "aq": "linear", "ln": "norm"}}}
 
 
-@ours_alone(600)
+@ours_alone(300)
 @given(data=st.data())
 def test_the_same_modules_are_chosen(data):
     tree = data.draw(trees())

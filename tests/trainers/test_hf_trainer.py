@@ -62,10 +62,10 @@ class Skip(TrainerCallback):
 @pytest.mark.parametrize(
     ("method", "more"),
     [
-        ("lora", {}),
+        pytest.param("lora", {}, marks=pytest.mark.thorough),
         ("dora", {}),
         ("miss", {}),
-        ("lora", {"gradient_checkpointing": True}),
+        pytest.param("lora", {"gradient_checkpointing": True}, marks=pytest.mark.thorough),
         ("dora", {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
         ("lora", {"gradient_accumulation_steps": 2}),
     ],
