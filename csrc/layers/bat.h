@@ -8,13 +8,6 @@
 
 namespace spectral_ops {
 
-// y [T, n] += b [n], rounded once more.
-template <class Device> void add_bias(const Tensor& y, const Tensor& bias) {
-  STD_TORCH_CHECK(bias.dim() == 1, "bias: got ", bias.dim(), " dimensions, wanted a vector");
-  check_size("bias", bias, 0, y.size(1), "the outputs");
-  add_<Device>(y, as_matrix(bias, y.size(0), y.size(1), 0, bias.stride(0)));
-}
-
 // x W'ᵀ + b (transpose: x W') [T, n] by column, for x [T, k], with the leading dimensions of `like`.
 template <class Device>
 Tensor bat_product(const Tensor& like, const Tensor& x, const Tensor& weight, const Tensor& bat, const MaybeTensor& bias,

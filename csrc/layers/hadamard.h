@@ -35,11 +35,7 @@ inline Hadamard checked_hadamard(const Tensor& A, const Tensor& B, const MaybeTe
     check_size("B2", *B2, 1, A2->size(0), "the rows of A2");
   }
   STD_TORCH_CHECK(A2 || (weight && tiles), "A2: got None without a weight, or with tiles=False, wanted a tensor");
-  if (weight) {
-    check_matrix("weight", *weight);
-    check_size("weight", *weight, 0, B.size(0), "the rows of B");
-    check_size("weight", *weight, 1, A.size(1), "the columns of A");
-  }
+  if (weight) check_shape("weight", *weight, B.size(0), A.size(1));
   return {A, B, A2, B2, scale};
 }
 
@@ -215,7 +211,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hadamard_backward(
   STD_TORCH_CHECK(A2 || !(needs & 0b11000), "A2 and B2: got None, wanted tensors, whose gradients are asked for");
   const Tensor dy2 = flat("dy", dy);
   MaybeTensor x2;
-  if (need_factors) x2 = flat("x", given("x", x));
+  if (need_factors) {
+    x2 = flat("x", given("x", x));
+    check_shape("x", *x2, dy2.size(0), A.size(1));
+  }
   Tensor dx = need_x ? empty_rows(dy, A.size(1)) : nothing(dy);
   HadamardGradients grads;
   if (tiles) {

@@ -116,7 +116,7 @@ Tensor kron_forward(Tensor x, MaybeTensor weight, MaybeTensor base_out, Tensor w
   check_size("x", x2, 1, w.b * w.e, "the columns of w1 times those of w2");
   Tensor y = base_output<Device>(x, weight, base_out, bias);
   const Tensor y2 = flat("y", y);
-  check_size("y", y2, 1, w.a * w.c, "the rows of w1 times those of w2");
+  check_shape("base_out", y2, x2.size(0), w.a * w.c);
   const int64_t T = x2.size(0);
   const Tensor h = across<Device>(w.w1, kron_inner<Device>(x2, w), T, w.q);
   add_cast_product<Device>(split_rows(y2, w.a), h, transposed(w.w2), scale);
@@ -138,7 +138,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kron_backward(Tensor 
   const int64_t T = dy2.size(0), a = w.a, b = w.b, q = w.q;
   Tensor dx = nothing(dy), dw1 = nothing(dy), dw1_b = nothing(dy), dw2 = nothing(dy), dw2_b = nothing(dy);
   MaybeTensor x2, g, u, v;
-  if (need_first || need_w2 || need_w2_b) x2 = flat("x", given("x", x));
+  if (weight) check_shape("weight", *weight, a * w.c, b * w.e);
+  if (need_first || need_w2 || need_w2_b) {
+    x2 = flat("x", given("x", x));
+    check_shape("x", *x2, T, b * w.e);
+  }
   if (need_first || need_w2) g = kron_inner<Device>(*x2, w);
   if (need_w2) dw2 = cast_as(cast_outer<Device>(D, across<Device>(w.w1, *g, T, q), scale), w2);
   if (need_x || need_first || need_w2_b) {

@@ -215,6 +215,12 @@ inline Tensor column_sum(const Tensor& t, ScalarType dtype) {
   return cast(torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1), false, accumulate_type(t)), dtype);
 }
 
+inline void check_shape(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  check_matrix(name, t);
+  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns, name, ": got [", t.size(0), ", ", t.size(1), "], wanted [", rows, ", ",
+                  columns, "]");
+}
+
 // A frozen weight [d, k] for x [..., k].
 inline void check_weight(const Tensor& x, const Tensor& weight) {
   check_matrix("weight", weight);

@@ -187,18 +187,21 @@ std::tuple<Tensor, Tensor> randlora_linear_forward(Tensor x, MaybeTensor weight,
   const Bases bases(A, B, lambda, gamma, x);
   const Tensor x2 = flat("x", x);
   const bool tall = bases.m == x2.size(1);
-  check_size("x", x2, 1, tall ? bases.m : bases.M, "a side of the bases");
+  const int64_t k = tall ? bases.m : bases.M, d = tall ? bases.M : bases.m;
+  check_size("x", x2, 1, k, "a side of the bases");
+  if (weight) check_shape("weight", *weight, d, k);
   if (randlora_merges(x, x2.size(0), weight)) {
-    check_weight(x, *weight);
-    Tensor y = empty_rows(x, weight->size(0));
+    Tensor y = empty_rows(x, d);
     const Tensor y2 = flat("y", y);
     bases_merged<Device>(bases, y2, x2, tall ? *weight : transposed(*weight), !tall, scale);
-    if (bias) add_<Device>(y2, as_matrix(*bias, y2.size(0), y2.size(1), 0, bias->stride(0)));
+    if (bias) add_bias<Device>(y2, *bias);
     return {y, nothing(x)};
   }
   Tensor h = bases_hidden<Device>(bases, x2, tall);
   Tensor y = base_output<Device>(x, weight, base_out, bias);
-  bases_add<Device>(bases, flat("y", y), h, !tall, scale);
+  const Tensor y2 = flat("y", y);
+  check_shape("base_out", y2, x2.size(0), d);
+  bases_add<Device>(bases, y2, h, !tall, scale);
   return {y, tall ? nothing(x) : h};
 }
 
@@ -212,13 +215,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> randlora_linear_backward(Tensor dy, M
   const Bases bases(A, B, lambda, gamma, dy);
   const bool need_x = wants(needs, 0), need_lambda = wants(needs, 1), need_gamma = wants(needs, 2);
   const Tensor dy2 = flat("dy", dy);
-  const int64_t k = bases.M == dy2.size(1) ? bases.m : bases.M;
+  const int64_t T = dy2.size(0), k = bases.M == dy2.size(1) ? bases.m : bases.M;
   const bool tall = bases.m == k;
+  check_size("dy", dy2, 1, tall ? bases.M : bases.m, "a side of the bases");
+  if (weight) check_shape("weight", *weight, dy2.size(1), k);
+  if (h) check_shape("h", *h, T, bases.N);
   Tensor dx = need_x ? empty_rows(dy, k) : nothing(dy), dlambda = nothing(dy), dgamma = nothing(dy);
   MaybeTensor hidden;  // of dy
   if (need_x) {
     const Tensor dx2 = flat("dx", dx);
-    if (randlora_merges(dy, dy2.size(0), weight)) {
+    if (randlora_merges(dy, T, weight)) {
       bases_merged<Device>(bases, dx2, dy2, tall ? *weight : transposed(*weight), tall, scale);
     } else {
       hidden = bases_hidden<Device>(bases, dy2, !tall);
@@ -229,7 +235,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> randlora_linear_backward(Tensor dy, M
   }
   if (need_lambda || need_gamma) {
     MaybeTensor x2;
-    if (x || tall || !h) x2 = flat("x", given("x", x));
+    if (x || tall || !h) {
+      x2 = flat("x", given("x", x));
+      check_shape("x", *x2, T, k);
+    }
     const auto [found_lambda, found_gamma] =
         bases_gradients<Device>(bases, tall ? hidden : h, tall ? MaybeTensor(dy2) : x2, tall ? *x2 : dy2, scale, need_lambda, need_gamma);
     if (need_lambda) dlambda = copy_as(*found_lambda, lambda);

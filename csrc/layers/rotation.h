@@ -228,8 +228,9 @@ template <class Device> Tensor turn_back(const Tensor& g, const MaybeTensor& x, 
   return dC;
 }
 
-inline Tensor scale_row(const Tensor& scale, const Tensor& like) {
+inline Tensor scale_row(const Tensor& scale, int64_t outputs, const Tensor& like) {
   STD_TORCH_CHECK(scale.dim() == 1, "scale: got ", scale.dim(), " dimensions, wanted a vector");
+  check_size("scale", scale, 0, outputs, "the outputs");
   return as_matrix(cast_as(scale, like), 1, scale.size(0), 1, like.scalar_type() == scale.scalar_type() ? scale.stride(0) : 1);
 }
 
@@ -251,8 +252,8 @@ std::tuple<Tensor, Tensor> rotation_linear_forward(Tensor x, MaybeTensor weight,
   }
   Tensor z = keep ? empty(x, {x2.size(0), weight->size(0)}) : y2;
   mm_out<Device>(z, turned, transposed(*weight));
-  multiply_into(y2, z, scale_row(*scale, x));
-  if (bias) add_<Device>(y2, as_matrix(*bias, y2.size(0), y2.size(1), 0, bias->stride(0)));
+  multiply_into(y2, z, scale_row(*scale, y2.size(1), x));
+  if (bias) add_bias<Device>(y2, *bias);
   return {y, keep ? z : nothing(x)};
 }
 
@@ -269,13 +270,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotation_linear_backward(Tensor dy, M
   if (need_scale)
     dscale = column_sum(call("aten::mul", "Tensor", cast(dy2, wide), cast(given("z", z), wide)), given("scale", scale).scalar_type());
   if (need_x || need_blocks) {
-    const Tensor dz = scale ? call("aten::mul", "Tensor", dy2, scale_row(*scale, dy)) : dy2;
+    const Tensor dz = scale ? call("aten::mul", "Tensor", dy2, scale_row(*scale, dy2.size(1), dy)) : dy2;
     const int64_t k = weight ? weight->size(1) : dy2.size(1);
+    if (weight) check_shape("weight", *weight, dy2.size(1), k);
     const Tensor g = empty_rows(dy, k), g2 = flat("dx", g);
     if (weight) mm_out<Device>(g2, dz, *weight);
     else copy_into(g2, dz);
     const Rotation<Device> rotation(blocks, terms, k);
     const MaybeTensor x2 = need_blocks ? MaybeTensor(flat("x", given("x", x))) : MaybeTensor();
+    if (x2) check_shape("x", *x2, dy2.size(0), k);
     const Tensor dC = turn_back<Device>(g2, x2, rotation.change(), need_x);
     if (need_x) dx = g;
     if (need_blocks) dblocks = rotation.gradient(dC);

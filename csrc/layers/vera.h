@@ -64,12 +64,11 @@ std::tuple<Tensor, Tensor> vera_linear_forward(Tensor x, MaybeTensor weight, May
   check_tier(weight, base_out);
   const Tensor x2 = flat("x", x), a = cast_as(A, x);
   check_size("A", A, 1, x2.size(1), "the last dimension of x");
-  if (weight) check_size("weight", *weight, 0, B.size(0), "the rows of B");
+  if (weight) check_shape("weight", *weight, B.size(0), A.size(1));
   const int64_t T = x2.size(0);
   const bool merged = vera_merges(weight, seed, x) && A.size(1) < T;
   Tensor h = keep || !merged ? project<Device>(x2, a, seed, p) : nothing(x);
   if (merged) {
-    check_weight(x, *weight);
     Tensor y = empty_rows(x, B.size(0));
     const VeraMemory memory(B, x.scalar_type(), weight);
     scale_basis<Device>(memory.scaled, B, lambda_d, lambda_b);
@@ -78,6 +77,7 @@ std::tuple<Tensor, Tensor> vera_linear_forward(Tensor x, MaybeTensor weight, May
   }
   Tensor y = base_output<Device>(x, weight, base_out, bias);
   const Tensor y2 = flat("y", y);
+  check_shape("base_out", y2, T, B.size(0));
   if (T < A.size(0)) {
     const Tensor z = mm<Device>(call("aten::mul", "Tensor", h, as_row(cast_as(lambda_d, x))), transposed(cast_as(B, x)));
     multiply_into(z, z, as_row(cast_as(lambda_b, x)));
@@ -107,6 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vera_linear_backward(Tensor dy, Maybe
   const Tensor dy2 = flat("dy", dy), a = cast_as(A, dy);
   const int64_t T = dy2.size(0), d = B.size(0), k = A.size(1), r = A.size(0);
   check_size("dy", dy2, 1, d, "the rows of B");
+  if (weight) check_shape("weight", *weight, d, k);
   const ScalarType dtype = dy.scalar_type(), wide = accumulate_type(dy);
   const Tensor hidden = saved_hidden(h, need_d || need_b, dy2, r);
   const bool merged = T >= r && need_x && vera_merges(weight, seed, dy) && d * k < T * (d + k);

@@ -106,7 +106,15 @@ void block_tile_(Tensor out, Tensor s, std::optional<Tensor> offsets, std::optio
 
 // out [rows, columns] += t, rounded once more.
 template <class Device> void add_(const Tensor& out, const Tensor& t) {
+  check_size("t", t, 1, out.size(1), "the columns of out");
   if (out.size(1) > 0) block_tile_<Device>(out, t, std::nullopt, std::nullopt, 0.0, true);
+}
+
+// y [T, n] += b [n], rounded once more.
+template <class Device> void add_bias(const Tensor& y, const Tensor& bias) {
+  STD_TORCH_CHECK(bias.dim() == 1, "bias: got ", bias.dim(), " dimensions, wanted a vector");
+  check_size("bias", bias, 0, y.size(1), "the outputs");
+  add_<Device>(y, as_matrix(bias, y.size(0), y.size(1), 0, bias.stride(0)));
 }
 
 // y [T, n] = x Wᵀ + bias + s[:, j mod r], of any strides, where Device has the kernel: by the route of least cost.

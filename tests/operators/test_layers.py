@@ -55,6 +55,27 @@ def test_compiled_and_composed_agree(name, dtype):
             assert (a.double() - b.double()).norm() <= TOLERANCE[dtype] * scale
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if LAYERS[name].stem in ("hadamard", "kron", "randlora", "rotation", "vera")]
+)
+def test_a_size_that_does_not_fit_is_an_error(name):
+    """Of any tensor, told before memory beyond it is read."""
+    arguments = [a.name for a in LAYERS[name].default._schema.arguments]
+    for args in layer_samples(name):
+        given = dict(zip(arguments, args, strict=True))
+        for i, (argument, t) in enumerate(given.items()):
+            for dim in range(t.dim() if isinstance(t, torch.Tensor) else 0):
+                free = (
+                    (argument == "x" and name.endswith("forward") and dim < t.dim() - 1)  # tokens
+                    or (argument == "blocks" and t.dim() == 4 and dim == 0)  # factors
+                    or (name == "vera_linear_backward" and argument == "A" and dim == 1 and given["weight"] is None)
+                )
+                if t.shape[dim] > 1 and not free:
+                    shorter = t.narrow(dim, 0, t.shape[dim] - 1).contiguous()
+                    with pytest.raises(RuntimeError):
+                        LAYERS[name].default(*copied((*args[:i], shorter, *args[i + 1 :])))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_results_are_fresh(name):
     """No result shares memory with an argument or another result, and no argument changes that may not."""
