@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_linear_forward(Tensor x, MaybeTe
   const Tensor dropped = seeded_dropout<Device>(x2, *seed, p);
   Tensor h = mm<Device>(dropped, transposed(a)), z = mm<Device>(dropped, transposed(*weight));
   add_product<Device>(z, h, transposed(b), scale);
-  call("aten::mul", "out", z, minus_one(g, x), y2);
+  multiply_into(y2, z, minus_one(g, x));
   add_product<Device>(y2, x2, transposed(*weight));
   if (bias) lowrank_update_<Device>(y2, h, b, scale, std::nullopt, cast_as(*bias, g));
   else add_product<Device>(y2, h, transposed(b), scale);

@@ -203,6 +203,9 @@ template <class Device> Tensor mm(const Tensor& a, const Tensor& b, ScalarType d
   return cast(mm<Device>(a, b), dtype);
 }
 
+// a b for every pair of matrices of two batches.
+inline Tensor bmm(const Tensor& a, const Tensor& b) { return call("aten::bmm", "", a, b); }
+
 // y [T, d] = x Wᵀ + b
 template <class Device> void linear_into(const Tensor& y, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   if (bias) addmm_out<Device>(y, *bias, x, transposed(weight));
@@ -213,6 +216,12 @@ template <class Device> void linear_into(const Tensor& y, const Tensor& x, const
 inline Tensor column_sum(const Tensor& t, ScalarType dtype) {
   const int64_t rows[] = {0};
   return cast(torch::stable::sum(t, torch::headeronly::IntHeaderOnlyArrayRef(rows, 1), false, accumulate_type(t)), dtype);
+}
+
+// Σ over rows of a * b [T, n], in at least float32, then in dtype.
+inline Tensor column_dot(const Tensor& a, const Tensor& b, ScalarType dtype) {
+  const ScalarType wide = accumulate_type(a);
+  return column_sum(call("aten::mul", "Tensor", cast(a, wide), cast(b, wide)), dtype);
 }
 
 inline void check_shape(const char* name, const Tensor& t, int64_t rows, int64_t columns) {

@@ -47,8 +47,7 @@ template <class Device> Tensor core_input(const Tensor& u, const MaybeTensor& co
 
 template <class Device> Tensor core_gradient(const Tensor& h, const Tensor& u, const Tensor& core) {
   if (!is_diagonal(core)) return mm<Device>(transposed(h), u, core.scalar_type());
-  const ScalarType wide = accumulate_type(h);
-  Tensor sums = column_sum(call("aten::mul", "Tensor", cast(h, wide), cast(u, wide)), core.scalar_type());
+  Tensor sums = column_dot(h, u, core.scalar_type());
   return core.dim() == 1 ? sums : as_matrix(sums, core.size(0), 1, 1, 1);
 }
 

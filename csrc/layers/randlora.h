@@ -131,11 +131,11 @@ void bases_contract(const Bases& bases, const Tensor& dS, int64_t start, const M
   multiply_into(by_base, by_base, with_axis(columns_of(bases.A, start, w), 1));
   const Tensor G = strided(dS, {n, r, w}, {w, n * w, 1});
   if (dgamma) {
-    const Tensor sums = call("aten::bmm", "", with_axis(transposed(bases.lambda), 1), G);
+    const Tensor sums = bmm(with_axis(transposed(bases.lambda), 1), G);
     copy_into(columns_of(*dgamma, start, w), as_matrix(sums, n, w, at_least(w, 1), 1));
   }
   if (dlambda) {
-    const Tensor sums = call("aten::bmm", "", G, with_axis(columns_of(bases.gamma, start, w), 2));
+    const Tensor sums = bmm(G, with_axis(columns_of(bases.gamma, start, w), 2));
     add_<Device>(*dlambda, as_matrix(sums, n, r, at_least(r, 1), 1));
   }
 }

@@ -16,8 +16,6 @@ namespace spectral_ops {
 
 inline Tensor flipped(const Tensor& M) { return strided(M, {M.size(0), M.size(2), M.size(1)}, {M.stride(0), M.stride(2), M.stride(1)}); }
 
-inline Tensor bmm(const Tensor& a, const Tensor& b) { return call("aten::bmm", "", a, b); }
-
 // a + factor b, broadcast
 inline Tensor plus(const Tensor& a, const Tensor& b, double factor) { return torch::stable::subtract(a, b, -factor); }
 
@@ -265,10 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotation_linear_backward(Tensor dy, M
   const NoGrad guard;
   const bool need_x = wants(needs, 0), need_blocks = wants(needs, 1), need_scale = wants(needs, 2);
   const Tensor dy2 = flat("dy", dy);
-  const ScalarType wide = accumulate_type(dy);
   Tensor dx = nothing(dy), dblocks = nothing(dy), dscale = nothing(dy);
-  if (need_scale)
-    dscale = column_sum(call("aten::mul", "Tensor", cast(dy2, wide), cast(given("z", z), wide)), given("scale", scale).scalar_type());
+  if (need_scale) dscale = column_dot(dy2, given("z", z), given("scale", scale).scalar_type());
   if (need_x || need_blocks) {
     const Tensor dz = scale ? call("aten::mul", "Tensor", dy2, scale_row(*scale, dy2.size(1), dy)) : dy2;
     const int64_t k = weight ? weight->size(1) : dy2.size(1);

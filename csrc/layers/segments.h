@@ -14,7 +14,7 @@ namespace spectral_ops {
 // out becomes factor t, rounded to its dtype.
 inline void scaled_into(Tensor out, const Tensor& t, double factor) {
   if (factor == 1) torch::stable::copy_(out, t);
-  else call("aten::mul", "out", t, scalar(factor), out);
+  else multiply_into(out, t, scalar(factor));
 }
 
 inline int64_t largest_rank(const std::vector<Tensor>& A) {

@@ -90,12 +90,6 @@ std::tuple<Tensor, Tensor> vera_linear_forward(Tensor x, MaybeTensor weight, May
   return {y, keep ? h : nothing(x)};
 }
 
-// Σ over rows of a * b [T, n], in at least float32.
-inline Tensor column_dot(const Tensor& a, const Tensor& b) {
-  const ScalarType wide = accumulate_type(a);
-  return column_sum(call("aten::mul", "Tensor", cast(a, wide), cast(b, wide)), wide);
-}
-
 // Results: dx, dλ_d, dλ_b, db; empty [0] where `needs` has no bit for it. Without a weight dx is the update's share.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> vera_linear_backward(Tensor dy, MaybeTensor weight, Tensor A, Tensor B,
@@ -116,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vera_linear_backward(Tensor dy, Maybe
   if (T < r) {
     const Tensor b = cast_as(B, dy), row = as_row(cast_as(lambda_d, dy));
     if (need_x || need_d) u = mm<Device>(call("aten::mul", "Tensor", dy2, as_row(cast_as(lambda_b, dy))), b);
-    if (need_b) db = column_dot(mm<Device>(call("aten::mul", "Tensor", hidden, row), transposed(b)), dy2);
-    if (need_d) dd = column_dot(hidden, *u);
+    if (need_b) db = column_dot(mm<Device>(call("aten::mul", "Tensor", hidden, row), transposed(b)), dy2, wide);
+    if (need_d) dd = column_dot(hidden, *u, wide);
     if (need_x) multiply_into(*u, *u, row);
   } else {
     const VeraMemory memory(B, dtype, merged ? weight : MaybeTensor());
